@@ -1,0 +1,206 @@
+"""Every knob on one page. A key in a TOML file, a ``--set section.key=value`` and a field here have one name.
+
+Layers, later ones win: the defaults here, the model file's own values, the config file, ``--set``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Size = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Nm = Annotated[float, Field(gt=0)]
+
+
+class UserError(ValueError):
+    """A mistake that its user can mend: one line that says what was wanted, what came and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Input(Section):
+    dataset: str = ""  # array inside a zarr group; "" takes the OME-Zarr full-resolution level
+    voxel_size_nm: tuple[Nm, Nm, Nm] | None = None  # z y x; overrides what the file says
+
+
+class Predict(Section):
+    model: str = ""  # a .safetensors file; "" takes the one that ships with volseg
+    backend: Literal["auto", "openvino", "onnx", "torch"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    tile: Annotated[int, Field(ge=32)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
+    overlap: Count = 64  # voxels shared by neighbouring tiles
+    batch: Size = 1  # tiles in one forward pass
+    normalize: Literal["volume", "model"] = "volume"  # mean and deviation from the volume, or from the training data
+
+
+class Blocks(Section):
+    shape: tuple[Size, Size, Size] | None = None  # z y x; None fits whole planes into memory
+
+
+class Fragments(Section):
+    threshold: Share = 0.5  # a voxel belongs to the mask where the smoothed mask probability reaches this
+    contour: Share = 1.0  # how much of the contour probability is taken from the mask probability for the height
+    smooth: tuple[Count, Count, Count] = (2, 2, 2)  # passes of the [1 2 1] filter along z y x
+    distance: Annotated[int, Field(ge=0, le=64)] = 6  # plateaus are split by the distance to the mask's border up to this
+
+
+class Stitch(Section):
+    seed: Share = 0.6  # basins joined above this smoothed probability are one seed
+    keep_unseeded: bool = False  # keep objects that hold no seed
+    min_voxels: Count = 500  # smaller objects are dropped
+
+
+class Output(Section):
+    chunk: tuple[Size, Size, Size] = (32, 256, 256)  # what zarr compresses; cut to fit the block
+    levels: Annotated[int, Field(ge=1, le=12)] = 4  # resolutions of the label pyramid
+    keep_work: bool = True  # keep basins and edge tables, so that decoding can be repeated
+
+
+class Cluster(Section):
+    workers: Count = 0  # processes; 0 takes one per GPU, else one per core up to 8
+    scheduler: str = ""  # tcp://host:port of a running Dask scheduler; "" starts a local cluster
+    tries: Size = 3  # how often a block is tried before it is given up
+    window: Count = 0  # blocks in flight; 0 takes three per worker thread
+    dashboard: str = ":8787"  # address of the Dask dashboard; "" for none
+
+
+class TrainData(Section):
+    """One annotated volume, or a synthetic one (``synth_seed``)."""
+
+    image: str = ""
+    label: str = ""
+    synth_seed: int | None = None
+    synth_shape: tuple[Size, Size, Size] = (64, 512, 512)
+    train: tuple[str | int, ...] = ()  # sections to learn from: numbers and "start:stop" ranges; empty takes all others
+    validate_on: tuple[str | int, ...] = ()  # contiguous sections held out
+    unlabelled: int | None = None  # label value that the loss ignores
+    share: Annotated[float, Field(gt=0)] = 1.0  # how often this volume is drawn, against the others
+    voxel_size_nm: tuple[Nm, Nm, Nm] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TrainData:
+        if (self.synth_seed is None) != bool(self.image) or bool(self.image) != bool(self.label):
+            raise ValueError("needs image and label, or synth_seed alone")
+        return self
+
+
+class Train(Section):
+    data: tuple[TrainData, ...] = ()
+    encoder: str = "tu-tf_efficientnet_lite0"
+    decoder: tuple[Size, Size, Size, Size, Size] = (128, 64, 32, 16, 16)
+    sections: Literal[1, 3, 5] = 3  # neighbouring sections seen as channels
+    pretrained: bool = True  # ImageNet encoder weights from the installed package
+    start: str = ""  # an earlier volseg model to start from
+    patch: Annotated[int, Field(ge=64)] = 256  # multiple of 32
+    batch: Size = 8
+    steps: Size = 1200
+    minutes: Annotated[float, Field(ge=0)] = 0  # time budget; 0 for none
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    loss: Literal["focal", "bce"] = "focal"  # both with Dice
+    focal_scale: Annotated[float, Field(gt=0)] = 4.0
+    contour_weight: Annotated[float, Field(ge=0)] = 0.5
+    contour_width: Size = 2  # voxels on each side of an object's border, in the plane
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    every: Size = 100  # steps between validations
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: str = "runs/train"
+
+
+class Config(Section):
+    input: Input = Input()
+    predict: Predict = Predict()
+    blocks: Blocks = Blocks()
+    fragments: Fragments = Fragments()
+    stitch: Stitch = Stitch()
+    output: Output = Output()
+    cluster: Cluster = Cluster()
+    train: Train = Train()
+
+
+def _merge(low: dict, high: dict) -> dict:
+    """``low`` with ``high`` laid over it, section by section."""
+    both = dict(low)
+    for key, value in high.items():
+        both[key] = _merge(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+    return both
+
+
+def read_file(path: str | Path) -> dict:
+    """The tables of a TOML config file; refuses one that is missing or not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UserError(f"cannot read config file {path}: {reason}; give the path of a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"config file {path} is not valid TOML: {error}") from None
+
+
+def parse_set(text: str) -> dict:
+    """The nested dict of one ``section.key=value``; the value is TOML, or else plain text.
+
+    >>> parse_set("stitch.seed=0.9")
+    {'stitch': {'seed': 0.9}}
+    >>> parse_set("predict.backend=torch")
+    {'predict': {'backend': 'torch'}}
+    """
+    key, equals, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"--set {text!r} is not of the form section.key=value, for instance stitch.seed=0.9")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    return {section: {name: parsed}}
+
+
+def _suggest(location: tuple, tables: dict) -> str:
+    """`` (did you mean ...?)`` for an unknown key, from the names that exist where it stands."""
+    model: Any = Config
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        model = TrainData if part == "data" else (field.annotation if field else Config)
+    near = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(model.model_fields)}"
+
+
+def resolve(*layers: tuple[str, dict]) -> Config:
+    """One checked ``Config`` from named layers, later ones over earlier ones.
+
+    Each layer is ``(where it comes from, tables)``. Raises :class:`UserError` that names the place, the key, what came
+    and, for an unknown key, the nearest one that exists.
+    """
+    merged: dict = {}
+    for where, tables in layers:
+        try:
+            Config.model_validate(tables)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "extra_forbidden":
+                raise UserError(f"{where}: unknown key {key!r}{_suggest(first['loc'], tables)}") from None
+            raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}") from None
+        merged = _merge(merged, tables)
+    return Config.model_validate(merged)
+
+
+def load(file: str | Path | None = None, sets: tuple[str, ...] | list[str] = (), base: dict | None = None) -> Config:
+    """The configuration of a run: ``base`` (a model's own values), then ``file``, then each ``--set``."""
+    layers = [("model file", base or {})]
+    if file:
+        layers.append((str(file), read_file(file)))
+    layers += [(f"--set {text}", parse_set(text)) for text in sets]
+    return resolve(*layers)
