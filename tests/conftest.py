@@ -1,0 +1,47 @@
+"""Fixtures shared by the tests."""
+
+import gc
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real EM (EPFL, VNC) beside the repository; skips where it is absent."""
+    folder = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real data: ../shared/data is absent")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """URL of a bucket on a real S3 server on loopback, reached through the environment alone (so by workers too)."""
+    s3fs = pytest.importorskip("s3fs", reason="needs s3fs (extra s3)")
+    server = pytest.importorskip("moto.server", reason="needs moto (extra test)")
+    server = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        env.setenv("AWS_ACCESS_KEY_ID", "test")
+        env.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        env.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
+        forget_sessions(s3fs.S3FileSystem)
+    server.stop()
+
+
+def forget_sessions(filesystem: type) -> None:
+    """The sessions that s3fs leaves open are collected here, and not in a later test."""
+    from volseg import volume
+
+    volume.forget()
+    filesystem.clear_instance_cache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()

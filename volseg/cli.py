@@ -1,0 +1,271 @@
+"""The command line: options in, one line of error out. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from volseg import __version__
+from volseg.box import Box, Triple
+from volseg.config import UserError, load
+
+app = typer.Typer(
+    name="volseg",
+    help="Instance labels for electron-microscopy volumes of any size. Cutting up never changes the answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; see configs/.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+
+
+def main() -> None:
+    """Runs the command line. A user's own mistake ends it with one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"volseg: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("volseg: stopped; what is done is kept, the same command goes on from there", err=True)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Terminal:
+    """Progress of a run: a bar for each stage in a terminal, else a line when a stage starts to be slow and at its end."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.live: Any = None
+        self.close: Callable[[], None] = lambda: None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        self.close()
+        return self._bar(name, voxels, done) if self.console.is_terminal else self._lines(name, voxels, done)
+
+    def _bar(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            ProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.text import Text
+
+        class Speed(ProgressColumn):
+            def render(self, task: Any) -> Text:
+                speed = task.finished_speed or task.speed
+                return Text(f"{speed / 1e6:.2f} Mvoxel/s" if speed else "- Mvoxel/s")
+
+        if self.live is None:
+            self.live = Progress(
+                TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), Speed(),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console, speed_estimate_period=120,
+            )  # fmt: skip
+            self.live.start()
+        task = self.live.add_task(name, total=voxels, completed=done)
+
+        def close() -> None:
+            self.live.update(task, completed=voxels)
+
+        self.close = close
+        return lambda n: self.live.advance(task, n)
+
+    def _lines(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        start = told = time.monotonic()
+        state = {"done": done, "told": told}
+
+        def line(now: float) -> None:
+            took = max(now - start, 1e-9)
+            speed = (state["done"] - done) / took
+            left = (voxels - state["done"]) / speed if speed else 0
+            self.say(f"{name:10} {100 * state['done'] / voxels:3.0f} %  {speed / 1e6:.2f} Mvoxel/s, {left:.0f} s left")
+
+        def advance(n: int) -> None:
+            state["done"] += n
+            now = time.monotonic()
+            if now - state["told"] > 10 and state["done"] < voxels:
+                state["told"] = now
+                line(now)
+
+        self.close = lambda: line(time.monotonic())
+        return advance
+
+    def stop(self, *, finished: bool) -> None:
+        """Ends the bars; the last stage counts as done when ``finished``."""
+        if finished:
+            self.close()
+        self.close = lambda: None
+        if self.live is not None:
+            self.live.stop()
+
+
+# ---------------------------------------------------------------- commands
+
+
+@app.command()
+def infer(
+    volume: Annotated[str, typer.Argument(help="zarr array, OME-Zarr group, multi-page TIFF, or folder of slices.")],
+    model: Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")] = "",
+    out: Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")] = "",
+    config: ConfigFile = None,
+    sets: Sets = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
+    scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
+    overwrite: Overwrite = False,
+) -> None:
+    """Segment a volume: labels, object table, probabilities and a picture."""
+    from volseg.model import load_card, shipped
+
+    first = load(config, sets or ())
+    chosen = model or first.predict.model
+    card = load_card(chosen or shipped())
+    flags = [f"predict.model={json.dumps(model)}"] * bool(model) + [f"cluster.workers={workers}"] * (workers is not None)
+    flags += [f"cluster.scheduler={json.dumps(scheduler)}"] * bool(scheduler)
+    settings = load(config, [*(sets or ()), *flags], base=card["decode"])
+
+    from volseg import pipeline
+
+    where = (out or default_out(volume)).rstrip("/")
+    show = Terminal()
+    finished = False
+    try:
+        summary = pipeline.infer(volume, where, settings, overwrite=overwrite, show=show)
+        finished = True
+    finally:
+        show.stop(finished=finished)
+    _conclude(summary)
+
+
+def default_out(volume: str) -> str:
+    """Where a volume's run goes unless told otherwise.
+
+    >>> default_out("a/cells.tif"), default_out("cells.ome.zarr/"), default_out("slices")
+    ('a/cells.volseg.zarr', 'cells.volseg.zarr', 'slices.volseg.zarr')
+    """
+    head, slash, name = volume.rstrip("/").rpartition("/")
+    for ending in (".ome.zarr", ".ome.tiff", ".ome.tif", ".zarr", ".tiff", ".tif", ".n5"):
+        name = name.removesuffix(ending)
+    return f"{head}{slash}{name}.volseg.zarr"
+
+
+def _conclude(summary: Any) -> None:
+    total = summary.seconds["total"]
+    phases = ", ".join(f"{name} {took:.1f}" for name, took in summary.seconds.items() if name != "total")
+    typer.echo(f"{summary.objects} objects in {summary.voxels / 1e6:.1f} million voxels")
+    typer.echo(f"took {total:.1f} s ({summary.voxels / 1e6 / total:.2f} Mvoxel/s): {phases}")
+    typer.echo(
+        f"peak memory {summary.worker_peak_bytes / 2**30:.2f} GiB in the largest worker, "
+        f"{summary.client_peak_bytes / 2**30:.2f} GiB in this process"
+    )
+    typer.echo(f"labels   {summary.labels}\ntable    {summary.table}\npicture  {summary.picture}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file with a [train] table; see configs/epfl.toml.")],
+    sets: Sets = None,
+) -> None:
+    """Train a model on annotated sections."""
+    settings = load(config, sets or ())
+    from volseg.train import train as run
+
+    typer.echo(f"model    {run(settings)}")
+
+
+@app.command()
+def evaluate(
+    pred: Annotated[str, typer.Argument(help="A run, or a volume of labels.")],
+    truth: Annotated[str, typer.Argument(help="A volume of labels, or a 0/255 mask.")],
+    box: Annotated[str, typer.Option("--box", metavar="z0:z1,y0:y1,x0:x1", help="Score only this part.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score labels against the truth: foreground and instances."""
+    try:
+        region = Box.parse(box) if box else None
+    except ValueError as error:
+        raise UserError(f"--box: {error}") from None
+    from volseg import evaluate as scoring
+
+    scores = scoring.evaluate(pred, truth, box=region)
+    typer.echo(json.dumps(scores, indent=1) if as_json else scoring.table(scores))
+
+
+@app.command()
+def synth(
+    out: Annotated[str, typer.Argument(help="Zarr group to make: the image, and labels/truth beside it.")],
+    shape: Annotated[str, typer.Option("--shape", metavar="Z,Y,X", help="Voxels along each axis.")] = "64,512,512",
+    seed: Annotated[int, typer.Option("--seed", help="Another seed, another volume.")] = 0,
+    block: Annotated[str, typer.Option("--block", metavar="Z,Y,X", help="Voxels made at once.")] = "64,256,256",
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a synthetic EM volume with exact instance labels."""
+    from volseg import pipeline
+
+    sizes = _triple(shape, "--shape"), _triple(block, "--block")
+    show = Terminal()
+    try:
+        pipeline.synthesise(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, show=show)
+    finally:
+        show.stop(finished=True)
+    typer.echo(f"image    {out}\ntruth    {out.rstrip('/')}/labels/truth")
+
+
+def _triple(text: str, option: str) -> Triple:
+    try:
+        z, y, x = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text!r} is not three whole numbers such as 64,512,512") from None
+    if min(z, y, x) < 1:
+        raise UserError(f"{option} {text!r} has an axis shorter than 1 voxel")
+    return z, y, x
+
+
+@app.command()
+def info(model: Annotated[Path | None, typer.Argument(help="Model file; the shipped one if not given.")] = None) -> None:
+    """Print a model's card."""
+    from volseg.model import load_card, shipped
+
+    typer.echo(json.dumps(load_card(model or shipped()), indent=1))
+
+
+@app.command()
+def clean(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
+    """Remove a finished run's work folder; labels, table and probabilities stay."""
+    from volseg import volume
+
+    if not volume.exists(f"{run}/run.json"):
+        raise UserError(f"{run} is not a finished volseg run (no run.json in it); give a folder that volseg infer made")
+    volume.remove(f"{run.rstrip('/')}/work")
+
+
+@app.command()
+def settings(config: ConfigFile = None, sets: Sets = None) -> None:
+    """Print every setting with its value."""
+    typer.echo(json.dumps(load(config, sets or ()).model_dump(mode="json"), indent=1))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+    if version:
+        typer.echo(f"volseg {__version__}")
+        raise typer.Exit

@@ -1,0 +1,192 @@
+"""Dask: a client, one bounded loop for all blockwise work, and done-markers. Nothing else in volseg imports dask."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from distributed import Client, LocalCluster, as_completed, get_worker
+
+from volseg import volume
+from volseg.config import Cluster, UserError
+
+THREADS = "VOLSEG_THREADS"  # environment of a worker: how many tiles it runs at once
+
+
+@contextmanager
+def connect(knobs: Cluster, gpus: int = 0) -> Iterator[Client]:
+    """A client of the given scheduler, or of a local cluster that ends with the block.
+
+    Local workers are processes with one task each: one per GPU, or ``workers``, or one per core up to 8.
+    """
+    if knobs.scheduler:
+        with _given(knobs.scheduler) as client:
+            yield client
+        return
+    count = knobs.workers or gpus or min(8, os.cpu_count() or 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Port .* is already in use")
+        cluster = LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address=_local(knobs.dashboard),
+            silence_logs=logging.CRITICAL,
+            env={THREADS: str(max(1, (os.cpu_count() or 1) // count))},
+        )
+    with cluster, Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+def _local(address: str) -> str | None:
+    """A dashboard address; only this machine may look unless a host is named."""
+    return f"127.0.0.1{address}" if address.startswith(":") else address or None
+
+
+@contextmanager
+def _given(address: str) -> Iterator[Client]:
+    try:
+        client = Client(address, timeout="10s", set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"no Dask scheduler answers at {address!r} ({reason}); start one or leave out --scheduler") from None
+    with client:
+        if not client.scheduler_info(n_workers=-1)["workers"]:
+            raise UserError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
+        yield client
+
+
+def dashboard(client: Client) -> str:
+    """The dashboard's address, or ``""`` where there is none."""
+    try:
+        return client.dashboard_link or ""
+    except (KeyError, AttributeError):
+        return ""
+
+
+def threads(client: Client) -> int:
+    """Task slots of all workers together."""
+    return sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
+
+
+def threads_here() -> int:
+    """Tiles that this worker process runs at once: its share of the cores, or else its task slots."""
+    if THREADS in os.environ:
+        return max(1, int(os.environ[THREADS]))
+    try:
+        return get_worker().state.nthreads
+    except ValueError:  # not on a worker
+        return 1
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A block that was given up, and why."""
+
+    item: int
+    reason: str
+
+
+def run(
+    client: Client,
+    task: Callable[..., Any],
+    items: Iterable[int],
+    *args: Any,
+    tries: int = 3,
+    window: int = 0,
+    done: Callable[[int, Any], None] = lambda item, result: None,
+) -> list[Failure]:
+    """Calls ``task(*args, item)`` on the workers for every item; ``done(item, result)`` here as each one ends.
+
+    At most ``window`` tasks are known to the scheduler at once, so its memory does not grow with the number of items.
+    A task that fails is tried ``tries`` times; what still fails is returned, and the rest goes on.
+    """
+    window = window or 3 * max(1, threads(client))
+    waiting = iter(items)
+    tried: dict[int, int] = {}
+    failures: list[Failure] = []
+    flying: dict[str, int] = {}
+    loop = as_completed([], loop=client.loop, raise_errors=False)
+
+    def submit(item: int) -> None:
+        key = f"{args[2] if len(args) > 2 else task.__name__}-{item}-{uuid.uuid4().hex[:8]}"
+        future = client.submit(task, *args, item, key=key, pure=False)
+        flying[future.key] = item
+        tried[item] = tried.get(item, 0) + 1
+        loop.add(future)
+
+    def refill() -> None:
+        while len(flying) < window:
+            item = next(waiting, None)
+            if item is None:
+                return
+            submit(item)
+
+    refill()
+    for future in loop:
+        item = flying.pop(future.key)
+        if future.status == "finished":
+            tried.pop(item)
+            done(item, future.result())
+        elif tried[item] < tries:
+            submit(item)
+        else:
+            error = future.exception()
+            failures.append(Failure(item, f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"))
+        refill()
+    return sorted(failures, key=lambda failure: failure.item)
+
+
+# ---------------------------------------------------------------- markers
+
+
+def mark(out: str, stage: str, key: str, item: int, receipt: dict) -> dict:
+    """Records that a block of a stage is done; returns the receipt. Written after the block's data."""
+    receipt = {**receipt, "pid": os.getpid(), "peak_bytes": peak_bytes()}
+    volume.write_bytes(out, f"work/markers/{stage}/{item}-{key}.json", json.dumps(receipt).encode())
+    return receipt
+
+
+def marked(out: str, stage: str, key: str) -> set[int]:
+    """Blocks of a stage that are done under that key (the hash of all that determines them)."""
+    names = (path.rpartition("/")[2].removesuffix(".json") for path in volume.list_keys(out, f"work/markers/{stage}"))
+    return {int(item) for item, _, found in (name.partition("-") for name in names) if found == key}
+
+
+def receipts(out: str, stage: str) -> list[dict]:
+    """What the blocks of a stage reported."""
+    return [json.loads(volume.read_bytes(out, path)) for path in volume.list_keys(out, f"work/markers/{stage}")]
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held so far."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the time spent inside to ``seconds[phase]``."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

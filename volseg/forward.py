@@ -1,0 +1,227 @@
+"""The network as a function from a batch of tiles to probabilities, on whatever runs it fastest here.
+
+The promise includes the forward pass, so each backend is held to one arithmetic: one thread for each tile on a CPU
+(several tiles run side by side), a constant padded batch, deterministic kernels on CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from volseg import model
+from volseg.config import UserError
+
+Forward = Callable[[np.ndarray], np.ndarray]  # (B, sections, Y, X) float32, normalised -> (B, heads, Y, X) float32, 0..1
+PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
+
+
+# ---------------------------------------------------------------- what runs here
+
+
+def gpus() -> int:
+    """How many CUDA devices the driver shows, without loading torch."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose(backend: str = "auto", precision: str = "auto") -> tuple[str, str]:
+    """The backend and precision that ``auto`` stands for on this machine.
+
+    torch fp16 on a CUDA device; else OpenVINO, in bf16 where the CPU has it.
+    """
+    cuda = gpus() > 0
+    if backend == "auto":
+        backend = "torch" if cuda else "openvino"
+    if precision == "auto":
+        half = "fp16" if cuda and backend == "torch" else "bf16" if has_bf16() and backend == "openvino" else "fp32"
+        precision = half
+    if precision == "fp16" and not cuda:
+        raise UserError("predict.precision = 'fp16' needs a CUDA device; use bf16 or fp32 on a CPU")
+    if precision != "fp32" and backend == "onnx":
+        raise UserError(f"predict.precision = {precision!r} is not offered by the onnx backend; use fp32")
+    return backend, precision
+
+
+def version(backend: str) -> str:
+    """The version of the package behind a backend; refuses one that is not installed."""
+    for package in (PACKAGES[backend], f"{PACKAGES[backend]}-gpu"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    raise UserError(f"predict.backend = {backend!r} needs the package {PACKAGES[backend]}; install it or use auto")
+
+
+# ---------------------------------------------------------------- files
+
+
+def prepare(path: Path, backend: str) -> bytes:
+    """What workers need to run a model file: the ONNX graph for openvino and onnx, the file itself for torch."""
+    return path.read_bytes() if backend == "torch" else _onnx(path)
+
+
+def _onnx(path: Path) -> bytes:
+    """The model as ONNX with the sigmoid inside; made once for each file and kept in the user's cache."""
+    key = hashlib.sha256(path.read_bytes() + version("torch").encode()).hexdigest()[:32]
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volseg" / f"{key}.onnx"
+    if cached.exists():
+        return cached.read_bytes()
+    graph = _export(path)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            file.write(graph)
+        os.replace(file.name, cached)
+    except OSError:
+        pass  # a read-only home only costs the next run its start
+    return graph
+
+
+def _export(path: Path) -> bytes:
+    import io
+    import warnings
+
+    import torch
+
+    network, card = model.load(path)
+    network = torch.nn.Sequential(network, torch.nn.Sigmoid()).eval().requires_grad_(False)
+    free = {0: "batch", 2: "y", 3: "x"}
+    file = io.BytesIO()
+    with warnings.catch_warnings():  # the newer exporter needs minutes for free axes, this one seconds
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (torch.zeros(1, card["sections"], 64, 96),),
+            file,
+            dynamo=False,
+            input_names=["tiles"],
+            output_names=["probability"],
+            dynamic_axes={"tiles": free, "probability": free},
+        )
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------- load
+
+
+def load(blob: bytes, backend: str, precision: str, shape: tuple[int, int, int, int], threads: int = 1) -> Forward:
+    """A function for batches of one ``shape`` (B, sections, Y, X), to be called from up to ``threads`` threads at once."""
+    if backend == "openvino":
+        return _openvino(blob, precision, shape, threads)
+    return _onnxruntime(blob) if backend == "onnx" else _torch(blob, precision)
+
+
+def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], threads: int) -> Forward:
+    import openvino as ov
+
+    core = ov.Core()
+    network = core.read_model(blob, b"")
+    network.reshape(list(shape))
+    compiled = core.compile_model(
+        network,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+            "NUM_STREAMS": threads,  # with as many threads: one thread for each tile, so the bits do not depend on them
+            "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": False,  # or every worker process would sit on the first core
+        },
+    )
+    mine = threading.local()
+
+    def forward(batch: np.ndarray) -> np.ndarray:
+        if not hasattr(mine, "request"):
+            mine.request = compiled.create_infer_request()
+        mine.request.infer({0: batch}, share_inputs=True)
+        return mine.request.get_output_tensor(0).data.copy()
+
+    return forward
+
+
+def _onnxruntime(blob: bytes) -> Forward:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpus() else ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(blob, options, providers=wanted)
+
+    def forward(batch: np.ndarray) -> np.ndarray:
+        return session.run(None, {"tiles": batch})[0]
+
+    return forward
+
+
+def _torch(blob: bytes, precision: str) -> Forward:
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        path.write_bytes(blob)
+        network, _ = model.load(path)
+    device = "cuda" if gpus() else "cpu"
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    if device == "cpu":
+        torch.set_num_threads(1)
+    network = network.to(device, memory_format=torch.channels_last).requires_grad_(False)
+
+    def forward(batch: np.ndarray) -> np.ndarray:
+        with torch.inference_mode(), torch.autocast(device, kind, enabled=kind != torch.float32):
+            tiles = torch.from_numpy(batch).to(device).contiguous(memory_format=torch.channels_last)
+            return torch.sigmoid(network(tiles).float()).contiguous().cpu().numpy()
+
+    return forward
+
+
+# ---------------------------------------------------------------- stream
+
+
+def stream(forward: Forward, batches: Iterable[tuple[Any, np.ndarray]], threads: int) -> Iterator[tuple[Any, np.ndarray]]:
+    """``(key, forward(batch))`` for each ``(key, batch)``, in order, ``threads`` of them under way at once."""
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque = deque()
+        for key, batch in batches:
+            running.append((key, pool.submit(forward, batch)))
+            if len(running) > threads:
+                done, future = running.popleft()
+                yield done, future.result()
+        while running:
+            done, future = running.popleft()
+            yield done, future.result()
+
+
+def describe(backend: str, precision: str) -> dict:
+    """What decides the bits of a forward pass besides the model: recorded in the run, compared on restart."""
+    device = "cuda" if backend != "openvino" and gpus() else "cpu"
+    return {"backend": backend, "precision": precision, "device": device, "version": version(backend),
+            "machine": platform.machine()}  # fmt: skip

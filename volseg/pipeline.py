@@ -1,0 +1,617 @@
+"""Read this first: the path of a voxel, one function per stage.
+
+    predict    tiles of one block -> blended uint8 probabilities
+    fragments  probabilities -> basins of one block, and a table of how they touch
+    faces      a block's exits and crossing edges come to name its neighbours' basins
+    stitch     all tables -> the label of every basin
+    relabel    basins -> labels of one block, and sums for the object table
+    pyramid    labels -> the next coarser level of one block
+
+Each stage reads what earlier ones stored in the run's folder, writes whole shards, and then its done-marker. A stage's
+key is the hash of all that determines its output, so a restart does only what no marker of that key covers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from volseg import cluster, forward, model, objects, pyramid, stitch, tiles, volume
+from volseg import fragments as basins
+from volseg.box import Blocks, Box, Triple
+from volseg.config import Config, UserError
+
+CHANNELS = ("mask", "contour")
+BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
+SAMPLES = 24  # patches that normalisation looks at
+
+
+# ---------------------------------------------------------------- the run as plain data
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that determines a run's output; stored in its folder, from where workers read it."""
+
+    out: str
+    source: volume.Volume
+    config: Config
+    model_sha256: str
+    heads: tuple[str, ...]
+    sections: int
+    mean: float
+    std: float
+    voxel_size_nm: tuple[float, float, float]
+    checksum: str
+    engine: dict
+    predict_block: Triple
+    block: Triple
+
+    @property
+    def shape(self) -> Triple:
+        return self.source.shape
+
+    @property
+    def predict_grid(self) -> Blocks:
+        return Blocks(self.shape, self.predict_block)
+
+    @property
+    def grid(self) -> Blocks:
+        return Blocks(self.shape, self.block)
+
+    @property
+    def tile_grid(self) -> tiles.Grid:
+        return tiles.grid(self.shape[1:], self.config.predict.tile, self.config.predict.overlap)
+
+    @property
+    def levels(self) -> list[tuple[Triple, Triple]]:
+        return pyramid.levels(self.shape, self.voxel_size_nm, self.config.output.levels)
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Each stage's hash of all that determines its output."""
+        c = self.config
+        predict = _hash(
+            self.checksum, self.shape, self.model_sha256, self.mean, self.std, self.engine, self.predict_block,
+            c.predict.tile, c.predict.overlap, c.predict.batch, c.output.chunk,
+        )  # fmt: skip
+        fragments = _hash(predict, c.fragments.model_dump(), self.block)
+        stitched = _hash(fragments, c.stitch.model_dump())
+        levels = {f"pyramid{k}": _hash(stitched, k, *self.levels) for k in range(1, len(self.levels))}
+        return {"predict": predict, "fragments": fragments, "faces": fragments, "stitch": stitched,
+                "relabel": stitched, **levels}  # fmt: skip
+
+    def to_json(self) -> dict:
+        plain = asdict(replace(self, config=None))
+        return {**plain, "config": self.config.model_dump(mode="json", exclude={"train"}), "keys": self.keys}
+
+    @classmethod
+    def from_json(cls, plain: dict) -> Run:
+        known = {name: _tuples(plain[name]) for name in cls.__dataclass_fields__ if name not in ("config", "source")}
+        source = volume.Volume(**{key: _tuples(value) for key, value in plain["source"].items()})
+        return cls(**{**known, "engine": plain["engine"], "source": source, "config": Config(**plain["config"])})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def blocks(shape: Triple, wanted: Triple | None) -> tuple[Triple, Triple]:
+    """The blocks of `predict` and of the stages after it.
+
+    A given shape serves both. Otherwise predict takes slabs of whole planes, which need no tile twice, and the rest
+    takes blocks of about `BLOCK_VOXELS`: whole planes too where they are thin enough to leave the slab some depth.
+    """
+    if wanted:
+        block = tuple(min(b, n) for b, n in zip(wanted, shape, strict=True))
+        return block, block
+    z, y, x = shape
+    slab = (min(z, max(4, BLOCK_VOXELS // (y * x))), y, x)
+    if slab[0] >= min(z, 16):
+        return slab, slab
+    side = min(512, max(y, x))
+    return slab, (min(z, max(16, BLOCK_VOXELS // side**2)), min(y, side), min(x, side))
+
+
+def normalisation(source: volume.Volume) -> tuple[float, float]:
+    """Mean and standard deviation of the volume, from patches spread evenly over it. Voxels of 0 are taken for padding.
+
+    A function of the volume alone, never of a block or tile.
+    """
+    size = tuple(min(n, m) for n, m in zip((1, 512, 512), source.shape, strict=True))
+    count = total = squares = 0.0
+    for i in range(SAMPLES):
+        at = tuple(
+            (i * step) % SAMPLES * (n - s) // (SAMPLES - 1)
+            for n, s, step in zip(source.shape, size, (1, 7, 5), strict=True)
+        )
+        patch = source.read(Box(at, tuple(a + s for a, s in zip(at, size, strict=True)))).astype(np.float64)
+        patch = patch[patch != 0]
+        count, total, squares = count + patch.size, total + patch.sum(), squares + (patch**2).sum()
+    if not count:
+        return 0.0, 1.0
+    mean = total / count
+    return float(mean), float(np.sqrt(max(squares / count - mean**2, 0.0)) or 1.0)
+
+
+# ---------------------------------------------------------------- stages, one block each; these run on workers
+
+
+def predict(run: Run, i: int, seconds: dict[str, float]) -> None:
+    """Probabilities of block ``i`` are stored: every tile that meets it, blended in raster order, as uint8."""
+    box = run.predict_grid[i]
+    around = run.sections // 2
+    y, x = box.slices[1:]
+    grid = run.tile_grid
+    meeting = grid.meeting(y, x)
+    with cluster.timed(seconds, "read"):
+        slab, origin = _slab(run, box, meeting)
+    out = np.empty((len(run.heads), *box.shape), np.uint8)
+
+    def batches() -> Iterator[tuple[list, np.ndarray]]:
+        todo = [(z, tile) for z in range(*box.slices[0].indices(run.shape[0])) for tile in meeting]
+        size = run.config.predict.batch
+        for first in range(0, len(todo), size):
+            keys = todo[first : first + size]
+            batch = np.zeros((size, run.sections, *grid.size), np.float32)
+            for row, (z, tile) in zip(batch, keys, strict=False):
+                sections = np.clip(np.arange(z - around, z + around + 1), 0, run.shape[0] - 1) - origin[0]
+                place = tuple(
+                    slice(s.start - o, s.stop - o) for s, o in zip(grid.place(tile), origin[1:], strict=True)
+                )
+                row[:] = (tiles.cut(slab, *place)[sections] - np.float32(run.mean)) * np.float32(1 / run.std)
+            yield keys, batch
+
+    blend = None
+    with cluster.timed(seconds, "infer"):
+        network = _network(run.out, run.keys["relabel"])
+        for keys, probability in forward.stream(network, batches(), threads=cluster.threads_here()):
+            for (z, tile), one in zip(keys, probability, strict=False):
+                blend = tiles.Blend(len(run.heads), grid, y, x) if tile == meeting[0] else blend
+                blend.add(tile, one)
+                if tile == meeting[-1]:
+                    out[:, z - box.start[0]] = blend.quantise()
+    with cluster.timed(seconds, "write"):
+        volume.write(volume.open_array(run.out, "0"), box, out)
+
+
+def _slab(run: Run, box: Box, meeting: list[tuple[int, int]]) -> tuple[np.ndarray, Triple]:
+    """Source voxels under the tiles of a block, with neighbouring sections, and where the array starts."""
+    around = run.sections // 2
+    places = [run.tile_grid.place(tile) for tile in meeting]
+    start = (box.start[0] - around, min(p[0].start for p in places), min(p[1].start for p in places))
+    stop = (box.stop[0] + around, max(p[0].stop for p in places), max(p[1].stop for p in places))
+    need = Box(start, stop).clip(run.shape)
+    return run.source.read(need).astype(np.float32, copy=False), need.start
+
+
+def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
+    """Basins of block ``i`` are stored, with the table of how they touch."""
+    box = run.grid[i]
+    knobs = run.config.fragments
+    have = box.grow(basins.halo(knobs)).clip(run.shape)
+    with cluster.timed(seconds, "read"):
+        probability = np.asarray(volume.open_array(run.out, "0")[(slice(None), *have.slices)])
+    with cluster.timed(seconds, "basins"):
+        height = basins.heights(probability, box, run.shape, knobs)
+        mass = np.ascontiguousarray(probability[0][box.inside(have)])
+        region, table = basins.fragments(height, mass, box, run.shape)
+    with cluster.timed(seconds, "write"):
+        volume.write(volume.open_array(run.out, "work/fragments"), box, region)
+        _save(run.out, f"work/tables/{i}.npz", **asdict(table))
+
+
+def faces(run: Run, i: int, seconds: dict[str, float]) -> None:
+    """The `stitch.Links` of block ``i`` are stored."""
+    found = stitch.link(i, lru_cache(lambda j: basins.Table(**_load(run.out, f"work/tables/{j}.npz"))), run.grid)
+    _save(run.out, f"work/links/{i}.npz", **asdict(found))
+
+
+def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
+    """The label of every region of every block is stored; returns how many objects there are."""
+    count = len(run.grid)
+    with cluster.timed(seconds, "read"):
+        tables = [basins.Table(**_load(run.out, f"work/tables/{i}.npz")) for i in range(count)]
+        links = [stitch.Links(**_load(run.out, f"work/links/{i}.npz")) for i in range(count)]
+    knobs = run.config.stitch
+    whole, basin_of = stitch.gather(tables, links)
+    label = stitch.decide(
+        whole,
+        seed_height=basins.seed_height(knobs.seed, run.config.fragments),
+        keep_unseeded=knobs.keep_unseeded,
+        min_voxels=knobs.min_voxels,
+    )
+    found = int(label.max(initial=0))
+    with cluster.timed(seconds, "write"):
+        _save(run.out, "work/basins.npz", **asdict(whole), label=label)
+        for i, basin in enumerate(basin_of):
+            ids = np.r_[0, label[basin]].astype(stitch.label_dtype(found))
+            _save(run.out, f"work/labels/{i}.npz", label=ids)
+    return {"objects": found, "basins": int(label.size), "edges": int(whole.edges.size)}
+
+
+def relabel(run: Run, i: int, seconds: dict[str, float]) -> None:
+    """Labels of block ``i`` are stored, and its sums for the object table."""
+    box = run.grid[i]
+    with cluster.timed(seconds, "read"):
+        region = np.asarray(volume.open_array(run.out, "work/fragments")[box.slices])
+        mass = np.asarray(volume.open_array(run.out, "0")[(0, *box.slices)])
+        label = _load(run.out, f"work/labels/{i}.npz")["label"]
+    with cluster.timed(seconds, "measure"):
+        sums = objects.measure(region, label, mass, box)
+    with cluster.timed(seconds, "write"):
+        volume.write(volume.open_array(run.out, "labels/instances/0"), box, label[region])
+        _save(run.out, f"work/objects/{i}.npz", sums=sums)
+
+
+def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> None:
+    """Block ``i`` of a pyramid level is stored, made from the level above."""
+    shape, factor = run.levels[level]
+    above = volume.open_array(run.out, f"labels/instances/{level - 1}")
+    box = Blocks(shape, _fit(run.block, shape))[i]
+    parent = np.asarray(above[pyramid.parent_box(box, factor, run.levels[level - 1][0]).slices])
+    volume.write(volume.open_array(run.out, f"labels/instances/{level}"), box, pyramid.downsample(parent, factor))
+
+
+STAGES: dict[str, Callable] = {
+    "predict": predict, "fragments": fragments, "faces": faces, "stitch": stitched, "relabel": relabel,
+}  # fmt: skip
+
+
+def work(out: str, key: str, stage: str, i: int) -> dict:
+    """One block of one stage on a worker, start to finish; returns its receipt."""
+    run = _run(out, key)
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    if stage.startswith("pyramid"):
+        facts = coarser(run, i, seconds, int(stage.removeprefix("pyramid")))
+    else:
+        facts = STAGES[stage](run, i, seconds)
+    seconds["all"] = time.perf_counter() - start
+    return cluster.mark(out, stage, run.keys[stage], i, {"seconds": seconds, **(facts or {})})
+
+
+@lru_cache(maxsize=2)
+def _run(out: str, key: str) -> Run:
+    """The run stored at ``out``; ``key`` names its content, so that a new run at the same place is read anew."""
+    return replace(Run.from_json(json.loads(volume.read_bytes(out, "work/run.json"))), out=out)
+
+
+@lru_cache(maxsize=1)
+def _network(out: str, key: str) -> forward.Forward:
+    run = _run(out, key)
+    shape = (run.config.predict.batch, run.sections, *run.tile_grid.size)
+    return forward.load(
+        volume.read_bytes(out, "work/model.bin"),
+        run.engine["backend"],
+        run.engine["precision"],
+        shape,
+        cluster.threads_here(),
+    )
+
+
+def _save(out: str, key: str, **arrays: np.ndarray) -> None:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    volume.write_bytes(out, key, file.getvalue())
+
+
+def _load(out: str, key: str) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(volume.read_bytes(out, key))) as stored:  # allow_pickle is off
+        return dict(stored)
+
+
+def _fit(block: Triple, shape: Triple) -> Triple:
+    return tuple(min(b, n) for b, n in zip(block, shape, strict=True))
+
+
+# ---------------------------------------------------------------- a whole run; this runs where the command was given
+
+
+class Show(Protocol):
+    """How a run tells its user what it does."""
+
+    def say(self, text: str) -> None: ...
+
+    def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        """Starts a stage of so many voxels, some done before; returns what to call with voxels as they are done."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run has to say. Seconds are wall-clock; bytes are the most one process held."""
+
+    out: str
+    objects: int
+    voxels: int
+    seconds: dict[str, float]
+    worker_peak_bytes: int
+    client_peak_bytes: int
+    labels: str
+    table: str
+    picture: str
+
+
+class Incomplete(UserError):
+    """Some blocks could not be done; the rest is kept, and the same command goes on from there."""
+
+
+def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -> Summary:
+    """Labels, object table, pyramid and picture of the volume at ``path`` are in the OME-Zarr group ``out``.
+
+    A run that was stopped goes on where it was, if nothing that determines its output has changed. The group has its
+    final name only once it is whole (on object stores, which cannot rename, once ``run.json`` is there). Raises
+    `UserError` for a bad volume or model, an existing output, or a changed configuration; `Incomplete` when blocks failed.
+    """
+    start = time.perf_counter()
+    source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+    _refuse_existing(out, overwrite)
+    run = _describe(source, config, _partial(out))
+    _begin(run, overwrite)
+    show.say(_headline(run))
+    with cluster.connect(config.cluster, forward.gpus()) as client:
+        if link := cluster.dashboard(client):
+            show.say(f"dashboard {link}")
+        seconds = {"start": time.perf_counter() - start, **_stages(client, run, show)}
+    return _finish(run, out, seconds, start)
+
+
+def _partial(out: str) -> str:
+    return out if volume.is_remote(out) else f"{out}.partial"
+
+
+def _refuse_existing(out: str, overwrite: bool) -> None:
+    whole = volume.exists(f"{out}/run.json") if volume.is_remote(out) else volume.exists(out)
+    if whole and not overwrite:
+        raise UserError(f"output {out} exists; give another --out, or --overwrite to replace it")
+    if whole and not volume.exists(f"{out}/zarr.json"):
+        raise UserError(f"output {out} exists and is not a volseg run, so --overwrite leaves it alone; remove it yourself")
+
+
+def _describe(source: volume.Volume, config: Config, out: str) -> Run:
+    """The run as plain data, every choice made."""
+    path = Path(config.predict.model) if config.predict.model else model.shipped()
+    card = model.load_card(path)
+    if tuple(card["heads"]) != CHANNELS:
+        raise UserError(f"{path} has heads {card['heads']}; the watershed wants {list(CHANNELS)}: train such a model")
+    if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
+        raise UserError(f"{source.path} holds {source.dtype}; inference wants grey values")
+    backend, precision = forward.choose(config.predict.backend, config.predict.precision)
+    slab, block = blocks(source.shape, config.blocks.shape)
+    of_model = config.predict.normalize == "model"
+    mean, std = (card["mean"], card["std"]) if of_model else normalisation(source)
+    return Run(
+        out=out,
+        source=replace(source, path=_absolute(source.path)),
+        config=config,
+        model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        heads=tuple(card["heads"]),
+        sections=card["sections"],
+        mean=mean,
+        std=std,
+        voxel_size_nm=source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0)),
+        checksum=source.checksum(),
+        engine=forward.describe(backend, precision),
+        predict_block=slab,
+        block=block,
+    )
+
+
+def _absolute(path: str) -> str:
+    return path if volume.is_remote(path) else str(Path(path).resolve())
+
+
+def _begin(run: Run, overwrite: bool) -> None:
+    """The run's folder holds its description, the model and empty arrays; an interrupted run is kept if it is this one."""
+    if volume.exists(f"{run.out}/work/run.json") and not overwrite:
+        _refuse_changed(run)
+        return
+    volume.remove(run.out)
+    volume.create_group(run.out)
+    lead = len(run.heads)
+    volume.create_array(
+        run.out, "0", shape=(lead, *run.shape), dtype="uint8", chunk=(1, *run.config.output.chunk),
+        shard=(lead, *run.predict_block), axes="czyx",
+    )  # fmt: skip
+    volume.create_array(
+        run.out, "work/fragments", shape=run.shape, dtype="uint32", chunk=run.config.output.chunk, shard=run.block,
+    )  # fmt: skip
+    path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
+    volume.write_bytes(run.out, "work/model.bin", forward.prepare(path, run.engine["backend"]))
+    volume.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
+
+
+def _refuse_changed(run: Run) -> None:
+    """Only a run of the same description may go on."""
+    old = json.loads(volume.read_bytes(run.out, "work/run.json"))
+    new = json.loads(json.dumps(run.to_json()))
+    changed = [name for name in _flat(new) if name.partition(".")[0] not in ("out", "keys") and
+               not name.startswith("config.cluster.") and _flat(old).get(name) != _flat(new)[name]]  # fmt: skip
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"an unfinished run at {run.out} has {name} = {_flat(old).get(name)!r}, this one {_flat(new)[name]!r}; "
+            "finish it with its own settings, or start again with --overwrite"
+        )
+
+
+def _flat(plain: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in plain.items():
+        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return out
+
+
+def _headline(run: Run) -> str:
+    z, y, x = run.shape
+    grid = run.tile_grid
+    wasted = prod(len(a.origins) * a.size for a in (grid.y, grid.x)) / (y * x)
+    return (
+        f"{run.source.path}: {z} x {y} x {x} {run.source.dtype}, voxels of "
+        f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm\n"
+        f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']}, tiles of {grid.size[0]} x "
+        f"{grid.size[1]}, {wasted:.2f} voxels inferred for each one wanted, {len(run.grid)} blocks of "
+        f"{' x '.join(map(str, run.block))}"
+    )
+
+
+def _stages(client: Any, run: Run, show: Show) -> dict[str, float]:
+    """Runs every stage after another over the blocks that no marker covers; seconds of each."""
+    seconds: dict[str, float] = {}
+    for stage in ("predict", "fragments", "faces", "stitch"):
+        grid = {"predict": run.predict_grid, "stitch": Blocks(run.shape, run.shape)}.get(stage, run.grid)
+        with cluster.timed(seconds, stage):
+            _stage(client, run, stage, grid, show)
+    _create_labels(run)
+    with cluster.timed(seconds, "relabel"):
+        _stage(client, run, "relabel", run.grid, show)
+    for level, (shape, _) in list(enumerate(run.levels))[1:]:
+        with cluster.timed(seconds, "pyramid"):
+            _stage(client, run, f"pyramid{level}", Blocks(shape, _fit(run.block, shape)), show)
+    return seconds
+
+
+def _stage(client: Any, run: Run, stage: str, grid: Blocks, show: Show) -> None:
+    """One stage over the blocks of ``grid``; raises `Incomplete` that names the blocks given up."""
+    done = cluster.marked(run.out, stage, run.keys[stage])
+    advance = show.stage(stage, prod(grid.shape), sum(grid[i].voxels for i in done))
+    knobs = run.config.cluster
+    failures = cluster.run(
+        client, work, (i for i in range(len(grid)) if i not in done), run.out, run.keys["relabel"], stage,
+        tries=knobs.tries, window=knobs.window, done=lambda i, _: advance(grid[i].voxels),
+    )  # fmt: skip
+    if failures:
+        first = failures[0]
+        more = f" ({len(failures)} of {len(grid)} blocks)" if len(failures) > 1 else ""
+        raise Incomplete(
+            f"{stage} failed in block {grid[first.item]}{more} after {knobs.tries} tries: {first.reason}; "
+            "what is done is kept: mend the cause and give the same command again"
+        )
+
+
+def _create_labels(run: Run) -> None:
+    """The label arrays exist, wide enough for the number of objects."""
+    if volume.exists(f"{run.out}/labels/instances/zarr.json"):
+        return
+    found = max((receipt["objects"] for receipt in cluster.receipts(run.out, "stitch")), default=0)
+    for level, (shape, _) in enumerate(run.levels):
+        volume.remove(f"{run.out}/labels/instances/{level}")
+        volume.create_array(
+            run.out, f"labels/instances/{level}", shape=shape, dtype=stitch.label_dtype(found),
+            chunk=run.config.output.chunk, shard=_fit(run.block, shape), axes="zyx",
+        )  # fmt: skip
+    sizes = pyramid.sizes(run.levels, run.voxel_size_nm)
+    volume.create_group(f"{run.out}/labels/instances")
+    volume.set_group_attributes(run.out, "labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
+    volume.set_group_attributes(
+        run.out,
+        "labels/instances",
+        volume.ome_multiscales("instances", "zyx", [(str(k), s) for k, s in enumerate(sizes)], source="../../"),
+    )
+
+
+def _finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summary:
+    """Table, picture and description are written, and the run takes its final name."""
+    import pandas
+
+    from volseg import view
+
+    parts = [_load(run.out, f"work/objects/{i}.npz")["sums"] for i in range(len(run.grid))]
+    columns = objects.table(objects.merge(parts), run.shape, run.voxel_size_nm)
+    file = io.BytesIO()
+    pandas.DataFrame(columns).to_parquet(file, index=False)
+    volume.write_bytes(run.out, "tables/objects.parquet", file.getvalue())
+    labels = volume.open(run.out, dataset="labels/instances/0")
+    volume.write_bytes(run.out, "overlay.png", view.overlay(run.source, labels, columns))
+    volume.set_group_attributes(
+        run.out, "", volume.ome_multiscales("probability", "czyx", [("0", run.voxel_size_nm)])
+    )
+    receipts = [r for stage in run.keys for r in cluster.receipts(run.out, stage)]
+    seconds = {**seconds, "total": time.perf_counter() - start}
+    facts = {
+        **run.to_json(),
+        "out": out,
+        "objects": int(columns["id"].size),
+        "seconds": seconds,
+        "worker_seconds": _add_up(r["seconds"] for r in receipts),
+        "peak_bytes": {"worker": max(r["peak_bytes"] for r in receipts), "client": cluster.peak_bytes()},
+        "versions": {name: metadata.version(name) for name in ("volseg", "zarr", "zarrs", "dask", "numba", "numpy")},
+    }
+    if not run.config.output.keep_work:
+        volume.remove(f"{run.out}/work")
+    volume.write_bytes(run.out, "run.json", json.dumps(facts, indent=1).encode())
+    if run.out != out:
+        volume.remove(out)
+        volume.move(run.out, out)
+    return Summary(
+        out=out,
+        objects=facts["objects"],
+        voxels=prod(run.shape),
+        seconds=seconds,
+        worker_peak_bytes=facts["peak_bytes"]["worker"],
+        client_peak_bytes=facts["peak_bytes"]["client"],
+        labels=f"{out}/labels/instances",
+        table=f"{out}/tables/objects.parquet",
+        picture=f"{out}/overlay.png",
+    )
+
+
+def _add_up(rows: Any) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+# ---------------------------------------------------------------- synthetic volumes
+
+
+def synthesise(out: str, shape: Triple, block: Triple, *, seed: int, overwrite: bool, show: Show) -> None:
+    """A synthetic EM volume with its exact labels is at ``out`` (OME-Zarr: array ``0``, and ``labels/truth/0``).
+
+    Any block shape gives the same voxels. Voxels are 5 nm along each axis.
+    """
+    from volseg.synth import synth
+
+    if volume.exists(out) and not overwrite:
+        raise UserError(f"output {out} exists; give another path, or --overwrite to replace it")
+    if volume.exists(out) and not volume.exists(f"{out}/zarr.json"):
+        raise UserError(f"output {out} exists and is not a zarr group, so --overwrite leaves it alone; remove it yourself")
+    partial = _partial(out)
+    volume.remove(partial)
+    grid = Blocks(shape, _fit(block, shape))
+    dtype = synth(Box((0, 0, 0), (1, 1, 1)), seed=seed)[1].dtype
+    for group in ("", "/labels", "/labels/truth"):
+        volume.create_group(f"{partial}{group}")
+    for name, kind in (("0", "uint8"), ("labels/truth/0", dtype)):
+        volume.create_array(partial, name, shape=shape, dtype=kind, chunk=(32, 256, 256), shard=grid.block, axes="zyx")
+    nm = (5.0, 5.0, 5.0)
+    volume.set_group_attributes(partial, "", volume.ome_multiscales("synthetic EM", "zyx", [("0", nm)]))
+    volume.set_group_attributes(partial, "labels", {"ome": {"version": "0.5", "labels": ["truth"]}})
+    truth = volume.ome_multiscales("truth", "zyx", [("0", nm)], source="../../")
+    volume.set_group_attributes(partial, "labels/truth", truth)
+    advance = show.stage("synth", prod(shape), 0)
+    for box in grid:
+        image, labels = synth(box, seed=seed)
+        volume.write(volume.open_array(partial, "0"), box, image)
+        volume.write(volume.open_array(partial, "labels/truth/0"), box, labels)
+        advance(box.voxels)
+    if partial != out:
+        volume.remove(out)
+        volume.move(partial, out)

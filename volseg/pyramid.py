@@ -1,0 +1,102 @@
+"""Coarser levels of a label volume, as a pure function of the level above: no blocking changes a voxel."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import numba
+import numpy as np
+
+from volseg.box import Box, Triple
+
+SMALL = 64  # a level whose longest axis is at most this is the last one
+
+
+def levels(shape: Triple, voxel_size_nm: tuple[float, float, float] | None, count: int) -> list[tuple[Triple, Triple]]:
+    """Up to ``count`` levels, finest first: each one's shape and its factor (z y x) against the level above.
+
+    An axis is halved while its voxels are at most the square root of 2 longer than the shortest, so that voxels tend to
+    cubes; without a voxel size all axes are. The first factor is (1, 1, 1).
+
+    >>> levels((100, 400, 400), (50, 5, 5), 3)
+    [((100, 400, 400), (1, 1, 1)), ((100, 200, 200), (1, 2, 2)), ((100, 100, 100), (1, 2, 2))]
+    """
+    size = tuple(voxel_size_nm or (1.0, 1.0, 1.0))
+    found = [(tuple(shape), (1, 1, 1))]
+    while len(found) < count and max(found[-1][0]) > SMALL:
+        above = found[-1][0]
+        limit = sqrt(2) * min(s for s, n in zip(size, above, strict=True) if n > 1)
+        factor = tuple(2 if n > 1 and s <= limit else 1 for s, n in zip(size, above, strict=True))
+        size = tuple(s * f for s, f in zip(size, factor, strict=True))
+        found.append((tuple(-(-n // f) for n, f in zip(above, factor, strict=True)), factor))
+    return found
+
+
+def sizes(levels: list[tuple[Triple, Triple]], voxel_size_nm: tuple[float, float, float]) -> list[tuple[float, ...]]:
+    """Voxel size z y x in nm of each level that :func:`levels` gave."""
+    found = []
+    for _, factor in levels:
+        above = found[-1] if found else voxel_size_nm
+        found.append(tuple(float(s) * f for s, f in zip(above, factor, strict=True)))
+    return found
+
+
+def parent_box(box: Box, factor: Triple, above: Triple) -> Box:
+    """The voxels of the level above, of that shape, from which ``box`` is made.
+
+    >>> str(parent_box(Box((1, 0, 2), (2, 3, 4)), (1, 2, 2), (2, 5, 8)))
+    '1:2,0:5,4:8'
+    """
+    start = tuple(a * f for a, f in zip(box.start, factor, strict=True))
+    stop = tuple(b * f for b, f in zip(box.stop, factor, strict=True))
+    return Box(start, stop).clip(above)
+
+
+def downsample(labels: np.ndarray, factor: Triple) -> np.ndarray:
+    """Each cell of ``factor`` voxels (1 or 2 along z y x) as its most frequent label; type kept, shape rounded up.
+
+    Ties go to the smallest label that is not 0. Cells cut short by the far end count the voxels they have, so a box
+    must start at a multiple of ``factor``, and end at one or at the end of the volume (see :func:`parent_box`).
+
+    >>> downsample(np.array([[[0, 7, 3, 3], [0, 5, 0, 0]]]), (1, 2, 2))
+    array([[[0, 3]]])
+    """
+    if not set(factor) <= {1, 2}:
+        raise ValueError(f"factor {factor} must be 1 or 2 along each axis; make more levels instead")
+    out = np.empty(tuple(-(-n // f) for n, f in zip(labels.shape, factor, strict=True)), labels.dtype)
+    _modes(np.ascontiguousarray(labels), np.array(factor, np.int64), out)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _modes(labels: np.ndarray, factor: np.ndarray, out: np.ndarray) -> None:
+    fz, fy, fx = factor
+    nz, ny, nx = labels.shape
+    cell = np.empty(8, labels.dtype)
+    for z in range(out.shape[0]):
+        for y in range(out.shape[1]):
+            for x in range(out.shape[2]):
+                n = 0
+                equal = True
+                for k in range(z * fz, min(nz, z * fz + fz)):
+                    for j in range(y * fy, min(ny, y * fy + fy)):
+                        for i in range(x * fx, min(nx, x * fx + fx)):
+                            cell[n] = labels[k, j, i]
+                            equal = equal and cell[n] == cell[0]
+                            n += 1
+                out[z, y, x] = cell[0] if equal else _mode(cell, n)
+
+
+@numba.njit(cache=True, nogil=True)
+def _mode(cell: np.ndarray, n: int) -> int:
+    """The most frequent of the first ``n`` values; ties go to the smallest that is not 0."""
+    best = cell[0]
+    most = 0
+    for i in range(n):
+        value = cell[i]
+        count = 0
+        for j in range(n):
+            count += cell[j] == value
+        if count > most or (count == most and value != 0 and (best == 0 or value < best)):
+            best, most = value, count
+    return best

@@ -1,0 +1,131 @@
+"""The tile grid and its blend. Both belong to the volume: they are functions of its plane's shape alone.
+
+A tile is one section of the volume (with its neighbouring sections as channels) cut to a size that the network takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+MULTIPLE = 32  # the encoder halves a tile five times
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Tiles along one axis: ``count`` origins, each tile ``size`` long; only a lone tile may reach past the end."""
+
+    length: int
+    size: int
+    origins: tuple[int, ...]
+
+    def meeting(self, start: int, stop: int) -> list[int]:
+        """Numbers of the tiles that share a voxel with ``start:stop``."""
+        return [i for i, o in enumerate(self.origins) if o < stop and o + self.size > start]
+
+    def weights(self, i: int) -> np.ndarray:
+        """Blending weight along tile ``i``, float32: a ramp where it shares voxels with a neighbour, else 1."""
+        weight = np.ones(self.size, np.float32)
+        if i > 0:
+            shared = self.origins[i - 1] + self.size - self.origins[i]
+            weight[:shared] = _ramp(shared)
+        if i + 1 < len(self.origins):
+            shared = self.origins[i] + self.size - self.origins[i + 1]
+            weight[self.size - shared :] = np.minimum(weight[self.size - shared :], _ramp(shared)[::-1])
+        return weight
+
+
+def _ramp(n: int) -> np.ndarray:
+    return ((np.arange(n, dtype=np.float32) + np.float32(1)) / np.float32(n + 1)).astype(np.float32)
+
+
+def axis(length: int, tile: int, overlap: int) -> Axis:
+    """Evenly spread tiles of at most ``tile`` voxels (a multiple of 32) that share at least ``overlap`` and cover ``length``.
+
+    >>> axis(1024, 1280, 64)
+    Axis(length=1024, size=1024, origins=(0,))
+    >>> axis(100, 64, 16).origins
+    (0, 36)
+    """
+    longest = max(MULTIPLE, tile // MULTIPLE * MULTIPLE)
+    if length <= longest:
+        return Axis(length, _up(length), (0,))
+    if overlap >= longest:
+        raise ValueError(f"overlap {overlap} leaves no room in tiles of {longest}; use overlap < tile")
+    count = -(-(length - overlap) // (longest - overlap))
+    size = min(longest, _up(-(-(length + (count - 1) * overlap) // count)))
+    return Axis(length, size, tuple(round(i * (length - size) / (count - 1)) for i in range(count)))
+
+
+def _up(n: int) -> int:
+    return -(-n // MULTIPLE) * MULTIPLE
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tiles of every section of a volume."""
+
+    y: Axis
+    x: Axis
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Shape of a tile, y x."""
+        return self.y.size, self.x.size
+
+    def meeting(self, y: slice, x: slice) -> list[tuple[int, int]]:
+        """The tiles, in raster order, that share a voxel with part of the plane."""
+        return [(i, j) for i in self.y.meeting(y.start, y.stop) for j in self.x.meeting(x.start, x.stop)]
+
+    def place(self, tile: tuple[int, int]) -> tuple[slice, slice]:
+        """Where a tile lies in the plane; a lone tile may reach past the end."""
+        y, x = self.y.origins[tile[0]], self.x.origins[tile[1]]
+        return slice(y, y + self.y.size), slice(x, x + self.x.size)
+
+    def weights(self, tile: tuple[int, int]) -> np.ndarray:
+        """Blending weights of a tile, float32 y x."""
+        return self.y.weights(tile[0])[:, None] * self.x.weights(tile[1])[None, :]
+
+
+def grid(plane: tuple[int, int], tile: int, overlap: int) -> Grid:
+    """The tile grid of a volume whose sections have the shape ``plane``."""
+    return Grid(axis(plane[0], tile, overlap), axis(plane[1], tile, overlap))
+
+
+def cut(plane: np.ndarray, y: slice, x: slice) -> np.ndarray:
+    """``plane[..., y, x]``, mirrored past its end."""
+    part = plane[..., y, x]
+    past = [(0, 0)] * (part.ndim - 2) + [
+        (0, s.stop - s.start - n) for s, n in zip((y, x), part.shape[-2:], strict=True)
+    ]
+    return np.pad(part, past, mode="symmetric") if any(p[1] for p in past) else part
+
+
+class Blend:
+    """Adds up the tiles of one section over a window of the plane, in the order they come (it must be raster order).
+
+    A voxel's sums see the same tiles in the same order whatever the window, so windows agree on the voxels they share.
+    """
+
+    def __init__(self, channels: int, grid: Grid, y: slice, x: slice) -> None:
+        self.grid, self.y, self.x = grid, y, x
+        shape = (y.stop - y.start, x.stop - x.start)
+        self.total = np.zeros((channels, *shape), np.float32)
+        self.weight = np.zeros(shape, np.float32)
+
+    def add(self, tile: tuple[int, int], probability: np.ndarray) -> None:
+        """Adds a tile's probabilities, float32 (channels, y, x)."""
+        y, x = self.grid.place(tile)
+        ty, tx = (slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in ((y, self.y), (x, self.x)))
+        source = (slice(ty.start - y.start, ty.stop - y.start), slice(tx.start - x.start, tx.stop - x.start))
+        target = (slice(ty.start - self.y.start, ty.stop - self.y.start),
+                  slice(tx.start - self.x.start, tx.stop - self.x.start))  # fmt: skip
+        weight = self.grid.weights(tile)[source]
+        self.total[(slice(None), *target)] += probability[(slice(None), *source)] * weight
+        self.weight[target] += weight
+
+    def quantise(self) -> np.ndarray:
+        """The blended probabilities as uint8, 255 for 1; halves round up."""
+        blended = self.total / self.weight
+        return np.floor(np.clip(blended, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
