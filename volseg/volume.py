@@ -17,7 +17,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import log as ln
 from pathlib import Path
@@ -149,8 +149,7 @@ def open(path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None 
         found = _open_zarr(path, dataset) if _looks_zarr(path) else _open_folder(path)
     else:
         found = _open_file(path)
-    size = voxel_size_nm or found.voxel_size_nm
-    return Volume(**{**vars(found), "voxel_size_nm": tuple(float(n) for n in size) if size else None})
+    return replace(found, voxel_size_nm=tuple(float(n) for n in voxel_size_nm)) if voxel_size_nm else found
 
 
 def _open_file(path: str) -> Volume:
@@ -238,7 +237,12 @@ def _stamp(path: str) -> tuple[int, int, int]:
 class _Whole(WrapperStore):
     """A store that refuses chunks cut short, which zarr's own codecs read as fill value or as garbage."""
 
-    blosc = False  # whether each whole object is one blosc frame, which states its own length
+    def __init__(self, store: Store, blosc: bool) -> None:
+        super().__init__(store)
+        self.blosc = blosc  # whether each whole object is one blosc frame, which states its own length
+
+    def _with_store(self, store: Store) -> _Whole:
+        return _Whole(store, self.blosc)
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
         value = await self._store.get(key, prototype, byte_range)
@@ -272,7 +276,7 @@ def _pipeline(name: str) -> Iterator[None]:
 
 
 _PYTHON = "zarr.core.codec_pipeline.BatchedCodecPipeline"
-_RUST = "zarrs.ZarrsCodecPipeline"  # twice as fast; local stores and native byte order only
+_RUST = "zarrs.ZarrsCodecPipeline"  # twice as fast; local stores, native byte order and C order only
 
 
 def _node(path: str, name: str = "") -> zarr.Array | zarr.Group:
@@ -326,13 +330,16 @@ def _cached_array(path: str, name: str, mode: str, stamp: Any) -> zarr.Array:
     array = _node(path, name)
     if isinstance(array, zarr.Group):
         raise UserError(f"{_join(path, name)} is a zarr group, not an array{_inside(_join(path, name))}")
-    if not is_remote(path) and array.dtype.isnative:
+    if not is_remote(path) and array.dtype.isnative and array.order == "C":
         with _pipeline(_RUST):
             return zarr.open_array(_store(path), path=name, mode=mode)
-    store = _Whole(_store(path))
-    store.blosc = _blosc(array)
     with _pipeline(_PYTHON):
-        return zarr.open_array(store, path=name, mode=mode)
+        return zarr.open_array(_Whole(_store(path), _blosc(array)), path=name, mode=mode)
+
+
+def forget() -> None:
+    """This process holds no zarr array open any more; the next use opens it anew."""
+    _cached_array.cache_clear()
 
 
 def _damaged(array: zarr.Array, box: Box) -> str:
@@ -365,8 +372,8 @@ def _full_resolution(group: zarr.Group, path: str, dataset: str) -> str:
     """Path of the first dataset of a multiscales group; for a volseg run, of its labels."""
     if not dataset and exists(_join(path, "run.json")) and exists(_join(path, "labels/instances/0")):
         return "labels/instances/0"
-    levels = _ome(group.attrs.asdict()).get("multiscales") or [{}]
-    datasets = levels[0].get("datasets") or []
+    images = _ome(group.attrs.asdict()).get("multiscales") or [{}]
+    datasets = images[0].get("datasets") or []
     if not datasets:
         raise UserError(f"zarr group {_join(path, dataset)} has no OME-Zarr multiscales{_inside(path)}")
     return "/".join(key for key in (dataset.strip("/"), datasets[0]["path"].strip("/")) if key)
@@ -379,19 +386,24 @@ def _ome(attributes: dict) -> dict:
 
 def _multiscales(path: str, dataset: str) -> tuple[dict, dict]:
     """The multiscales image that lists an array as one of its levels, and its entry; empty when none does."""
-    whole = _join(path, dataset)
-    for depth in range(1, 4):
-        root, name = whole.rsplit("/", depth)[0], "/".join(whole.rsplit("/", depth)[1:])
-        try:
-            group = _node(root)
-        except UserError:
-            continue
-        images = _ome(group.attrs.asdict()).get("multiscales") or []
-        for image in images:
+    keys = dataset.strip("/").split("/") if dataset else []
+    above = [(_join(path, *keys[:i]), "/".join(keys[i:])) for i in reversed(range(len(keys)))]
+    for root, name in above or [tuple(path.rsplit("/", 1))]:
+        for image in _images(root):
             for entry in image.get("datasets", []):
                 if entry.get("path", "").strip("/") == name:
                     return image, entry
     return {}, {}
+
+
+def _images(root: str) -> list[dict]:
+    """The multiscales of the group at ``root``; none where there is no group."""
+    if not root or root.endswith(":/"):
+        return []
+    try:
+        return _ome(_node(root).attrs.asdict()).get("multiscales") or []
+    except UserError:
+        return []
 
 
 def _axes(image: dict, array: zarr.Array) -> list[str]:
@@ -452,7 +464,7 @@ class _Pages:
             key = series.keyframe
             self.shape = _tiff_shape(series, tif, path)
             self.dtype = _dtype(key.dtype, path)
-            self.stored = np.dtype(tif.byteorder + key.dtype.char) if key.dtype.itemsize > 1 else key.dtype
+            self.stored = key.dtype.newbyteorder(tif.byteorder)
             self.voxel_size_nm = _tiff_nm(tif)
             self.offset = series.dataoffset  # of all sections when they lie in one piece
             self.pages = [] if self.offset is not None else list(series.pages)
@@ -488,13 +500,13 @@ class _Pages:
     def _refuse_unknown_codec(self, key: Any) -> None:
         try:
             self._decode(0, 0)
-        except Exception as error:  # tifffile's ways to say that a codec is missing differ
-            if "imagecodecs" in str(error) or isinstance(error, (ImportError, KeyError)):
-                name = getattr(key.compression, "name", key.compression)
-                raise UserError(
-                    f"{self.path} is compressed with {name}, which needs another package: pip install imagecodecs"
-                ) from None
-            raise
+        except Exception as error:  # tifffile has several ways to say that a codec is missing
+            if not isinstance(error, ImportError) and not re.search(r"imagecodecs|COMPRESSION\.", str(error)):
+                raise
+            raise UserError(
+                f"{self.path} is compressed with {getattr(key.compression, 'name', key.compression)}, which cannot be "
+                "decoded here: pip install imagecodecs, or save it with deflate or without compression"
+            ) from None
 
     def fill(self, plane: np.ndarray, z: int, window: tuple[slice, slice]) -> None:
         """``plane`` holds the voxels of section ``z`` in ``window`` (y x)."""
@@ -580,6 +592,10 @@ def _only_series(tif: Any, path: str) -> Any:
     """The one stack of equal pages in a file."""
     if not len(tif.series):
         raise UserError(f"{path} has no pages; copy it again")
+    if tif.series[0].is_multifile:
+        raise UserError(f"{path} is one of several files of an image; save the sections in one file, or as slices")
+    if tif.pages[0].dtype is None:
+        raise UserError(f"{path} holds {tif.pages[0].bitspersample}-bit voxels; save them as uint8 or uint16")
     if len(tif.series) > 1:
         kinds = ", ".join(f"{_by(s.shape)} {s.dtype}" for s in tif.series[:3])
         raise UserError(f"{path} holds {len(tif.series)} kinds of pages ({kinds}); save the sections alone")
@@ -588,20 +604,20 @@ def _only_series(tif: Any, path: str) -> Any:
 
 def _tiff_shape(series: Any, tif: Any, path: str) -> Triple:
     """z y x of a stack of grey pages, whatever its one stack axis is called."""
-    sizes = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
-    stack = {axis: n for axis, n in sizes.items() if axis not in "YX" and n > 1}
-    if "S" in stack:
-        raise UserError(f"{path} is a colour image (RGB, {stack['S']} samples per voxel); convert it to grey values")
-    if "C" in stack:
-        raise UserError(f"{path} has {stack['C']} channels; save the wanted one alone")
+    sizes = list(zip(series.get_axes(False), series.get_shape(False), strict=True))
+    stack = [(axis, n) for axis, n in sizes if axis not in "YX" and n > 1]
+    for axis, n in stack:
+        if axis == "S":
+            raise UserError(f"{path} is a colour image (RGB, {n} samples per voxel); convert it to grey values")
+        if axis == "C":
+            raise UserError(f"{path} has {n} channels; save the wanted one alone")
     if len(stack) > 1:
-        axes = ", ".join(f"{axis}={n}" for axis, n in stack.items())
-        raise UserError(f"{path} is {len(stack) + 2}-D (pages along {axes}); save one z stack")
-    sections = next(iter(stack.values()), 1)
+        raise UserError(f"{path} is {len(stack) + 2}-D ({_by(series.shape)}); save one z stack of grey pages")
+    sections = stack[0][1] if stack else 1
     promised = int((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
     if promised > max(sections, len(tif.pages)):
         raise UserError(f"{path} is cut short: it promises {promised} sections and holds {sections}; copy it again")
-    return sections, sizes["Y"], sizes["X"]
+    return sections, dict(sizes)["Y"], dict(sizes)["X"]
 
 
 def _tiff_nm(tif: Any) -> TripleNm | None:
@@ -727,7 +743,7 @@ def _png(file: str) -> np.ndarray:
 
 
 def create_group(path: str) -> None:
-    """There is a zarr v3 group at ``path``, and at its parents inside the run; one that exists is left alone."""
+    """There is a zarr v3 group at ``path``; one that exists keeps its attributes."""
     with _pipeline(_PYTHON):
         zarr.open_group(_store(_absolute(path)), mode="a", zarr_format=3)
 
@@ -765,7 +781,7 @@ def create_array(
             )
         except zarr.errors.ContainsArrayError:
             raise UserError(f"{_join(path, name)} exists; remove it, or give another output path") from None
-    _cached_array.cache_clear()
+    forget()
 
 
 def fit_chunk(chunk: tuple[int, ...], shard: tuple[int, ...]) -> tuple[int, ...]:
@@ -832,7 +848,7 @@ def set_group_attributes(path: str, name: str, attributes: dict) -> None:
     """The zarr group (or array) ``name`` at ``path`` has these attributes; other keys keep theirs."""
     with _pipeline(_PYTHON):
         zarr.open(_store(_absolute(path)), path=name, mode="r+").attrs.update(attributes)
-    _cached_array.cache_clear()
+    forget()
 
 
 def ome_multiscales(
@@ -904,7 +920,7 @@ def exists(path: str | Path) -> bool:
 def remove(path: str | Path) -> None:
     """Nothing is at ``path`` any more; it may not have been there."""
     path = _absolute(path)
-    _cached_array.cache_clear()
+    forget()
     if is_remote(path):
         fs, root = _remote(path)
         if fs.exists(root):
@@ -916,12 +932,14 @@ def remove(path: str | Path) -> None:
 
 
 def move(source: str | Path, target: str | Path) -> None:
-    """What was at ``source`` is at ``target``, which must not hold a folder with content. Atomic where local."""
+    """What was at ``source`` is at ``target``, which must not be a folder with content. Atomic where local."""
     source, target = _absolute(source), _absolute(target)
-    _cached_array.cache_clear()
+    forget()
     if is_remote(source):
-        fs, root = _remote(source)
-        fs.mv(root, _remote(target)[1], recursive=fs.isdir(root))
+        (fs, root), (_, goal) = _remote(source), _remote(target)
+        for key in fs.find(root):
+            fs.cp_file(key, goal + key[len(root) :])
+        fs.rm(root, recursive=True)
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.replace(source, target)

@@ -1,0 +1,48 @@
+"""The forward pass: backends agree, and its bits depend on nothing but the model, backend and precision."""
+
+import numpy as np
+import pytest
+
+from volseg import forward, model
+
+SHAPE = (1, 3, 96, 128)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(batch):
+    """torch in float32, from the model file."""
+    network = forward.load(forward.prepare(model.shipped(), "torch"), "torch", "fp32", SHAPE)
+    return network(batch)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnx"])
+def test_backends_agree_with_torch(backend, batch, expected):
+    network = forward.load(forward.prepare(model.shipped(), backend), backend, "fp32", SHAPE)
+    assert np.abs(network(batch) - expected).max() < 2e-3
+    assert np.abs(network(batch) - expected).mean() < 0.2 / 255
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnx", "torch"])
+def test_threads_side_by_side_change_no_bit(backend, batch):
+    blob = forward.prepare(model.shipped(), backend)
+    one, three = (forward.load(blob, backend, "fp32", SHAPE, threads) for threads in (1, 3))
+    tiles = [(i, np.roll(batch, i, axis=-1)) for i in range(7)]
+    first = [one(tile) for _, tile in tiles]
+    for (i, got), want in zip(forward.stream(three, tiles, 3), first, strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=f"tile {i}")
+
+
+def test_auto_takes_a_backend_that_runs_here():
+    backend, precision = forward.choose()
+    assert forward.version(backend)
+    network = forward.load(forward.prepare(model.shipped(), backend), backend, precision, SHAPE)
+    out = network(np.zeros(SHAPE, np.float32))
+    assert out.shape == (1, 2, 96, 128)
+    assert out.dtype == np.float32
+    assert out.min() >= 0
+    assert out.max() <= 1

@@ -1,0 +1,250 @@
+"""Whole runs: a real LocalCluster, real files, real kills. The model is the one that ships."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import zarr
+
+from volseg import cluster, model, pipeline, volume
+from volseg.box import Box
+from volseg.config import Cluster, UserError, load
+from volseg.synth import synth
+
+SHAPE = (22, 150, 170)
+TILES = {"predict": {"tile": 96, "overlap": 32}, "stitch": {"min_voxels": 100}, "cluster": {"dashboard": ""}}
+
+
+class Quiet:
+    """Keeps what a run says."""
+
+    def __init__(self):
+        self.said, self.stages = [], {}
+
+    def say(self, text):
+        self.said.append(text)
+
+    def stage(self, name, voxels, done):
+        self.stages[name] = [done]
+        return self.stages[name].append
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    """A synthetic volume with objects on every kind of block border."""
+    path = str(tmp_path_factory.mktemp("image") / "em.zarr")
+    pipeline.synthesise(path, SHAPE, (22, 75, 170), seed=7, overwrite=False, show=Quiet())
+    return path
+
+
+def settings(**sections):
+    base = dict(model.load_card(model.shipped())["decode"])
+    for name, table in [*TILES.items(), *sections.items()]:
+        base[name] = {**base.get(name, {}), **table}
+    return load(base=base)
+
+
+def digest(out):
+    """SHA-256 of the raw bytes of the labels."""
+    labels = volume.open(str(out), dataset="labels/instances/0")
+    return hashlib.sha256(labels.read(Box.whole(labels.shape)).tobytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def reference(image, tmp_path_factory):
+    """A run in one block on one worker."""
+    out = str(tmp_path_factory.mktemp("reference") / "run.volseg.zarr")
+    pipeline.infer(image, out, settings(cluster={"workers": 1}), overwrite=False, show=Quiet())
+    return out
+
+
+@pytest.mark.parametrize(("block", "workers"), [((7, 64, 64), 2), ((22, 37, 101), 1), ((5, 150, 170), 2)])
+def test_labels_do_not_depend_on_blocks_or_workers(image, reference, tmp_path, block, workers):
+    out = str(tmp_path / "run.volseg.zarr")
+    summary = pipeline.infer(
+        image, out, settings(blocks={"shape": block}, cluster={"workers": workers}), overwrite=False, show=Quiet()
+    )
+    assert summary.objects > 3
+    assert digest(out) == digest(reference)
+    for level in (1, 2):
+        left, right = (zarr.open_array(f"{run}/labels/instances/{level}", mode="r")[:] for run in (out, reference))
+        np.testing.assert_array_equal(left, right)
+    pandas.testing.assert_frame_equal(
+        pandas.read_parquet(f"{out}/tables/objects.parquet"), pandas.read_parquet(f"{reference}/tables/objects.parquet")
+    )
+
+
+def command(image, out, *more):
+    sets = [f"--set={s}.{k}={json.dumps(v)}" for s, table in TILES.items() for k, v in table.items()]
+    return [sys.executable, "-m", "volseg", "infer", image, "--out", str(out), *sets, *more]
+
+
+def wait_for_markers(out, count, process, stage="predict"):
+    """Waits until a run has done so many blocks of a stage."""
+    folder = Path(f"{out}.partial/work/markers/{stage}")
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if folder.is_dir() and len(list(folder.glob("[0-9]*.json"))) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run made no {count} markers of {stage}: {process.poll()}")
+
+
+def test_killed_workers_are_replaced_and_change_nothing(image, reference, tmp_path):
+    psutil = pytest.importorskip("psutil")
+    out = tmp_path / "run.volseg.zarr"
+    cut = "--set=blocks.shape=[4, 150, 170]"
+    process = subprocess.Popen(command(image, out, cut, "--workers", "2"), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for_markers(out, 1, process)
+        done = [json.loads(p.read_text()) for p in Path(f"{out}.partial/work/markers/predict").glob("[0-9]*.json")]
+        for pid in {receipt["pid"] for receipt in done}:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+        assert process.wait(timeout=200) == 0, process.stderr.read()
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+    assert digest(out) == digest(reference)
+
+
+def test_a_killed_run_goes_on_and_does_nothing_twice(image, reference, tmp_path):
+    out = tmp_path / "run.volseg.zarr"
+    line = command(image, out, "--set=blocks.shape=[3, 150, 170]", "--workers", "1")
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for_markers(out, 2, process)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not out.exists()
+    before = {p.name: p.stat().st_mtime_ns for p in Path(f"{out}.partial/work/markers/predict").glob("[0-9]*.json")}
+    assert subprocess.run(line, capture_output=True, timeout=250).returncode == 0
+    after = {p.name: p.stat().st_mtime_ns for p in (out / "work/markers/predict").glob("[0-9]*.json")}
+    assert 2 <= len(before) < len(after)
+    assert all(after[name] == stamp for name, stamp in before.items())
+    assert digest(out) == digest(reference)
+
+
+def test_an_unfinished_run_of_other_settings_is_refused(image, tmp_path):
+    out = str(tmp_path / "run.volseg.zarr")
+    config = settings()
+    source = volume.open(image)
+    pipeline._begin(pipeline._describe(source, config, f"{out}.partial"), overwrite=False)
+    with pytest.raises(UserError, match=r"fragments\.threshold = 0\.\d+, this one 0\.123.*--overwrite"):
+        pipeline.infer(image, out, settings(fragments={"threshold": 0.123}), overwrite=False, show=Quiet())
+    with pytest.raises(UserError, match=r"precision = '\w+', this one 'fp32'|backend = 'openvino', this one 'onnx'"):
+        pipeline.infer(image, out, settings(predict={"backend": "onnx"}), overwrite=False, show=Quiet())
+
+
+def test_a_failed_block_is_named_and_the_rest_goes_on(image, reference, tmp_path):
+    broken = tmp_path / "broken.zarr"
+    shutil.copytree(image, broken)
+    shard = next(broken.glob("0/c/0/1/*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "run.volseg.zarr"
+    checked = settings(blocks={"shape": (22, 75, 170)}, cluster={"workers": 1, "tries": 2}, predict={"tile": 64})
+    with pytest.raises(UserError, match="damaged|truncat|cannot read"):
+        pipeline.infer(str(broken), str(out), checked, overwrite=False, show=Quiet())
+    assert not out.exists()
+
+
+def test_a_block_that_cannot_be_read_leaves_a_run_that_can_go_on(image, reference, tmp_path):
+    out = tmp_path / "run.volseg.zarr"
+    config = settings(blocks={"shape": (11, 150, 170)}, cluster={"workers": 1, "tries": 1})
+    copy = tmp_path / "em.zarr"
+    shutil.copytree(image, copy)
+    run = pipeline._describe(volume.open(str(copy)), config, f"{out}.partial")
+    pipeline._begin(run, overwrite=False)
+    shard = next(copy.glob("0/c/0/1/*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with cluster.connect(config.cluster) as client, pytest.raises(pipeline.Incomplete, match="block 0:11,0:150,0:170"):
+        pipeline._stage(client, run, "predict", run.predict_grid, Quiet())
+    shard.write_bytes(whole)
+    pipeline.infer(str(copy), str(out), config, overwrite=False, show=Quiet())
+    assert digest(out) == digest(reference)
+
+
+def test_a_run_is_an_ome_zarr_image_with_labels(reference):
+    group = zarr.open_group(reference, mode="r")
+    image = group.attrs["ome"]
+    assert image["version"] == "0.5"
+    assert [axis["name"] for axis in image["multiscales"][0]["axes"]] == ["c", "z", "y", "x"]
+    assert group["0"].shape == (2, *SHAPE)
+    assert group["labels"].attrs["ome"]["labels"] == ["instances"]
+    levels = group["labels/instances"].attrs["ome"]["multiscales"][0]["datasets"]
+    assert [group[f"labels/instances/{level['path']}"].shape for level in levels][:2] == [SHAPE, (11, 75, 85)]
+    assert group["labels/instances/0"].dtype == np.uint32
+
+
+def test_a_run_tells_what_it_was(reference):
+    facts = json.loads(Path(reference, "run.json").read_text())
+    assert facts["objects"] == len(pandas.read_parquet(f"{reference}/tables/objects.parquet"))
+    assert facts["model_sha256"] == hashlib.sha256(model.shipped().read_bytes()).hexdigest()
+    assert facts["peak_bytes"]["worker"] > 0
+    assert facts["config"]["predict"]["tile"] == 96
+    assert Path(reference, "overlay.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_counts_the_labels(reference):
+    labels = zarr.open_array(f"{reference}/labels/instances/0", mode="r")[:]
+    ids, voxels = np.unique(labels[labels > 0], return_counts=True)
+    table = pandas.read_parquet(f"{reference}/tables/objects.parquet")
+    assert table["id"].tolist() == ids.tolist() == list(range(1, len(ids) + 1))
+    assert table["voxels"].tolist() == voxels.tolist()
+
+
+def test_synthetic_volumes_do_not_see_the_blocks(tmp_path):
+    for name, block in (("a", (20, 40, 50)), ("b", (7, 16, 33))):
+        pipeline.synthesise(str(tmp_path / name), (20, 40, 50), block, seed=3, overwrite=False, show=Quiet())
+    want = synth(Box.whole((20, 40, 50)), seed=3)
+    for name in "ab":
+        for array, part in zip(("0", "labels/truth/0"), want, strict=True):
+            np.testing.assert_array_equal(zarr.open_array(str(tmp_path / name / array), mode="r")[:], part)
+
+
+def test_a_run_from_and_to_an_object_store(bucket, image, reference):
+    em, out = f"{bucket}/em.zarr", f"{bucket}/run.volseg.zarr"
+    for path in Path(image).rglob("*"):
+        if path.is_file():
+            volume.write_bytes(em, str(path.relative_to(image)), path.read_bytes())
+    config = settings(cluster={"workers": 1})
+    pipeline.infer(em, out, config, overwrite=False, show=Quiet())
+    assert digest(out) == digest(reference)
+    with pytest.raises(UserError, match="exists"):
+        pipeline.infer(em, out, config, overwrite=False, show=Quiet())
+
+
+def double(out, key, stage, item):
+    if item == 3:
+        raise ValueError("three is broken")
+    return 2 * item
+
+
+def test_the_loop_returns_failures_and_keeps_going():
+    found = {}
+    with cluster.connect(Cluster(workers=1, dashboard="")) as client:
+        failures = cluster.run(
+            client, double, range(40), "out", "key", "double", tries=2, window=4, done=found.__setitem__
+        )
+    assert found == {i: 2 * i for i in range(40) if i != 3}
+    assert [(f.item, f.reason) for f in failures] == [(3, "ValueError: three is broken")]
+
+
+def test_a_scheduler_that_does_not_answer_is_refused():
+    with pytest.raises(UserError, match="no Dask scheduler answers"), cluster.connect(
+        Cluster(scheduler="tcp://127.0.0.1:9")
+    ):  # fmt: skip
+        pass

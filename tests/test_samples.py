@@ -1,0 +1,159 @@
+"""Annotated volumes in memory, and the patches drawn from them."""
+
+import numpy as np
+import pytest
+import tifffile
+
+from volseg.config import Train, TrainData, UserError
+from volseg.samples import batch, batches, context, load_sources, statistics
+from volseg.targets import UNLABELLED
+
+SHAPE = (8, 160, 192)
+
+
+def _write(folder, image, label, **knobs):
+    """Train settings for two arrays, written as TIFF."""
+    tifffile.imwrite(folder / "image.tif", image, photometric="minisblack")
+    tifffile.imwrite(folder / "label.tif", label, photometric="minisblack")
+    data = TrainData(image=str(folder / "image.tif"), label=str(folder / "label.tif"), **knobs)
+    return Train(data=(data,), patch=64, batch=8)
+
+
+@pytest.fixture
+def bars():
+    """Labels of two bars through all sections, and an image that shows nothing but them."""
+    label = np.zeros(SHAPE, np.uint8)
+    label[:, 20:60, 30:60] = 1
+    label[:, 90:140, 100:170] = 2
+    return np.where(label > 0, 200, 50).astype(np.uint8), label
+
+
+def test_a_batch_depends_on_seed_and_step_alone(tmp_path, bars):
+    knobs = _write(tmp_path, *bars)
+    sources = load_sources(knobs)
+    first, again, later = (batch(sources, knobs, step) for step in (3, 3, 4))
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+    assert not np.array_equal(first[0], later[0])
+    assert not np.array_equal(first[0], batch(sources, knobs.model_copy(update={"seed": 1}), 3)[0])
+
+
+def test_batches_made_ahead_are_those_of_their_steps(tmp_path, bars):
+    knobs = _write(tmp_path, *bars)
+    sources = load_sources(knobs)
+    ahead = list(batches(sources, knobs, 5, 9))
+    assert len(ahead) == 4
+    for step, (images, targets) in zip(range(5, 9), ahead, strict=True):
+        np.testing.assert_array_equal(images, batch(sources, knobs, step)[0])
+        np.testing.assert_array_equal(targets, batch(sources, knobs, step)[1])
+
+
+def test_shapes_and_types_are_those_of_the_network(tmp_path, bars):
+    knobs = _write(tmp_path, *bars).model_copy(update={"sections": 5})
+    images, targets = batch(load_sources(knobs), knobs, 0)
+    assert (images.shape, images.dtype) == ((8, 5, 64, 64), np.float32)
+    assert (targets.shape, targets.dtype) == ((8, 3, 64, 64), np.uint8)
+    assert set(np.unique(targets)) <= {0, 1}
+    assert np.isfinite(images).all()
+
+
+def test_image_and_target_stay_on_each_other_through_every_augmentation(tmp_path, bars):
+    knobs = _write(tmp_path, *bars)
+    sources = load_sources(knobs)
+    for step in range(12):
+        for image, (mask, contour, _) in zip(*batch(sources, knobs, step), strict=True):
+            sure = contour == 0
+            if mask[sure].any() and not mask[sure].all():
+                inside, outside = image[1][sure & (mask == 1)], image[1][sure & (mask == 0)]
+                middle = (np.median(inside) + np.median(outside)) / 2
+                assert ((image[1] > middle) == mask)[sure].mean() > 0.97
+
+
+def test_patches_look_for_small_objects(tmp_path):
+    label = np.zeros((4, 600, 600), np.uint8)
+    label[:, 300:310, 300:310] = 255
+    knobs = _write(tmp_path, np.full(label.shape, 9, np.uint8), label)
+    sources = load_sources(knobs)
+    masks = np.concatenate([batch(sources, knobs, step)[1][:, 0] for step in range(10)])
+    assert masks.any(axis=(1, 2)).mean() > 0.3
+
+
+def test_held_out_sections_are_never_drawn(tmp_path, bars):
+    image, label = bars
+    label[3:5] = 1
+    knobs = _write(tmp_path, image, label, validate_on=("3:5",))
+    (source,) = sources = load_sources(knobs)
+    assert source.learn == (0, 1, 2, 5, 6, 7)
+    assert source.held == (3, 4)
+    assert not set(source.spots[:, 0]) & {3, 4}
+    assert all(not batch(sources, knobs, step)[1][:, 0].all(axis=(1, 2)).all() for step in range(6))
+
+
+def test_train_names_the_sections_to_learn_from(tmp_path, bars):
+    (source,) = load_sources(_write(tmp_path, *bars, train=("3:5", 6), validate_on=(5,)))
+    assert [source.first + z for z in source.learn] == [3, 4, 6]
+    assert [source.first + z for z in source.held] == [5]
+
+
+def test_only_sections_in_use_and_their_neighbours_are_kept(tmp_path, bars):
+    image, label = bars
+    image += np.arange(8, dtype=np.uint8)[:, None, None]
+    (source,) = load_sources(_write(tmp_path, image, label, train=("3:5",)))
+    np.testing.assert_array_equal(source.image, image[2:6])
+    np.testing.assert_array_equal(source.labels != 0, label[2:6] != 0)
+    assert source.mean == pytest.approx(image.mean())
+
+
+def test_unlabelled_voxels_carry_no_weight(tmp_path, bars):
+    image, label = bars
+    label[:, :, 96:] = 9
+    knobs = _write(tmp_path, image, label, unlabelled=9)
+    (source,) = sources = load_sources(knobs)
+    assert (source.labels[:, :, 96:] == UNLABELLED).all()
+    targets = np.concatenate([batch(sources, knobs, step)[1] for step in range(6)])
+    assert 0.05 < (targets[:, 2] == 0).mean() < 0.95
+    assert not targets[:, 0][targets[:, 2] == 0].all()
+
+
+def test_shares_decide_how_often_a_volume_is_drawn(tmp_path, bars):
+    knobs = _write(tmp_path, *bars)
+    often, never = knobs.data[0], TrainData(synth_seed=3, synth_shape=(4, 640, 640), share=1e-9)
+    sources = load_sources(knobs.model_copy(update={"data": (often, never)}))
+    np.testing.assert_array_equal(batch(sources, knobs, 0)[0], batch(sources[:1], knobs, 0)[0])
+    assert not np.array_equal(batch(sources, knobs, 0)[0], batch(sources[1:], knobs, 0)[0])
+
+
+def test_padding_does_not_enter_the_statistics():
+    image = np.zeros((3, 10, 10), np.uint8)
+    image[1, :5] = 100
+    image[1, 5:] = 140
+    assert statistics(image) == (120.0, 20.0)
+    assert statistics(np.zeros((1, 4, 4), np.uint8)) == (0.0, 1.0)
+
+
+def test_sections_at_the_end_repeat():
+    assert context(7, 5, 8).tolist() == [5, 6, 7, 7, 7]
+    assert context(0, 1, 8).tolist() == [0]
+
+
+def test_labels_of_another_shape_are_refused_with_both_shapes(tmp_path, bars):
+    with pytest.raises(UserError, match=r"\(8, 160, 192\).*\(7, 160, 192\)"):
+        load_sources(_write(tmp_path, bars[0], bars[1][:7]))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(0, "no labelled voxel on the 8 sections"), (1, "every annotated voxel is in an object")]
+)
+def test_labels_of_one_class_are_refused(tmp_path, bars, value, message):
+    with pytest.raises(UserError, match=message):
+        load_sources(_write(tmp_path, bars[0], np.full(SHAPE, value, np.uint8)))
+
+
+def test_a_volume_held_out_as_a_whole_is_refused(tmp_path, bars):
+    with pytest.raises(UserError, match="every section is held out"):
+        load_sources(_write(tmp_path, *bars, validate_on=("0:8",)))
+
+
+def test_no_data_at_all_is_refused():
+    with pytest.raises(UserError, match=r"train\.data is empty"):
+        load_sources(Train())
