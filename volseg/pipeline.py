@@ -460,14 +460,22 @@ def _flat(plain: dict, prefix: str = "") -> dict:
 def _headline(run: Run) -> str:
     z, y, x = run.shape
     grid = run.tile_grid
-    wasted = prod(len(a.origins) * a.size for a in (grid.y, grid.x)) / (y * x)
     return (
         f"{run.source.path}: {z} x {y} x {x} {run.source.dtype}, voxels of "
         f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm\n"
         f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']}, tiles of {grid.size[0]} x "
-        f"{grid.size[1]}, {wasted:.2f} voxels inferred for each one wanted, {len(run.grid)} blocks of "
+        f"{grid.size[1]}, {redundancy(run):.2f} voxels inferred for each one wanted, {len(run.grid)} blocks of "
         f"{' x '.join(map(str, run.block))}"
     )
+
+
+def redundancy(run: Run) -> float:
+    """Voxels inferred for each voxel wanted: tiles share voxels, and blocks share tiles."""
+    inferred = 1.0
+    for axis, length, block in zip((run.tile_grid.y, run.tile_grid.x), run.shape[1:], run.predict_block[1:], strict=True):
+        starts = range(0, length, block)
+        inferred *= axis.size * sum(len(axis.meeting(a, min(a + block, length))) for a in starts) / length
+    return inferred
 
 
 def _stages(client: Any, run: Run, show: Show) -> dict[str, float]:

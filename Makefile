@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all their own set-up: they make .venv from requirements.lock if it is not there yet.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint lock clean
+
+help:
+	@echo "make demo    segment a small synthetic volume with the shipped model"
+	@echo "make test    run the test suite"
+	@echo "make lint    check style"
+	@echo "make lock    resolve requirements.lock anew"
+	@echo "make clean   remove what demo and test made (not $(VENV))"
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "volseg needs Python 3.11 or newer; set PYTHON=python3.11 or later")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (several GB with CUDA libraries; minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: $(READY)
+	@mkdir -p demo
+	@$(BIN)/volseg synth demo/em.zarr --shape 96,384,384 --seed 12 --overwrite
+	@$(BIN)/volseg infer demo/em.zarr --overwrite
+	@$(BIN)/volseg evaluate demo/em.volseg.zarr demo/em.zarr/labels/truth
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+
+lock:
+	@$(PYTHON) -m venv $(VENV)-lock
+	@$(VENV)-lock/bin/python -m pip install --quiet uv
+	@$(VENV)-lock/bin/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 \
+	    --no-emit-index-url --custom-compile-command "make lock" --upgrade --quiet --output-file requirements.lock
+	@rm -rf $(VENV)-lock
+
+clean:
+	@rm -rf demo .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,74 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from volseg.config import Config, UserError, load, parse_set, resolve
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_the_commented_default_is_the_default():
+    assert load(CONFIGS / "default.toml") == Config()
+
+
+def test_the_commented_default_names_every_setting():
+    text = (CONFIGS / "default.toml").read_text()
+    for name, section in Config.model_fields.items():
+        assert f"[{name}]" in text
+        for key in section.annotation.model_fields:
+            assert re.search(rf"^(# )?\[*({name}\.)?{key}\b", text, re.M), f"{name}.{key}"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_config_is_valid(path):
+    assert isinstance(load(path), Config)
+
+
+def test_later_layers_win(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[stitch]\nseed = 0.7\nmin_voxels = 9\n")
+    base = {"stitch": {"seed": 0.65, "keep_unseeded": True}}
+    found = load(file, ["stitch.seed=0.8"], base=base).stitch
+    assert (found.seed, found.min_voxels, found.keep_unseeded) == (0.8, 9, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[stitch]\nsede = 1\n", r"run\.toml: unknown key 'stitch\.sede'; did you mean 'seed'"),
+        ("[stich]\nseed = 1\n", r"run\.toml: unknown key 'stich'; did you mean 'stitch'"),
+        ("[predict]\nqqqq = 1\n", r"unknown key 'predict\.qqqq'; known here: model, backend"),
+        ("[predict]\ntile = 'big'\n", r"run\.toml: predict\.tile = 'big': input should be a valid integer"),
+        ("[stitch]\nseed = 1.5\n", r"run\.toml: stitch\.seed = 1\.5: input should be less than or equal to 1"),
+        ("[predict]\nbackend = 'tpu'\n", r"predict\.backend = 'tpu': input should be 'auto', 'openvino'"),
+        ("[[train.data]]\nimage = 'a'\nlable = 'b'\n", r"unknown key 'train\.data\.0\.lable'; did you mean 'label'"),
+        ("[[train.data]]\nimage = 'a'\n", r"needs image and label"),
+        ("stitch = \n", r"run\.toml is not valid TOML"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_with_file_key_and_advice(tmp_path, text, said):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=said):
+        load(file)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot read config file .*absent"):
+        load(tmp_path / "absent.toml")
+
+
+def test_a_set_without_a_value_is_refused():
+    with pytest.raises(UserError, match=r"section\.key=value"):
+        parse_set("stitch.seed")
+
+
+def test_a_set_names_itself_when_it_is_wrong():
+    with pytest.raises(UserError, match=r"--set stitch\.seed=high: stitch\.seed = 'high'"):
+        load(sets=["stitch.seed=high"])
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        resolve().stitch.seed = 0.1
