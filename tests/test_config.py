@@ -55,7 +55,7 @@ def test_a_wrong_key_or_value_is_refused_with_file_key_and_advice(tmp_path, text
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot read config file .*absent"):
+    with pytest.raises(UserError, match=r"cannot read config file .*absent"):
         load(tmp_path / "absent.toml")
 
 

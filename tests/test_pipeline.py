@@ -143,7 +143,7 @@ def test_an_unfinished_run_of_other_settings_is_refused(image, tmp_path):
     pipeline._begin(pipeline._describe(source, config, f"{out}.partial"), overwrite=False)
     with pytest.raises(UserError, match=r"fragments\.threshold = 0\.\d+, this one 0\.123.*--overwrite"):
         pipeline.infer(image, out, settings(fragments={"threshold": 0.123}), overwrite=False, show=Quiet())
-    with pytest.raises(UserError, match=r"precision = '\w+', this one 'fp32'|backend = 'openvino', this one 'onnx'"):
+    with pytest.raises(UserError, match=r"engine\.backend = '\w+', this one 'onnx'"):
         pipeline.infer(image, out, settings(predict={"backend": "onnx"}), overwrite=False, show=Quiet())
 
 
@@ -155,7 +155,7 @@ def test_a_failed_block_is_named_and_the_rest_goes_on(image, reference, tmp_path
     shard.write_bytes(whole[: len(whole) // 2])
     out = tmp_path / "run.volseg.zarr"
     checked = settings(blocks={"shape": (22, 75, 170)}, cluster={"workers": 1, "tries": 2}, predict={"tile": 64})
-    with pytest.raises(UserError, match="damaged|truncat|cannot read"):
+    with pytest.raises(UserError, match=r"cannot read .* damaged"):
         pipeline.infer(str(broken), str(out), checked, overwrite=False, show=Quiet())
     assert not out.exists()
 

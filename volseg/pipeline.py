@@ -35,6 +35,10 @@ from volseg.config import Config, UserError
 CHANNELS = ("mask", "contour")
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
 SAMPLES = 24  # patches that normalisation looks at
+SAME_ANYWAY = (  # parts of a run's description that decide nothing, or stand in another part as what they came to
+    "out", "keys.", "config.cluster.", "config.output.keep_work", "config.input.", "config.blocks.",
+    "config.predict.model", "config.predict.backend", "config.predict.precision",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- the run as plain data
@@ -440,12 +444,12 @@ def _refuse_changed(run: Run) -> None:
     """Only a run of the same description may go on."""
     old = json.loads(volume.read_bytes(run.out, "work/run.json"))
     new = json.loads(json.dumps(run.to_json()))
-    changed = [name for name in _flat(new) if name.partition(".")[0] not in ("out", "keys") and
-               not name.startswith("config.cluster.") and _flat(old).get(name) != _flat(new)[name]]  # fmt: skip
+    old, new = _flat(old), _flat(new)
+    changed = [name for name in new if not name.startswith(SAME_ANYWAY) and old.get(name) != new[name]]
     if changed:
         name = changed[0]
         raise UserError(
-            f"an unfinished run at {run.out} has {name} = {_flat(old).get(name)!r}, this one {_flat(new)[name]!r}; "
+            f"an unfinished run at {run.out} has {name} = {old.get(name)!r}, this one {new[name]!r}; "
             "finish it with its own settings, or start again with --overwrite"
         )
 
@@ -464,8 +468,8 @@ def _headline(run: Run) -> str:
         f"{run.source.path}: {z} x {y} x {x} {run.source.dtype}, voxels of "
         f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm\n"
         f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']}, tiles of {grid.size[0]} x "
-        f"{grid.size[1]}, {redundancy(run):.2f} voxels inferred for each one wanted, {len(run.grid)} blocks of "
-        f"{' x '.join(map(str, run.block))}"
+        f"{grid.size[1]}, {redundancy(run):.2f} voxels inferred for each one wanted, "
+        f"{len(run.grid)} block(s) of {' x '.join(map(str, run.block))}"
     )
 
 

@@ -1,0 +1,133 @@
+"""The headline promise, measured: one SHA-256 for every way of cutting, of working, and of being killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+from benchmarks import report
+from volseg import fragments, stitch, volume
+from volseg.box import Blocks, Box, Triple
+from volseg.config import Config
+
+
+def digest(labels: np.ndarray) -> str:
+    """SHA-256 of raw label bytes."""
+    return hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()
+
+
+def of_volume(path: str, sections: int) -> None:
+    """Whole runs of `volseg infer`: three block shapes, 1 and 2 workers, workers and whole run killed half-way."""
+    source = volume.open(path)
+    depth = sections or source.shape[0]
+    box = Box((source.shape[0] - depth, 0, 0), source.shape)
+    with tempfile.TemporaryDirectory() as folder:
+        image = f"{folder}/image.tif"
+        tifffile.imwrite(image, source.read(box), photometric="minisblack")
+        _, ny, nx = source.shape
+        cuts = [("auto", None, 1, None), (None, (4, ny, nx), 2, None), (None, (7, ny // 2 - 5, nx), 2, None),
+                ("4 x plane, workers killed", (4, ny, nx), 2, "workers"),
+                ("4 x plane, run killed", (4, ny, nx), 2, "run")]  # fmt: skip
+        rows = []
+        for i, (name, block, workers, kill) in enumerate(cuts):
+            out = f"{folder}/{i}.volseg.zarr"
+            _infer(image, out, block, workers, kill)
+            facts = json.loads(Path(out, "run.json").read_text())
+            labels = volume.open(out, dataset="labels/instances/0")
+            rows.append({
+                "blocks": name or " x ".join(map(str, block)),
+                "workers": workers,
+                "objects": facts["objects"],
+                "sha256": digest(labels.read(Box.whole(labels.shape))),
+            })  # fmt: skip
+            shutil.rmtree(out)
+    report.keep("exact", rows)
+    _agree(rows)
+
+
+def _infer(image: str, out: str, block: Triple | None, workers: int, kill: str | None) -> None:
+    line = [sys.executable, "-m", "volseg", "infer", image, "--out", out, "--workers", str(workers)]
+    line += [f"--set=blocks.shape={list(block)}"] if block else []
+    if kill:
+        _kill_half_way(line, out, kill)
+    if kill != "workers":
+        subprocess.run(line, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def _kill_half_way(line: list[str], out: str, kill: str) -> None:
+    """Starts a run and, once it has done a block of each worker, kills its workers, or all of it, with SIGKILL."""
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(line, stderr=quiet, stdout=quiet, start_new_session=True)
+    markers = Path(f"{out}.partial/work/markers/predict")
+    while process.poll() is None and len(list(markers.glob("[0-9]*.json"))) < 2:
+        time.sleep(0.05)
+    if kill == "run":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        for pid in {json.loads(path.read_text())["pid"] for path in markers.glob("[0-9]*.json")}:
+            os.kill(pid, signal.SIGKILL)
+    if process.wait() != (0 if kill == "workers" else -signal.SIGKILL):
+        raise SystemExit(f"the run ended with {process.returncode}: {' '.join(line)}")
+
+
+def of_run(run: str) -> None:
+    """The stored probabilities of a finished run, cut in six ways in this process, against the labels it wrote."""
+    facts = json.loads(Path(run, "run.json").read_text())
+    config = Config(**facts["config"])
+    probability = np.asarray(volume.open_array(run, "0")[:])
+    shape = probability.shape[1:]
+    labels = volume.open(run, dataset="labels/instances/0")
+    rows = [{"blocks": "as run", "seconds": round(facts["seconds"]["total"], 1),
+             "sha256": digest(labels.read(Box.whole(shape)))}]  # fmt: skip
+    for block in ((192, 192, 192), (64, 64, 64), (37, 50, 192), (16, 100, 31), (165, 768, 40), (5, 768, 1024)):
+        start = time.perf_counter()
+        found = cut(probability, config, block).astype(labels.dtype)
+        rows.append({"blocks": " x ".join(map(str, block)), "seconds": round(time.perf_counter() - start, 1),
+                     "sha256": digest(found)})  # fmt: skip
+    report.keep("exact-run", rows)
+    _agree(rows)
+
+
+def cut(probability: np.ndarray, config: Config, block: Triple) -> np.ndarray:
+    """Labels of probabilities (2, z, y, x) in memory, cut into blocks of that shape."""
+    shape = probability.shape[1:]
+    grid = Blocks(shape, block)
+    knobs = config.fragments
+    regions, tables = [], []
+    for box in grid:
+        have = box.grow(fragments.halo(knobs)).clip(shape)
+        part = probability[(slice(None), *have.slices)]
+        height = fragments.heights(part, box, shape, knobs)
+        region, table = fragments.fragments(height, probability[(0, *box.slices)], box, shape)
+        regions.append(region)
+        tables.append(table)
+    links = [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))]
+    basins, basin_of = stitch.gather(tables, links)
+    label = stitch.decide(
+        basins,
+        seed_height=fragments.seed_height(config.stitch.seed, knobs),
+        keep_unseeded=config.stitch.keep_unseeded,
+        min_voxels=config.stitch.min_voxels,
+    )
+    out = np.zeros(shape, np.int64)
+    for box, region, basin in zip(grid, regions, basin_of, strict=True):
+        out[box.slices] = np.r_[0, label[basin]][region]
+    return out
+
+
+def _agree(rows: list[dict]) -> None:
+    found = {row["sha256"] for row in rows}
+    if len(found) != 1:
+        raise SystemExit(f"{len(found)} different answers: the promise is broken")
+    print(f"one answer: {found.pop()}")

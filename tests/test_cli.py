@@ -1,0 +1,166 @@
+"""The command line as a user meets it: what it prints, and one line for each mistake."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+
+from volseg import cli, model
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Calls the command line in this process: exit code, standard output, standard error."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["volseg", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr()
+        return end.value.code or 0, said.out, said.err
+
+    return call
+
+
+def stack(path, data=None):
+    tifffile.imwrite(path, np.zeros((4, 40, 50), np.uint8) if data is None else data, photometric="minisblack")
+    return path
+
+
+def bad_inputs(tmp_path):
+    """Name -> (volume, what the line must say)."""
+    empty = tmp_path / "empty.tif"
+    empty.write_bytes(b"")
+    corrupt = tmp_path / "corrupt.tif"
+    corrupt.write_bytes(b"II*\x00 but no more than that")
+    cut = stack(tmp_path / "cut.tif", np.random.default_rng(0).integers(0, 255, (4, 200, 200), np.uint8))
+    cut.write_bytes(cut.read_bytes()[:90_000])
+    zarr.save_array(str(tmp_path / "long.zarr"), np.zeros((0, 5, 5), np.uint8))
+    zarr.save_array(str(tmp_path / "nan.zarr"), np.full((3, 40, 40), np.nan, np.float32))
+    zarr.save_array(str(tmp_path / "four.zarr"), np.zeros((2, 3, 4, 5), np.uint8))
+    zarr.save_array(str(tmp_path / "complex.zarr"), np.zeros((3, 4, 5), np.complex64))
+    (tmp_path / "nothing").mkdir()
+    return {
+        "absent": (tmp_path / "absent.tif", "no such"),
+        "empty file": (empty, "empty"),
+        "corrupt": (corrupt, "corrupt.tif"),
+        "cut short": (cut, "cut.tif"),
+        "2-D": (stack(tmp_path / "flat.tif", np.zeros((40, 50), np.uint8)), "2-D"),
+        "4-D": (tmp_path / "four.zarr", "4-D"),
+        "zero-length axis": (tmp_path / "long.zarr", "0 x 5 x 5"),
+        "NaN": (tmp_path / "nan.zarr", "NaN"),
+        "complex": (tmp_path / "complex.zarr", "complex64"),
+        "empty folder": (tmp_path / "nothing", "nothing"),
+        "not a volume": (stack(tmp_path / "notes.txt"), "notes.txt"),
+    }
+
+
+CASES = ["absent", "empty file", "corrupt", "cut short", "2-D", "4-D", "zero-length axis", "NaN", "complex",
+         "empty folder", "not a volume"]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_volume_is_refused_in_one_line_and_leaves_nothing(run, tmp_path, case):
+    volume, said = bad_inputs(tmp_path)[case]
+    code, out, err = run("infer", volume, "--out", tmp_path / "run.volseg.zarr")
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("volseg: ")
+    assert said in err
+    assert not list(tmp_path.glob("run.volseg*"))
+
+
+def test_an_existing_output_is_refused_and_left_alone(run, tmp_path):
+    out = tmp_path / "run.volseg.zarr"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    code, _, err = run("infer", stack(tmp_path / "em.tif"), "--out", out)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--overwrite" in err
+    code, _, err = run("infer", stack(tmp_path / "em.tif"), "--out", out, "--overwrite")
+    assert code == 2
+    assert "not a volseg run" in err
+    assert (out / "precious").read_text() == "kept"
+
+
+def test_a_model_of_the_wrong_kind_is_refused(run, tmp_path):
+    wrong = tmp_path / "model.safetensors"
+    wrong.write_bytes(b"not a model")
+    for path, said in ((wrong, "safetensors"), (tmp_path / "absent.safetensors", "absent")):
+        code, _, err = run("infer", stack(tmp_path / "em.tif"), "--model", path)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert said in err
+    assert not list(tmp_path.glob("*.volseg*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["infer", "em.tif", "--set", "stitch.sede=1"], "did you mean 'seed'"),
+        (["infer", "em.tif", "--config", "absent.toml"], "absent.toml"),
+        (["synth", "s.zarr", "--shape", "10,20"], "three whole numbers"),
+        (["synth", "s.zarr", "--shape", "10,20,0"], "shorter than 1"),
+        (["evaluate", "a.tif", "b.tif", "--box", "3:1,0:2,0:2"], "start < stop"),
+        (["evaluate", "a.tif", "b.tif"], "a.tif"),
+        (["train", "absent.toml"], "absent.toml"),
+        (["clean", "absent"], "not a finished volseg run"),
+        (["info", "absent.safetensors"], "absent.safetensors"),
+        (["infer", "em.tif", "--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line(run, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    stack(tmp_path / "em.tif")
+    code, _, err = run(*words)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("volseg: ")
+
+
+def test_synth_infer_evaluate_and_clean_work_together(run, tmp_path, monkeypatch):
+    """Through the command line alone, with a dashboard that answers on whatever port is free."""
+    monkeypatch.chdir(tmp_path)
+    assert run("synth", "em.zarr", "--shape", "16,96,128", "--seed", 12)[0] == 0
+    code, out, err = run("infer", "em.zarr", "--workers", 1, "--set", "cluster.dashboard=127.0.0.1:0")
+    assert code == 0, err
+    assert "dashboard http://127.0.0.1:" in err
+    assert "Mvoxel/s" in err
+    assert "objects in 0.2 million voxels" in out
+    assert "peak memory" in out
+    for name in ("labels/instances/0/zarr.json", "tables/objects.parquet", "overlay.png", "run.json"):
+        assert (tmp_path / "em.volseg.zarr" / name).exists()
+    code, out, _ = run("evaluate", "em.volseg.zarr", "em.zarr/labels/truth", "--json", "--box", "0:8,0:96,0:128")
+    assert code == 0
+    assert 0 <= json.loads(out)["foreground"]["iou"] <= 1
+    assert run("clean", "em.volseg.zarr")[0] == 0
+    assert not (tmp_path / "em.volseg.zarr/work").exists()
+    assert run("infer", "em.zarr")[0] == 2
+
+
+def test_info_prints_the_card_of_the_shipped_model(run):
+    code, out, _ = run("info")
+    card = json.loads(out)
+    assert code == 0
+    assert card["heads"] == ["mask", "contour"]
+    assert card == model.load_card(model.shipped())
+
+
+def test_the_shipped_model_is_small_enough_to_ship():
+    assert model.shipped().stat().st_size <= 12_000_000
+
+
+def test_version_and_settings_are_printed(run):
+    assert run("--version")[1].startswith("volseg ")
+    assert json.loads(run("settings", "--set", "stitch.seed=0.9")[1])["stitch"]["seed"] == 0.9
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "volseg", "infer", "absent.tif"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
