@@ -83,7 +83,7 @@ def test_a_run_leaves_a_model_with_its_card(whole_run, tables):
     assert card["mean"] == pytest.approx(tifffile.imread(tables["data"][0]["image"]).mean())
     assert card["decode"]["fragments"]["threshold"] in THRESHOLDS
     assert "torch" in card["versions"]
-    assert str(whole_run[0].parent) not in json.dumps({**card, "training": {**card["training"], "settings": None}})
+    assert os.sep + "image.tif" not in json.dumps(card)
     assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 2, 64, 64)
 
 

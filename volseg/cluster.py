@@ -89,6 +89,15 @@ def threads_here() -> int:
         return 1
 
 
+def place_here() -> int:
+    """The number of this worker on its machine, by which it takes a GPU; 0 where workers have names of their own."""
+    try:
+        name = str(get_worker().name)
+    except ValueError:
+        return 0
+    return int(name) if name.isdigit() else 0
+
+
 # ---------------------------------------------------------------- the loop
 
 

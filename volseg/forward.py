@@ -130,11 +130,16 @@ def _export(path: Path) -> bytes:
 # ---------------------------------------------------------------- load
 
 
-def load(blob: bytes, backend: str, precision: str, shape: tuple[int, int, int, int], threads: int = 1) -> Forward:
-    """A function for batches of one ``shape`` (B, sections, Y, X), to be called from up to ``threads`` threads at once."""
+def load(
+    blob: bytes, backend: str, precision: str, shape: tuple[int, int, int, int], threads: int = 1, place: int = 0
+) -> Forward:
+    """A function for batches of one ``shape`` (B, sections, Y, X), to be called from up to ``threads`` threads at once.
+
+    ``place`` is the number of this worker on its machine: torch takes that GPU.
+    """
     if backend == "openvino":
         return _openvino(blob, precision, shape, threads)
-    return _onnxruntime(blob) if backend == "onnx" else _torch(blob, precision)
+    return _onnxruntime(blob, place) if backend == "onnx" else _torch(blob, precision, place)
 
 
 def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], threads: int) -> Forward:
@@ -164,14 +169,16 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
     return forward
 
 
-def _onnxruntime(blob: bytes) -> Forward:
+def _onnxruntime(blob: bytes, place: int) -> Forward:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpus() else ["CPUExecutionProvider"]
+    wanted: list = ["CPUExecutionProvider"]
+    if gpus():
+        wanted.insert(0, ("CUDAExecutionProvider", {"device_id": place % gpus(), "cudnn_conv_algo_search": "HEURISTIC"}))
     session = onnxruntime.InferenceSession(blob, options, providers=wanted)
 
     def forward(batch: np.ndarray) -> np.ndarray:
@@ -180,14 +187,14 @@ def _onnxruntime(blob: bytes) -> Forward:
     return forward
 
 
-def _torch(blob: bytes, precision: str) -> Forward:
+def _torch(blob: bytes, precision: str, place: int) -> Forward:
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")
         path.write_bytes(blob)
         network, _ = model.load(path)
-    device = "cuda" if gpus() else "cpu"
+    device = f"cuda:{place % gpus()}" if gpus() else "cpu"
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -196,7 +203,7 @@ def _torch(blob: bytes, precision: str) -> Forward:
     network = network.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
     def forward(batch: np.ndarray) -> np.ndarray:
-        with torch.inference_mode(), torch.autocast(device, kind, enabled=kind != torch.float32):
+        with torch.inference_mode(), torch.autocast(device.partition(":")[0], kind, enabled=kind != torch.float32):
             tiles = torch.from_numpy(batch).to(device).contiguous(memory_format=torch.channels_last)
             return torch.sigmoid(network(tiles).float()).contiguous().cpu().numpy()
 

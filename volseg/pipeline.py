@@ -116,20 +116,23 @@ def _hash(*parts: Any) -> str:
 
 
 def blocks(shape: Triple, wanted: Triple | None) -> tuple[Triple, Triple]:
-    """The blocks of `predict` and of the stages after it.
+    """The blocks of `predict` and of the stages after it: functions of the volume's shape, or the shape asked for.
 
-    A given shape serves both. Otherwise predict takes slabs of whole planes, which need no tile twice, and the rest
-    takes blocks of about `BLOCK_VOXELS`: whole planes too where they are thin enough to leave the slab some depth.
+    Predict takes slabs of whole planes, which need no tile twice; only planes of more than 2**28 voxels are cut into
+    strips. The other stages take the same slabs where these are deep, else blocks of about `BLOCK_VOXELS`.
     """
     if wanted:
-        block = tuple(min(b, n) for b, n in zip(wanted, shape, strict=True))
+        block = _fit(wanted, shape)
         return block, block
     z, y, x = shape
-    slab = (min(z, max(4, BLOCK_VOXELS // (y * x))), y, x)
-    if slab[0] >= min(z, 16):
+    target = min(BLOCK_VOXELS, max(1 << 20, prod(shape) // 16))
+    depth = min(z, max(target // (y * x), 4 if y * x <= 1 << 26 else 1))
+    strips = -(-depth * y * x // (1 << 28))
+    slab = (depth, -(-y // strips), x)
+    if depth >= min(z, 8):
         return slab, slab
     side = min(512, max(y, x))
-    return slab, (min(z, max(16, BLOCK_VOXELS // side**2)), min(y, side), min(x, side))
+    return slab, _fit((max(16, target // side**2), side, side), shape)
 
 
 def normalisation(source: volume.Volume) -> tuple[float, float]:
@@ -178,7 +181,8 @@ def predict(run: Run, i: int, seconds: dict[str, float]) -> None:
                 place = tuple(
                     slice(s.start - o, s.stop - o) for s, o in zip(grid.place(tile), origin[1:], strict=True)
                 )
-                row[:] = (tiles.cut(slab, *place)[sections] - np.float32(run.mean)) * np.float32(1 / run.std)
+                tile_of_image = tiles.cut(slab[sections], *place).astype(np.float32)
+                row[:] = (tile_of_image - np.float32(run.mean)) * np.float32(1 / run.std)
             yield keys, batch
 
     blend = None
@@ -201,7 +205,7 @@ def _slab(run: Run, box: Box, meeting: list[tuple[int, int]]) -> tuple[np.ndarra
     start = (box.start[0] - around, min(p[0].start for p in places), min(p[1].start for p in places))
     stop = (box.stop[0] + around, max(p[0].stop for p in places), max(p[1].stop for p in places))
     need = Box(start, stop).clip(run.shape)
-    return run.source.read(need).astype(np.float32, copy=False), need.start
+    return run.source.read(need), need.start
 
 
 def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
@@ -306,6 +310,7 @@ def _network(out: str, key: str) -> forward.Forward:
         run.engine["precision"],
         shape,
         cluster.threads_here(),
+        cluster.place_here(),
     )
 
 
@@ -366,8 +371,8 @@ def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -
     source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
     _refuse_existing(out, overwrite)
     run = _describe(source, config, _partial(out))
-    _begin(run, overwrite)
     show.say(_headline(run))
+    _begin(run, overwrite)
     with cluster.connect(config.cluster, forward.gpus()) as client:
         if link := cluster.dashboard(client):
             show.say(f"dashboard {link}")

