@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Passes = Annotated[int, Field(ge=0, le=3)]  # of the smoothing filter: three along each axis fit int32
 Nm = Annotated[float, Field(gt=0)]
 
 
@@ -48,8 +49,8 @@ class Blocks(Section):
 class Fragments(Section):
     threshold: Share = 0.5  # a voxel belongs to the mask where the smoothed mask probability reaches this
     contour: Share = 1.0  # how much of the contour probability is taken from the mask probability for the height
-    smooth: tuple[Count, Count, Count] = (2, 2, 2)  # passes of the [1 2 1] filter along z y x
-    distance: Annotated[int, Field(ge=0, le=64)] = 6  # plateaus are split by the distance to the mask's border up to this
+    smooth: tuple[Passes, Passes, Passes] = (2, 2, 2)  # passes of the [1 2 1] filter along z y x
+    distance: Annotated[int, Field(ge=0, le=64)] = 0  # plateaus are split by the distance to the mask's border, up to this
 
 
 class Stitch(Section):

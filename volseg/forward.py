@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -143,6 +144,7 @@ def load(
 
 
 def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], threads: int) -> Forward:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or its import calls home
     import openvino as ov
 
     core = ov.Core()
@@ -179,7 +181,10 @@ def _onnxruntime(blob: bytes, place: int) -> Forward:
     wanted: list = ["CPUExecutionProvider"]
     if gpus():
         wanted.insert(0, ("CUDAExecutionProvider", {"device_id": place % gpus(), "cudnn_conv_algo_search": "HEURISTIC"}))
+        onnxruntime.preload_dlls()
     session = onnxruntime.InferenceSession(blob, options, providers=wanted)
+    if gpus() and "CUDAExecutionProvider" not in session.get_providers():
+        raise UserError("predict.backend = 'onnx' finds a GPU but not its CUDA libraries; use torch, or hide the GPU")
 
     def forward(batch: np.ndarray) -> np.ndarray:
         return session.run(None, {"tiles": batch})[0]
