@@ -79,12 +79,14 @@ def test_an_existing_output_is_refused_and_left_alone(run, tmp_path):
     out = tmp_path / "run.volseg.zarr"
     out.mkdir()
     (out / "precious").write_text("kept")
+    for words, said in (([], "not a volseg run"), (["--overwrite"], "not a volseg run")):
+        code, _, err = run("infer", stack(tmp_path / "em.tif"), "--out", out, *words)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert said in err
+    (out / "run.json").write_text("{}")
     code, _, err = run("infer", stack(tmp_path / "em.tif"), "--out", out)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "--overwrite" in err
-    code, _, err = run("infer", stack(tmp_path / "em.tif"), "--out", out, "--overwrite")
-    assert code == 2
-    assert "not a volseg run" in err
     assert (out / "precious").read_text() == "kept"
 
 
@@ -111,6 +113,9 @@ def test_a_model_of_the_wrong_kind_is_refused(run, tmp_path):
         (["clean", "absent"], "not a finished volseg run"),
         (["info", "absent.safetensors"], "absent.safetensors"),
         (["infer", "em.tif", "--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
+        (["infer", "em.tif", "--scheduler", "somewhere"], "tcp://host:port"),
+        (["infer", "em.tif", "--set", "cluster.dashboard=nowhere"], "cluster.dashboard"),
+        (["infer", "em.tif", "--out", "em.tif/run"], "em.tif"),
     ],
 )
 def test_a_wrong_option_is_refused_in_one_line(run, tmp_path, monkeypatch, words, said):

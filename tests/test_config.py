@@ -44,6 +44,8 @@ def test_later_layers_win(tmp_path):
         ("[predict]\nbackend = 'tpu'\n", r"predict\.backend = 'tpu': input should be 'auto', 'openvino'"),
         ("[[train.data]]\nimage = 'a'\nlable = 'b'\n", r"unknown key 'train\.data\.0\.lable'; did you mean 'label'"),
         ("[[train.data]]\nimage = 'a'\n", r"needs image and label"),
+        ("[predict]\ntile = 64\noverlap = 40\n", r"overlap 40 is more than half of a tile of 64"),
+        ("[fragments]\nsmooth = [4, 0, 0]\n", r"fragments\.smooth\.0 = 4: input should be less than or equal to 3"),
         ("stitch = \n", r"run\.toml is not valid TOML"),
     ],
 )

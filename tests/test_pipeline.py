@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,59 @@ def test_an_unfinished_run_of_other_settings_is_refused(image, tmp_path):
         pipeline.infer(image, out, settings(predict={"backend": "onnx"}), overwrite=False, show=Quiet())
 
 
-def test_a_failed_block_is_named_and_the_rest_goes_on(image, reference, tmp_path):
+def test_a_stopped_run_is_kept_even_with_overwrite(image, tmp_path):
+    out = str(tmp_path / "run.volseg.zarr")
+    run = pipeline._describe(volume.open(image), settings(), f"{out}.partial")
+    pipeline._begin(run, overwrite=False)
+    volume.write_bytes(run.out, "work/markers/predict/0-test.json", b"{}")
+    pipeline._begin(run, overwrite=True)
+    assert volume.exists(f"{run.out}/work/markers/predict/0-test.json")
+    other = pipeline._describe(volume.open(image), settings(fragments={"threshold": 0.123}), f"{out}.partial")
+    pipeline._begin(other, overwrite=True)
+    assert not volume.exists(f"{run.out}/work/markers/predict/0-test.json")
+
+
+def test_half_made_label_arrays_are_made_again(image, tmp_path):
+    run = pipeline._describe(volume.open(image), settings(), str(tmp_path / "run.partial"))
+    pipeline._begin(run, overwrite=False)
+    volume.create_array(run.out, "labels/instances/0", shape=SHAPE, dtype="uint8", chunk=SHAPE, shard=SHAPE)
+    pipeline._create_labels(run)
+    pipeline._create_labels(run)
+    made = zarr.open_group(run.out, mode="r")["labels/instances"]
+    assert sorted(made.keys()) == [str(level) for level in range(len(run.levels))]
+    assert made["0"].dtype == np.uint32
+    assert made.attrs["ome"]["multiscales"]
+
+
+@pytest.mark.parametrize("where", ["em.zarr", "folder"])
+def test_what_no_run_made_is_never_replaced(image, tmp_path, where):
+    shutil.copytree(image, tmp_path / "em.zarr")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/precious").write_text("kept")
+    with pytest.raises(UserError, match=r"would replace the volume|not a volseg run"):
+        pipeline.infer(
+            str(tmp_path / "em.zarr"), str(tmp_path / where), settings(), overwrite=True, show=Quiet()
+        )  # fmt: skip
+    assert (tmp_path / "em.zarr/0").exists()
+    assert (tmp_path / "folder/precious").exists()
+
+
+def test_a_bucket_that_holds_other_things_is_left_alone(bucket, image):
+    volume.write_bytes(f"{bucket}/shared", "precious", b"kept")
+    with pytest.raises(UserError, match="not a volseg run"):
+        pipeline.infer(image, f"{bucket}/shared", settings(), overwrite=True, show=Quiet())
+    assert volume.read_bytes(f"{bucket}/shared", "precious") == b"kept"
+
+
+def test_a_worker_of_another_kind_is_refused(image, tmp_path):
+    run = pipeline._describe(volume.open(image), settings(), str(tmp_path / "run.partial"))
+    foreign = replace(run, engine={**run.engine, "processor": "abacus"})
+    pipeline._begin(foreign, overwrite=False)
+    with pytest.raises(UserError, match=r"abacus.*bits differ"):
+        pipeline.work(foreign.out, foreign.id, "predict", 0)
+
+
+def test_a_damaged_chunk_ends_the_run_in_one_line(image, reference, tmp_path):
     broken = tmp_path / "broken.zarr"
     shutil.copytree(image, broken)
     shard = next(broken.glob("0/c/0/1/*"))

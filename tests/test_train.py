@@ -173,6 +173,17 @@ def test_a_start_of_another_shape_is_refused(whole_run, tables, tmp_path):
         train(_config(tables, tmp_path, start=str(whole_run[0] / "model.safetensors"), sections=5), print)
 
 
+def test_an_output_that_is_a_file_is_refused(tables, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"train\.out = .*file"):
+        train(_config(tables, tmp_path / "file"), print)
+
+
+def test_a_loss_that_blows_up_names_the_step_and_what_to_change(tables, tmp_path):
+    with pytest.raises(UserError, match=r"at step \d+: set a lower train\.lr"):
+        train(_config(tables, tmp_path, lr=1e30, steps=30, every=100), print)
+
+
 def test_a_patch_that_the_network_cannot_halve_is_refused(tables, tmp_path):
     with pytest.raises(UserError, match="try 64"):
         train(_config(tables, tmp_path, patch=72), print)

@@ -28,6 +28,7 @@ app = typer.Typer(
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; see configs/.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 def main() -> None:
@@ -37,9 +38,13 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"volseg: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("volseg: stopped; what is done is kept, the same command goes on from there", err=True)
-        sys.exit(130)
+    except OSError as error:
+        typer.echo(f"volseg: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.echo("volseg: stopped; what is done is kept, the same command goes on from there", err=True)
+        raise
 
 
 # ---------------------------------------------------------------- progress
@@ -139,8 +144,8 @@ def infer(
     first = load(config, sets or ())
     chosen = model or first.predict.model
     card = load_card(chosen or shipped())
-    flags = [f"predict.model={json.dumps(model)}"] * bool(model) + [f"cluster.workers={workers}"] * (workers is not None)
-    flags += [f"cluster.scheduler={json.dumps(scheduler)}"] * bool(scheduler)
+    flags = [f"predict.model={_toml(model)}"] * bool(model) + [f"cluster.workers={workers}"] * (workers is not None)
+    flags += [f"cluster.scheduler={_toml(scheduler)}"] * bool(scheduler)
     settings = load(config, [*(sets or ()), *flags], base=card["decode"])
 
     from volseg import pipeline
@@ -154,6 +159,11 @@ def infer(
     finally:
         show.stop(finished=finished)
     _conclude(summary)
+
+
+def _toml(text: str) -> str:
+    """``text`` as a TOML string."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def default_out(volume: str) -> str:
@@ -223,10 +233,12 @@ def synth(
 
     sizes = _triple(shape, "--shape"), _triple(block, "--block")
     show = Terminal()
+    finished = False
     try:
         pipeline.synthesise(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, show=show)
+        finished = True
     finally:
-        show.stop(finished=True)
+        show.stop(finished=finished)
     typer.echo(f"image    {out}\ntruth    {out.rstrip('/')}/labels/truth")
 
 

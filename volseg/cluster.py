@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import signal
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -14,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, as_completed, get_worker
 
 from volseg import volume
@@ -32,20 +36,43 @@ def connect(knobs: Cluster, gpus: int = 0) -> Iterator[Client]:
         with _given(knobs.scheduler) as client:
             yield client
         return
-    count = knobs.workers or gpus or min(8, os.cpu_count() or 1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Port .* is already in use")
-        cluster = LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,
-            dashboard_address=_local(knobs.dashboard),
-            silence_logs=logging.CRITICAL,
-            env={THREADS: str(max(1, (os.cpu_count() or 1) // count))},
-        )
-    with cluster, Client(cluster, set_as_default=False) as client:
+    count = knobs.workers or gpus or min(8, CPU_COUNT)
+    with _started(knobs, count) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
+
+
+def _started(knobs: Cluster, count: int) -> LocalCluster:
+    """A local cluster of ``count`` worker processes."""
+    with warnings.catch_warnings(), _deaf_to_interrupts():
+        warnings.filterwarnings("ignore", message="Port .* is already in use")
+        try:
+            return LocalCluster(
+                n_workers=count,
+                threads_per_worker=1,
+                processes=True,
+                memory_limit=0,
+                dashboard_address=_local(knobs.dashboard),
+                silence_logs=logging.CRITICAL,
+                env={THREADS: str(max(1, CPU_COUNT // count))},
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(
+                f"cannot start {count} local workers with cluster.dashboard = {knobs.dashboard!r}: {reason}"
+            ) from None
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C: the client alone hears it, and ends them in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _local(address: str) -> str | None:
@@ -55,6 +82,8 @@ def _local(address: str) -> str | None:
 
 @contextmanager
 def _given(address: str) -> Iterator[Client]:
+    if not re.fullmatch(r"(\w+://)?[^/:]+:\d+", address):
+        raise UserError(f"scheduler {address!r} is not of the form tcp://host:port")
     try:
         client = Client(address, timeout="10s", set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
@@ -80,22 +109,20 @@ def threads(client: Client) -> int:
 
 
 def threads_here() -> int:
-    """Tiles that this worker process runs at once: its share of the cores, or else its task slots."""
-    if THREADS in os.environ:
-        return max(1, int(os.environ[THREADS]))
-    try:
-        return get_worker().state.nthreads
-    except ValueError:  # not on a worker
-        return 1
+    """Tiles that one task of this worker runs at once: a local worker's share of the cores; one unless it is told."""
+    return max(1, int(os.environ.get(THREADS, "1")))
 
 
 def place_here() -> int:
-    """The number of this worker on its machine, by which it takes a GPU; 0 where workers have names of their own."""
+    """The number at the end of this worker's name (``0``, ``gpu-3``), by which it takes a GPU; else 0.
+
+    Workers with other names share a machine's GPUs through CUDA_VISIBLE_DEVICES.
+    """
     try:
-        name = str(get_worker().name)
-    except ValueError:
+        found = re.fullmatch(r"(?:.*-)?(\d+)", str(get_worker().name))
+    except ValueError:  # not on a worker
         return 0
-    return int(name) if name.isdigit() else 0
+    return int(found[1]) if found else 0
 
 
 # ---------------------------------------------------------------- the loop

@@ -41,6 +41,12 @@ class Predict(Section):
     batch: Size = 1  # tiles in one forward pass
     normalize: Literal["volume", "model"] = "volume"  # mean and deviation from the volume, or from the training data
 
+    @model_validator(mode="after")
+    def _room_between_overlaps(self) -> Predict:
+        if self.overlap > self.tile // 32 * 16:
+            raise ValueError(f"overlap {self.overlap} is more than half of a tile of {self.tile // 32 * 32}")
+        return self
+
 
 class Blocks(Section):
     shape: tuple[Size, Size, Size] | None = None  # z y x; None fits whole planes into memory

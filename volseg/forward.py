@@ -44,11 +44,7 @@ def gpus() -> int:
 
 def has_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
 
 
 def choose(backend: str = "auto", precision: str = "auto") -> tuple[str, str]:
@@ -233,7 +229,37 @@ def stream(forward: Forward, batches: Iterable[tuple[Any, np.ndarray]], threads:
 
 
 def describe(backend: str, precision: str) -> dict:
-    """What decides the bits of a forward pass besides the model: recorded in the run, compared on restart."""
-    device = "cuda" if backend != "openvino" and gpus() else "cpu"
-    return {"backend": backend, "precision": precision, "device": device, "version": version(backend),
-            "machine": platform.machine()}  # fmt: skip
+    """What decides the bits of a forward pass besides the model: recorded in the run, compared on restart and workers."""
+    cuda = backend != "openvino" and gpus() > 0
+    return {
+        "backend": backend,
+        "precision": precision,
+        "device": "cuda" if cuda else "cpu",
+        "processor": _gpu_name() if cuda else _instructions(),
+        "version": version(backend),
+        "volseg": metadata.version("volseg"),
+    }
+
+
+def _gpu_name() -> str:
+    """The first GPU's name as its driver gives it."""
+    cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    name = ctypes.create_string_buffer(128)
+    cuda.cuInit(0)
+    cuda.cuDeviceGetName(name, len(name), 0)
+    return name.value.decode()
+
+
+def _instructions() -> str:
+    """The vector instructions that a CPU's kernels are chosen by."""
+    flags = _cpu_flags()
+    found = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if name in flags]
+    return " ".join([platform.machine(), *found])
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    return set(next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split())

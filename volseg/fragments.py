@@ -84,11 +84,6 @@ def seed_height(seed: float, knobs: Fragments) -> int:
     return (TOP - mask_level(seed)) * (cap + 1) + cap
 
 
-def seed_probability(height: np.ndarray | int, knobs: Fragments) -> np.ndarray | float:
-    """The smoothed probability 0..1 that a height stands for: the inverse of `seed_height`, for reports."""
-    return (TOP - np.asarray(height) // (knobs.distance**2 + 1)) / TOP
-
-
 def heights(probability: np.ndarray, box: Box, shape: Triple, knobs: Fragments) -> np.ndarray:
     """Heights (int32, low inside objects) of ``box`` grown by 1; `OUTSIDE` where there is no mask or no volume.
 

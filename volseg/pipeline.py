@@ -18,6 +18,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from importlib import metadata
@@ -34,11 +35,9 @@ from volseg.config import Config, UserError
 
 CHANNELS = ("mask", "contour")
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
+IO_THREADS = 16  # small objects read or written at once
 SAMPLES = 24  # patches that normalisation looks at
-SAME_ANYWAY = (  # parts of a run's description that decide nothing, or stand in another part as what they came to
-    "out", "keys.", "config.cluster.", "config.output.keep_work", "config.input.", "config.blocks.",
-    "config.predict.model", "config.predict.backend", "config.predict.precision",
-)  # fmt: skip
+FREE = ("out", "config.cluster.", "config.output.keep_work")  # parts of a description that decide no byte
 
 
 # ---------------------------------------------------------------- the run as plain data
@@ -96,6 +95,11 @@ class Run:
         return {"predict": predict, "fragments": fragments, "faces": fragments, "stitch": stitched,
                 "relabel": stitched, **levels}  # fmt: skip
 
+    @cached_property
+    def id(self) -> str:
+        """The hash of the whole description: what workers remember a run by."""
+        return _hash(self.to_json())
+
     def to_json(self) -> dict:
         plain = asdict(replace(self, config=None))
         return {**plain, "config": self.config.model_dump(mode="json", exclude={"train"}), "keys": self.keys}
@@ -123,13 +127,15 @@ def blocks(shape: Triple, wanted: Triple | None) -> tuple[Triple, Triple]:
     """
     if wanted:
         block = _fit(wanted, shape)
+        if prod(n + 2 for n in block) >= 1 << 31:
+            raise UserError(f"blocks.shape = {list(block)} is too large to number its voxels; use less than 2**31 voxels")
         return block, block
     z, y, x = shape
     target = min(BLOCK_VOXELS, max(1 << 20, prod(shape) // 16))
     depth = min(z, max(target // (y * x), 4 if y * x <= 1 << 26 else 1))
     strips = -(-depth * y * x // (1 << 28))
     slab = (depth, -(-y // strips), x)
-    if depth >= min(z, 8):
+    if depth >= min(z, 8) and (depth + 8) * y * x <= 1 << 26:  # the other stages read a halo too
         return slab, slab
     side = min(512, max(y, x))
     return slab, _fit((max(16, target // side**2), side, side), shape)
@@ -187,8 +193,8 @@ def predict(run: Run, i: int, seconds: dict[str, float]) -> None:
 
     blend = None
     with cluster.timed(seconds, "infer"):
-        network = _network(run.out, run.keys["relabel"])
-        for keys, probability in forward.stream(network, batches(), threads=cluster.threads_here()):
+        network = _network(run.out, run.id)
+        for keys, probability in forward.stream(network, batches(), threads=_threads(run)):
             for (z, tile), one in zip(keys, probability, strict=False):
                 blend = tiles.Blend(len(run.heads), grid, y, x) if tile == meeting[0] else blend
                 blend.add(tile, one)
@@ -234,8 +240,8 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
     """The label of every region of every block is stored; returns how many objects there are."""
     count = len(run.grid)
     with cluster.timed(seconds, "read"):
-        tables = [basins.Table(**_load(run.out, f"work/tables/{i}.npz")) for i in range(count)]
-        links = [stitch.Links(**_load(run.out, f"work/links/{i}.npz")) for i in range(count)]
+        tables = [basins.Table(**t) for t in _load_all(run.out, "tables", count, skip=("crossing", "face_at", "face_of"))]
+        links = [stitch.Links(**l) for l in _load_all(run.out, "links", count)]
     knobs = run.config.stitch
     whole, basin_of = stitch.gather(tables, links)
     label = stitch.decide(
@@ -247,9 +253,9 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
     found = int(label.max(initial=0))
     with cluster.timed(seconds, "write"):
         _save(run.out, "work/basins.npz", **asdict(whole), label=label)
-        for i, basin in enumerate(basin_of):
-            ids = np.r_[0, label[basin]].astype(stitch.label_dtype(found))
-            _save(run.out, f"work/labels/{i}.npz", label=ids)
+        ids = (np.r_[0, label[basin]].astype(stitch.label_dtype(found)) for basin in basin_of)
+        with ThreadPoolExecutor(IO_THREADS) as pool:
+            list(pool.map(lambda pair: _save(run.out, f"work/labels/{pair[0]}.npz", label=pair[1]), enumerate(ids)))
     return {"objects": found, "basins": int(label.size), "edges": int(whole.edges.size)}
 
 
@@ -296,22 +302,33 @@ def work(out: str, key: str, stage: str, i: int) -> dict:
 
 @lru_cache(maxsize=2)
 def _run(out: str, key: str) -> Run:
-    """The run stored at ``out``; ``key`` names its content, so that a new run at the same place is read anew."""
+    """The run stored at ``out``; ``key`` is its id, so that a new run at the same place is read anew."""
     return replace(Run.from_json(json.loads(volume.read_bytes(out, "work/run.json"))), out=out)
 
 
 @lru_cache(maxsize=1)
 def _network(out: str, key: str) -> forward.Forward:
+    """The network of a run, once for each worker process."""
     run = _run(out, key)
+    here = forward.describe(run.engine["backend"], run.engine["precision"])
+    if here != run.engine:
+        raise UserError(
+            f"this worker would run {here}, the run was begun with {run.engine}; their bits differ, so they cannot share it"
+        )
     shape = (run.config.predict.batch, run.sections, *run.tile_grid.size)
     return forward.load(
         volume.read_bytes(out, "work/model.bin"),
         run.engine["backend"],
         run.engine["precision"],
         shape,
-        cluster.threads_here(),
+        _threads(run),
         cluster.place_here(),
     )
+
+
+def _threads(run: Run) -> int:
+    """Tiles under way at once in this worker: on a GPU just enough to hide the copies."""
+    return 2 if run.engine["device"] == "cuda" else cluster.threads_here()
 
 
 def _save(out: str, key: str, **arrays: np.ndarray) -> None:
@@ -320,9 +337,23 @@ def _save(out: str, key: str, **arrays: np.ndarray) -> None:
     volume.write_bytes(out, key, file.getvalue())
 
 
-def _load(out: str, key: str) -> dict[str, np.ndarray]:
+def _load(out: str, key: str, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """The arrays saved under ``key``; those to ``skip`` come empty."""
     with np.load(io.BytesIO(volume.read_bytes(out, key))) as stored:  # allow_pickle is off
-        return dict(stored)
+        return {name: np.empty(0) if name in skip else stored[name] for name in stored.files}
+
+
+def _load_all(out: str, folder: str, count: int, skip: tuple[str, ...] = ()) -> list[dict[str, np.ndarray]]:
+    """What each of ``count`` blocks saved in a folder of ``work``, read side by side: an object store answers slowly."""
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        return list(pool.map(lambda i: _load(out, f"work/{folder}/{i}.npz", skip), range(count)))
+
+
+def _shard(block: Triple, shape: Triple, chunk: Triple) -> Triple:
+    """The shard that holds one block: the block, made a multiple of the chunk on axes that it spans."""
+    return tuple(
+        b if b < n else -(-n // min(c, n)) * min(c, n) for b, n, c in zip(block, shape, chunk, strict=True)
+    )
 
 
 def _fit(block: Triple, shape: Triple) -> Triple:
@@ -369,7 +400,10 @@ def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -
     """
     start = time.perf_counter()
     source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
-    _refuse_existing(out, overwrite)
+    out = _absolute(out)
+    _refuse_existing(_absolute(source.path), out, overwrite)
+    if volume.is_remote(out) and overwrite and volume.exists(f"{out}/run.json"):
+        volume.remove(out)
     run = _describe(source, config, _partial(out))
     show.say(_headline(run))
     _begin(run, overwrite)
@@ -384,12 +418,15 @@ def _partial(out: str) -> str:
     return out if volume.is_remote(out) else f"{out}.partial"
 
 
-def _refuse_existing(out: str, overwrite: bool) -> None:
-    whole = volume.exists(f"{out}/run.json") if volume.is_remote(out) else volume.exists(out)
-    if whole and not overwrite:
+def _refuse_existing(source: str, out: str, overwrite: bool) -> None:
+    """Nothing that a run did not make is ever replaced, nor what it reads from."""
+    if f"{source}/".startswith((f"{out}/", f"{_partial(out)}/")):
+        raise UserError(f"output {out} would replace the volume it is made from; give another --out")
+    for path in {out, _partial(out)}:
+        if volume.exists(path) and not any(volume.exists(f"{path}/{name}") for name in ("run.json", "work/begun")):
+            raise UserError(f"output {path} exists and is not a volseg run, so it is left alone; give another --out")
+    if volume.exists(f"{out}/run.json") and not overwrite:
         raise UserError(f"output {out} exists; give another --out, or --overwrite to replace it")
-    if whole and not volume.exists(f"{out}/zarr.json"):
-        raise UserError(f"output {out} exists and is not a volseg run, so --overwrite leaves it alone; remove it yourself")
 
 
 def _describe(source: volume.Volume, config: Config, out: str) -> Run:
@@ -426,37 +463,40 @@ def _absolute(path: str) -> str:
 
 
 def _begin(run: Run, overwrite: bool) -> None:
-    """The run's folder holds its description, the model and empty arrays; an interrupted run is kept if it is this one."""
-    if volume.exists(f"{run.out}/work/run.json") and not overwrite:
-        _refuse_changed(run)
-        return
+    """The run's folder holds its description, the model and empty arrays. A stopped run of this description is kept."""
+    if volume.exists(f"{run.out}/work/run.json"):
+        changed = _changed(run)
+        if not changed:
+            return
+        if not overwrite:
+            raise UserError(f"an unfinished run at {run.out} {changed}; finish it with its own settings, or start again "
+                            "with --overwrite")  # fmt: skip
     volume.remove(run.out)
+    volume.write_bytes(run.out, "work/begun", b"")
     volume.create_group(run.out)
     lead = len(run.heads)
     volume.create_array(
         run.out, "0", shape=(lead, *run.shape), dtype="uint8", chunk=(1, *run.config.output.chunk),
-        shard=(lead, *run.predict_block), axes="czyx",
+        shard=(lead, *_shard(run.predict_block, run.shape, run.config.output.chunk)), axes="czyx",
     )  # fmt: skip
     volume.create_array(
-        run.out, "work/fragments", shape=run.shape, dtype="uint32", chunk=run.config.output.chunk, shard=run.block,
+        run.out, "work/fragments", shape=run.shape, dtype="uint32", chunk=run.config.output.chunk,
+        shard=_shard(run.block, run.shape, run.config.output.chunk),
     )  # fmt: skip
     path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
     volume.write_bytes(run.out, "work/model.bin", forward.prepare(path, run.engine["backend"]))
     volume.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
 
 
-def _refuse_changed(run: Run) -> None:
-    """Only a run of the same description may go on."""
-    old = json.loads(volume.read_bytes(run.out, "work/run.json"))
-    new = json.loads(json.dumps(run.to_json()))
-    old, new = _flat(old), _flat(new)
-    changed = [name for name in new if not name.startswith(SAME_ANYWAY) and old.get(name) != new[name]]
-    if changed:
-        name = changed[0]
-        raise UserError(
-            f"an unfinished run at {run.out} has {name} = {old.get(name)!r}, this one {new[name]!r}; "
-            "finish it with its own settings, or start again with --overwrite"
-        )
+def _changed(run: Run) -> str:
+    """In which setting the run stored at ``run.out`` differs from ``run``; ``""`` where it would write the same bytes."""
+    old = _flat(json.loads(volume.read_bytes(run.out, "work/run.json")))
+    new = _flat(json.loads(json.dumps(run.to_json())))
+    changed = [name for name in new if not name.startswith(FREE) and old.get(name) != new[name]]
+    if not changed:
+        return ""
+    name = min(changed, key=lambda name: (not name.startswith(("engine.", "config.")), name.startswith("keys."), name))
+    return f"has {name} = {old.get(name)!r}, this one {new[name]!r}"
 
 
 def _flat(plain: dict, prefix: str = "") -> dict:
@@ -509,7 +549,7 @@ def _stage(client: Any, run: Run, stage: str, grid: Blocks, show: Show) -> None:
     advance = show.stage(stage, prod(grid.shape), sum(grid[i].voxels for i in done))
     knobs = run.config.cluster
     failures = cluster.run(
-        client, work, (i for i in range(len(grid)) if i not in done), run.out, run.keys["relabel"], stage,
+        client, work, (i for i in range(len(grid)) if i not in done), run.out, run.id, stage,
         tries=knobs.tries, window=knobs.window, done=lambda i, _: advance(grid[i].voxels),
     )  # fmt: skip
     if failures:
@@ -523,14 +563,14 @@ def _stage(client: Any, run: Run, stage: str, grid: Blocks, show: Show) -> None:
 
 def _create_labels(run: Run) -> None:
     """The label arrays exist, wide enough for the number of objects."""
-    if volume.exists(f"{run.out}/labels/instances/zarr.json"):
+    if volume.exists(f"{run.out}/work/labels.json"):  # written last
         return
+    volume.remove(f"{run.out}/labels")
     found = max((receipt["objects"] for receipt in cluster.receipts(run.out, "stitch")), default=0)
     for level, (shape, _) in enumerate(run.levels):
-        volume.remove(f"{run.out}/labels/instances/{level}")
         volume.create_array(
             run.out, f"labels/instances/{level}", shape=shape, dtype=stitch.label_dtype(found),
-            chunk=run.config.output.chunk, shard=_fit(run.block, shape), axes="zyx",
+            chunk=run.config.output.chunk, shard=_shard(run.block, shape, run.config.output.chunk), axes="zyx",
         )  # fmt: skip
     sizes = pyramid.sizes(run.levels, run.voxel_size_nm)
     volume.create_group(f"{run.out}/labels/instances")
@@ -540,6 +580,7 @@ def _create_labels(run: Run) -> None:
         "labels/instances",
         volume.ome_multiscales("instances", "zyx", [(str(k), s) for k, s in enumerate(sizes)], source="../../"),
     )
+    volume.write_bytes(run.out, "work/labels.json", json.dumps({"objects": found}).encode())
 
 
 def _finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summary:
@@ -548,7 +589,7 @@ def _finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summ
 
     from volseg import view
 
-    parts = [_load(run.out, f"work/objects/{i}.npz")["sums"] for i in range(len(run.grid))]
+    parts = [part["sums"] for part in _load_all(run.out, "objects", len(run.grid))]
     columns = objects.table(objects.merge(parts), run.shape, run.voxel_size_nm)
     file = io.BytesIO()
     pandas.DataFrame(columns).to_parquet(file, index=False)
@@ -569,12 +610,12 @@ def _finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summ
         "peak_bytes": {"worker": max(r["peak_bytes"] for r in receipts), "client": cluster.peak_bytes()},
         "versions": {name: metadata.version(name) for name in ("volseg", "zarr", "zarrs", "dask", "numba", "numpy")},
     }
-    if not run.config.output.keep_work:
-        volume.remove(f"{run.out}/work")
     volume.write_bytes(run.out, "run.json", json.dumps(facts, indent=1).encode())
     if run.out != out:
         volume.remove(out)
         volume.move(run.out, out)
+    if not run.config.output.keep_work:
+        volume.remove(f"{out}/work")
     return Summary(
         out=out,
         objects=facts["objects"],
@@ -608,8 +649,8 @@ def synthesise(out: str, shape: Triple, block: Triple, *, seed: int, overwrite: 
 
     if volume.exists(out) and not overwrite:
         raise UserError(f"output {out} exists; give another path, or --overwrite to replace it")
-    if volume.exists(out) and not volume.exists(f"{out}/zarr.json"):
-        raise UserError(f"output {out} exists and is not a zarr group, so --overwrite leaves it alone; remove it yourself")
+    if volume.exists(out) and not volume.exists(f"{out}/labels/truth/zarr.json"):
+        raise UserError(f"output {out} exists and volseg synth did not make it, so it is left alone; give another path")
     partial = _partial(out)
     volume.remove(partial)
     grid = Blocks(shape, _fit(block, shape))

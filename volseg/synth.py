@@ -2,17 +2,17 @@
 
 How the field is made, from the outside in:
 
-1. Space is warped by smooth noise; everything but vesicles and grain is drawn in warped space, so straight things come out bent.
+1. Space is warped by smooth noise. All but vesicles and grain is drawn in warped space: straight things come out bent.
 2. The Voronoi *cells* of a jittered lattice are bundles of neurites. Each has its own frame: axis u, across it v and w.
-3. In that frame a second, elongated jittered lattice of *sites* divides the bundle: their Voronoi walls are the membranes.
-4. A site may own a mitochondrion, or a pair in contact: bent tubes that lie wholly inside the walls of site and cell, which is
-   why no two sites' objects meet. A pair is divided where the distances from its two axes are equal. Each part then holds,
-   with every point, the way from there to its axis: objects are connected.
+3. In that frame a second, elongated jittered lattice of *sites* divides the bundle: Voronoi walls are the membranes.
+4. A site may own a mitochondrion, or a pair in contact: bent tubes that lie wholly inside the walls of site and cell,
+   so that no two sites' objects meet. A pair is divided where the distances from its two axes are equal. Each part then
+   holds, with every point, the way from there to its axis: objects are connected.
 5. Vesicles, reticulum, texture and shot noise are drawn on top.
 
-Why any box gives the same bytes: all randomness is an integer hash of lattice coordinates; a voxel is computed from its own
-coordinates in one order of operations; what voxels share (the candidates around them) belongs to *bricks* aligned to the whole
-space; and only + - * / sqrt floor are used, without libm or fastmath, so that IEEE 754 fixes every bit.
+Why any box gives the same bytes: all randomness is an integer hash of lattice coordinates; a voxel is computed from its
+own coordinates in one order of operations; what voxels share (the candidates around them) belongs to *bricks* aligned
+to the whole space; and only + - * / sqrt floor are used, without libm or fastmath, so that IEEE 754 fixes every bit.
 
 Lengths are in voxels, gray in levels of 0 to 255.
 """
@@ -62,14 +62,35 @@ CELLS = np.dtype(
 )
 TUBE = np.dtype([("points", "f8", (3, 3)), ("radius", "f8"), ("taper", "f8")])
 SITES = np.dtype(
-    [("state", "i8"), ("count", "i8"), ("tubes", TUBE, 2), ("lamella", "f8", 3), ("matrix", "f8"), ("contrast", "f8")]
-    + [("label", "u4")]
+    [
+        ("state", "i8"),  # UNKNOWN until a brick asks
+        ("label", "u4"),  # of the first object
+        ("count", "i8"),
+        ("tubes", TUBE, 2),
+        ("lamella", "f8", 3),  # across the cristae, per period
+        ("matrix", "f8"),
+        ("contrast", "f8"),
+    ]
 )
-NEAR = np.dtype([(name, "f8") for name in ("distance", "a", "b", "c", "shade", "crowd")] + [(n, "i8") for n in "ijk"])
-BRICKS = np.dtype(  # what a brick's voxels share; list 0 is of cells (i: row in the table), list 1 + n of the n-th one's sites
-    [("place", "i8", 3), ("origin", "i8", 3), ("near", NEAR, (1 + NEAREST, NEAREST)), ("counts", "i8", 1 + NEAREST)]
-    + [("slopes", "f8", (1 + NEAREST, NEAREST, NEAREST)), ("owners", "i8", (NEAREST, NEAREST))]
-    + [("owner_counts", "i8", NEAREST), ("vesicles", "f8", (64, 4)), ("vesicle_count", "i8")]
+NEAR = np.dtype(  # a candidate: squared distance, position, a neurite's looks, lattice position
+    [(name, "f8") for name in ("distance", "a", "b", "c", "shade", "crowd")] + [(name, "i8") for name in "ijk"]
+)
+BRICKS = np.dtype(  # what a brick's voxels share
+    [
+        ("place", "i8", 3),  # in the world's nodes
+        ("origin", "i8", 3),
+        (
+            "near",
+            NEAR,
+            (1 + NEAREST, NEAREST),
+        ),  # list 0: cells, i the row in their table; list 1 + n: sites of the n-th
+        ("counts", "i8", 1 + NEAREST),
+        ("slopes", "f8", (1 + NEAREST, NEAREST, NEAREST)),
+        ("owners", "i8", (NEAREST, NEAREST)),  # rows of the n-th cell's sites
+        ("owner_counts", "i8", NEAREST),
+        ("vesicles", "f8", (64, 4)),
+        ("vesicle_count", "i8"),  # -1: not yet listed
+    ]
 )
 
 inner = nb.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)  # called from compiled code only
@@ -77,7 +98,7 @@ outer = nb.njit(error_model="numpy", nogil=True, cache=True)
 
 
 class World(NamedTuple):
-    """What a box shares: noise at brick corners (field z y x), and tables of cells and of their sites, settled when needed."""
+    """What a box shares: noise at brick corners (field z y x), tables of cells and of their sites, settled on demand."""
 
     nodes: np.ndarray
     grid: np.ndarray  # lattice position of the first cell
@@ -89,15 +110,15 @@ class World(NamedTuple):
 
 
 def synth(box: Box, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The voxels of ``box`` in the synthetic volume ``seed``: (image uint8, labels uint32), both of shape ``box.shape``.
+    """The voxels of ``box`` in the synthetic volume ``seed``: (image uint8, labels uint32) of shape ``box.shape``.
 
-    A voxel depends on its coordinates and the seed alone: a box cut out of a bigger one has the same bytes. Coordinates may
-    be negative, and as large as a few millions.
+    A voxel depends on its coordinates and the seed alone: a box cut out of a bigger one has the same bytes. Coordinates
+    may be negative, and as large as a few millions.
 
-    A label is its object's own number in the whole field: 7 bits of the z and 8 bits each of the y and x position of the
-    cell in its lattice (spacing 320 voxels), 8 bits for the site in the cell and 1 for the part of a pair. Two objects have
-    one number only if their cells lie a multiple of 128 lattice steps apart along z and of 256 along y and x, so labels are
-    unique in any box up to 39,000 voxels deep and 80,000 high and wide. 0 is background.
+    A label is its object's own number in the whole field: 7 bits of the z and 8 bits each of the y and x position of
+    the cell in its lattice (spacing 320 voxels), 8 bits for the site in the cell and 1 for the part of a pair. Two
+    objects share a number only if their cells lie a multiple of 128 lattice steps apart along z and of 256 along y and
+    x, so labels are unique in any box up to 39,000 voxels deep and 80,000 high and wide. 0 is background.
 
     >>> image, labels = synth(Box((0, 0, 0), (1, 2, 3)), seed=1)
     >>> image.shape, str(image.dtype), str(labels.dtype)
@@ -184,7 +205,7 @@ def _spline(key, z, y, x, spacing):
 
 @inner
 def _nodes(first, counts, key):
-    """All fields on the brick corners from ``first`` on: (field, z, y, x), the warp along z y x before the ``SMOOTH`` ones."""
+    """All fields on the brick corners from ``first`` on: (field, z, y, x), the warp along z y x before ``SMOOTH``."""
     out = np.zeros((FIELDS, counts[0], counts[1], counts[2]))
     for i, j, k in np.ndindex(counts[0], counts[1], counts[2]):
         z, y, x = (first[0] + i) * BRICK, (first[1] + j) * BRICK, (first[2] + k) * BRICK
@@ -338,7 +359,9 @@ def _cell_walls(key, cell, walls, count):
     for a in range(3):
         for sign in (-1.0, 1.0):
             end = sign * ((cell.index[a] + 0.5 + sign * 1.5) * CELL - cell.at[a]) - SLACK
-            count = _add_wall(walls, count, sign * cell.frame[0, a], sign * cell.frame[1, a], sign * cell.frame[2, a], end)
+            count = _add_wall(
+                walls, count, sign * cell.frame[0, a], sign * cell.frame[1, a], sign * cell.frame[2, a], end
+            )
     return count
 
 
@@ -355,7 +378,7 @@ def _room(walls, points):
 
 @inner
 def _bent(h, middle, half, points):
-    """Fill in the three points of an axis of about half length ``half`` through about ``middle``, along u but for a bend."""
+    """Fill in three points of an axis along u, a little bent, through about ``middle``; ``half`` is half its length."""
     for a in range(3):
         tilt = 1.0 if a == 0 else 0.3 * (_pick(h, TILT + a) - 0.5)
         bend = 0.0 if a == 0 else 0.3 * (_pick(h, BEND + a) - 0.5)
@@ -480,7 +503,7 @@ def _tube_depth(tube, u, v, w):
 
 @inner
 def _site_depth(site, u, v, w):
-    """(distance from the surface of the nearer of a site's objects, negative inside, which); a contact is surface too."""
+    """(distance from the surface of a site's nearer object, negative inside; which one). A contact is surface too."""
     d = _tube_depth(site.tubes[0], u, v, w)
     if site.count == 1:
         return d, 0
@@ -555,7 +578,7 @@ def _near_cells(world, z, y, x, radius, near):
 
 @inner
 def _near_sites(cell, u, v, w, radius, near):
-    """List the sites of a cell that may hold or border voxels of the ball; how many. Along u, lengths are divided by stretch."""
+    """List the sites that may hold or border voxels of the ball; how many. Along u, ``stretch`` is one unit."""
     i0, j0, k0 = int(floor(u / cell.step[0])), int(floor(v / cell.step[1])), int(floor(w / cell.step[2]))
     for n in range(27):
         i, j, k = i0 + n // 9 - 1, j0 + n // 3 % 3 - 1, k0 + n % 3 - 1
@@ -571,7 +594,7 @@ def _near_sites(cell, u, v, w, radius, near):
 
 @inner
 def _near_owners(world, n, u, v, w, radius, brick):
-    """List the sites of a brick's ``n``-th cell, settling them on the way, whose objects the ball may meet; how many."""
+    """List the sites of the ``n``-th cell whose objects the ball may meet, settling them on the way; how many."""
     at = brick.near[0, n].i
     found = 0
     for m in range(brick.counts[1 + n]):
@@ -608,7 +631,7 @@ def _near_vesicles(key, origin, out):
 
 @inner
 def _slopes(near, count, squeeze, out):
-    """Fill in, for each two candidates, what turns half their squared distances' difference into distance from the wall."""
+    """Fill in what turns the difference of two candidates' squared distances into distance from their wall."""
     for n in range(count):
         for m in range(count):
             p, q, r = (near[n].a - near[m].a) * squeeze, near[n].b - near[m].b, near[n].c - near[m].c
@@ -635,7 +658,7 @@ def _gather(world, brick):
 
 @inner
 def _nearest(brick, which, a, b, c):
-    """(distance from the Voronoi walls, negative in the gap at a rounded corner; the nearest candidate) in list ``which``."""
+    """(distance from the walls in a list, negative in the gap at a rounded corner; the nearest candidate)."""
     best, n1 = 1e300, 0
     for n in range(brick.counts[which]):
         near = brick.near[which, n]
@@ -723,8 +746,8 @@ def _voxel(world, brick, field, z, y, x):
     wall, n = _nearest(brick, 0, pz, py, px)
     cell = world.cells[brick.near[0, n].i]
     u, v, w = _local(cell, pz, py, px)
-    inner, m = _nearest(brick, 1 + n, u / cell.stretch, v, w)
-    wall = _soft_min(wall, inner, 0.6 * ROUND)
+    within, m = _nearest(brick, 1 + n, u / cell.stretch, v, w)
+    wall = _soft_min(wall, within, 0.6 * ROUND)
     depth, own, part = _depth(world, brick, n, u, v, w)
     if depth < 0.0:
         site = world.sites[brick.near[0, n].i, own]
@@ -798,8 +821,9 @@ def _draw(start, key, signal, labels):
     first = start // BRICK
     bricks = (start + np.array(signal.shape) - 1) // BRICK - first + 1
     world = _world(first, bricks, key)
-    brick = np.zeros(1, BRICKS)[0]
+    desk = np.zeros(1, BRICKS)
     for z, y, x in np.ndindex(bricks[0], bricks[1], bricks[2]):
+        brick = desk[0]  # taken anew each time: a record does not keep its array alive
         brick.place[0], brick.place[1], brick.place[2] = z, y, x
         for a in range(3):
             brick.origin[a] = (first[a] + brick.place[a]) * BRICK

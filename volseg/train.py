@@ -64,8 +64,7 @@ def train(config: Config, report: Callable[[str], None] = print) -> Path:
     _announce(sources, report)
     device = _device(knobs)
     state = start(knobs, device)
-    out = Path(knobs.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = _folder(knobs.out)
     if _resume(state, out / CHECKPOINT, knobs):
         report(f"going on from step {state.step} in {out}")
     with _progress() as bar:
@@ -100,6 +99,8 @@ def _steps(state: State, sources: list[Source], config: Config, show: Callable, 
         if progress(state, knobs) >= 1:
             break
         row = step(state, images, targets, knobs)
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"the loss is {row['loss']} at step {state.step}: set a lower train.lr than {knobs.lr}")
         now = time.monotonic()
         state.seconds, last_tick = state.seconds + now - last_tick, now
         state.history.append(row)
@@ -294,7 +295,8 @@ def finish(state: State, sources: list[Source], config: Config, report: Callable
     chosen = calibrate(state.averaged, sources, config)
     path = out / "model.safetensors"
     model.save(path, state.averaged, _card(config, sources, state, scores, chosen))
-    write_curves(state.history, out)
+    last = [{"step": state.step, "split": "validation", **scores["all"]}] if scores and state.step % knobs.every else []
+    write_curves(state.history + last, out)
     for name, values in scores.items():
         report(f"held out, {name}: loss {values['loss']:.4f} IoU {values['iou']:.3f} accuracy {values['accuracy']:.4f}")
     report(f"model {path} ({path.stat().st_size / 1e6:.1f} MB), mask threshold {chosen['threshold']:.2f}")
@@ -435,6 +437,15 @@ def _check(knobs: Train) -> None:
         raise UserError("train.device = 'cuda', but torch sees no CUDA device; set train.device = 'auto'")
 
 
+def _folder(out: str) -> Path:
+    """The run's folder, made if need be."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder train.out = {out}: {error.strerror}; give another") from None
+    return Path(out)
+
+
 def _from_model(knobs: Train) -> torch.nn.Module:
     """The network of ``train.start``, which must be of the kind that the settings ask for."""
     network, card = model.load(knobs.start)
@@ -470,7 +481,7 @@ def _cpu_has_bf16() -> bool:
 def _keep_memory() -> None:
     """Keeps freed memory for the next step: glibc returns large pieces to the system and faults them in again.
 
-    A step of 8 patches of 192 x 192 on one AMD EPYC core took 2.1 s before and 1.2 s after.
+    A step of 8 patches of 192 x 192 took about 50 000 page faults before and almost none after.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
