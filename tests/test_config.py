@@ -71,6 +71,12 @@ def test_a_set_names_itself_when_it_is_wrong():
         load(sets=["stitch.seed=high"])
 
 
+def test_settings_that_belong_together_are_checked_together():
+    assert load(sets=["predict.tile=64", "predict.overlap=16"]).predict.overlap == 16
+    with pytest.raises(UserError, match=r"--set predict\.tile=64: predict: overlap 64 is more than half of a tile of 64"):
+        load(sets=["predict.tile=64"])
+
+
 def test_settings_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         resolve().stitch.seed = 0.1

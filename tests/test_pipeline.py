@@ -144,7 +144,7 @@ def test_an_unfinished_run_of_other_settings_is_refused(image, tmp_path):
     pipeline._begin(pipeline._describe(source, config, f"{out}.partial"), overwrite=False)
     with pytest.raises(UserError, match=r"fragments\.threshold = 0\.\d+, this one 0\.123.*--overwrite"):
         pipeline.infer(image, out, settings(fragments={"threshold": 0.123}), overwrite=False, show=Quiet())
-    with pytest.raises(UserError, match=r"engine\.backend = '\w+', this one 'onnx'"):
+    with pytest.raises(UserError, match=r"backend = 'auto', this one 'onnx'"):
         pipeline.infer(image, out, settings(predict={"backend": "onnx"}), overwrite=False, show=Quiet())
 
 

@@ -192,16 +192,26 @@ def resolve(*layers: tuple[str, dict]) -> Config:
     """
     merged: dict = {}
     for where, tables in layers:
-        try:
-            Config.model_validate(tables)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            if first["type"] == "extra_forbidden":
-                raise UserError(f"{where}: unknown key {key!r}{_suggest(first['loc'], tables)}") from None
-            raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}") from None
+        _check(where, tables, alone=True)
         merged = _merge(merged, tables)
-    return Config.model_validate(merged)
+    return _check(", ".join(where for where, tables in layers if tables) or "settings", merged)
+
+
+def _check(where: str, tables: dict, *, alone: bool = False) -> Config | None:
+    """The settings in ``tables``. ``alone``: rules between settings are left for when all layers are together."""
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        found = [e for e in error.errors() if not (alone and e["type"] == "value_error")]
+    if not found:
+        return None
+    first = found[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        raise UserError(f"{where}: unknown key {key!r}{_suggest(first['loc'], tables)}")
+    if first["type"] == "value_error":
+        raise UserError(f"{where}: {key}: {first['ctx']['error']}")
+    raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}")
 
 
 def load(file: str | Path | None = None, sets: tuple[str, ...] | list[str] = (), base: dict | None = None) -> Config:
