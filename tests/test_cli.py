@@ -111,6 +111,7 @@ def test_a_model_of_the_wrong_kind_is_refused(run, tmp_path):
         (["evaluate", "a.tif", "b.tif"], "a.tif"),
         (["train", "absent.toml"], "absent.toml"),
         (["clean", "absent"], "not a finished volseg run"),
+        (["segment", "absent", "--set", "stitch.seed=0.5"], "not a volseg run"),
         (["info", "absent.safetensors"], "absent.safetensors"),
         (["infer", "em.tif", "--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
         (["infer", "em.tif", "--scheduler", "somewhere"], "tcp://host:port"),

@@ -280,6 +280,55 @@ def test_a_run_from_and_to_an_object_store(bucket, image, reference):
         pipeline.infer(em, out, config, overwrite=False, show=Quiet())
 
 
+def with_sets(*sets):
+    return lambda config: load(sets=sets, base=config.model_dump(mode="json", exclude={"train"}))
+
+
+@pytest.fixture
+def finished(reference, tmp_path):
+    """A copy of a finished run that a test may change."""
+    shutil.copytree(reference, tmp_path / "run.volseg.zarr")
+    return str(tmp_path / "run.volseg.zarr")
+
+
+def test_deciding_anew_gives_what_a_new_run_would(image, reference, finished, tmp_path):
+    fresh = str(tmp_path / "fresh.volseg.zarr")
+    other = {"stitch": {"seed": 0.95, "min_voxels": 3000}, "cluster": {"workers": 1}}
+    pipeline.infer(image, fresh, settings(**other), overwrite=False, show=Quiet())
+    show = Quiet()
+    change = with_sets("stitch.seed=0.95", "stitch.min_voxels=3000")
+    summary = pipeline.segment(finished, change, show=show)
+    assert digest(finished) == digest(fresh) != digest(reference)
+    assert show.stages["predict"][0] == show.stages["fragments"][0] == np.prod(SHAPE)
+    assert show.stages["relabel"][0] == 0
+    assert summary.objects == len(pandas.read_parquet(f"{finished}/tables/objects.parquet"))
+    back = with_sets(f"stitch.seed={settings().stitch.seed}", "stitch.min_voxels=100")
+    pipeline.segment(finished, back, show=Quiet())
+    assert digest(finished) == digest(reference)
+
+
+def test_other_blocks_from_stored_probabilities_change_nothing(reference, finished):
+    pipeline.segment(finished, with_sets("blocks.shape=[9, 50, 71]"), show=Quiet())
+    assert digest(finished) == digest(reference)
+
+
+def test_a_cleaned_run_is_decided_anew_only_when_asked(reference, finished):
+    shutil.rmtree(f"{finished}/work")
+    with pytest.raises(UserError, match="--recompute"):
+        pipeline.segment(finished, with_sets("stitch.seed=0.9"), show=Quiet())
+    pipeline.segment(finished, with_sets(), recompute=True, show=Quiet())
+    assert digest(finished) == digest(reference)
+
+
+def test_deciding_anew_refuses_what_needs_the_network(reference, finished, tmp_path):
+    with pytest.raises(UserError, match="cannot change input, predict"):
+        pipeline.segment(finished, with_sets("predict.batch=2"), show=Quiet())
+    assert Path(finished, "run.json").exists()
+    assert digest(finished) == digest(reference)
+    with pytest.raises(UserError, match="not a volseg run"):
+        pipeline.segment(str(tmp_path / "absent"), with_sets(), show=Quiet())
+
+
 def double(out, key, stage, item):
     if item == 3:
         raise ValueError("three is broken")

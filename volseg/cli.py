@@ -14,7 +14,7 @@ from rich.console import Console
 
 from volseg import __version__
 from volseg.box import Box, Triple
-from volseg.config import UserError, load
+from volseg.config import Config, UserError, load
 
 app = typer.Typer(
     name="volseg",
@@ -151,10 +151,35 @@ def infer(
     from volseg import pipeline
 
     where = (out or default_out(volume)).rstrip("/")
+    _run(lambda show: pipeline.infer(volume, where, settings, overwrite=overwrite, show=show))
+
+
+@app.command()
+def segment(
+    run: Annotated[str, typer.Argument(help="A finished run.")],
+    config: ConfigFile = None,
+    sets: Sets = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Make basins anew if work/ was cleaned.")] = False,
+) -> None:
+    """Decide a run's labels anew with other [fragments] or [stitch] settings, in seconds and without the network."""
+    load(config, sets or ())
+    from volseg import pipeline
+
+    flags = [f"cluster.workers={workers}"] * (workers is not None)
+
+    def change(settings: Config) -> Config:
+        return load(config, [*(sets or ()), *flags], base=settings.model_dump(mode="json", exclude={"train"}))
+
+    _run(lambda show: pipeline.segment(run.rstrip("/"), change, recompute=recompute, show=show))
+
+
+def _run(start: Callable[[Terminal], Any]) -> None:
+    """Shows the progress of a run, and what came of it."""
     show = Terminal()
     finished = False
     try:
-        summary = pipeline.infer(volume, where, settings, overwrite=overwrite, show=show)
+        summary = start(show)
         finished = True
     finally:
         show.stop(finished=finished)

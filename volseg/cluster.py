@@ -202,9 +202,10 @@ def marked(out: str, stage: str, key: str) -> set[int]:
     return {int(item) for item, _, found in (name.partition("-") for name in names) if found == key}
 
 
-def receipts(out: str, stage: str) -> list[dict]:
-    """What the blocks of a stage reported."""
-    return [json.loads(volume.read_bytes(out, path)) for path in volume.list_keys(out, f"work/markers/{stage}")]
+def receipts(out: str, stage: str, key: str) -> list[dict]:
+    """What the blocks of a stage reported that are done under that key."""
+    paths = volume.list_keys(out, f"work/markers/{stage}")
+    return [json.loads(volume.read_bytes(out, path)) for path in paths if path.endswith(f"-{key}.json")]
 
 
 def peak_bytes() -> int:

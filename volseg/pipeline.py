@@ -142,11 +142,11 @@ def blocks(shape: Triple, wanted: Triple | None) -> tuple[Triple, Triple]:
 
 
 def normalisation(source: volume.Volume) -> tuple[float, float]:
-    """Mean and standard deviation of the volume, from patches spread evenly over it. Voxels of 0 are taken for padding.
+    """Mean and standard deviation of the volume, from sections (or patches of large ones) spread evenly over it.
 
-    A function of the volume alone, never of a block or tile.
+    Voxels of 0 are taken for padding. A function of the volume alone, never of a block or tile.
     """
-    size = tuple(min(n, m) for n, m in zip((1, 512, 512), source.shape, strict=True))
+    size = tuple(min(n, m) for n, m in zip((1, 2048, 2048), source.shape, strict=True))
     count = total = squares = 0.0
     for i in range(SAMPLES):
         at = tuple(
@@ -407,11 +407,89 @@ def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -
     run = _describe(source, config, _partial(out))
     show.say(_headline(run))
     _begin(run, overwrite)
-    with cluster.connect(config.cluster, forward.gpus()) as client:
+    return _go(run, out, start, show)
+
+
+def segment(path: str, change: Callable[[Config], Config], *, recompute: bool = False, show: Show) -> Summary:
+    """The labels of the finished run at ``path`` are those of its changed settings, from its stored probabilities.
+
+    Only what depends on the change is done again: with another ``stitch``, no basin. While that lasts the run lies at its
+    unfinished name, and a stopped `segment` goes on when it is given again. ``recompute`` allows to make basins anew where
+    the work folder was cleaned. Raises `UserError` for what is no run, or a change of what `predict` depends on.
+    """
+    start = time.perf_counter()
+    out = _absolute(path)
+    old = _stored(out, recompute)
+    config = change(old.config)
+    block = old.block if config.blocks == old.config.blocks else blocks(old.shape, config.blocks.shape)[1]
+    run = replace(old, out=_partial(out), config=config, block=block)
+    if run.keys["predict"] != old.keys["predict"]:
+        raise UserError("volseg segment cannot change input, predict or output.chunk; use volseg infer --overwrite for that")
+    _demote(out)
+    _adopt(run)
+    return _go(run, out, start, show)
+
+
+def _go(run: Run, out: str, start: float, show: Show) -> Summary:
+    """Everything that is not done yet, and the run's final name."""
+    with cluster.connect(run.config.cluster, forward.gpus()) as client:
         if link := cluster.dashboard(client):
             show.say(f"dashboard {link}")
         seconds = {"start": time.perf_counter() - start, **_stages(client, run, show)}
     return _finish(run, out, seconds, start)
+
+
+def _stored(out: str, recompute: bool) -> Run:
+    """The run at ``out``, or the one of that name which `segment` left unfinished; its work folder is there."""
+    where = _partial(out) if volume.exists(f"{_partial(out)}/work/run.json") else out
+    if not volume.exists(f"{where}/work/run.json"):
+        if not volume.exists(f"{out}/run.json"):
+            raise UserError(f"{out} is not a volseg run (no run.json in it); give a folder that volseg infer made")
+        if not recompute:
+            raise UserError(f"the work folder of {out} was cleaned: its basins must be made anew; add --recompute")
+        _rebuild_work(out)
+    return Run.from_json(json.loads(volume.read_bytes(where, "work/run.json")))
+
+
+def _demote(out: str) -> None:
+    """The finished run at ``out`` lies at its unfinished name."""
+    if _partial(out) != out and volume.exists(out) and not volume.exists(_partial(out)):
+        volume.move(out, _partial(out))
+    volume.remove(f"{_partial(out)}/run.json")
+
+
+def _rebuild_work(out: str) -> None:
+    """A cleaned run has a work folder again in which its probabilities count as done."""
+    facts = json.loads(volume.read_bytes(out, "run.json"))
+    run = replace(Run.from_json(facts), out=out)
+    _create_fragments(run)
+    for i in range(len(run.predict_grid)):
+        cluster.mark(out, "predict", run.keys["predict"], i, {"seconds": {}})
+    volume.write_bytes(out, "work/begun", b"")
+    volume.write_bytes(out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
+
+
+def _adopt(run: Run) -> None:
+    """The run's folder takes another description; what that makes stale is gone."""
+    old = Run.from_json(json.loads(volume.read_bytes(run.out, "work/run.json")))
+    for stage in {*old.keys, *run.keys}:
+        if old.keys.get(stage) != run.keys.get(stage):
+            volume.remove(f"{run.out}/work/markers/{stage}")
+    if (old.keys["relabel"], old.levels) != (run.keys["relabel"], run.levels):
+        volume.remove(f"{run.out}/work/labels.json")
+        volume.remove(f"{run.out}/labels")
+        volume.remove(f"{run.out}/work/markers/relabel")
+    if old.block != run.block:
+        volume.remove(f"{run.out}/work/fragments")
+        _create_fragments(run)
+    volume.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
+
+
+def _create_fragments(run: Run) -> None:
+    chunk = run.config.output.chunk
+    volume.create_array(
+        run.out, "work/fragments", shape=run.shape, dtype="uint32", chunk=chunk, shard=_shard(run.block, run.shape, chunk)
+    )
 
 
 def _partial(out: str) -> str:
@@ -479,10 +557,7 @@ def _begin(run: Run, overwrite: bool) -> None:
         run.out, "0", shape=(lead, *run.shape), dtype="uint8", chunk=(1, *run.config.output.chunk),
         shard=(lead, *_shard(run.predict_block, run.shape, run.config.output.chunk)), axes="czyx",
     )  # fmt: skip
-    volume.create_array(
-        run.out, "work/fragments", shape=run.shape, dtype="uint32", chunk=run.config.output.chunk,
-        shard=_shard(run.block, run.shape, run.config.output.chunk),
-    )  # fmt: skip
+    _create_fragments(run)
     path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
     volume.write_bytes(run.out, "work/model.bin", forward.prepare(path, run.engine["backend"]))
     volume.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
@@ -566,7 +641,7 @@ def _create_labels(run: Run) -> None:
     if volume.exists(f"{run.out}/work/labels.json"):  # written last
         return
     volume.remove(f"{run.out}/labels")
-    found = max((receipt["objects"] for receipt in cluster.receipts(run.out, "stitch")), default=0)
+    found = max((receipt["objects"] for receipt in cluster.receipts(run.out, "stitch", run.keys["stitch"])), default=0)
     for level, (shape, _) in enumerate(run.levels):
         volume.create_array(
             run.out, f"labels/instances/{level}", shape=shape, dtype=stitch.label_dtype(found),
@@ -599,7 +674,7 @@ def _finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summ
     volume.set_group_attributes(
         run.out, "", volume.ome_multiscales("probability", "czyx", [("0", run.voxel_size_nm)])
     )
-    receipts = [r for stage in run.keys for r in cluster.receipts(run.out, stage)]
+    receipts = [r for stage in run.keys for r in cluster.receipts(run.out, stage, run.keys[stage])]
     seconds = {**seconds, "total": time.perf_counter() - start}
     facts = {
         **run.to_json(),
