@@ -174,6 +174,40 @@ def segment(
     _run(lambda show: pipeline.segment(run.rstrip("/"), change, recompute=recompute, show=show))
 
 
+@app.command()
+def calibrate(
+    run: Annotated[str, typer.Argument(help="A finished run with its work folder.")],
+    truth: Annotated[str, typer.Argument(help="A volume of instance labels, or a 0/255 mask.")],
+    box: Annotated[str, typer.Option("--box", metavar="z0:z1,y0:y1,x0:x1", help="Part with truth.")] = "",
+    model: Annotated[Path | None, typer.Option("--model", help="Write the best into this model file too.")] = None,
+) -> None:
+    """Choose the decision parameters against annotated instances, and decide the run anew with the best."""
+    region = _box(box)
+    from volseg import calibrate as search
+    from volseg import pipeline
+
+    rows = search.calibrate(run.rstrip("/"), truth, box=region)
+    typer.echo(search.table(rows))
+    best, own = rows[0], next(row for row in rows if row["own"])
+    typer.echo(f"gain     PQ {best['pq'] - own['pq']:+.4f} over the run's own settings")
+    sets = [f"stitch.{name}={best[name]}" for name in ("seed", "min_voxels")]
+    if model:
+        search.into_model(model, best, search.stored_run(run.rstrip("/")))
+    if best is not own:
+
+        def change(settings: Config) -> Config:
+            return load(sets=sets, base=settings.model_dump(mode="json", exclude={"train"}))
+
+        _run(lambda show: pipeline.segment(run.rstrip("/"), change, show=show))
+
+
+def _box(text: str) -> Box | None:
+    try:
+        return Box.parse(text) if text else None
+    except ValueError as error:
+        raise UserError(f"--box: {error}") from None
+
+
 def _run(start: Callable[[Terminal], Any]) -> None:
     """Shows the progress of a run, and what came of it."""
     show = Terminal()
@@ -235,10 +269,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score labels against the truth: foreground and instances."""
-    try:
-        region = Box.parse(box) if box else None
-    except ValueError as error:
-        raise UserError(f"--box: {error}") from None
+    region = _box(box)
     from volseg import evaluate as scoring
 
     scores = scoring.evaluate(pred, truth, box=region)

@@ -171,6 +171,27 @@ def evaluate(pred: str, truth: str, *, box: Box | None = None, iou: float = 0.5)
     }
 
 
+def truth_in(path: str, shape: Triple, box: Box) -> Read:
+    """Reads the true instances in parts of ``box`` of a volume of that shape; a mask's are its 26-connected components.
+
+    Masks and boxes are understood as `evaluate` does, and refused alike.
+    """
+    side = _open(path)
+    origin = (0, 0, 0)
+    if side.volume.shape != shape:
+        if side.volume.shape != box.shape:
+            raise UserError(
+                f"truth {path} has shape {side.volume.shape} and the run {shape}, z y x; they must be equal, "
+                "or the truth a cut-out as large as --box"
+            )
+        origin = box.start
+    side = replace(side, origin=origin)
+    boxes = [part.intersect(box) for part in Blocks(shape, _block(shape, [side.volume.chunk])) if part.intersect(box).voxels]
+    counts = _count(side.read, side.read, boxes)
+    masked = not side.named and _is_binary(counts.truth, counts.counts)
+    return _components(side.read, boxes, box) if masked else side.read
+
+
 def _rows(scores: dict, indent: str = "") -> Iterable[tuple[str, str]]:
     """Names and values of a nested dict, one row each; the name of an inner dict stands alone, above its rows."""
     for name, value in scores.items():

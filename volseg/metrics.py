@@ -53,6 +53,10 @@ class Contingency:
         slabs = (slice(i, i + SLAB) for i in range(0, truth.size, SLAB))
         return _total([cls.empty(), *(_total([_runs(truth[slab], pred[slab])]) for slab in slabs)])
 
+    def renamed(self, pred: np.ndarray) -> Contingency:
+        """The table after each predicted id ``i`` has become ``pred[i]``: other decisions, counted without the voxels."""
+        return _total([Contingency(self.truth, pred[self.pred].astype(np.uint64), self.counts)])
+
     def __add__(self, other: Contingency) -> Contingency:
         return _total([self, other])
 

@@ -253,9 +253,14 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
     found = int(label.max(initial=0))
     with cluster.timed(seconds, "write"):
         _save(run.out, "work/basins.npz", **asdict(whole), label=label)
-        ids = (np.r_[0, label[basin]].astype(stitch.label_dtype(found)) for basin in basin_of)
+        dtype = stitch.label_dtype(found)
+
+        def save(i: int) -> None:
+            ids = np.r_[0, label[basin_of[i]]].astype(dtype)
+            _save(run.out, f"work/labels/{i}.npz", label=ids, basin=basin_of[i])
+
         with ThreadPoolExecutor(IO_THREADS) as pool:
-            list(pool.map(lambda pair: _save(run.out, f"work/labels/{pair[0]}.npz", label=pair[1]), enumerate(ids)))
+            list(pool.map(save, range(count)))
     return {"objects": found, "basins": int(label.size), "edges": int(whole.edges.size)}
 
 
@@ -266,11 +271,22 @@ def relabel(run: Run, i: int, seconds: dict[str, float]) -> None:
         region = np.asarray(volume.open_array(run.out, "work/fragments")[box.slices])
         mass = np.asarray(volume.open_array(run.out, "0")[(0, *box.slices)])
         label = _load(run.out, f"work/labels/{i}.npz")["label"]
+        behind = [_behind(run, i, axis) for axis in range(3)]
     with cluster.timed(seconds, "measure"):
-        sums = objects.measure(region, label, mass, box)
+        sums = objects.measure(region, label, mass, box, behind)
     with cluster.timed(seconds, "write"):
         volume.write(volume.open_array(run.out, "labels/instances/0"), box, label[region])
-        _save(run.out, f"work/objects/{i}.npz", sums=sums)
+        _save(run.out, f"work/objects/{i}.npz", **asdict(sums))
+
+
+def _behind(run: Run, i: int, axis: int) -> np.ndarray | None:
+    """Labels of the plane behind block ``i`` along an axis, from the next block's table; None where the volume ends."""
+    if run.grid[i].stop[axis] == run.shape[axis]:
+        return None
+    j = run.grid.index(tuple(c + (k == axis) for k, c in enumerate(run.grid.coords(i))))
+    table = _load(run.out, f"work/tables/{j}.npz", skip=("edges", "crossing"))
+    label = _load(run.out, f"work/labels/{j}.npz")["label"]
+    return objects.near_face(table["face_at"], label[table["face_of"]], run.grid[j], run.shape, axis)
 
 
 def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> None:
@@ -664,11 +680,13 @@ def _finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summ
 
     from volseg import view
 
-    parts = [part["sums"] for part in _load_all(run.out, "objects", len(run.grid))]
+    parts = [objects.Sums(**part) for part in _load_all(run.out, "objects", len(run.grid))]
     columns = objects.table(objects.merge(parts), run.shape, run.voxel_size_nm)
-    file = io.BytesIO()
-    pandas.DataFrame(columns).to_parquet(file, index=False)
+    file, frame = io.BytesIO(), pandas.DataFrame(columns)
+    frame.to_parquet(file, index=False)
     volume.write_bytes(run.out, "tables/objects.parquet", file.getvalue())
+    volume.write_bytes(run.out, "tables/objects.csv", frame.to_csv(index=False).encode())
+    volume.write_bytes(run.out, "tables/volumes.png", view.volumes(columns))
     labels = volume.open(run.out, dataset="labels/instances/0")
     volume.write_bytes(run.out, "overlay.png", view.overlay(run.source, labels, columns))
     volume.set_group_attributes(

@@ -61,3 +61,18 @@ def paint(image: np.ndarray, ids: np.ndarray) -> np.ndarray:
     share[find_boundaries(ids, mode="inner")] = 1.0
     grey = np.repeat(image[..., None].astype(float), 3, axis=-1)
     return np.uint8(grey * (1 - share[..., None]) + colour * share[..., None])
+
+
+def volumes(columns: dict[str, np.ndarray]) -> bytes:
+    """A PNG of the histogram of the objects' volumes, on a logarithmic axis. ``columns`` is the object table."""
+    from matplotlib.figure import Figure
+
+    of = columns["volume_um3"]
+    figure = Figure(figsize=(4.8, 3.2), layout="tight")
+    axes = figure.subplots()
+    if of.size:
+        axes.hist(of, bins=np.geomspace(of.min() * 0.9, of.max() * 1.1, 31))
+    axes.set(xscale="log", xlabel="volume (µm³)", ylabel="objects", title=f"{of.size} objects")
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

@@ -1,0 +1,58 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.test_pipeline import Quiet, digest, image, reference, settings  # noqa: F401  (fixtures)
+from volseg import calibrate, model, pipeline
+from volseg.config import UserError, load
+from volseg.evaluate import evaluate
+from volseg.metrics import Contingency
+
+
+def test_a_candidates_score_is_the_score_of_its_labels(image, reference, tmp_path):  # noqa: F811
+    """Each row, counted from tables alone, equals the evaluation of a run decided that way."""
+    truth = f"{image}/labels/truth"
+    rows = calibrate.calibrate(reference, truth)
+    assert sum(row["own"] for row in rows) == 1
+    run = str(tmp_path / "run.volseg.zarr")
+    shutil.copytree(reference, run)
+    for row in (rows[0], rows[len(rows) // 2], rows[-1]):
+        sets = [f"stitch.seed={row['seed']}", f"stitch.min_voxels={row['min_voxels']}"]
+        pipeline.segment(
+            run, lambda c, sets=sets: load(sets=sets, base=c.model_dump(mode="json", exclude={"train"})), show=Quiet()
+        )
+        scores = evaluate(run, truth)
+        assert scores["foreground"]["iou"] == pytest.approx(row["iou"])
+        assert {name: scores["instances"][name] for name in calibrate.SCORES} == {
+            name: pytest.approx(row[name]) for name in calibrate.SCORES
+        }
+
+
+def test_rows_come_best_first(image, reference):  # noqa: F811
+    rows = calibrate.calibrate(reference, f"{image}/labels/truth")
+    assert [row["pq"] for row in rows] == sorted((row["pq"] for row in rows), reverse=True)
+    assert "the run's own" in calibrate.table(rows)
+
+
+def test_renaming_is_counting_again():
+    rng = np.random.default_rng(0)
+    truth, pred = rng.integers(0, 4, 500), rng.integers(0, 6, 500)
+    names = np.array([0, 2, 2, 0, 1, 3])
+    assert Contingency.of(truth, pred).renamed(names) == Contingency.of(truth, names[pred])
+
+
+def test_the_best_goes_into_a_model_file(image, reference, tmp_path):  # noqa: F811
+    path = tmp_path / "model.safetensors"
+    shutil.copy(model.shipped(), path)
+    row = calibrate.calibrate(reference, f"{image}/labels/truth")[0]
+    calibrate.into_model(path, row, calibrate.stored_run(reference))
+    decode = model.load_card(path)["decode"]
+    assert (decode["stitch"]["seed"], decode["stitch"]["min_voxels"]) == (row["seed"], row["min_voxels"])
+    before, after = (model.load(p)[0].state_dict() for p in (model.shipped(), path))
+    assert all(bool((before[name] == after[name]).all()) for name in before)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no basins to decide on"):
+        calibrate.calibrate(str(tmp_path), "truth.tif")
