@@ -18,6 +18,28 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def image(tmp_path_factory):
+    """A synthetic volume with objects on every kind of block border. Tests must not change it."""
+    from tests.test_pipeline import SHAPE, Quiet
+    from volseg import pipeline
+
+    path = str(tmp_path_factory.mktemp("image") / "em.zarr")
+    pipeline.synthesise(path, SHAPE, (22, 75, 170), seed=12, overwrite=False, show=Quiet())
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference(image, tmp_path_factory):
+    """A run of it in one block on one worker. Tests must not change it."""
+    from tests.test_pipeline import Quiet, settings
+    from volseg import pipeline
+
+    out = str(tmp_path_factory.mktemp("reference") / "run.volseg.zarr")
+    pipeline.infer(image, out, settings(cluster={"workers": 1}), overwrite=False, show=Quiet())
+    return out
+
+
+@pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """URL of a bucket on a real S3 server on loopback, reached through the environment alone (so by workers too)."""
     s3fs = pytest.importorskip("s3fs", reason="needs s3fs (extra s3)")

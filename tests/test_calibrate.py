@@ -3,14 +3,14 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.test_pipeline import Quiet, digest, image, reference, settings  # noqa: F401  (fixtures)
+from tests.test_pipeline import Quiet
 from volseg import calibrate, model, pipeline
 from volseg.config import UserError, load
 from volseg.evaluate import evaluate
 from volseg.metrics import Contingency
 
 
-def test_a_candidates_score_is_the_score_of_its_labels(image, reference, tmp_path):  # noqa: F811
+def test_a_candidates_score_is_the_score_of_its_labels(image, reference, tmp_path):
     """Each row, counted from tables alone, equals the evaluation of a run decided that way."""
     truth = f"{image}/labels/truth"
     rows = calibrate.calibrate(reference, truth)
@@ -29,7 +29,7 @@ def test_a_candidates_score_is_the_score_of_its_labels(image, reference, tmp_pat
         }
 
 
-def test_rows_come_best_first(image, reference):  # noqa: F811
+def test_rows_come_best_first(image, reference):
     rows = calibrate.calibrate(reference, f"{image}/labels/truth")
     assert [row["pq"] for row in rows] == sorted((row["pq"] for row in rows), reverse=True)
     assert "the run's own" in calibrate.table(rows)
@@ -42,7 +42,7 @@ def test_renaming_is_counting_again():
     assert Contingency.of(truth, pred).renamed(names) == Contingency.of(truth, names[pred])
 
 
-def test_the_best_goes_into_a_model_file(image, reference, tmp_path):  # noqa: F811
+def test_the_best_goes_into_a_model_file(image, reference, tmp_path):
     path = tmp_path / "model.safetensors"
     shutil.copy(model.shipped(), path)
     row = calibrate.calibrate(reference, f"{image}/labels/truth")[0]

@@ -144,6 +144,7 @@ def test_synth_infer_evaluate_and_clean_work_together(run, tmp_path, monkeypatch
     code, out, _ = run("evaluate", "em.volseg.zarr", "em.zarr/labels/truth", "--json", "--box", "0:8,0:96,0:128")
     assert code == 0
     assert 0 <= json.loads(out)["foreground"]["iou"] <= 1
+    assert run("verify", "em.volseg.zarr", "--blocks", 1)[0] == 0
     assert run("clean", "em.volseg.zarr")[0] == 0
     assert not (tmp_path / "em.volseg.zarr/work").exists()
     assert run("infer", "em.zarr")[0] == 2

@@ -15,6 +15,7 @@ RANKS = [
     {"volume", "model"},
     {"pyramid", "samples", "forward", "cluster"},
     {"train", "pipeline", "evaluate", "view"},
+    {"calibrate", "verify"},
     {"cli", "__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

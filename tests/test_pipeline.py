@@ -39,14 +39,6 @@ class Quiet:
         return self.stages[name].append
 
 
-@pytest.fixture(scope="module")
-def image(tmp_path_factory):
-    """A synthetic volume with objects on every kind of block border."""
-    path = str(tmp_path_factory.mktemp("image") / "em.zarr")
-    pipeline.synthesise(path, SHAPE, (22, 75, 170), seed=12, overwrite=False, show=Quiet())
-    return path
-
-
 def settings(**sections):
     base = dict(model.load_card(model.shipped())["decode"])
     for name, table in [*TILES.items(), *sections.items()]:
@@ -58,14 +50,6 @@ def digest(out):
     """SHA-256 of the raw bytes of the labels."""
     labels = volume.open(str(out), dataset="labels/instances/0")
     return hashlib.sha256(labels.read(Box.whole(labels.shape)).tobytes()).hexdigest()
-
-
-@pytest.fixture(scope="module")
-def reference(image, tmp_path_factory):
-    """A run in one block on one worker."""
-    out = str(tmp_path_factory.mktemp("reference") / "run.volseg.zarr")
-    pipeline.infer(image, out, settings(cluster={"workers": 1}), overwrite=False, show=Quiet())
-    return out
 
 
 @pytest.mark.parametrize(("block", "workers"), [((7, 64, 64), 2), ((22, 37, 101), 1), ((5, 150, 170), 2)])

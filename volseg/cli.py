@@ -201,6 +201,22 @@ def calibrate(
         _run(lambda show: pipeline.segment(run.rstrip("/"), change, show=show))
 
 
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="A finished run.")],
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="How many random boxes to recompute.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", help="Another seed, other boxes.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Recompute parts of a run with other blocks and compare them bit for bit. Exit code 1 where they differ."""
+    from volseg import verify as checks
+
+    result = checks.verify(run.rstrip("/"), boxes=blocks, seed=seed)
+    typer.echo(json.dumps(result, indent=1) if as_json else checks.table(result))
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
 def _box(text: str) -> Box | None:
     try:
         return Box.parse(text) if text else None
