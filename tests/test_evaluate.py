@@ -244,3 +244,10 @@ def test_slices_of_several_bit_depths_are_one_mask(shared_data):
     found = evaluate(path, path, box=Box((0, 0, 0), (4, 1024, 1024)))
     assert found["truth_instances"] == COMPONENTS
     assert 10 < found["instances"]["truth_objects"] < 100
+
+
+def test_an_image_given_for_labels_is_refused(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (2, 64, 64)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "image.tif", image, photometric="minisblack")
+    with pytest.raises(UserError, match=r"image\.tif changes its value at 100 % of its voxels"):
+        evaluate(str(tmp_path / "image.tif"), str(tmp_path / "image.tif"))

@@ -34,7 +34,12 @@ def calibrate(run: str, truth: str, *, box: Box | None = None) -> list[dict]:
     own = old.config.stitch
     knobs = [own, *(own.model_copy(update={"seed": s, "min_voxels": n}) for s, n in product(SEEDS, SIZES))]
     rows = [_row(old, basins, overlap, candidate, own) for candidate in dict.fromkeys(knobs)]
-    return sorted(rows, key=lambda r: (-r["pq"], r["voi_split"] + r["voi_merge"], not r["own"], r["min_voxels"], r["seed"]))
+
+    def order(row: dict) -> tuple:
+        away = abs(row["seed"] - own.seed), abs(row["min_voxels"] - own.min_voxels)
+        return -row["pq"], row["voi_split"] + row["voi_merge"], *away
+
+    return sorted(rows, key=order)
 
 
 def _overlap(run: str, truth: str, box: Box | None) -> tuple[pipeline.Run, stitch.Basins, Contingency]:

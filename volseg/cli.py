@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -41,10 +42,6 @@ def main() -> None:
     except OSError as error:
         typer.echo(f"volseg: {error.filename or 'the system'}: {error.strerror or error}", err=True)
         sys.exit(2)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            typer.echo("volseg: stopped; what is done is kept, the same command goes on from there", err=True)
-        raise
 
 
 # ---------------------------------------------------------------- progress
@@ -189,7 +186,10 @@ def calibrate(
     rows = search.calibrate(run.rstrip("/"), truth, box=region)
     typer.echo(search.table(rows))
     best, own = rows[0], next(row for row in rows if row["own"])
-    typer.echo(f"gain     PQ {best['pq'] - own['pq']:+.4f} over the run's own settings")
+    if not best["pq"]:
+        raise UserError(f"no setting matches any object of {truth} there: are these the labels of this volume?")
+    typer.echo(f"chosen   stitch.seed = {best['seed']}, stitch.min_voxels = {best['min_voxels']}")
+    typer.echo(f"gain     PQ {best['pq'] - own['pq']:+.4f} over the run's own settings, on the same annotations")
     sets = [f"stitch.{name}={best[name]}" for name in ("seed", "min_voxels")]
     if model:
         search.into_model(model, best, search.stored_run(run.rstrip("/")))
@@ -231,6 +231,9 @@ def _run(start: Callable[[Terminal], Any]) -> None:
     try:
         summary = start(show)
         finished = True
+    except KeyboardInterrupt:
+        typer.echo("volseg: stopped; what is done is kept, the same command goes on from there", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     finally:
         show.stop(finished=finished)
     _conclude(summary)
@@ -256,6 +259,8 @@ def default_out(volume: str) -> str:
 def _conclude(summary: Any) -> None:
     total = summary.seconds["total"]
     phases = ", ".join(f"{name} {took:.1f}" for name, took in summary.seconds.items() if name != "total")
+    if not summary.objects:
+        typer.echo("no object: no voxel reached fragments.threshold, or none of what did holds a seed of stitch.seed")
     typer.echo(f"{summary.objects} objects in {summary.voxels / 1e6:.1f} million voxels")
     typer.echo(f"took {total:.1f} s ({summary.voxels / 1e6 / total:.2f} Mvoxel/s): {phases}")
     typer.echo(
@@ -344,7 +349,7 @@ def clean(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
 
 @app.command()
 def settings(config: ConfigFile = None, sets: Sets = None) -> None:
-    """Print every setting with its value."""
+    """Print every setting with its value; what a model file sets (see volseg info) comes on top of the defaults."""
     typer.echo(json.dumps(load(config, sets or ()).model_dump(mode="json"), indent=1))
 
 

@@ -53,7 +53,23 @@ def _open(path: str) -> _Side:
             f"{path} holds {opened.dtype}; evaluate compares labels or masks, which are whole numbers: "
             "threshold a probability map first, or give the run folder that volseg made"
         )
+    _refuse_image(opened)
     return _Side(opened, is_run or ".zarr/labels/" in root)
+
+
+def _refuse_image(opened: volume.Volume) -> None:
+    """Labels are the same from voxel to voxel nearly everywhere; an image hardly anywhere."""
+    size = tuple(min(n, m) for n, m in zip(opened.shape, (1, 256, 256), strict=True))
+    if min(size[1:]) < 32:
+        return
+    start = tuple((n - m) // 2 for n, m in zip(opened.shape, size, strict=True))
+    patch = opened.read(Box(start, tuple(a + m for a, m in zip(start, size, strict=True))))
+    changing = float(np.mean(patch[..., 1:] != patch[..., :-1]))
+    if changing > 0.5:
+        raise UserError(
+            f"{opened.path} changes its value at {100 * changing:.0f} % of its voxels, as an image does; "
+            "evaluate compares labels: give the labels or the mask (volseg synth puts them at labels/truth)"
+        )
 
 
 def _place(pred: _Side, truth: _Side, box: Box | None) -> tuple[_Side, _Side, Triple]:

@@ -422,8 +422,7 @@ def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -
         volume.remove(out)
     run = _describe(source, config, _partial(out))
     show.say(_headline(run))
-    _begin(run, overwrite)
-    return _go(run, out, start, show)
+    return _go(run, out, start, show, lambda: _begin(run, overwrite))
 
 
 def segment(path: str, change: Callable[[Config], Config], *, recompute: bool = False, show: Show) -> Summary:
@@ -441,14 +440,18 @@ def segment(path: str, change: Callable[[Config], Config], *, recompute: bool = 
     run = replace(old, out=_partial(out), config=config, block=block)
     if run.keys["predict"] != old.keys["predict"]:
         raise UserError("volseg segment cannot change input, predict or output.chunk; use volseg infer --overwrite for that")
-    _demote(out)
-    _adopt(run)
-    return _go(run, out, start, show)
+
+    def prepare() -> None:
+        _demote(out)
+        _adopt(run)
+
+    return _go(run, out, start, show, prepare)
 
 
-def _go(run: Run, out: str, start: float, show: Show) -> Summary:
-    """Everything that is not done yet, and the run's final name."""
+def _go(run: Run, out: str, start: float, show: Show, prepare: Callable[[], None]) -> Summary:
+    """Once there are workers: the run's folder, everything in it that is not done yet, and its final name."""
     with cluster.connect(run.config.cluster, forward.gpus()) as client:
+        prepare()
         if link := cluster.dashboard(client):
             show.say(f"dashboard {link}")
         seconds = {"start": time.perf_counter() - start, **_stages(client, run, show)}
