@@ -20,6 +20,7 @@ from benchmarks import report
 from volseg import fragments, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
+from volseg.decide import decide
 
 
 def digest(labels: np.ndarray) -> str:
@@ -114,7 +115,7 @@ def cut(probability: np.ndarray, config: Config, block: Triple) -> np.ndarray:
         tables.append(table)
     links = [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))]
     basins, basin_of = stitch.gather(tables, links)
-    label = stitch.decide(
+    label = decide(
         basins,
         seed_height=fragments.seed_height(config.stitch.seed, knobs),
         keep_unseeded=config.stitch.keep_unseeded,

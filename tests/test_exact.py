@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from volseg.box import Blocks, Box
 from volseg.config import Fragments
+from volseg.decide import decide
 from volseg.fragments import OUTSIDE, fragments, halo, heights, seed_height
-from volseg.stitch import decide, gather, link
+from volseg.stitch import gather, link
 
 
 def blockwise(height, level, block, *, order=None, repeat=(), min_voxels=0, keep_unseeded=False):

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
     {"box", "config"},
-    {"tiles", "targets", "fragments", "stitch", "objects", "metrics", "synth"},
+    {"tiles", "targets", "fragments", "stitch", "decide", "objects", "metrics", "synth"},
     {"volume", "model"},
     {"pyramid", "samples", "forward", "cluster"},
     {"train", "pipeline", "evaluate", "view"},
@@ -25,8 +25,8 @@ MAY = {
     "distributed": {"cluster"},
     "zarr": {"volume"},
 }
-# Inside one rank: stitch reads the tables that fragments writes, and a run ends with its picture.
-SAME_RANK = {("stitch", "fragments"), ("pipeline", "view"), ("__main__", "cli")}
+# Inside one rank: stitch reads the tables that fragments writes, decide what stitch gathers, and a run ends with its picture.
+SAME_RANK = {("stitch", "fragments"), ("decide", "stitch"), ("pipeline", "view"), ("__main__", "cli")}
 
 
 def imports(path):

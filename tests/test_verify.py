@@ -17,6 +17,7 @@ from tests.test_pipeline import SHAPE, Quiet, settings
 from volseg import fragments, pipeline, stitch, verify, volume
 from volseg.box import Blocks, Box
 from volseg.config import UserError
+from volseg.decide import forest
 
 BLOCK = (11, 75, 85)
 
@@ -188,7 +189,7 @@ def test_sure_joins_hold_in_the_whole_graph(seed, outside):
     pairs = rng.permutation(pairs)
     saddle = np.sort(rng.integers(0, 50, len(pairs)))
     seeded = rng.random(n) < 0.3
-    label = stitch._forest(pairs[:, 0], pairs[:, 1], saddle, seeded.copy(), 8)
+    label = forest(pairs[:, 0], pairs[:, 1], saddle, seeded.copy(), 8)
     here = rng.random(len(pairs)) > outside
     outward = np.isin(np.arange(n), pairs[~here])
     root, has_seed, whole = verify.sure(pairs[here, 0], pairs[here, 1], saddle[here], seeded, outward, 8)

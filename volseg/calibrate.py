@@ -16,6 +16,7 @@ import numpy as np
 from volseg import evaluate, model, pipeline, stitch, volume
 from volseg.box import Box
 from volseg.config import Stitch, UserError
+from volseg.decide import decide
 from volseg.fragments import seed_height
 from volseg.metrics import Contingency, foreground, instances
 
@@ -72,7 +73,7 @@ def _stored(run: str, key: str) -> dict[str, np.ndarray]:
 
 
 def _row(run: pipeline.Run, basins: stitch.Basins, overlap: Contingency, knobs: Stitch, own: Stitch) -> dict:
-    label = stitch.decide(
+    label = decide(
         basins,
         seed_height=seed_height(knobs.seed, run.config.fragments),
         keep_unseeded=knobs.keep_unseeded,

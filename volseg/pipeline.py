@@ -32,6 +32,7 @@ from volseg import cluster, forward, model, objects, pyramid, stitch, tiles, vol
 from volseg import fragments as basins
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
+from volseg.decide import decide, label_dtype
 
 CHANNELS = ("mask", "contour")
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
@@ -244,7 +245,7 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
         links = [stitch.Links(**l) for l in _load_all(run.out, "links", count)]
     knobs = run.config.stitch
     whole, basin_of = stitch.gather(tables, links)
-    label = stitch.decide(
+    label = decide(
         whole,
         seed_height=basins.seed_height(knobs.seed, run.config.fragments),
         keep_unseeded=knobs.keep_unseeded,
@@ -253,7 +254,7 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
     found = int(label.max(initial=0))
     with cluster.timed(seconds, "write"):
         _save(run.out, "work/basins.npz", **asdict(whole), label=label)
-        dtype = stitch.label_dtype(found)
+        dtype = label_dtype(found)
 
         def save(i: int) -> None:
             ids = np.r_[0, label[basin_of[i]]].astype(dtype)
@@ -663,7 +664,7 @@ def _create_labels(run: Run) -> None:
     found = max((receipt["objects"] for receipt in cluster.receipts(run.out, "stitch", run.keys["stitch"])), default=0)
     for level, (shape, _) in enumerate(run.levels):
         volume.create_array(
-            run.out, f"labels/instances/{level}", shape=shape, dtype=stitch.label_dtype(found),
+            run.out, f"labels/instances/{level}", shape=shape, dtype=label_dtype(found),
             chunk=run.config.output.chunk, shard=_shard(run.block, shape, run.config.output.chunk), axes="zyx",
         )  # fmt: skip
     sizes = pyramid.sizes(run.levels, run.voxel_size_nm)

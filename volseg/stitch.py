@@ -1,13 +1,12 @@
-"""Join the regions of all blocks into labels, from their tables alone.
+"""Join the regions of all blocks into the basins of the volume, from their tables alone.
 
 Written as numbered steps:
 
 1. `link`: a block's exits and crossing edges, which name voxels of the next block, come to name that block's regions.
 2. `gather`: follow exits to true basins (descents end, so this ends), add up what each basin has, keep the lowest saddle
    of each pair that touches.
-3. `decide`: Kruskal over the edges in their total order. Join when the saddle is no higher than the seed level, or when at
-   most one side holds a seed. What comes out is the minimum spanning forest rooted at the connected components of
-   ``height <= seed level`` (Cousty et al. 2009; Zlateski and Seung, arXiv 1505.00249), then size rules on global sums.
+
+What becomes of the basins is up to `decide`.
 
 A region is named ``block << 32 | region``. Minimum and integer sums are associative and commutative, so neither the
 order of blocks nor a block told twice as links changes anything.
@@ -19,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from volseg.box import Blocks
 from volseg.fragments import EDGE, KEY, Table
@@ -126,9 +124,9 @@ def gather(tables: Sequence[Table], links: Sequence[Links]) -> tuple[Basins, lis
     edges = np.concatenate([np.empty(0, EDGE), *inner, *(l.edges for l in links)])
     basins = Basins(
         depth=_all(tables, "depth", np.int32)[is_basin],
-        voxels=_add_up(_all(tables, "voxels"), basin, is_basin.sum()),
-        first=_least(_all(tables, "first"), basin, is_basin.sum()),
-        mass=_add_up(_all(tables, "mass"), basin, is_basin.sum()),
+        voxels=add_up(_all(tables, "voxels"), basin, is_basin.sum()),
+        first=least(_all(tables, "first"), basin, is_basin.sum()),
+        mass=add_up(_all(tables, "mass"), basin, is_basin.sum()),
         edges=_between(edges, basin[dense(edges["a"])], basin[dense(edges["b"])]),
     )
     return basins, np.split(basin, offset[1:-1])
@@ -144,13 +142,13 @@ def _all(tables: Sequence[Table], field: str, dtype: type = np.int64) -> np.ndar
     return np.concatenate([np.empty(0, dtype), *(getattr(table, field) for table in tables)])
 
 
-def _add_up(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+def add_up(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
     out = np.zeros(groups, np.int64)
     np.add.at(out, group, values)
     return out
 
 
-def _least(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+def least(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
     out = np.full(groups, np.iinfo(np.int64).max)
     np.minimum.at(out, group, values)
     return out
@@ -163,55 +161,3 @@ def _between(edges: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     edges["a"], edges["b"] = np.minimum(a, b)[apart], np.maximum(a, b)[apart]
     edges = lowest(edges)
     return edges[np.lexsort([edges[key] for key in reversed(KEY)])]
-
-
-# ---------------------------------------------------------------- 3
-
-
-def decide(basins: Basins, *, seed_height: int, keep_unseeded: bool = False, min_voxels: int = 0) -> np.ndarray:
-    """The label of each basin: 1..n in the raster order of each object's first voxel, 0 for what is dropped.
-
-    An object is dropped when it has fewer than ``min_voxels`` voxels in the whole volume, or holds no seed (no voxel with
-    ``height <= seed_height``) and ``keep_unseeded`` is false.
-    """
-    seeded = basins.depth <= seed_height
-    root = _forest(basins.edges["a"], basins.edges["b"], basins.edges["high"], seeded.copy(), seed_height)
-    roots, group = np.unique(root, return_inverse=True)
-    voxels = _add_up(basins.voxels, group, roots.size)
-    first = _least(basins.first, group, roots.size)
-    keep = voxels >= min_voxels
-    if not keep_unseeded:
-        keep &= _add_up(seeded.astype(np.int64), group, roots.size) > 0
-    label = np.zeros(roots.size, np.int64)
-    order = np.flatnonzero(keep)[np.argsort(first[keep])]
-    label[order] = np.arange(1, order.size + 1)
-    return label[group]
-
-
-@njit(cache=True)
-def _forest(a, b, saddle, seeded, level):
-    """The root of each basin after Kruskal's algorithm over edges given in ascending order."""
-    parent = np.arange(seeded.size)
-    for e in range(a.size):
-        p, q = _find(parent, a[e]), _find(parent, b[e])
-        if p != q and (saddle[e] <= level or not (seeded[p] and seeded[q])):
-            top, under = min(p, q), max(p, q)
-            parent[under] = top
-            seeded[top] = seeded[top] or seeded[under]
-    for i in range(parent.size):
-        parent[i] = _find(parent, i)
-    return parent
-
-
-@njit(cache=True)
-def _find(parent, i):
-    """The root of ``i``, halving the path on the way (Tarjan and van Leeuwen 1984)."""
-    while parent[i] != i:
-        parent[i] = parent[parent[i]]
-        i = parent[i]
-    return i
-
-
-def label_dtype(objects: int) -> str:
-    """The dtype that holds that many labels: uint32, or uint64 when there are more than it can count."""
-    return "uint32" if objects < 2**32 else "uint64"

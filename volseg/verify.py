@@ -33,6 +33,7 @@ from numba import njit
 from volseg import fragments, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
+from volseg.decide import decide, find, label_dtype
 
 BOX = (64, 256, 256)  # voxels checked at once
 WHOLE = 64 << 20  # voxels up to which a volume is labelled anew
@@ -366,7 +367,7 @@ def _sure(a, b, saddle, seeded, outward, level):
     parent = np.arange(seeded.size)
     whole = ~outward
     for e in range(a.size):
-        p, q = _find(parent, a[e]), _find(parent, b[e])
+        p, q = find(parent, a[e]), find(parent, b[e])
         if p == q:
             continue
         free = (not seeded[p] and not outward[p]) or (not seeded[q] and not outward[q])
@@ -380,16 +381,8 @@ def _sure(a, b, saddle, seeded, outward, level):
             seeded[p] = seeded[q] = seeded[p] or seeded[q]
             whole[p] = whole[q] = False
     for i in range(parent.size):
-        parent[i] = _find(parent, i)
+        parent[i] = find(parent, i)
     return parent, seeded, whole
-
-
-@njit(cache=True)
-def _find(parent, i):
-    while parent[i] != i:
-        parent[i] = parent[parent[i]]
-        i = parent[i]
-    return i
 
 
 def _shared(given: np.ndarray, root: np.ndarray) -> np.ndarray:
@@ -475,7 +468,7 @@ def recut(stored: Stored, block: Triple) -> dict:
         differs = of_block[region] != stored.labels.read(box).astype(np.int64)
         wrong += int(np.count_nonzero(differs))
         first = first or (_first(differs, box) if differs.any() else None)
-    if stored.labels.dtype != stitch.label_dtype(found):
+    if stored.labels.dtype != label_dtype(found):
         wrong, first = prod(stored.shape), [0, 0, 0]
     return {"block": list(block), "blocks": len(grid), "objects": found, "wrong": wrong, "first": first}
 
@@ -484,7 +477,7 @@ def _ids(stored: Stored, tables: Sequence[fragments.Table], links: Sequence[stit
     """For each block the label of region 0 (none), 1, 2, ..."""
     basins, basin_of = stitch.gather(tables, links)
     knobs = stored.config.stitch
-    label = stitch.decide(
+    label = decide(
         basins, seed_height=stored.level, keep_unseeded=knobs.keep_unseeded, min_voxels=knobs.min_voxels
     )
     return [np.r_[0, label[basin]] for basin in basin_of]
