@@ -33,6 +33,18 @@ def blockwise(height, level, block, *, order=None, repeat=(), min_voxels=0, keep
     return out
 
 
+def basins_of(height, block):
+    """The volume's basins, found in blocks of that shape."""
+    grid = Blocks(height.shape, block)
+    padded = np.pad(height, 1, constant_values=OUTSIDE)
+    frames = [box.grow(1).shift((1, 1, 1)).slices for box in grid]
+    ones = [np.ones(box.shape, np.uint8) for box in grid]
+    tables = [
+        fragments(padded[f], mass, box, height.shape)[1] for f, mass, box in zip(frames, ones, grid, strict=True)
+    ]
+    return gather(tables, [link(i, lambda j: tables[j], grid) for i in range(len(grid))])[0]
+
+
 def brute_force(height, level, *, min_voxels=0, keep_unseeded=False):
     """The minimum spanning forest, voxel by voxel: every edge sorted, one union-find, no basins."""
     flat = height.ravel()
@@ -93,6 +105,23 @@ def test_every_cutting_gives_the_brute_force_forest(field, data):
     rules = {"min_voxels": data.draw(st.integers(0, 5)), "keep_unseeded": data.draw(st.booleans())}
     want = brute_force(height, level, **rules)
     np.testing.assert_array_equal(blockwise(height, level, block, order=order, repeat=repeat, **rules), want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(field=fields(), data=st.data())
+def test_every_contact_face_is_counted_once_with_its_higher_end(field, data):
+    height, _ = field
+    block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
+    whole, cut = basins_of(height, height.shape).edges, basins_of(height, block).edges
+    for name in ("high_at", "low_at", "area", "height"):
+        np.testing.assert_array_equal(whole[name], cut[name])
+    assert (whole["height"] >= whole["area"] * whole["high"].astype(np.int64)).all()
+
+
+def test_the_border_of_two_valleys_adds_up_by_hand():
+    """The ridge of 8 and 9 drains to the left, so its faces with 2 and 0 are the border: 9-2 and 8-0."""
+    (edge,) = basins_of(np.array([[[1, 9, 2], [0, 8, 0]]], np.int32), (1, 2, 2)).edges
+    assert (edge["area"], edge["high"], edge["height"]) == (2, 8, 17)
 
 
 def test_two_valleys_meet_at_their_ridge():

@@ -17,7 +17,7 @@ from volseg import evaluate, model, pipeline, stitch, volume
 from volseg.box import Box
 from volseg.config import Stitch, UserError
 from volseg.decide import decide
-from volseg.fragments import seed_height
+from volseg.fragments import EDGE, seed_height
 from volseg.metrics import Contingency, foreground, instances
 
 SEEDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
@@ -59,6 +59,8 @@ def _overlap(run: str, truth: str, box: Box | None) -> tuple[pipeline.Run, stitc
         region = np.asarray(volume.open_array(run, "work/fragments")[part.slices])
         total += Contingency.of(read(part), basin[region])
     stored = _stored(run, "work/basins.npz")
+    if stored["edges"].dtype != EDGE:
+        raise UserError(f"the basins of {run} are of an earlier volseg: make them anew with volseg segment {run}")
     return old, stitch.Basins(**{name: stored[name] for name in stitch.Basins.__dataclass_fields__}), total
 
 

@@ -31,6 +31,7 @@ EDGE = np.dtype(
         ("low", np.int32),
         ("low_at", np.int64),
         ("area", np.int64),  # voxel faces in contact
+        ("height", np.int64),  # sum over those faces of the height of the higher end
     ]
 )
 KEY = ("high", "high_at", "low", "low_at")
@@ -396,14 +397,14 @@ def _inner_edges(region: np.ndarray, height: np.ndarray, in_volume: _Raster, cou
     kept = kept[np.argsort(pairs[kept])]
     rows = np.empty(kept.size, EDGE)
     rows["a"], rows["b"] = pairs[kept] >> 32, pairs[kept] & 0xFFFFFFFF
-    for column, name in enumerate((*KEY, "area")):
+    for column, name in enumerate((*KEY, "area", "height")):
         rows[name] = in_volume(saddles[kept, column]) if name.endswith("_at") else saddles[kept, column]
     return rows
 
 
 @njit(cache=True, nogil=True)
 def _collect(region, height, capacity):
-    """Open-addressing table of touching pairs: how many, their codes ``a << 32 | b``, and (KEY..., area) of each.
+    """Open-addressing table of touching pairs: how many, their codes ``a << 32 | b``, and (KEY..., area, height) of each.
 
     Stops early once more than half full: the caller tries again with a larger table.
     """
@@ -411,7 +412,7 @@ def _collect(region, height, capacity):
     steps = np.array([1, nx, ny * nx], np.int64)
     flat, of = height.ravel(), region.ravel()
     pairs = np.zeros(capacity, np.int64)
-    saddles = np.zeros((capacity, 5), np.int64)
+    saddles = np.zeros((capacity, 6), np.int64)
     used = 0
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
@@ -437,9 +438,10 @@ def _collect(region, height, capacity):
                         if used > capacity // 2:
                             return used, pairs, saddles
                         pairs[slot] = code
-                        s[0], s[1], s[2], s[3], s[4] = flat[hi], hi, flat[lo], lo, 1
+                        s[0], s[1], s[2], s[3], s[4], s[5] = flat[hi], hi, flat[lo], lo, 1, flat[hi]
                         continue
                     s[4] += 1
+                    s[5] += flat[hi]
                     if _before(flat[hi], hi, flat[lo], lo, s):
                         s[0], s[1], s[2], s[3] = flat[hi], hi, flat[lo], lo
     return used, pairs, saddles
@@ -475,7 +477,7 @@ def _crossing_edges(region: np.ndarray, height: np.ndarray, in_volume: _Raster) 
     rows = np.empty(near.size, EDGE)
     rows["a"], rows["b"] = region.ravel()[near], in_volume(far)
     rows["high"], rows["high_at"], rows["low"], rows["low_at"] = flat[high], in_volume(high), flat[low], in_volume(low)
-    rows["area"] = 1
+    rows["area"], rows["height"] = 1, rows["high"]
     return rows
 
 

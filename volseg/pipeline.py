@@ -90,7 +90,7 @@ class Run:
             self.checksum, self.shape, self.model_sha256, self.mean, self.std, self.engine, self.predict_block,
             c.predict.tile, c.predict.overlap, c.predict.batch, c.output.chunk,
         )  # fmt: skip
-        fragments = _hash(predict, c.fragments.model_dump(), self.block)
+        fragments = _hash(predict, c.fragments.model_dump(), self.block, basins.EDGE.names)
         stitched = _hash(fragments, c.stitch.model_dump())
         levels = {f"pyramid{k}": _hash(stitched, k, *self.levels) for k in range(1, len(self.levels))}
         return {"predict": predict, "fragments": fragments, "faces": fragments, "stitch": stitched,

@@ -58,14 +58,15 @@ def name(block: int, region: np.ndarray) -> np.ndarray:
 
 
 def lowest(edges: np.ndarray) -> np.ndarray:
-    """One row for each pair ``a, b``: its lowest saddle and the sum of its contact areas. Sorted by pair."""
+    """One row for each pair ``a, b``: its lowest saddle and the sums over its contact faces. Sorted by pair."""
     if not edges.size:
         return edges
     edges = edges[np.lexsort([edges[key] for key in (*reversed(KEY), "b", "a")])]
     fresh = np.r_[True, (edges["a"][1:] != edges["a"][:-1]) | (edges["b"][1:] != edges["b"][:-1])]
     start = np.flatnonzero(fresh)
     out = edges[start]
-    out["area"] = np.add.reduceat(edges["area"], start)
+    for name in ("area", "height"):
+        out[name] = np.add.reduceat(edges[name], start)
     return out
 
 
