@@ -5,7 +5,7 @@ import pytest
 import tifffile
 
 from volseg.config import Train, TrainData, UserError
-from volseg.samples import batch, batches, context, load_sources, statistics
+from volseg.samples import batch, batches, context, load_sources, mixed, statistics, unlabelled
 from volseg.targets import UNLABELLED
 
 SHAPE = (8, 160, 192)
@@ -100,7 +100,8 @@ def test_only_sections_in_use_and_their_neighbours_are_kept(tmp_path, bars):
     image += np.arange(8, dtype=np.uint8)[:, None, None]
     (source,) = load_sources(_write(tmp_path, image, label, train=("3:5",)))
     np.testing.assert_array_equal(source.image, image[2:6])
-    np.testing.assert_array_equal(source.labels != 0, label[2:6] != 0)
+    np.testing.assert_array_equal(source.labels[1:3] != 0, label[3:5] != 0)
+    assert not source.labels[[0, 3]].any()
     assert source.mean == pytest.approx(image.mean())
 
 
@@ -113,6 +114,60 @@ def test_unlabelled_voxels_carry_no_weight(tmp_path, bars):
     targets = np.concatenate([batch(sources, knobs, step)[1] for step in range(6)])
     assert 0.05 < (targets[:, 2] == 0).mean() < 0.95
     assert not targets[:, 0][targets[:, 2] == 0].all()
+
+
+def _self_training(folder, image, label, **knobs):
+    return _write(folder, image, label, **knobs).model_copy(update={"self_training": 0.5, "sections": 1})
+
+
+def test_self_training_takes_the_sections_between_those_annotated(tmp_path, bars):
+    knobs = _self_training(tmp_path, *bars, train=(1, 3, 6), validate_on=(4,))
+    (source,) = load_sources(knobs)
+    assert [source.first + z for z in source.free] == [2, 5]
+    (source,) = load_sources(knobs.model_copy(update={"sections": 3}))
+    assert [source.first + z for z in source.free] == [2]
+
+
+def test_self_training_takes_the_sections_that_it_is_told(tmp_path, bars):
+    (source,) = load_sources(_self_training(tmp_path, *bars, train=(3,), unlabelled_sections=("0:5", 7), validate_on=(0,)))
+    assert [source.first + z for z in source.free] == [1, 2, 4, 7]
+
+
+def test_labels_of_sections_for_self_training_are_not_looked_at(tmp_path, bars):
+    image, label = bars
+    wrong = label.copy()
+    wrong[[0, 1, 2, 4, 5, 6, 7]] = 77
+    right, other = (load_sources(_self_training(tmp_path, image, l, train=(3,), unlabelled_sections=("0:8",)))
+                    for l in (label, wrong))  # fmt: skip
+    np.testing.assert_array_equal(right[0].labels, other[0].labels)
+    assert right[0].kind == other[0].kind
+
+
+def test_patches_for_self_training_show_their_sections_twice_in_the_same_place(tmp_path, bars):
+    image, label = bars
+    image[3] = 255 - image[3]
+    knobs = _self_training(tmp_path, image, label, train=(3,), unlabelled_sections=("0:8",))
+    sources = load_sources(knobs)
+    clean, changed = unlabelled(sources, knobs, 4)
+    assert clean.shape == changed.shape == (4, 1, 64, 64)
+    grey = clean * sources[0].std + sources[0].mean
+    assert grey.min() == pytest.approx(50)
+    assert not np.array_equal(clean, changed)
+    for before, after in zip(clean[:, 0], changed[:, 0], strict=True):
+        if before.std() > 0.1:
+            assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.9
+    np.testing.assert_array_equal(mixed(sources, knobs, 4)[3], changed)
+    np.testing.assert_array_equal(mixed(sources, knobs, 4)[1], batch(sources, knobs, 4)[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"batch": 1}, "leaves no whole patch"), ({"self_training": 0.01}, "leaves no whole patch"),
+     ({}, "no section is left without annotation")],
+)  # fmt: skip
+def test_self_training_on_nothing_is_refused(tmp_path, bars, changes, message):
+    with pytest.raises(UserError, match=message):
+        load_sources(_self_training(tmp_path, *bars).model_copy(update=changes))
 
 
 def test_shares_decide_how_often_a_volume_is_drawn(tmp_path, bars):

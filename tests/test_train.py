@@ -22,6 +22,7 @@ from volseg.train import (
     calibrate,
     dice,
     focal,
+    guess,
     ious,
     learning_rate,
     loss_of,
@@ -78,7 +79,9 @@ def _rows(out):
 def test_a_run_leaves_a_model_with_its_card(whole_run, tables):
     network, card = model.load(whole_run[0] / "model.safetensors")
     assert card["training"]["steps"] == 6
-    assert card["training"]["data"] == [{"name": "image.tif", "learn": 6, "held": [6, 7], "share": 1.0}]
+    assert card["training"]["data"] == [
+        {"name": "image.tif", "learn": 6, "unlabelled": 0, "held": [6, 7], "share": 1.0}
+    ]
     assert set(card["scores"]["validation"]) == {"all", "image.tif"}
     assert card["mean"] == pytest.approx(tifffile.imread(tables["data"][0]["image"]).mean())
     assert card["decode"]["fragments"]["threshold"] in THRESHOLDS
@@ -120,6 +123,41 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole_run, tables, tmp_path):
     wanted = load_file(whole_run[0] / "model.safetensors")
     for name, value in load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(value, wanted[name]), name
+
+
+class Stopped(Exception):
+    pass
+
+
+def _stop_at(text):
+    def report(line):
+        if line.startswith(text):
+            raise Stopped
+
+    return report
+
+
+def test_a_stopped_run_with_self_training_goes_on_to_the_same_bits(tables, tmp_path):
+    changes = {"data": [{**tables["data"][0], "train": [0, 4]}], "self_training": 0.5, "self_training_confidence": [0.5, 0.5]}
+    whole = train(_config(tables, tmp_path / "whole", **changes), print)
+    with pytest.raises(Stopped):
+        train(_config(tables, tmp_path / "stopped", **changes), _stop_at("step 4/6"))
+    again = load_file(train(_config(tables, tmp_path / "stopped", **changes), print))
+    assert all(torch.equal(value, again[name]) for name, value in load_file(whole).items())
+    assert model.load_card(whole)["training"]["data"][0]["unlabelled"] == 3
+    never = load_file(train(_config(tables, tmp_path / "never", **{**changes, "self_training": 0}), print))
+    assert any(not torch.equal(value, again[name]) for name, value in never.items())
+
+
+def test_self_training_learns_where_the_averaged_network_is_sure(tables, tmp_path):
+    class Teacher(torch.nn.Module):
+        def forward(self, images):
+            return images.repeat(1, 2, 1, 1)
+
+    images = torch.tensor([-3.0, -1.0, 1.0, 3.0]).reshape(1, 1, 1, 4)
+    aims, sure = guess(Teacher(), images, (0.9, 0.7))
+    assert aims[0, :, 0].tolist() == [[0, 0, 1, 1]] * 2
+    assert sure[0, :, 0].tolist() == [[1, 0, 0, 1], [1, 1, 1, 1]]
 
 
 def test_a_finished_run_repeated_gives_its_model_again(whole_run, tables):
@@ -254,9 +292,9 @@ def test_dice_is_0_where_all_is_right_and_near_1_where_all_is_wrong():
 def test_unlabelled_voxels_do_not_enter_the_loss(tables, tmp_path, loss):
     knobs = _config(tables, tmp_path, loss=loss).train
     logits = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    targets = (torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.5).float()
-    other = torch.where(targets[:, 2:] > 0, logits, 9.0)
-    torch.testing.assert_close(loss_of(logits, targets, knobs), loss_of(other, targets, knobs))
+    aims, weights = (torch.rand(2, 1, 2, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+    other = torch.where(weights > 0, logits, 9.0)
+    torch.testing.assert_close(loss_of(logits, aims, weights, knobs), loss_of(other, aims, weights, knobs))
 
 
 def test_the_learning_rate_makes_one_cycle():

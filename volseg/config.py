@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Confidence = Annotated[float, Field(ge=0.5, lt=1)]
 Passes = Annotated[int, Field(ge=0, le=3)]  # of the smoothing filter: three along each axis fit int32
 Nm = Annotated[float, Field(gt=0)]
 
@@ -89,6 +90,7 @@ class TrainData(Section):
     train: tuple[str | int, ...] = ()  # sections to learn from: numbers and "start:stop" ranges; empty takes all others
     validate_on: tuple[str | int, ...] = ()  # contiguous sections held out
     unlabelled: int | None = None  # label value that the loss ignores
+    unlabelled_sections: tuple[str | int, ...] | None = None  # for self-training; None takes those between ``train``
     share: Annotated[float, Field(gt=0)] = 1.0  # how often this volume is drawn, against the others
     voxel_size_nm: tuple[Nm, Nm, Nm] | None = None
 
@@ -117,6 +119,9 @@ class Train(Section):
     contour_weight: Annotated[float, Field(ge=0)] = 0.5
     contour_width: Size = 2  # voxels on each side of an object's border, in the plane
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    self_training: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of a batch from sections that nobody annotated
+    self_training_after: Share = 0.3  # share of the run before that begins
+    self_training_confidence: tuple[Confidence, Confidence] = (0.9, 0.7)  # of mask, contour: less sure voxels are left out
     every: Size = 100  # steps between validations
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"

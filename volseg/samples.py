@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -34,6 +34,7 @@ class Source:
     first: int  # where ``image[0]`` stands in the volume
     learn: tuple[int, ...]  # indices into ``image``
     held: tuple[int, ...]
+    free: tuple[int, ...]  # sections whose labels, if there are any, were not read
     spots: np.ndarray  # (n, 3) positions in objects on the sections to learn from
     mean: float
     std: float
@@ -47,11 +48,28 @@ def load_sources(knobs: Train) -> list[Source]:
     """Every volume of ``train.data``; raises :class:`UserError` for one that cannot be learnt from."""
     if not knobs.data:
         raise UserError("train.data is empty: add a [[train.data]] table with image and label")
-    return [_load(data, knobs.sections // 2, f"train.data[{i}]") for i, data in enumerate(knobs.data)]
+    sources = [_load(data, knobs, f"train.data[{i}]") for i, data in enumerate(knobs.data)]
+    if knobs.self_training:
+        _check_self_training(sources, knobs)
+    return sources
 
 
-def _load(data: TrainData, around: int, where: str) -> Source:
-    """The source that ``data`` describes; reads the sections in use and ``around`` more on both sides."""
+def _check_self_training(sources: list[Source], knobs: Train) -> None:
+    if not unlabelled_count(knobs):
+        raise UserError(
+            f"train.self_training = {knobs.self_training} of train.batch = {knobs.batch} leaves no whole patch; "
+            "raise one of them, or set train.self_training = 0"
+        )
+    if not any(source.free for source in sources):
+        raise UserError(
+            f"train.self_training = {knobs.self_training}, but no section is left without annotation; "
+            "name some in train.data.unlabelled_sections, or set train.self_training = 0"
+        )
+
+
+def _load(data: TrainData, knobs: Train, where: str) -> Source:
+    """The source that ``data`` describes; reads the sections in use and those that they see on both sides."""
+    around = knobs.sections // 2
     made = data.synth_seed is not None
     where = f"{where} ({f'synth {data.synth_seed}' if made else data.image})"
     depth = data.synth_shape[0] if made else volume.open(data.image).shape[0]
@@ -59,17 +77,29 @@ def _load(data: TrainData, around: int, where: str) -> Source:
     learn = [z for z in parse_sections(data.train or (f"0:{depth}",), depth) if z not in set(held)]
     if not learn:
         raise UserError(f"{where}: every section is held out; leave some to learn from")
-    first, stop = max(0, min(learn + held) - around), min(depth, max(learn + held) + 1 + around)
-    found = _synthesise(data, first, stop) if made else _read(data, first, stop)
-    learn, held = ([z - first for z in sections] for sections in (learn, held))
-    spots = _spots(found["labels"], learn, where)
-    return Source(first=first, learn=tuple(learn), held=tuple(held), spots=spots, share=data.share, **found)
+    free = _free(data, learn, held, around, depth) if knobs.self_training else []
+    used = learn + held + free
+    first, stop = max(0, min(used) - around), min(depth, max(used) + 1 + around)
+    annotated = np.isin(np.arange(first, stop), learn + held)
+    found = (_synthesise if made else _read)(data, first, annotated)
+    learn, held, free = (tuple(z - first for z in sections) for sections in (learn, held, free))
+    spots = _spots(found["labels"], list(learn), where)
+    return Source(first=first, learn=learn, held=held, free=free, spots=spots, share=data.share, **found)
 
 
-def _synthesise(data: TrainData, first: int, stop: int) -> dict:
-    """Sections ``first`` to ``stop`` of a synthetic volume, as fields of :class:`Source`."""
+def _free(data: TrainData, learn: list[int], held: list[int], around: int, depth: int) -> list[int]:
+    """The sections for self-training: not annotated, and no held-out one among the ``around`` on both sides."""
+    chosen = data.unlabelled_sections
+    allowed = range(min(learn), max(learn)) if chosen is None else parse_sections(chosen, depth)
+    near_held = {z + d for z in held for d in range(-around, around + 1)}
+    return [z for z in allowed if z not in near_held and z not in set(learn)]
+
+
+def _synthesise(data: TrainData, first: int, annotated: np.ndarray) -> dict:
+    """Sections of a synthetic volume from ``first`` on, as fields of :class:`Source`; see :func:`_read`."""
     _, height, width = data.synth_shape
-    image, labels = synth(Box((first, 0, 0), (stop, height, width)), seed=data.synth_seed)
+    image, labels = synth(Box((first, 0, 0), (first + len(annotated), height, width)), seed=data.synth_seed)
+    labels[~annotated] = 0
     mean, std = statistics(image)
     name = f"synth {data.synth_seed}"
     return {
@@ -78,16 +108,19 @@ def _synthesise(data: TrainData, first: int, stop: int) -> dict:
     }  # fmt: skip
 
 
-def _read(data: TrainData, first: int, stop: int) -> dict:
-    """Sections ``first`` to ``stop`` of an annotated volume, as fields of :class:`Source`."""
+def _read(data: TrainData, first: int, annotated: np.ndarray) -> dict:
+    """Sections of an annotated volume from ``first`` on, as fields of :class:`Source`.
+
+    ``annotated`` says of each section whether its labels count; the others' are 0 whatever the file holds.
+    """
     image, label = volume.open(data.image, voxel_size_nm=data.voxel_size_nm), volume.open(data.label)
     if image.shape != label.shape:
         raise UserError(
             f"image {data.image} has shape {image.shape} z y x, label {data.label} has {label.shape}; "
             "give labels of the image's shape"
         )
-    box = Box((first, 0, 0), (stop, *image.shape[1:]))
-    voxels, stored = image.read(box), label.read(box)
+    box = Box((first, 0, 0), (first + len(annotated), *image.shape[1:]))
+    voxels, stored = image.read(box), label.read(box) * annotated[:, None, None]
     labels, note = normalise_labels(stored, unlabelled=data.unlabelled)
     mean, std = statistics(_section(image, z) for z in _spread(image.shape[0]))
     return {
@@ -158,15 +191,38 @@ def batch(sources: list[Source], knobs: Train, step: int) -> tuple[np.ndarray, n
     return np.stack(images), np.stack(targets)
 
 
-def batches(sources: list[Source], knobs: Train, first: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The batches of steps ``first`` to ``stop`` in order, the next ones made by threads on the other cores."""
+def unlabelled_count(knobs: Train) -> int:
+    """How many patches of a batch self-training takes from sections that nobody annotated; at least one is annotated."""
+    return min(knobs.batch - 1, round(knobs.self_training * knobs.batch))
+
+
+def unlabelled(sources: list[Source], knobs: Train, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Patches of sections that nobody annotated, twice: as they are, and changed in grey values and neighbours.
+
+    Both (:func:`unlabelled_count`, sections, P, P) float32, turned and bent alike; functions of the knobs and ``step``.
+    """
+    seeds = [(knobs.seed, step, knobs.batch + i) for i in range(unlabelled_count(knobs))]
+    pairs = [unlabelled_sample(sources, knobs, np.random.default_rng(seed)) for seed in seeds]
+    clean, changed = zip(*pairs, strict=True)
+    return np.stack(clean), np.stack(changed)
+
+
+def mixed(sources: list[Source], knobs: Train, step: int) -> tuple[np.ndarray, ...]:
+    """What :func:`batch` gives, then what :func:`unlabelled` gives."""
+    return *batch(sources, knobs, step), *unlabelled(sources, knobs, step)
+
+
+def batches(
+    sources: list[Source], knobs: Train, first: int, stop: int, make: Callable = batch
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """What ``make`` gives for steps ``first`` to ``stop`` in order, the next ones made by threads on the other cores."""
     threads = max(1, min(8, (os.cpu_count() or 1) - 1))
     with ThreadPoolExecutor(threads) as pool:
-        ahead = deque(pool.submit(batch, sources, knobs, step) for step in range(first, min(first + threads + 1, stop)))
+        ahead = deque(pool.submit(make, sources, knobs, step) for step in range(first, min(first + threads + 1, stop)))
         try:
             for step in range(first, stop):
                 if step + threads + 1 < stop:
-                    ahead.append(pool.submit(batch, sources, knobs, step + threads + 1))
+                    ahead.append(pool.submit(make, sources, knobs, step + threads + 1))
                 yield ahead.popleft().result()
         finally:
             for future in ahead:
@@ -175,8 +231,7 @@ def batches(sources: list[Source], knobs: Train, first: int, stop: int) -> Itera
 
 def sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One augmented patch: (sections, P, P) float32 and (3, P, P) uint8 as in :func:`batch`."""
-    shares = np.array([source.share for source in sources])
-    source = sources[rng.choice(len(sources), p=shares / shares.sum())]
+    source = _draw(sources, rng)
     z, y, x = _position(source, knobs.patch, rng)
     planes = context(z, knobs.sections, len(source.image))
     if rng.random() < 0.5:
@@ -185,10 +240,36 @@ def sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tup
     ys, xs = _grid(knobs.patch, rng)
     raw = _resample(source.image, planes, ys + y, xs + x, offsets)
     labels = _nearest(source.labels[z], ys + y, xs + x)
+    return _changed(raw, source, blurred, rng), _targets(labels, knobs.contour_width)
+
+
+def unlabelled_sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One patch of a section that nobody annotated, as it is and changed, as in :func:`unlabelled`."""
+    source = _draw([source for source in sources if source.free], rng)
+    z = source.free[rng.integers(len(source.free))]
+    y, x = _inside(source, knobs.patch, [rng.uniform(0, n) for n in source.image.shape[1:]])
+    planes = context(z, knobs.sections, len(source.image))
+    if rng.random() < 0.5:
+        planes = planes[::-1].copy()
+    ys, xs = _grid(knobs.patch, rng)
+    clean = _resample(source.image, planes, ys + y, xs + x, np.zeros((len(planes), 2), np.float32))
+    planes, offsets, blurred = _disturb_neighbours(planes.copy(), rng)
+    raw = _resample(source.image, planes, ys + y, xs + x, offsets)
+    return (clean - np.float32(source.mean)) / np.float32(source.std), _changed(raw, source, blurred, rng)
+
+
+def _draw(sources: list[Source], rng: np.random.Generator) -> Source:
+    """One of the sources, each as often as its share says."""
+    shares = np.array([source.share for source in sources])
+    return sources[rng.choice(len(sources), p=shares / shares.sum())]
+
+
+def _changed(raw: np.ndarray, source: Source, blurred: list[int], rng: np.random.Generator) -> np.ndarray:
+    """``raw`` standardised, the neighbours in ``blurred`` out of focus, with other grey values."""
     image = (raw - np.float32(source.mean)) / np.float32(source.std)
     for i in blurred:
         image[i] = ndimage.gaussian_filter(image[i], 2.0)
-    return _intensity(image, rng), _targets(labels, knobs.contour_width)
+    return _intensity(image, rng)
 
 
 def _targets(labels: np.ndarray, width: int) -> np.ndarray:
@@ -207,9 +288,15 @@ def _position(source: Source, patch: int, rng: np.random.Generator) -> tuple[int
         z, *centre = source.spots[rng.integers(len(source.spots))] + [0, *rng.integers(-patch // 3, patch // 3 + 1, 2)]
     else:
         z, centre = source.learn[rng.integers(len(source.learn))], [rng.uniform(0, n) for n in plane]
+    return int(z), *_inside(source, patch, centre)
+
+
+def _inside(source: Source, patch: int, centre: Sequence[float]) -> tuple[float, float]:
+    """``centre`` (y, x) moved so that a patch around it lies in the section, as far as it fits."""
+    plane = source.image.shape[1:]
     margins = [min(patch, n) / 2 for n in plane]
     y, x = (np.clip(c, m, n - m) for c, m, n in zip(centre, margins, plane, strict=True))
-    return int(z), float(y), float(x)
+    return float(y), float(x)
 
 
 def _disturb_neighbours(planes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int]]:

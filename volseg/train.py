@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from volseg import model
 from volseg.config import Config, Train, UserError
-from volseg.samples import Source, batches, context, load_sources
+from volseg.samples import Source, batch, batches, context, load_sources, mixed
 from volseg.targets import UNLABELLED, describe, mask_and_contour
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -81,7 +81,7 @@ def start(knobs: Train, device: torch.device) -> State:
     else:
         network = model.build(knobs.encoder, knobs.decoder, knobs.sections, pretrained=knobs.pretrained)
     network = network.to(device, memory_format=torch.channels_last).train()
-    averaged = copy.deepcopy(network).requires_grad_(False)
+    averaged = copy.deepcopy(network).requires_grad_(False).eval()
     parameters = list(network.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": knobs.weight_decay},
@@ -94,11 +94,11 @@ def _steps(state: State, sources: list[Source], config: Config, show: Callable, 
     """Trains to the last step or the end of the time budget; validates and saves a model every so many steps."""
     knobs, out = config.train, Path(config.train.out)
     last_tick = last_saved = time.monotonic()
-    stream = batches(sources, knobs, state.step, knobs.steps)
-    for images, targets in stream:
+    stream = batches(sources, knobs, state.step, knobs.steps, mixed if knobs.self_training else batch)
+    for images, targets, *unlabelled in stream:
         if progress(state, knobs) >= 1:
             break
-        row = step(state, images, targets, knobs)
+        row = step(state, images, targets, knobs, *unlabelled)
         if not math.isfinite(row["loss"]):
             raise UserError(f"the loss is {row['loss']} at step {state.step}: set a lower train.lr than {knobs.lr}")
         now = time.monotonic()
@@ -117,25 +117,55 @@ def _steps(state: State, sources: list[Source], config: Config, show: Callable, 
     save_checkpoint(state, out / CHECKPOINT, knobs)
 
 
-def step(state: State, images: np.ndarray, targets: np.ndarray, knobs: Train) -> dict:
-    """One update of the network and its average; returns the row of the curves for this batch."""
+def step(
+    state: State, images: np.ndarray, targets: np.ndarray, knobs: Train, *unlabelled: np.ndarray
+) -> dict:
+    """One update of the network and its average; returns the row of the curves for the annotated part of this batch.
+
+    Once self-training has begun, ``unlabelled`` patches (clean, changed) take the places of the last annotated ones.
+    """
     device = next(state.network.parameters()).device
     rate = learning_rate(progress(state, knobs), knobs.lr)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    images = torch.from_numpy(images).to(device, memory_format=torch.channels_last)
-    targets = torch.from_numpy(targets).to(device).float()
+    images, targets = _to(device, images), torch.from_numpy(targets).to(device).float()
+    aims, weights, annotated = targets[:, :2], targets[:, 2:].expand(-1, 2, -1, -1), len(images)
+    if unlabelled and progress(state, knobs) >= knobs.self_training_after:
+        clean, changed = (_to(device, patches) for patches in unlabelled)
+        annotated -= len(changed)
+        more, sure = guess(state.averaged, clean, knobs.self_training_confidence)
+        images = torch.cat([images[:annotated], changed]).contiguous(memory_format=torch.channels_last)
+        aims, weights = torch.cat([aims[:annotated], more]), torch.cat([weights[:annotated], sure])
     with _autocast(device):
         logits = state.network(images)
-    loss = loss_of(logits.float(), targets, knobs)
+    loss = loss_of(logits.float(), aims, weights, knobs)
     state.optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(state.network.parameters(), 5.0)
     state.optimizer.step()
     state.step += 1
     _average(state, knobs.ema)
-    counts = _counts(logits.detach()[:, 0].float().sigmoid() >= 0.5, targets[:, 0] > 0, targets[:, 2] > 0)
+    found = logits.detach()[:annotated, 0].float() >= 0
+    counts = _counts(found, aims[:annotated, 0] > 0, weights[:annotated, 0] > 0)
     return {"step": state.step, "split": "training", "loss": loss.item(), **_scores(counts)}
+
+
+def _to(device: torch.device, images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).to(device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def guess(network: torch.nn.Module, images: torch.Tensor, confidence: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``network`` takes the mask and contour of ``images`` for, and where it is sure of it: (B, 2, Y, X), 0 or 1.
+
+    Sure is a probability of at least ``confidence`` (mask, contour), for or against. The averaged network as the teacher
+    is that of Tarvainen and Valpola, arXiv 1703.01780; hard labels where it is sure, and the student's changed grey values,
+    are those of Sohn et al., arXiv 2001.07685.
+    """
+    with _autocast(images.device):
+        chance = network(images).float().sigmoid()
+    least = torch.tensor(confidence, device=images.device)[:, None, None]
+    return (chance >= 0.5).float(), (torch.maximum(chance, 1 - chance) >= least).float()
 
 
 def progress(state: State, knobs: Train) -> float:
@@ -154,16 +184,16 @@ def learning_rate(share: float, peak: float) -> float:
     return peak * max(1e-5, 0.5 + 0.5 * math.cos(math.pi * min(1.0, (share - WARM_UP) / (1 - WARM_UP))))
 
 
-def loss_of(logits: torch.Tensor, targets: torch.Tensor, knobs: Train) -> torch.Tensor:
+def loss_of(logits: torch.Tensor, aims: torch.Tensor, weights: torch.Tensor, knobs: Train) -> torch.Tensor:
     """Pixel loss plus Dice on the mask, and ``contour_weight`` times the same on the contour.
 
-    ``logits`` is (B, 2, Y, X); ``targets`` (B, 3, Y, X) holds mask, contour and weight.
+    All are (B, 2, Y, X), mask and contour; ``aims`` and ``weights`` are 0 or 1.
     """
-    weight = targets[:, 2]
     pixel = focal if knobs.loss == "focal" else cross_entropy
     scale = knobs.focal_scale if knobs.loss == "focal" else 1.0
     parts = [
-        scale * pixel(logits[:, i], targets[:, i], weight) + dice(logits[:, i], targets[:, i], weight) for i in range(2)
+        scale * pixel(logits[:, i], aims[:, i], weights[:, i]) + dice(logits[:, i], aims[:, i], weights[:, i])
+        for i in range(2)
     ]
     return parts[0] + knobs.contour_weight * parts[1]
 
@@ -220,7 +250,7 @@ def validate(network: torch.nn.Module, sources: list[Source], knobs: Train) -> d
         losses_here, counts_here = [], []
         for z in source.held:
             logits, targets = plane_logits(network, source, z, knobs.sections), _plane_targets(source, z, knobs)
-            losses_here.append(loss_of(logits[None], targets[None], knobs).item())
+            losses_here.append(loss_of(logits[None], targets[None, :2], targets[None, 2:].expand(-1, 2, -1, -1), knobs).item())
             counts_here.append(_counts(logits[0] >= 0, targets[0] > 0, targets[2] > 0))
         found[source.name] = {"loss": float(np.mean(losses_here)), **_scores(sum(counts_here))}
         losses, counts = losses + losses_here, counts + counts_here
@@ -345,10 +375,11 @@ def _resume(state: State, path: Path, knobs: Train) -> bool:
     try:
         with safe_open(path, "pt") as file:
             note = json.loads(file.metadata()["checkpoint"])
+            stored = _settings(Train.model_validate(note["settings"]))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not a checkpoint of volseg train; move it away or give another train.out") from None
-    changed = [key for key, value in _settings(knobs).items() if note["settings"].get(key) != value]
+    changed = [key for key, value in _settings(knobs).items() if stored[key] != value]
     if changed:
         raise UserError(
             f"{path} was made with another train.{', train.'.join(changed)}; give another train.out, or delete it"
@@ -374,7 +405,10 @@ def _card(config: Config, sources: list[Source], state: State, scores: dict, cho
     """What a model file says about itself."""
     knobs, main = config.train, max(sources, key=lambda s: s.share)
     data = [
-        {"name": Path(s.name).name, "learn": len(s.learn), "held": [s.first + z for z in s.held], "share": s.share}
+        {
+            "name": Path(s.name).name, "learn": len(s.learn), "unlabelled": len(s.free),
+            "held": [s.first + z for z in s.held], "share": s.share,
+        }
         for s in sources
     ]
     training = {
@@ -494,7 +528,9 @@ def _announce(sources: list[Source], report: Callable[[str], None]) -> None:
     for source in sources:
         found = describe(source.labels, list(source.learn), source.first)
         what = f"{found['objects']} objects, {100 * found['foreground']:.2f} % foreground ({source.kind})"
-        report(f"{source.name}: {found['sections']} sections to learn from, {len(source.held)} held out, {what}")
+        unlabelled = f"{len(source.free)} without annotation for self-training, " if source.free else ""
+        held = f"{len(source.held)} held out, {unlabelled}"
+        report(f"{source.name}: {found['sections']} sections to learn from, {held}{what}")
         for advice in found["advice"]:
             report(f"  advice: {advice}")
 
