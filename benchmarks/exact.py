@@ -110,7 +110,7 @@ def cut(probability: np.ndarray, config: Config, block: Triple) -> np.ndarray:
         have = box.grow(fragments.halo(knobs)).clip(shape)
         part = probability[(slice(None), *have.slices)]
         height = fragments.heights(part, box, shape, knobs)
-        region, table = fragments.fragments(height, probability[(0, *box.slices)], box, shape)
+        region, table = fragments.fragments(height, probability[(0, *box.slices)], box, shape, knobs.connectivity)
         regions.append(region)
         tables.append(table)
     links = [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from volseg.fragments import OUTSIDE, fragments, halo, heights, seed_height
 from volseg.stitch import gather, link
 
 
-def blockwise(height, level, block, *, order=None, repeat=(), min_voxels=0, keep_unseeded=False):
+def blockwise(height, level, block, *, order=None, repeat=(), connectivity=6, **rules):
     """Labels of a height field cut into blocks, done in any order, some of them twice."""
     grid = Blocks(height.shape, block)
     padded = np.pad(height, 1, constant_values=OUTSIDE)
@@ -22,40 +24,40 @@ def blockwise(height, level, block, *, order=None, repeat=(), min_voxels=0, keep
     for i in [*(order if order is not None else range(len(grid))), *repeat]:
         box = grid[i]
         frame = box.grow(1).shift((1, 1, 1)).slices
-        done[i] = fragments(padded[frame], np.ones(box.shape, np.uint8), box, height.shape)
+        done[i] = fragments(padded[frame], np.ones(box.shape, np.uint8), box, height.shape, connectivity)
     tables = [done[i][1] for i in range(len(grid))]
     links = [link(i, lambda j: tables[j], grid) for i in range(len(grid))]
     basins, basin_of = gather(tables, links)
-    label = decide(basins, seed_height=level, min_voxels=min_voxels, keep_unseeded=keep_unseeded)
+    label = decide(basins, seed_height=level, **rules)
     out = np.zeros(height.shape, np.uint32)
     for i, box in enumerate(grid):
         out[box.slices] = np.r_[0, label[basin_of[i]]][done[i][0]]
     return out
 
 
-def basins_of(height, block):
+def basins_of(height, block, connectivity=6):
     """The volume's basins, found in blocks of that shape."""
     grid = Blocks(height.shape, block)
     padded = np.pad(height, 1, constant_values=OUTSIDE)
     frames = [box.grow(1).shift((1, 1, 1)).slices for box in grid]
     ones = [np.ones(box.shape, np.uint8) for box in grid]
     tables = [
-        fragments(padded[f], mass, box, height.shape)[1] for f, mass, box in zip(frames, ones, grid, strict=True)
+        fragments(padded[f], mass, box, height.shape, connectivity)[1]
+        for f, mass, box in zip(frames, ones, grid, strict=True)
     ]
     return gather(tables, [link(i, lambda j: tables[j], grid) for i in range(len(grid))])[0]
 
 
-def brute_force(height, level, *, min_voxels=0, keep_unseeded=False):
+def brute_force(height, level, *, connectivity=6, min_voxels=0, keep_unseeded=False):
     """The minimum spanning forest, voxel by voxel: every edge sorted, one union-find, no basins."""
     flat = height.ravel()
-    index = np.arange(flat.size).reshape(height.shape)
+    ends = {at: (int(h), i) for i, (at, h) in enumerate(np.ndenumerate(height)) if h != OUTSIDE}
+    ways = [way for way in product((-1, 0, 1), repeat=3) if way > (0, 0, 0)]
     edges = []
-    for axis in range(3):
-        for u, v in zip(
-            np.delete(index, -1, axis).ravel().tolist(), np.delete(index, 0, axis).ravel().tolist(), strict=True
-        ):
-            if flat[u] != OUTSIDE and flat[v] != OUTSIDE:
-                edges.append(tuple(sorted([(int(flat[u]), u), (int(flat[v]), v)], reverse=True)))
+    for way in ways if connectivity == 26 else [way for way in ways if np.abs(way).sum() == 1]:
+        for at, end in ends.items():
+            if other := ends.get(tuple(i + j for i, j in zip(at, way, strict=True))):
+                edges.append((max(end, other), min(end, other)))
     parent = list(range(flat.size))
     seeded = [bool(h <= level) for h in flat]
 
@@ -94,25 +96,28 @@ def fields(draw):
     return height, draw(st.integers(-1, steps))
 
 
+@pytest.mark.parametrize("connectivity", [6, 26])
 @settings(max_examples=200, deadline=None)
 @given(field=fields(), data=st.data())
-def test_every_cutting_gives_the_brute_force_forest(field, data):
+def test_every_cutting_gives_the_brute_force_forest(connectivity, field, data):
     height, level = field
     block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
     count = len(Blocks(height.shape, block))
     order = data.draw(st.permutations(range(count)))
     repeat = data.draw(st.lists(st.integers(0, count - 1), max_size=3))
-    rules = {"min_voxels": data.draw(st.integers(0, 5)), "keep_unseeded": data.draw(st.booleans())}
+    rules = {"min_voxels": data.draw(st.integers(0, 5)), "keep_unseeded": data.draw(st.booleans()),
+             "connectivity": connectivity}  # fmt: skip
     want = brute_force(height, level, **rules)
     np.testing.assert_array_equal(blockwise(height, level, block, order=order, repeat=repeat, **rules), want)
 
 
+@pytest.mark.parametrize("connectivity", [6, 26])
 @settings(max_examples=60, deadline=None)
 @given(field=fields(), data=st.data())
-def test_every_contact_face_is_counted_once_with_its_higher_end(field, data):
+def test_every_contact_face_is_counted_once_with_its_higher_end(connectivity, field, data):
     height, _ = field
     block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
-    whole, cut = basins_of(height, height.shape).edges, basins_of(height, block).edges
+    whole, cut = (basins_of(height, b, connectivity).edges for b in (height.shape, block))
     for name in ("high_at", "low_at", "area", "height"):
         np.testing.assert_array_equal(whole[name], cut[name])
     assert (whole["height"] >= whole["area"] * whole["high"].astype(np.int64)).all()
@@ -133,6 +138,24 @@ def test_two_valleys_meet_at_their_ridge():
     height = np.array([[[0, 3, 9, 2, 1]]], np.int32)
     for width in (1, 2, 3, 5):
         np.testing.assert_array_equal(blockwise(height, 1, (1, 1, width)), [[[1, 1, 2, 2, 2]]])
+
+
+def test_voxels_that_touch_by_a_corner_are_one_object_on_a_grid_of_26():
+    """Three voxels on a space diagonal, every one in a block of its own: two exits and no face in contact."""
+    height = np.full((3, 3, 3), OUTSIDE, np.int32)
+    height[0, 0, 0], height[1, 1, 1], height[2, 2, 2] = 3, 2, 1
+    assert blockwise(height, 3, (1, 1, 1)).max() == 3
+    assert blockwise(height, 3, (1, 1, 1), connectivity=26).max() == 1
+    assert basins_of(height, (1, 1, 1), 26).depth.tolist() == [1]
+
+
+def test_basins_that_touch_by_an_edge_alone_have_a_saddle_and_no_area():
+    """Worked by hand: two valleys of height 1, their ways out 5 and 4 touch diagonally. The saddle is the higher one."""
+    height = np.array([[[1, 5, OUTSIDE, OUTSIDE], [OUTSIDE, OUTSIDE, 4, 1]]], np.int32)
+    for block in ((1, 2, 4), (1, 1, 2)):
+        (edge,) = basins_of(height, block, 26).edges
+        assert (edge["area"], edge["height"], edge["high"], edge["low"]) == (0, 0, 5, 4)
+        assert not basins_of(height, block).edges.size
 
 
 def test_labels_follow_the_raster_order_of_first_voxels():

@@ -56,6 +56,17 @@ def test_a_sound_run_is_equal_in_every_check(run):
     assert text.endswith("all that was checked is equal")
 
 
+def test_a_run_on_a_grid_of_26_neighbours_is_equal_in_every_check(copy):
+    pipeline.segment(str(copy), lambda _: settings(fragments={"connectivity": 26}, blocks={"shape": BLOCK}), show=Quiet())
+    stored = verify.load(str(copy))
+    assert stored.config.fragments.connectivity == 26
+    result = verify.verify(str(copy))
+    assert result["ok"]
+    assert result["boxes"][0]["wrong"].keys() == set(verify.CHECKS)
+    rows = [verify.check(stored, box) for box in Blocks(SHAPE, (13, 61, 53))]
+    assert all(set(row["wrong"].values()) == {0} for row in rows)
+
+
 def test_boxes_that_cut_objects_and_blocks_accuse_no_sound_run(run):
     stored = verify.load(run)
     rows = [verify.check(stored, box) for box in Blocks(SHAPE, (9, 61, 53))]

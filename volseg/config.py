@@ -58,6 +58,7 @@ class Fragments(Section):
     contour: Share = 1.0  # how much of the contour probability is taken from the mask probability for the height
     smooth: tuple[Passes, Passes, Passes] = (2, 2, 2)  # passes of the [1 2 1] filter along z y x
     distance: Annotated[int, Field(ge=0, le=64)] = 0  # plateaus are split by the distance to the mask's border, up to this
+    connectivity: Literal[6, 26] = 6  # neighbours of a voxel: those that share a face, or also an edge or a corner
 
 
 class Stitch(Section):

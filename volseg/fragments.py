@@ -1,7 +1,7 @@
 """Cut one block of probabilities into watershed basins, and list how they touch.
 
-Voxels are ordered by ``(height, linear index)`` and edges of the 6-connected grid by their higher end, then their lower
-end, in that order. Both orders are total, so the minimum spanning forest is unique. An edge's order starts with its
+Voxels are ordered by ``(height, linear index)`` and edges of the grid (6 or 26 neighbours) by their higher end, then their
+lower end, in that order. Both orders are total, so the minimum spanning forest is unique. An edge's order starts with its
 higher end because then the first edge out of any voxel is the one to its lowest neighbour: steepest descent *is* the
 first step of the forest (Cousty et al., "Watershed cuts", PAMI 2009), and every cutting into blocks takes the same one.
 
@@ -11,6 +11,7 @@ Nothing here knows seeds or sizes: those are decided in `stitch` from the tables
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numba import njit
@@ -30,7 +31,7 @@ EDGE = np.dtype(
         ("high_at", np.int64),
         ("low", np.int32),
         ("low_at", np.int64),
-        ("area", np.int64),  # voxel faces in contact
+        ("area", np.int64),  # voxel faces in contact: 0 where basins touch by an edge or corner alone (26 neighbours)
         ("height", np.int64),  # sum over those faces of the height of the higher end
     ]
 )
@@ -49,7 +50,7 @@ class Table:
     first     lowest linear index among them
     mass      sum of the stored mask probability (uint8) over them
     edges     EDGE rows between regions of this block
-    crossing  EDGE rows to the next block on each axis; ``b`` is the linear index of the voxel there
+    crossing  EDGE rows to voxels of other blocks that are ahead in linear order; ``b`` is the linear index of the voxel
     face_at   linear indices of masked voxels on faces that have a block behind them, ascending
     face_of   their regions
     """
@@ -256,26 +257,32 @@ def _compose(inside, mask, squared, cap):
 # ---------------------------------------------------------------- basins
 
 
-def fragments(height: np.ndarray, mass: np.ndarray, box: Box, shape: Triple) -> tuple[np.ndarray, Table]:
-    """The regions of one block (uint32, 0 outside the mask) and their `Table`.
+def fragments(
+    height: np.ndarray, mass: np.ndarray, box: Box, shape: Triple, connectivity: int = 6
+) -> tuple[np.ndarray, Table]:
+    """The regions of one block (uint32, 0 outside the mask) and their `Table`, on a grid of 6 or 26 neighbours.
 
     ``height`` (int32) covers ``box`` grown by 1, `OUTSIDE` where there is no mask or no volume; ``mass`` (uint8) covers
     ``box``. Regions are numbered in the order of their first voxel.
     """
-    region, roots = _follow(_descend(height), height)
-    core = np.ascontiguousarray(region[1:-1, 1:-1, 1:-1])
+    steps = _steps(connectivity, height.shape)
+    region, roots = _follow(_descend(height, steps), height, steps)
     in_volume = _Raster(height.shape, box, shape)
+    is_exit = in_volume.is_halo(roots)
+    region.ravel()[roots[is_exit]] = 0  # so that only voxels of the block have a region
+    core = np.ascontiguousarray(region[1:-1, 1:-1, 1:-1])
     voxels, first, total = _measure(region, mass, roots.size)
+    ahead = steps[len(steps) // 2 :]
     face = _faces(core, box, shape)
     table = Table(
         root=in_volume(roots),
         depth=height.ravel()[roots],
-        is_exit=in_volume.is_halo(roots),
+        is_exit=is_exit,
         voxels=voxels,
         first=in_volume(first),
         mass=total,
-        edges=_inner_edges(region, height, in_volume, roots.size),
-        crossing=_crossing_edges(region, height, in_volume),
+        edges=_inner_edges(region, height, in_volume, ahead),
+        crossing=_crossing_edges(region, height, in_volume, ahead, face),
         face_at=in_volume(face),
         face_of=region.ravel()[face],
     )
@@ -301,14 +308,25 @@ class _Raster:
         return np.any([(a == 0) | (a == n - 1) for a, n in zip(at, self.padded, strict=True)], axis=0)
 
 
+def _steps(connectivity: int, padded: Triple) -> tuple[int, ...]:
+    """The way to each of a voxel's 6 or 26 neighbours in the linear index of an array of that shape, ascending.
+
+    A tuple, so that numba compiles the loops over 6 and over 26 apart.
+
+    >>> _steps(6, (4, 5, 7))
+    (-35, -7, -1, 1, 7, 35)
+    """
+    ways = [way for way in product((-1, 0, 1), repeat=3) if any(way) and (connectivity == 26 or sum(map(abs, way)) == 1)]
+    return tuple((z * padded[1] + y) * padded[2] + x for z, y, x in ways)
+
+
 @njit(cache=True, nogil=True)
-def _descend(height):
+def _descend(height, steps):
     """For each masked voxel inside the frame, 1 + the direction of its lowest lower neighbour; 0 for a minimum.
 
     Neighbours are visited in the order of their linear index, so that of equal ones the first wins.
     """
     nz, ny, nx = height.shape
-    steps = np.array([-ny * nx, -nx, -1, 1, nx, ny * nx], np.int64)
     flat = height.ravel()
     down = np.zeros(flat.size, np.int8)
     for z in range(1, nz - 1):
@@ -319,23 +337,22 @@ def _descend(height):
                 if here == OUTSIDE:
                     continue
                 best, best_h = 0, OUTSIDE
-                for d in range(6):
+                for d in range(len(steps)):
                     h = flat[v + steps[d]]
                     if h < best_h:
                         best, best_h = d + 1, h
-                if best_h < here or (best_h == here and best <= 3):
+                if best_h < here or (best_h == here and best <= len(steps) // 2):
                     down[v] = best
     return down
 
 
 @njit(cache=True, nogil=True)
-def _follow(down, height):
+def _follow(down, height, steps):
     """Region numbers (int32, same shape as ``height``) and the linear index of each region's root.
 
     A root is a minimum inside the frame, or the voxel of the frame where a descent leaves.
     """
     nz, ny, nx = height.shape
-    steps = np.array([0, -ny * nx, -nx, -1, 1, nx, ny * nx], np.int64)
     flat = height.ravel()
     region = np.zeros(flat.size, np.int32)
     roots = np.empty(1024, np.int64)
@@ -348,7 +365,7 @@ def _follow(down, height):
                     continue
                 v = start
                 while region[v] == 0 and down[v] != 0:
-                    v += steps[down[v]]
+                    v += steps[down[v] - 1]
                 if region[v] == 0:
                     if count == roots.size:
                         grown = np.empty(2 * count, np.int64)
@@ -361,7 +378,7 @@ def _follow(down, height):
                 v = start
                 while region[v] == 0:
                     region[v] = number
-                    v += steps[down[v]]
+                    v += steps[down[v] - 1]
     return region.reshape(height.shape), roots[:count].copy()
 
 
@@ -385,11 +402,11 @@ def _measure(region, mass, count):
     return voxels, first, total
 
 
-def _inner_edges(region: np.ndarray, height: np.ndarray, in_volume: _Raster, count: int) -> np.ndarray:
+def _inner_edges(region: np.ndarray, height: np.ndarray, in_volume: _Raster, ahead: tuple[int, ...]) -> np.ndarray:
     """EDGE rows, one for each pair of regions that touch inside the block, sorted by pair."""
     capacity = 1024
     while True:
-        used, pairs, saddles = _collect(region, height, capacity)
+        used, pairs, saddles = _collect(region, height, ahead, capacity)
         if used <= capacity // 2:
             break
         capacity *= 4
@@ -403,27 +420,25 @@ def _inner_edges(region: np.ndarray, height: np.ndarray, in_volume: _Raster, cou
 
 
 @njit(cache=True, nogil=True)
-def _collect(region, height, capacity):
+def _collect(region, height, ahead, capacity):
     """Open-addressing table of touching pairs: how many, their codes ``a << 32 | b``, and (KEY..., area, height) of each.
 
+    ``ahead`` are the ways to the neighbours behind a voxel in linear order; only those along an axis share a face with it.
     Stops early once more than half full: the caller tries again with a larger table.
     """
     nz, ny, nx = region.shape
-    steps = np.array([1, nx, ny * nx], np.int64)
     flat, of = height.ravel(), region.ravel()
     pairs = np.zeros(capacity, np.int64)
     saddles = np.zeros((capacity, 6), np.int64)
     used = 0
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
-            for x in range(1, nx - 1):
-                v = (z * ny + y) * nx + x
+            row = (z * ny + y) * nx
+            for v in range(row + 1, row + nx - 1):
                 if of[v] == 0:
                     continue
-                for d in range(3):
-                    if (d == 0 and x == nx - 2) or (d == 1 and y == ny - 2) or (d == 2 and z == nz - 2):
-                        continue
-                    u = v + steps[d]
+                for d in range(len(ahead)):
+                    u = v + ahead[d]
                     if of[u] == 0 or of[u] == of[v]:
                         continue
                     a, b = min(of[v], of[u]), max(of[v], of[u])
@@ -438,12 +453,11 @@ def _collect(region, height, capacity):
                         if used > capacity // 2:
                             return used, pairs, saddles
                         pairs[slot] = code
-                        s[0], s[1], s[2], s[3], s[4], s[5] = flat[hi], hi, flat[lo], lo, 1, flat[hi]
-                        continue
-                    s[4] += 1
-                    s[5] += flat[hi]
-                    if _before(flat[hi], hi, flat[lo], lo, s):
+                    if s[1] == 0 or _before(flat[hi], hi, flat[lo], lo, s):
                         s[0], s[1], s[2], s[3] = flat[hi], hi, flat[lo], lo
+                    if u - v == 1 or u - v == nx or u - v == ny * nx:
+                        s[4] += 1
+                        s[5] += flat[hi]
     return used, pairs, saddles
 
 
@@ -459,26 +473,28 @@ def _before(high, high_at, low, low_at, s):
     return low_at < s[3]
 
 
-def _crossing_edges(region: np.ndarray, height: np.ndarray, in_volume: _Raster) -> np.ndarray:
-    """EDGE rows from each masked voxel on the far faces to the masked voxel behind it, outside the block."""
-    inner = (slice(1, -1),) * 3
-    index = np.arange(region.size).reshape(region.shape)
-    near, far = [], []
-    for axis in range(3):
-        here, there = list(inner), list(inner)
-        here[axis], there[axis] = slice(-2, -1), slice(-1, None)
-        touching = (height[tuple(here)] != OUTSIDE) & (height[tuple(there)] != OUTSIDE)
-        near.append(index[tuple(here)][touching])
-        far.append(index[tuple(there)][touching])
-    near, far = np.concatenate(near), np.concatenate(far)
+def _crossing_edges(
+    region: np.ndarray, height: np.ndarray, in_volume: _Raster, ahead: tuple[int, ...], face: np.ndarray
+) -> np.ndarray:
+    """EDGE rows from masked voxels (those at ``face``) to the masked voxels ahead of them that lie outside the block.
+
+    The other end of an edge lies behind in linear order and lists nothing, so an edge stands in one block's table.
+    """
     flat = height.ravel()
-    high = np.where(flat[near] > flat[far], near, far)
-    low = near + far - high
-    rows = np.empty(near.size, EDGE)
-    rows["a"], rows["b"] = region.ravel()[near], in_volume(far)
-    rows["high"], rows["high_at"], rows["low"], rows["low_at"] = flat[high], in_volume(high), flat[low], in_volume(low)
-    rows["area"], rows["height"] = 1, rows["high"]
-    return rows
+    _, ny, nx = height.shape
+    rows = [np.empty(0, EDGE)]
+    for step in ahead:
+        near = face[in_volume.is_halo(face + step) & (flat[face + step] != OUTSIDE)]
+        far = near + step
+        high = np.where(flat[near] > flat[far], near, far)
+        low = near + far - high
+        row = np.empty(near.size, EDGE)
+        row["a"], row["b"] = region.ravel()[near], in_volume(far)
+        row["high"], row["high_at"], row["low"], row["low_at"] = flat[high], in_volume(high), flat[low], in_volume(low)
+        row["area"] = step in (1, nx, ny * nx)
+        row["height"] = row["area"] * row["high"]
+        rows.append(row)
+    return np.concatenate(rows)
 
 
 def _faces(core: np.ndarray, box: Box, shape: Triple) -> np.ndarray:

@@ -225,7 +225,7 @@ def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
     with cluster.timed(seconds, "basins"):
         height = basins.heights(probability, box, run.shape, knobs)
         mass = np.ascontiguousarray(probability[0][box.inside(have)])
-        region, table = basins.fragments(height, mass, box, run.shape)
+        region, table = basins.fragments(height, mass, box, run.shape, knobs.connectivity)
     with cluster.timed(seconds, "write"):
         volume.write(volume.open_array(run.out, "work/fragments"), box, region)
         _save(run.out, f"work/tables/{i}.npz", **asdict(table))

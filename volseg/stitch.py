@@ -30,7 +30,7 @@ class Links:
     """What a block's faces say once its neighbours are known.
 
     drains  int64 (n, 2): each exit region, and the neighbour's region that it drains into
-    edges   EDGE rows between this block's regions and those of the next blocks
+    edges   EDGE rows between this block's regions and those of blocks ahead
     """
 
     drains: np.ndarray
@@ -74,7 +74,7 @@ def lowest(edges: np.ndarray) -> np.ndarray:
 
 
 def link(i: int, table_of: Callable[[int], Table], grid: Blocks) -> Links:
-    """The `Links` of block ``i``. ``table_of`` gives the table of ``i`` and of its face neighbours."""
+    """The `Links` of block ``i``. ``table_of`` gives the table of ``i`` and of all blocks that touch it."""
     own = table_of(i)
     exits = np.flatnonzero(own.is_exit)
     drains = np.stack([name(i, exits + 1), _regions_at(own.root[exits], table_of, grid)], axis=1)

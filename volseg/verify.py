@@ -82,6 +82,9 @@ class Stored:
     def heights(self, probability: np.ndarray, box: Box) -> np.ndarray:
         return fragments.heights(probability, box, self.shape, self.config.fragments)
 
+    def regions(self, height: np.ndarray, mass: np.ndarray, box: Box) -> tuple[np.ndarray, fragments.Table]:
+        return fragments.fragments(height, mass, box, self.shape, self.config.fragments.connectivity)
+
 
 def load(run: str) -> Stored:
     """The finished run at ``run``; `UserError` where there is none."""
@@ -191,7 +194,7 @@ def check(stored: Stored, box: Box) -> dict:
     probability = stored.probability(box)
     height = stored.heights(probability, box)
     mass = _core(probability[0], box, stored)
-    region, table = fragments.fragments(height, mass, box, stored.shape)
+    region, table = stored.regions(height, mass, box)
     label = stored.labels.read(box)
     wrong, joins, whole = _against_rule(stored, box, region, table, label)
     masks = {
@@ -485,7 +488,7 @@ def _ids(stored: Stored, tables: Sequence[fragments.Table], links: Sequence[stit
 
 def _fragments(stored: Stored, box: Box) -> tuple[np.ndarray, fragments.Table]:
     probability = stored.probability(box)
-    return fragments.fragments(stored.heights(probability, box), _core(probability[0], box, stored), box, stored.shape)
+    return stored.regions(stored.heights(probability, box), _core(probability[0], box, stored), box)
 
 
 def rejoin(stored: Stored) -> dict | None:
