@@ -36,5 +36,53 @@ def exact(
     bench.of_run(run) if run else bench.of_volume(volume, sections)
 
 
+Pair = tuple[str, str]
+Changes = Annotated[list[str] | None, typer.Option("--train-set", metavar="KEY=VALUE", help="Change of the recipe.")]
+Decoding = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="As for volseg infer.")]
+
+
+@app.command()
+def labels(
+    train: Annotated[Pair, typer.Option(help="IMAGE LABEL to learn from.")] = (
+        f"{EPFL}/training.tif", f"{EPFL}/training_groundtruth.tif",
+    ),
+    test: Annotated[Pair, typer.Option(help="IMAGE LABEL to test on.")] = (
+        f"{EPFL}/training.tif", f"{EPFL}/training_groundtruth.tif",
+    ),
+    train_on: Annotated[str, typer.Option(metavar="START:STOP", help="Sections that may be learnt from; all.")] = "",
+    test_on: Annotated[str, typer.Option(metavar="START:STOP", help="Sections that are scored; all.")] = "",
+    counts: Annotated[str, typer.Option(help="Numbers of annotated sections.")] = "1,3,6,12,24,all",
+    seeds: Annotated[int, typer.Option(min=1, help="Models for each number.")] = 3,
+    recipe: Annotated[str, typer.Option("--config", help="TOML file whose [train] table is the recipe.")] = "configs/few.toml",
+    out: Annotated[str, typer.Option(help="Folder of models, runs and figures; what is done there is kept.")] = "runs/labels",
+    train_sets: Changes = None,
+    infer_sets: Decoding = None,
+) -> None:
+    """IoU and PQ over the number of annotated sections, with the curve and a picture of two test sections."""
+    from benchmarks import labels as bench
+
+    if train[0] == test[0] and not (train_on and test_on):
+        raise typer.BadParameter("train and test are one volume: give --train-on and --test-on, for instance 0:130, 140:165")
+    sets = tuple(train_sets or ()), tuple(infer_sets or ())
+    bench.measure(train, test, counts.split(","), seeds, recipe, train_on, test_on, out, *sets)
+
+
+@app.command()
+def folds(
+    data: Annotated[Pair, typer.Option(help="IMAGE LABEL.")] = ("../shared/data/vnc/raw", "../shared/data/vnc/mitochondria"),
+    count: Annotated[int, typer.Option("--folds", min=2)] = 5,
+    voxel_size: Annotated[str, typer.Option(help="nm along z,y,x.")] = "50,4.6,4.6",
+    recipe: Annotated[str, typer.Option("--config", help="TOML file whose [train] table is the recipe.")] = "configs/vnc.toml",
+    out: Annotated[str, typer.Option(help="Folder of models and runs; what is done there is kept.")] = "runs/vnc",
+    train_sets: Changes = None,
+    infer_sets: Decoding = None,
+) -> None:
+    """Blocked cross-validation on one annotated stack, by default VNC: 5 folds of 4 consecutive sections."""
+    from benchmarks import folds as bench
+
+    size = [float(n) for n in voxel_size.split(",")]
+    bench.measure(data, count, size, recipe, out, tuple(train_sets or ()), tuple(infer_sets or ()))
+
+
 if __name__ == "__main__":
     app()

@@ -42,11 +42,11 @@ def _pair(source: Volume, labels: Volume, center: tuple[int, int, int]) -> np.nd
     size = [min(EDGE, n) for n in source.shape[1:]]
     y, x = (int(np.clip(a - s // 2, 0, n - s)) for a, s, n in zip(at, size, source.shape[1:], strict=True))
     box = Box((z, y, x), (z + 1, y + size[0], x + size[1]))
-    image, ids = _grey(source.read(box)[0]), labels.read(box)[0]
+    image, ids = grey(source.read(box)[0]), labels.read(box)[0]
     return np.concatenate([np.repeat(image[..., None], 3, axis=-1), paint(image, ids)], axis=1)
 
 
-def _grey(plane: np.ndarray) -> np.ndarray:
+def grey(plane: np.ndarray) -> np.ndarray:
     """A plane as uint8, stretched between its 0.5 and 99.5 percentiles."""
     low, high = np.percentile(plane, [0.5, 99.5])
     scaled = (plane.astype(np.float32) - low) / max(high - low, 1e-6)
