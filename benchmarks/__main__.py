@@ -84,5 +84,61 @@ def folds(
     bench.measure(data, count, size, recipe, out, tuple(train_sets or ()), tuple(infer_sets or ()))
 
 
+@app.command()
+def throughput(
+    image: Annotated[str, typer.Option(help="Any volume.")] = f"{EPFL}/training.tif",
+    sections: Annotated[int, typer.Option(help="How many of its last sections volseg predicts.")] = 48,
+    few: Annotated[int, typer.Option(help="How many of them the slower peers get.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    out: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/throughput",
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="As for volseg infer.")] = None,
+) -> None:
+    """The predict stage against the bare model, MONAI and dask map_overlap, outputs compared (needs volseg[bench])."""
+    from benchmarks import throughput as bench
+
+    bench.measure(image, sections, few, repeats, out, tuple(sets or ()))
+
+
+@app.command()
+def instances(
+    run: Annotated[str, typer.Option(help="A run whose probabilities to cut; a synthetic volume if not given.")] = "",
+    sections: Annotated[int, typer.Option(help="How many of its last sections.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+) -> None:
+    """Probabilities to instances against scikit-image, dask-image and stitching rules; objects at four block sizes."""
+    from benchmarks import instances as bench
+
+    bench.measure(run, sections, repeats)
+
+
+@app.command("io")
+def stores(repeats: Annotated[int, typer.Option(min=1)] = 5) -> None:
+    """Reading and writing shards, with zarr's codecs and with zarrs, on disk and in a store 30 ms away."""
+    from benchmarks import io as bench
+
+    bench.measure(repeats)
+
+
+@app.command()
+def scaling(
+    what: Annotated[str, typer.Argument(help="volumes, workers or blocks.")],
+    out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/scaling",
+    most: Annotated[int, typer.Option(help="volumes: largest factor, 1, 8 or 64.")] = 64,
+    counts: Annotated[str, typer.Option(help="workers: how many.")] = "1,2,4",
+    blocks: Annotated[float, typer.Option(help="blocks: how many null blocks.")] = 1e6,
+) -> None:
+    """What grows with the volume, the workers and the number of blocks."""
+    from benchmarks import scaling as bench
+
+    if what == "volumes":
+        bench.volumes(out, most)
+    elif what == "workers":
+        bench.workers(out, tuple(int(n) for n in counts.split(",")))
+    elif what == "blocks":
+        bench.blocks(int(blocks))
+    else:
+        raise typer.BadParameter(f"{what!r} is none of volumes, workers, blocks")
+
+
 if __name__ == "__main__":
     app()

@@ -1,0 +1,141 @@
+"""The predict stage against the bare model and against the pipelines one would write without volseg; outputs compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import tifffile
+
+from benchmarks import report
+from benchmarks.repeat import side_by_side
+from volseg import cluster, forward, model, tiles, volume
+from volseg.box import Box
+from volseg.config import Config
+
+OVERLAP = 64  # voxels, of the peers' windows as of volseg's tiles
+
+
+def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: tuple[str, ...]) -> None:
+    """A row for each way to the same probabilities: million voxels/s, and how far they lie from the plain network's."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = volume.open(image).shape
+    box = Box((shape[0] - sections, 0, 0), shape)
+    path = folder / "image.tif"
+    tifffile.imwrite(path, volume.open(image).read(box))
+    predicted = [_predict(path, folder / f"run{i}.volseg.zarr", sets) for i in range(repeats)]
+    run = json.loads((folder / "run0.volseg.zarr/run.json").read_text())
+    slab = _normalised(tifffile.imread(path), run)
+    candidates = {
+        f"bare model, {run['engine']['backend']} {run['engine']['precision']}, tiles in memory": partial(_bare, slab, run),
+        **{f"MONAI sliding_window_inference, {name}": call for name, call in _monai(slab[: few + 2]).items()},
+        "dask map_overlap + torch fp32": partial(_map_overlap, slab[: few + 2]),
+    }
+    results = {}
+
+    def keep(name: str, call: Callable) -> None:
+        results[name] = call()
+
+    took = side_by_side({name: partial(keep, name, call) for name, call in candidates.items()}, repeats)
+    stored = np.asarray(volume.open_array(str((folder / "run0.volseg.zarr").resolve()), "0"))
+    exact = results["MONAI sliding_window_inference, fp32, whole planes"]
+    speed = {"volseg predict, end to end": sections / median(predicted)}
+    speed.update({name: len(results[name]) / seconds for name, seconds in took.items()})
+    first = next(iter(speed.values()))
+    plane = shape[1] * shape[2] / 1e6
+    results["volseg predict, end to end"] = stored.transpose(1, 0, 2, 3)[1:-1]
+    report.keep("throughput", [
+        {"way": name, "Mvoxel/s": round(planes * plane, 2), "volseg is x": round(first / planes, 2),
+         **_difference(results[name], exact)}
+        for name, planes in speed.items()
+    ])  # fmt: skip
+
+
+def _predict(path: Path, out: Path, sets: tuple[str, ...]) -> float:
+    """Seconds of the predict stage of one run, the workers' start not counted, their loading of the network counted."""
+    line = [sys.executable, "-m", "volseg", "infer", str(path), "--out", str(out), "--overwrite"]
+    subprocess.run([*line, *(part for text in sets for part in ("--set", text))], check=True, stderr=subprocess.DEVNULL)
+    return json.loads((out / "run.json").read_text())["seconds"]["predict"]
+
+
+def _normalised(image: np.ndarray, run: dict) -> np.ndarray:
+    return (image.astype(np.float32) - np.float32(run["mean"])) * np.float32(1 / run["std"])
+
+
+def _windows(slab: np.ndarray) -> np.ndarray:
+    """Each section between its neighbours: (n - 2, 3, y, x)."""
+    return np.lib.stride_tricks.sliding_window_view(slab, 3, axis=0).transpose(0, 3, 1, 2)
+
+
+def _bare(slab: np.ndarray, run: dict) -> np.ndarray:
+    """The backend alone over tiles that lie in memory, on all cores."""
+    threads = cluster.CPU_COUNT
+    grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP)
+    blob = forward.prepare(model.shipped(), run["engine"]["backend"])
+    shape = (1, 3, *grid.size)
+    network = forward.load(blob, run["engine"]["backend"], run["engine"]["precision"], shape, threads)
+    batches = ((z, np.ascontiguousarray(window)[None]) for z, window in enumerate(_windows(slab)))
+    return np.stack([done[0] for _, done in forward.stream(network, batches, threads)])
+
+
+def _monai(slab: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
+    import torch
+
+    network, _ = model.load(model.shipped())
+    network = torch.nn.Sequential(network, torch.nn.Sigmoid()).eval()
+    last = torch.nn.Sequential(network).to(memory_format=torch.channels_last)
+    return {
+        "fp32, its defaults (roi 256, overlap 0.25)": partial(_slide, network, slab, (256, 256), torch.float32),
+        "fp32, whole planes": partial(_slide, network, slab, slab.shape[1:], torch.float32),
+        "bf16 autocast, channels_last, whole planes": partial(_slide, last, slab, slab.shape[1:], torch.bfloat16),
+    }
+
+
+def _slide(network: object, slab: np.ndarray, roi: tuple[int, int], kind: object) -> np.ndarray:
+    """Probabilities by MONAI, section after section."""
+    import torch
+    from monai.inferers import sliding_window_inference
+
+    done = []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+        for window in _windows(slab):
+            tile = torch.from_numpy(np.ascontiguousarray(window))[None]
+            done.append(sliding_window_inference(tile, roi, 4, network, overlap=0.25, mode="gaussian")[0].float().numpy())
+    return np.stack(done)
+
+
+def _map_overlap(slab: np.ndarray) -> np.ndarray:
+    """A dask.array pipeline as tutorials write it: 512 x 512 chunks with an overlap, torch in each."""
+    import dask.array
+    import torch
+
+    network, _ = model.load(model.shipped())
+
+    def infer(block: np.ndarray) -> np.ndarray:
+        padded = np.pad(block[None], ((0, 0), (0, 0), (0, -block.shape[1] % 32), (0, -block.shape[2] % 32)), mode="symmetric")
+        with torch.inference_mode():
+            found = torch.sigmoid(network(torch.from_numpy(padded)))[0].numpy()
+        return found[:, : block.shape[1], : block.shape[2]]
+
+    def section(window: np.ndarray) -> np.ndarray:
+        lazy = dask.array.from_array(window, chunks=(3, 512, 512))
+        grown = dask.array.overlap.overlap(lazy, {0: 0, 1: OVERLAP, 2: OVERLAP}, "reflect")
+        done = grown.map_blocks(infer, chunks=(2, *grown.chunks[1:]), dtype=np.float32)
+        return dask.array.overlap.trim_internal(done, {0: 0, 1: OVERLAP, 2: OVERLAP}).compute(scheduler="threads")
+
+    return np.stack([section(np.ascontiguousarray(window)) for window in _windows(slab)])
+
+
+def _difference(found: np.ndarray, exact: np.ndarray) -> dict:
+    """Mean difference of the mask probability in steps of 1/255, and the share of voxels on another side of 0.5."""
+    found, exact = (array[: len(exact), 0].astype(np.float32) for array in (found, exact))
+    found = found / (255 if found.max() > 1 else 1)
+    return {"mean diff /255": round(float(np.abs(found - exact).mean()) * 255, 3),
+            "other side %": round(100 * float(((found >= 0.5) != (exact >= 0.5)).mean()), 3)}  # fmt: skip
