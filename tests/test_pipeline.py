@@ -330,6 +330,25 @@ def test_the_loop_returns_failures_and_keeps_going():
     assert [(f.item, f.reason) for f in failures] == [(3, "ValueError: three is broken")]
 
 
+def together(stage, item):
+    return f"{stage} {item}"
+
+
+def test_an_end_brings_in_what_it_makes_possible():
+    ended = []
+
+    def done(item, result):
+        ended.append(result)
+        stage, i = item
+        return [("second", i)] if stage == "first" else []
+
+    with cluster.connect(Cluster(workers=1, dashboard="")) as client:
+        failures = cluster.run(client, together, [("first", i) for i in range(20)], window=2, done=done)
+    assert not failures
+    assert sorted(ended) == sorted(f"{stage} {i}" for stage in ("first", "second") for i in range(20))
+    assert ended.index("second 0") < ended.index("first 19")
+
+
 def test_a_scheduler_that_does_not_answer_is_refused():
     with pytest.raises(UserError, match="no Dask scheduler answers"), cluster.connect(
         Cluster(scheduler="tcp://127.0.0.1:9")

@@ -12,9 +12,12 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from dask.system import CPU_COUNT
@@ -128,62 +131,88 @@ def place_here() -> int:
 # ---------------------------------------------------------------- the loop
 
 
+Item = Hashable  # what names a block's task: its number, or (stage, number)
+
+
 @dataclass(frozen=True)
 class Failure:
     """A block that was given up, and why."""
 
-    item: int
+    item: Any
     reason: str
 
 
 def run(
     client: Client,
     task: Callable[..., Any],
-    items: Iterable[int],
+    items: Iterable[Item],
     *args: Any,
     tries: int = 3,
     window: int = 0,
-    done: Callable[[int, Any], None] = lambda item, result: None,
+    done: Callable[[Any, Any], Iterable[Item] | None] = lambda item, result: None,
 ) -> list[Failure]:
     """Calls ``task(*args, item)`` on the workers for every item; ``done(item, result)`` here as each one ends.
 
-    At most ``window`` tasks are known to the scheduler at once, so its memory does not grow with the number of items.
-    A task that fails is tried ``tries`` times; what still fails is returned, and the rest goes on.
+    An item that is a tuple gives several arguments. The items that ``done`` returns are those which this end makes
+    possible: they go before all others. At most ``window`` tasks are known to the scheduler at once, so its memory does
+    not grow with the number of items; they are handed over in batches, since a message costs more than a task. A task
+    that fails is tried ``tries`` times; what still fails is returned, and the rest goes on.
     """
     window = window or 3 * max(1, threads(client))
     waiting = iter(items)
-    tried: dict[int, int] = {}
+    first: deque[Item] = deque()
+    tried: dict[Item, int] = {}
     failures: list[Failure] = []
-    flying: dict[str, int] = {}
+    flying: dict[str, Item] = {}
     loop = as_completed([], loop=client.loop, raise_errors=False)
-
-    def submit(item: int) -> None:
-        key = f"{args[2] if len(args) > 2 else task.__name__}-{item}-{uuid.uuid4().hex[:8]}"
-        future = client.submit(task, *args, item, key=key, pure=False)
-        flying[future.key] = item
-        tried[item] = tried.get(item, 0) + 1
-        loop.add(future)
+    call = partial(task, *args)
 
     def refill() -> None:
-        while len(flying) < window:
-            item = next(waiting, None)
-            if item is None:
-                return
-            submit(item)
+        if len(flying) > window // 2:
+            return
+        batch = list(islice(_draw(first, waiting), window - len(flying)))
+        if not batch:
+            return
+        keys = [f"{_key(item)}-{uuid.uuid4().hex[:8]}" for item in batch]
+        columns = zip(*(item if isinstance(item, tuple) else (item,) for item in batch), strict=True)
+        futures = client.map(call, *map(list, columns), key=keys, pure=False)
+        for future, item in zip(futures, batch, strict=True):
+            flying[future.key] = item
+            tried[item] = tried.get(item, 0) + 1
+        loop.update(futures)
 
     refill()
-    for future in loop:
-        item = flying.pop(future.key)
-        if future.status == "finished":
-            tried.pop(item)
-            done(item, future.result())
-        elif tried[item] < tries:
-            submit(item)
-        else:
-            error = future.exception()
-            failures.append(Failure(item, f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"))
+    for batch in loop.batches():
+        for future in batch:
+            item = flying.pop(future.key)
+            if future.status == "finished":
+                tried.pop(item)
+                first.extend(done(item, future.result()) or ())
+            elif tried[item] < tries:
+                first.appendleft(item)
+            else:
+                error = future.exception()
+                known = isinstance(error, UserError)
+                failures.append(Failure(item, f"{error}" if known else f"{type(error).__name__}: {error}"))
         refill()
     return sorted(failures, key=lambda failure: failure.item)
+
+
+def _draw(first: deque[Item], rest: Iterator[Item]) -> Iterator[Item]:
+    """Items of ``first`` as long as there are any, then of ``rest``."""
+    while True:
+        if first:
+            yield first.popleft()
+        else:
+            item = next(rest, None)
+            if item is None:
+                return
+            yield item
+
+
+def _key(item: Item) -> str:
+    """What the dashboard calls an item's task: tasks of one stage share a name and so a colour."""
+    return "-".join(str(part) for part in item) if isinstance(item, tuple) else f"block-{item}"
 
 
 # ---------------------------------------------------------------- markers
