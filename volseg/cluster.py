@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, takewhile
 from typing import Any
 
 from dask.system import CPU_COUNT
@@ -27,6 +27,8 @@ from volseg import volume
 from volseg.config import Cluster, UserError
 
 THREADS = "VOLSEG_THREADS"  # environment of a worker: how many tiles it runs at once
+SHORT = 0.05  # seconds; items that take less share a task
+MOST = 64  # items of one task
 
 
 @contextmanager
@@ -155,47 +157,86 @@ def run(
 
     An item that is a tuple gives several arguments. The items that ``done`` returns are those which this end makes
     possible: they go before all others. At most ``window`` tasks are known to the scheduler at once, so its memory does
-    not grow with the number of items; they are handed over in batches, since a message costs more than a task. A task
-    that fails is tried ``tries`` times; what still fails is returned, and the rest goes on.
+    not grow with the number of items. A task is one item, or several where items take less than `SHORT`, since a message
+    costs more than an empty block. An item that fails is tried ``tries`` times; what still fails is returned, and the
+    rest goes on.
     """
     window = window or 3 * max(1, threads(client))
     waiting = iter(items)
     first: deque[Item] = deque()
     tried: dict[Item, int] = {}
     failures: list[Failure] = []
-    flying: dict[str, Item] = {}
+    flying: dict[str, list[Item]] = {}
     loop = as_completed([], loop=client.loop, raise_errors=False)
-    call = partial(task, *args)
+    call = partial(_each, partial(task, *args))
+    pace = _Pace()
 
     def refill() -> None:
         if len(flying) > window // 2:
             return
-        batch = list(islice(_draw(first, waiting), window - len(flying)))
-        if not batch:
+        bundles = list(takewhile(len, (pace.bundle(_draw(first, waiting)) for _ in range(window - len(flying)))))
+        if not bundles:
             return
-        keys = [f"{_key(item)}-{uuid.uuid4().hex[:8]}" for item in batch]
-        columns = zip(*(item if isinstance(item, tuple) else (item,) for item in batch), strict=True)
-        futures = client.map(call, *map(list, columns), key=keys, pure=False)
-        for future, item in zip(futures, batch, strict=True):
-            flying[future.key] = item
+        keys = [f"{_key(bundle[0])}-{uuid.uuid4().hex[:8]}" for bundle in bundles]
+        futures = client.map(call, bundles, key=keys, pure=False)
+        flying.update(zip(keys, bundles, strict=True))
+        for item in chain.from_iterable(bundles):
             tried[item] = tried.get(item, 0) + 1
         loop.update(futures)
 
+    def failed(item: Item, reason: str) -> None:
+        if tried[item] < tries:
+            first.appendleft(item)
+        else:
+            failures.append(Failure(item, reason))
+
     refill()
     for batch in loop.batches():
-        for future in batch:
-            item = flying.pop(future.key)
-            if future.status == "finished":
-                tried.pop(item)
-                first.extend(done(item, future.result()) or ())
-            elif tried[item] < tries:
-                first.appendleft(item)
-            else:
-                error = future.exception()
-                known = isinstance(error, UserError)
-                failures.append(Failure(item, f"{error}" if known else f"{type(error).__name__}: {error}"))
+        whole = [future for future in batch if future.status == "finished"]
+        for future, (seconds, outcomes) in zip(whole, client.gather(whole), strict=True):
+            bundle = flying.pop(future.key)
+            pace.learn(seconds / len(bundle))
+            for item, (result, reason) in zip(bundle, outcomes, strict=True):
+                if reason:
+                    failed(item, reason)
+                else:
+                    tried.pop(item)
+                    first.extend(done(item, result) or ())
+        for future in (future for future in batch if future.status != "finished"):
+            error = future.exception()
+            for item in flying.pop(future.key):
+                failed(item, _reason(error))
         refill()
     return sorted(failures, key=lambda failure: failure.item)
+
+
+def _each(call: Callable[..., Any], items: list[Item]) -> tuple[float, list[tuple[Any, str]]]:
+    """On a worker: seconds, and for each item what ``call`` returned or why it failed."""
+    start = time.perf_counter()
+    outcomes = []
+    for item in items:
+        try:
+            outcomes.append((call(*item) if isinstance(item, tuple) else call(item), ""))
+        except Exception as error:
+            outcomes.append((None, _reason(error)))
+    return time.perf_counter() - start, outcomes
+
+
+def _reason(error: BaseException) -> str:
+    return f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+class _Pace:
+    """How many items make a task: one, or as many as fill `SHORT` at the pace of those before, at most `MOST`."""
+
+    def __init__(self) -> None:
+        self.seconds = SHORT
+
+    def learn(self, seconds: float) -> None:
+        self.seconds = max(seconds, 0.5 * self.seconds, SHORT / MOST)
+
+    def bundle(self, items: Iterator[Item]) -> list[Item]:
+        return list(islice(items, max(1, int(SHORT / self.seconds))))
 
 
 def _draw(first: deque[Item], rest: Iterator[Item]) -> Iterator[Item]:
