@@ -20,7 +20,7 @@ from benchmarks import report
 from volseg import fragments, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
-from volseg.decide import decide
+from volseg.decide import decide, rules
 
 
 def digest(labels: np.ndarray) -> str:
@@ -93,14 +93,16 @@ def of_run(run: str) -> None:
              "sha256": digest(labels.read(Box.whole(shape)))}]  # fmt: skip
     for block in ((192, 192, 192), (64, 64, 64), (37, 50, 192), (16, 100, 31), (165, 768, 40), (5, 768, 1024)):
         start = time.perf_counter()
-        found = cut(probability, config, block).astype(labels.dtype)
+        found = cut(probability, config, block, tuple(facts["voxel_size_nm"])).astype(labels.dtype)
         rows.append({"blocks": " x ".join(map(str, block)), "seconds": round(time.perf_counter() - start, 1),
                      "sha256": digest(found)})  # fmt: skip
     report.keep("exact-run", rows)
     _agree(rows)
 
 
-def cut(probability: np.ndarray, config: Config, block: Triple) -> np.ndarray:
+def cut(
+    probability: np.ndarray, config: Config, block: Triple, voxel_size_nm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+) -> np.ndarray:
     """Labels of probabilities (2, z, y, x) in memory, cut into blocks of that shape."""
     shape = probability.shape[1:]
     grid = Blocks(shape, block)
@@ -115,12 +117,7 @@ def cut(probability: np.ndarray, config: Config, block: Triple) -> np.ndarray:
         tables.append(table)
     links = [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))]
     basins, basin_of = stitch.gather(tables, links)
-    label = decide(
-        basins,
-        seed_height=fragments.seed_height(config.stitch.seed, knobs),
-        keep_unseeded=config.stitch.keep_unseeded,
-        min_voxels=config.stitch.min_voxels,
-    )
+    label = decide(basins, rules(config, voxel_size_nm))
     out = np.zeros(shape, np.int64)
     for box, region, basin in zip(grid, regions, basin_of, strict=True):
         out[box.slices] = np.r_[0, label[basin]][region]

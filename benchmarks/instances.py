@@ -20,7 +20,7 @@ from benchmarks.repeat import alone
 from volseg import fragments, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
-from volseg.decide import decide, find
+from volseg.decide import Rules, decide, find
 from volseg.synth import synth
 
 SIDES = (256, 128, 64, 32)  # of the blocks, voxels; cut to the volume
@@ -106,7 +106,7 @@ def ours(probability: np.ndarray, side: int) -> int:
         cuts.append(_Cut(*fragments.fragments(height, probability[0][box.slices], box, shape)))
     tables = [cut.table for cut in cuts]
     basins, basin_of = stitch.gather(tables, [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))])
-    label = decide(basins, seed_height=fragments.seed_height(CONFIG.stitch.seed, knobs), min_voxels=SMALL)
+    label = decide(basins, Rules(fragments.seed_height(CONFIG.stitch.seed, knobs), min_voxels=SMALL))
     out = np.empty(shape, np.uint32)
     for box, cut, basin in zip(grid, cuts, basin_of, strict=True):
         out[box.slices] = np.r_[0, label[basin]].astype(np.uint32)[cut.region]

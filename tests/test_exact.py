@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -11,12 +12,12 @@ from hypothesis import strategies as st
 
 from volseg.box import Blocks, Box
 from volseg.config import Fragments
-from volseg.decide import decide
+from volseg.decide import ANY, Rules, decide
 from volseg.fragments import OUTSIDE, fragments, halo, heights, seed_height
 from volseg.stitch import gather, link
 
 
-def blockwise(height, level, block, *, order=None, repeat=(), connectivity=6, **rules):
+def blockwise(height, rules, block, *, order=None, repeat=(), connectivity=6):
     """Labels of a height field cut into blocks, done in any order, some of them twice."""
     grid = Blocks(height.shape, block)
     padded = np.pad(height, 1, constant_values=OUTSIDE)
@@ -28,7 +29,7 @@ def blockwise(height, level, block, *, order=None, repeat=(), connectivity=6, **
     tables = [done[i][1] for i in range(len(grid))]
     links = [link(i, lambda j: tables[j], grid) for i in range(len(grid))]
     basins, basin_of = gather(tables, links)
-    label = decide(basins, seed_height=level, **rules)
+    label = decide(basins, rules)
     out = np.zeros(height.shape, np.uint32)
     for i, box in enumerate(grid):
         out[box.slices] = np.r_[0, label[basin_of[i]]][done[i][0]]
@@ -48,41 +49,84 @@ def basins_of(height, block, connectivity=6):
     return gather(tables, [link(i, lambda j: tables[j], grid) for i in range(len(grid))])[0]
 
 
-def brute_force(height, level, *, connectivity=6, min_voxels=0, keep_unseeded=False):
-    """The minimum spanning forest, voxel by voxel: every edge sorted, one union-find, no basins."""
+def brute_force(height, rules, connectivity=6):
+    """Labels voxel by voxel: every edge sorted, one union-find, no basins; then the rules as they are told."""
     flat = height.ravel()
-    ends = {at: (int(h), i) for i, (at, h) in enumerate(np.ndenumerate(height)) if h != OUTSIDE}
+    masked = np.flatnonzero(flat != OUTSIDE)
+    edges, faces = list(contacts(height, connectivity)), list(contacts(height))
+    object_of = {int(v): {int(v)} for v in masked}
+
+    def deepest(members):
+        return int(flat[list(members)].min())
+
+    def join(p, q):
+        p |= q
+        object_of.update(dict.fromkeys(q, p))
+
+    for (high, u), (_, v) in sorted(sorted([(int(flat[u]), u), (int(flat[v]), v)], reverse=True) for u, v in edges):
+        p, q = object_of[u], object_of[v]
+        shallow = max(deepest(p), deepest(q)) if p is not q else high
+        if p is not q and (high <= rules.seed_height or shallow > rules.seed_height or high - shallow < rules.depth):
+            join(p, q)
+    while pairs := [
+        (mean, min(p), min(q)) for mean, p, q in borders(object_of, faces, flat) if mean <= rules.join_height
+    ]:
+        _, p, q = min(pairs)
+        join(object_of[p], object_of[q])
+    return numbered(flat, object_of, dropped_and_filled(flat, object_of, edges, rules)).reshape(height.shape)
+
+
+def contacts(height, connectivity=6):
+    """Pairs of masked voxels that touch, as linear indices."""
+    number = {at: i for i, (at, h) in enumerate(np.ndenumerate(height)) if h != OUTSIDE}
     ways = [way for way in product((-1, 0, 1), repeat=3) if way > (0, 0, 0)]
-    edges = []
     for way in ways if connectivity == 26 else [way for way in ways if np.abs(way).sum() == 1]:
-        for at, end in ends.items():
-            if other := ends.get(tuple(i + j for i, j in zip(at, way, strict=True))):
-                edges.append((max(end, other), min(end, other)))
-    parent = list(range(flat.size))
-    seeded = [bool(h <= level) for h in flat]
+        for at, u in number.items():
+            v = number.get(tuple(i + j for i, j in zip(at, way, strict=True)))
+            if v is not None:
+                yield u, v
 
-    def find(i):
-        while parent[i] != i:
-            i = parent[i]
-        return i
 
-    for (high, u), (_, v) in sorted(edges):
-        p, q = find(u), find(v)
-        if p != q and (high <= level or not (seeded[p] and seeded[q])):
-            parent[q] = p
-            seeded[p] = seeded[p] or seeded[q]
-    root = np.array([find(i) for i in range(flat.size)])
-    out = np.zeros(flat.size, np.uint32)
-    count = 0
-    seen = {}
-    for i in np.flatnonzero(flat != OUTSIDE):
-        r = root[i]
-        if r not in seen:
-            keep = (seeded[r] or keep_unseeded) and np.sum((root == r) & (flat != OUTSIDE)) >= min_voxels
-            count += keep
-            seen[r] = count if keep else 0
-        out[i] = seen[r]
-    return out.reshape(height.shape)
+def borders(object_of, faces, flat):
+    """Mean height of the higher ends over all faces of each pair of objects, the earlier object first."""
+    found = {}
+    for u, v in faces:
+        pair = tuple(sorted({min(object_of[u]), min(object_of[v])}))
+        found.setdefault(pair, []).append(max(int(flat[u]), int(flat[v])))
+    return [(Fraction(sum(h), len(h)), object_of[p[0]], object_of[p[1]]) for p, h in found.items() if len(p) == 2]
+
+
+def dropped_and_filled(flat, object_of, edges, rules):
+    """Voxels that are in no object; those of filled holes have come to their object in ``object_of``."""
+    dropped = {
+        v for v, o in object_of.items()
+        if len(o) < rules.min_voxels or not (rules.keep_unseeded or min(flat[list(o)]) <= rules.seed_height)
+    }  # fmt: skip
+    left = set(dropped)
+    while left:
+        hole, rim = {left.pop()}, set()
+        grown = -1
+        while grown != len(hole):
+            grown = len(hole)
+            for u, v in [*edges, *((v, u) for u, v in edges)]:
+                if u in hole:
+                    (hole if v in dropped else rim).add(v)
+        left -= hole
+        around = {min(object_of[v]) for v in rim}
+        if len(around) == 1 and len(hole) <= rules.fill_voxels:
+            dropped -= hole
+            whole = object_of[around.pop()] | hole
+            object_of.update(dict.fromkeys(whole, whole))
+            left -= hole
+    return dropped | {v for v, o in object_of.items() if len(o) > rules.max_voxels}
+
+
+def numbered(flat, object_of, dropped):
+    out, number = np.zeros(flat.size, np.uint32), {}
+    for v in sorted(object_of):
+        if v not in dropped:
+            out[v] = number.setdefault(id(object_of[v]), len(number) + 1)
+    return out
 
 
 @st.composite
@@ -96,6 +140,20 @@ def fields(draw):
     return height, draw(st.integers(-1, steps))
 
 
+@st.composite
+def all_rules(draw, level):
+    """Rules that bite on small fields; most are often left out."""
+    return Rules(
+        level,
+        depth=draw(st.sampled_from([0, 0, 1, 2, 5])),
+        join_height=draw(st.sampled_from([-1, -1, level + 1, level + 2, level + 6])),
+        min_voxels=draw(st.integers(0, 5)),
+        max_voxels=draw(st.sampled_from([ANY, ANY, 8, 40])),
+        fill_voxels=draw(st.sampled_from([0, 0, 2, 20])),
+        keep_unseeded=draw(st.booleans()),
+    )
+
+
 @pytest.mark.parametrize("connectivity", [6, 26])
 @settings(max_examples=200, deadline=None)
 @given(field=fields(), data=st.data())
@@ -105,10 +163,10 @@ def test_every_cutting_gives_the_brute_force_forest(connectivity, field, data):
     count = len(Blocks(height.shape, block))
     order = data.draw(st.permutations(range(count)))
     repeat = data.draw(st.lists(st.integers(0, count - 1), max_size=3))
-    rules = {"min_voxels": data.draw(st.integers(0, 5)), "keep_unseeded": data.draw(st.booleans()),
-             "connectivity": connectivity}  # fmt: skip
-    want = brute_force(height, level, **rules)
-    np.testing.assert_array_equal(blockwise(height, level, block, order=order, repeat=repeat, **rules), want)
+    rules = data.draw(all_rules(level))
+    want = brute_force(height, rules, connectivity)
+    found = blockwise(height, rules, block, order=order, repeat=repeat, connectivity=connectivity)
+    np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.parametrize("connectivity", [6, 26])
@@ -137,15 +195,40 @@ def test_two_valleys_meet_at_their_ridge():
     """
     height = np.array([[[0, 3, 9, 2, 1]]], np.int32)
     for width in (1, 2, 3, 5):
-        np.testing.assert_array_equal(blockwise(height, 1, (1, 1, width)), [[[1, 1, 2, 2, 2]]])
+        np.testing.assert_array_equal(blockwise(height, Rules(1), (1, 1, width)), [[[1, 1, 2, 2, 2]]])
+
+
+def row(*heights):
+    return np.array([[heights]], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("rules", "want"),
+    [
+        (Rules(4), [1, 1, 2, 2, 2, 2, 3]),
+        (Rules(4, depth=3), [1, 1, 1, 1, 1, 1, 2]),  # the dip at 4 is 2 deep, that at 1 is 8
+        (Rules(4, depth=9), [1, 1, 1, 1, 1, 1, 1]),
+        (Rules(4, join_height=6), [1, 1, 1, 1, 1, 1, 2]),
+        (Rules(4, min_voxels=2), [1, 1, 2, 2, 2, 2, 0]),
+        (Rules(4, min_voxels=2, fill_voxels=1), [1, 1, 2, 2, 2, 2, 2]),
+        (Rules(4, min_voxels=3, fill_voxels=1), [0, 0, 1, 1, 1, 1, 1]),  # the left hole has two voxels
+        (Rules(4, max_voxels=2), [1, 1, 0, 0, 0, 0, 2]),
+        (Rules(0), [1, 1, 1, 1, 1, 1, 1]),
+        (Rules(-1), [0] * 7),
+        (Rules(-1, keep_unseeded=True), [1] * 7),
+    ],
+)
+def test_each_rule_by_hand(rules, want):
+    for width in (1, 3, 7):
+        np.testing.assert_array_equal(blockwise(row(4, 6, 5, 1, 0, 9, 1), rules, (1, 1, width)), [[want]])
 
 
 def test_voxels_that_touch_by_a_corner_are_one_object_on_a_grid_of_26():
     """Three voxels on a space diagonal, every one in a block of its own: two exits and no face in contact."""
     height = np.full((3, 3, 3), OUTSIDE, np.int32)
     height[0, 0, 0], height[1, 1, 1], height[2, 2, 2] = 3, 2, 1
-    assert blockwise(height, 3, (1, 1, 1)).max() == 3
-    assert blockwise(height, 3, (1, 1, 1), connectivity=26).max() == 1
+    assert blockwise(height, Rules(3), (1, 1, 1)).max() == 3
+    assert blockwise(height, Rules(3), (1, 1, 1), connectivity=26).max() == 1
     assert basins_of(height, (1, 1, 1), 26).depth.tolist() == [1]
 
 
@@ -163,12 +246,12 @@ def test_labels_follow_the_raster_order_of_first_voxels():
     height[0, 0, 3:] = 5
     height[0, 2, :2] = 1
     np.testing.assert_array_equal(
-        blockwise(height, 5, (1, 2, 2)), [[[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [2, 2, 0, 0, 0]]]
+        blockwise(height, Rules(5), (1, 2, 2)), [[[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [2, 2, 0, 0, 0]]]
     )
 
 
 def test_no_mask_means_no_objects():
-    assert not blockwise(np.full((3, 4, 5), OUTSIDE, np.int32), 5, (2, 2, 2)).any()
+    assert not blockwise(np.full((3, 4, 5), OUTSIDE, np.int32), Rules(5), (2, 2, 2)).any()
 
 
 @settings(max_examples=40, deadline=None)
@@ -228,4 +311,4 @@ def test_an_object_below_the_minimum_size_goes_by_its_global_size(connected):
     height = np.zeros((1, 1, 6), np.int32)
     if not connected:
         height[0, 0, 3] = OUTSIDE
-    assert blockwise(height, 0, (1, 1, 2), min_voxels=6).any() == connected
+    assert blockwise(height, Rules(0, min_voxels=6), (1, 1, 2)).any() == connected

@@ -26,7 +26,7 @@ MAY = {
     "zarr": {"volume"},
 }
 # Inside one rank: stitch reads the tables that fragments writes, decide what stitch gathers, and a run ends with its picture.
-SAME_RANK = {("stitch", "fragments"), ("decide", "stitch"), ("pipeline", "view"), ("__main__", "cli")}
+SAME_RANK = {("stitch", "fragments"), ("decide", "stitch"), ("decide", "fragments"), ("pipeline", "view"), ("__main__", "cli")}
 
 
 def imports(path):

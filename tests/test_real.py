@@ -10,7 +10,7 @@ from tests.test_pipeline import Quiet, digest
 from volseg import fragments, model, pipeline, stitch, volume
 from volseg.box import Blocks, Box
 from volseg.config import Fragments, load
-from volseg.decide import decide
+from volseg.decide import Rules, decide
 from volseg.evaluate import evaluate
 
 PART = Box((140, 200, 400), (156, 520, 912))
@@ -77,4 +77,4 @@ def labelled(height, mass, level):
     region, table = fragments.fragments(height, mass, Box.whole(PART.shape), PART.shape)
     alone = stitch.link(0, [table].__getitem__, Blocks(PART.shape, PART.shape))
     basins, basin_of = stitch.gather([table], [alone])
-    return np.r_[0, decide(basins, seed_height=level)[basin_of[0]]][region]
+    return np.r_[0, decide(basins, Rules(level))[basin_of[0]]][region]

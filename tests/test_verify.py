@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tests.test_pipeline import SHAPE, Quiet, settings
 from volseg import fragments, pipeline, stitch, verify, volume
 from volseg.box import Blocks, Box
-from volseg.config import UserError
-from volseg.decide import forest
+from volseg.config import UserError, load
+from volseg.decide import Rules, forest
 
 BLOCK = (11, 75, 85)
 
@@ -65,6 +65,18 @@ def test_a_run_on_a_grid_of_26_neighbours_is_equal_in_every_check(copy):
     assert result["boxes"][0]["wrong"].keys() == set(verify.CHECKS)
     rows = [verify.check(stored, box) for box in Blocks(SHAPE, (13, 61, 53))]
     assert all(set(row["wrong"].values()) == {0} for row in rows)
+
+
+def test_a_run_under_every_rule_is_equal_too(copy):
+    rules = ["persistence=0.02", "join_mean=0.5", "fill_holes_voxels=3000", "max_voxels=60000"]
+    change = [f"stitch.{rule}" for rule in (*rules, "min_volume_nm3=3e5", "seed=0.93")]
+    before = len(verify.load(str(copy)).table)
+    pipeline.segment(
+        str(copy), lambda c: load(sets=change, base=c.model_dump(mode="json", exclude={"train"})), show=Quiet()
+    )
+    result = verify.verify(str(copy))
+    assert result["ok"], verify.table(result)
+    assert result["objects"] != before
 
 
 def test_boxes_that_cut_objects_and_blocks_accuse_no_sound_run(run):
@@ -190,8 +202,8 @@ def test_a_damaged_work_folder_is_named(copy):
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.6))
-def test_sure_joins_hold_in_the_whole_graph(seed, outside):
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.6), st.integers(0, 20))
+def test_sure_joins_hold_in_the_whole_graph(seed, outside, persistence):
     """Any part of a graph: what `sure` joins there, Kruskal joins on all of it."""
     rng = np.random.default_rng(seed)
     n = 30
@@ -199,13 +211,17 @@ def test_sure_joins_hold_in_the_whole_graph(seed, outside):
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     pairs = rng.permutation(pairs)
     saddle = np.sort(rng.integers(0, 50, len(pairs)))
-    seeded = rng.random(n) < 0.3
-    label = forest(pairs[:, 0], pairs[:, 1], saddle, seeded.copy(), 8)
+    depth = np.full(n, 50)
+    for end in pairs.T:
+        np.minimum.at(depth, end, saddle)
+    depth -= rng.integers(0, 20, n)
+    label, _ = forest(pairs[:, 0], pairs[:, 1], saddle, depth, 8, persistence)
     here = rng.random(len(pairs)) > outside
     outward = np.isin(np.arange(n), pairs[~here])
-    root, has_seed, whole = verify.sure(pairs[here, 0], pairs[here, 1], saddle[here], seeded, outward, 8)
+    rules = Rules(8, persistence)
+    root, has_seed, whole = verify.sure(pairs[here, 0], pairs[here, 1], saddle[here], depth, outward, rules)
     np.testing.assert_array_equal(label, label[root])
-    holds_seed = np.isin(label, label[seeded])
+    holds_seed = np.isin(label, label[depth <= 8])
     assert holds_seed[has_seed[root]].all()
     for top in np.flatnonzero(whole & (root == np.arange(n))):
         np.testing.assert_array_equal(label == label[top], root == top)
@@ -213,12 +229,12 @@ def test_sure_joins_hold_in_the_whole_graph(seed, outside):
 
 def test_all_joins_are_sure_where_nothing_lies_outside():
     a, b = np.array([0, 1, 2]), np.array([1, 2, 3])
-    seeded = np.array([True, False, False, True])
-    root, has_seed, whole = verify.sure(a, b, np.array([5, 9, 6]), seeded, np.zeros(4, bool), 3)
+    depth = np.array([3, 5, 6, 3])
+    root, has_seed, whole = verify.sure(a, b, np.array([5, 9, 6]), depth, np.zeros(4, bool), Rules(3))
     assert root.tolist() == [0, 0, 0, 3]
     assert has_seed[[0, 3]].all()
     assert whole[[0, 3]].all()
-    root, _, whole = verify.sure(a, b, np.array([5, 9, 6]), seeded, np.array([False, True, False, False]), 3)
+    root, _, whole = verify.sure(a, b, np.array([5, 9, 6]), depth, np.array([False, True, False, False]), Rules(3))
     assert root.tolist() == [0, 1, 1, 3]
     assert not whole[[0, 1]].any()
 

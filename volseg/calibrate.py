@@ -16,8 +16,8 @@ import numpy as np
 from volseg import evaluate, model, pipeline, stitch, volume
 from volseg.box import Box
 from volseg.config import Stitch, UserError
-from volseg.decide import decide
-from volseg.fragments import EDGE, seed_height
+from volseg.decide import decide, rules
+from volseg.fragments import EDGE
 from volseg.metrics import Contingency, foreground, instances
 
 SEEDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
@@ -75,12 +75,8 @@ def _stored(run: str, key: str) -> dict[str, np.ndarray]:
 
 
 def _row(run: pipeline.Run, basins: stitch.Basins, overlap: Contingency, knobs: Stitch, own: Stitch) -> dict:
-    label = decide(
-        basins,
-        seed_height=seed_height(knobs.seed, run.config.fragments),
-        keep_unseeded=knobs.keep_unseeded,
-        min_voxels=knobs.min_voxels,
-    )
+    config = run.config.model_copy(update={"stitch": knobs})
+    label = decide(basins, rules(config, run.voxel_size_nm))
     table = overlap.renamed(np.r_[0, label])
     found = instances(table)
     return {"seed": knobs.seed, "min_voxels": knobs.min_voxels, "own": knobs == own, "iou": foreground(table)["iou"],

@@ -63,8 +63,13 @@ class Fragments(Section):
 
 class Stitch(Section):
     seed: Share = 0.6  # basins joined above this smoothed probability are one seed
+    persistence: Share = 0.0  # seeds less than this below the saddle between them are one seed
+    join_mean: Share = 0.0  # neighbours are joined whose whole border has at least this mean probability; 0: none
     keep_unseeded: bool = False  # keep objects that hold no seed
     min_voxels: Count = 500  # smaller objects are dropped
+    min_volume_nm3: Annotated[float, Field(ge=0)] = 0.0  # so are those of less than this volume
+    max_voxels: Count = 0  # larger objects are dropped; 0: none
+    fill_holes_voxels: Count = 0  # dropped pieces up to this size that touch one object only become part of it
 
 
 class Output(Section):

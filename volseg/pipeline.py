@@ -32,7 +32,7 @@ from volseg import cluster, forward, model, objects, pyramid, stitch, tiles, vol
 from volseg import fragments as basins
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
-from volseg.decide import decide, label_dtype
+from volseg.decide import decide, label_dtype, rules
 
 CHANNELS = ("mask", "contour")
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
@@ -243,14 +243,8 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
     with cluster.timed(seconds, "read"):
         tables = [basins.Table(**t) for t in _load_all(run.out, "tables", count, skip=("crossing", "face_at", "face_of"))]
         links = [stitch.Links(**l) for l in _load_all(run.out, "links", count)]
-    knobs = run.config.stitch
     whole, basin_of = stitch.gather(tables, links)
-    label = decide(
-        whole,
-        seed_height=basins.seed_height(knobs.seed, run.config.fragments),
-        keep_unseeded=knobs.keep_unseeded,
-        min_voxels=knobs.min_voxels,
-    )
+    label = decide(whole, rules(run.config, run.voxel_size_nm))
     found = int(label.max(initial=0))
     with cluster.timed(seconds, "write"):
         _save(run.out, "work/basins.npz", **asdict(whole), label=label)

@@ -33,7 +33,7 @@ from numba import njit
 from volseg import fragments, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
-from volseg.decide import decide, find, label_dtype
+from volseg.decide import ANY, Rules, decide, find, label_dtype, rules
 
 BOX = (64, 256, 256)  # voxels checked at once
 WHOLE = 64 << 20  # voxels up to which a volume is labelled anew
@@ -71,9 +71,8 @@ class Stored:
         return Blocks(self.shape, self.block)
 
     @property
-    def level(self) -> int:
-        """The height up to which a voxel is a seed."""
-        return fragments.seed_height(self.config.stitch.seed, self.config.fragments)
+    def rules(self) -> Rules:
+        return rules(self.config, self.voxel_size_nm)
 
     def probability(self, box: Box) -> np.ndarray:
         """Stored probabilities (uint8; channels, z, y, x) of ``box`` with the halo that heights need, cut to the volume."""
@@ -326,19 +325,19 @@ def _against_rule(
     stored: Stored, box: Box, region: np.ndarray, table: fragments.Table, label: np.ndarray
 ) -> tuple[np.ndarray, int, int]:
     """Which voxels have a label that no surroundings of the box could give; how many joins were sure, objects whole."""
-    knobs, size = stored.config.stitch, table.root.size
+    rules, size = stored.rules, table.root.size
     edges = table.edges[np.lexsort([table.edges[key] for key in reversed(fragments.KEY)])]
     outward = table.is_exit.copy()
     outward[table.face_of.astype(np.int64) - 1] = True
-    seeded = table.depth <= stored.level
-    root, seeded, whole = sure(edges["a"] - 1, edges["b"] - 1, edges["high"], seeded, outward, stored.level)
+    root, seeded, whole = sure(edges["a"] - 1, edges["b"] - 1, edges["high"], table.depth, outward, rules)
     joins = size - int(np.count_nonzero(root == np.arange(size)))
     of_region = np.zeros(size + 1, label.dtype)
     of_region[region.ravel()[::-1]] = label.ravel()[::-1]  # of its first voxel, which is written last
     of_region[0] = 0
     voxels = np.bincount(root, weights=table.voxels, minlength=size).astype(np.int64)[root]
-    large = (voxels >= knobs.min_voxels) & (seeded[root] | knobs.keep_unseeded)
+    large = (voxels >= rules.min_voxels) & (seeded[root] | rules.keep_unseeded)
     whole = whole[root]
+    large &= (rules.max_voxels == ANY) | (whole & (voxels <= rules.max_voxels))
     given = of_region[1:]
     bad = given != given[root]
     bad |= large & (given == 0)
@@ -350,24 +349,28 @@ def _against_rule(
 
 
 def sure(
-    a: np.ndarray, b: np.ndarray, saddle: np.ndarray, seeded: np.ndarray, outward: np.ndarray, level: int
+    a: np.ndarray, b: np.ndarray, saddle: np.ndarray, depth: np.ndarray, outward: np.ndarray, rules: Rules
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The joins of Kruskal's algorithm on part of a graph that happen whatever the rest of the graph is.
 
     Edges ``a, b`` (regions from 0) come in ascending order. ``outward`` regions may have edges that are not listed.
-    An edge joins for sure at most at ``level``, or when one side has neither seed nor unlisted edges: that side is then
-    complete, and this its lowest edge out. Returns the root of each region, and at roots: whether it has a seed for sure,
-    and whether it is a complete object.
+    An edge joins for sure at most at the seed height, or when one side has neither seed nor unlisted edges: that side is
+    then complete, and this its lowest edge out. Returns the root of each region, and at roots: whether it has a seed for
+    sure, and whether it is a complete object. Where rules on whole borders or holes may join what the forest keeps apart,
+    only objects that touch no other are complete. So are, under a rule of depth, only those that all others stay clear of
+    whatever the rest is: what lies outside can make a side deeper, never shallower.
 
-    >>> sure(np.array([0, 1]), np.array([1, 2]), np.array([5, 6]), np.array([True, False, True]), np.zeros(3, bool), 3)
+    >>> depth = np.array([3, 9, 3])
+    >>> sure(np.array([0, 1]), np.array([1, 2]), np.array([9, 9]), depth, np.zeros(3, bool), Rules(3))
     (array([0, 0, 2]), array([ True, False,  True]), array([ True,  True,  True]))
     """
-    return _sure(a, b, saddle, seeded.copy(), outward.copy(), level)
+    alone = rules.join_height >= 0 or rules.fill_voxels > 0
+    return _sure(a, b, saddle, depth, outward.copy(), rules.seed_height, rules.depth, alone)
 
 
 @njit(cache=True)
-def _sure(a, b, saddle, seeded, outward, level):
-    parent = np.arange(seeded.size)
+def _sure(a, b, saddle, depth, outward, level, persistence, alone):
+    parent, deepest, seeded = np.arange(depth.size), depth.astype(np.int64), depth <= level
     whole = ~outward
     for e in range(a.size):
         p, q = find(parent, a[e]), find(parent, b[e])
@@ -378,10 +381,13 @@ def _sure(a, b, saddle, seeded, outward, level):
             top, under = min(p, q), max(p, q)
             parent[under] = top
             seeded[top] = seeded[top] or seeded[under]
+            deepest[top] = min(deepest[top], deepest[under])
             outward[top] = outward[top] or outward[under]
             whole[top] = whole[top] and whole[under]
         elif not (seeded[p] and seeded[q]):  # they join unless both have a seed: then one seed is enough for both
             seeded[p] = seeded[q] = seeded[p] or seeded[q]
+            whole[p] = whole[q] = False
+        elif alone or saddle[e] - max(deepest[p], deepest[q]) < persistence:
             whole[p] = whole[q] = False
     for i in range(parent.size):
         parent[i] = find(parent, i)
@@ -479,10 +485,7 @@ def recut(stored: Stored, block: Triple) -> dict:
 def _ids(stored: Stored, tables: Sequence[fragments.Table], links: Sequence[stitch.Links]) -> list[np.ndarray]:
     """For each block the label of region 0 (none), 1, 2, ..."""
     basins, basin_of = stitch.gather(tables, links)
-    knobs = stored.config.stitch
-    label = decide(
-        basins, seed_height=stored.level, keep_unseeded=knobs.keep_unseeded, min_voxels=knobs.min_voxels
-    )
+    label = decide(basins, stored.rules)
     return [np.r_[0, label[basin]] for basin in basin_of]
 
 
