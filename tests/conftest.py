@@ -5,7 +5,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +69,37 @@ def forget_sessions(filesystem: type) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory):
+    """A run's settings as tables: bright balls on noise, 8 sections of 96 x 96, a network as small as it gets."""
+    folder = tmp_path_factory.mktemp("data")
+    z, y, x = np.ogrid[:8, :96, :96]
+    label = np.zeros((8, 96, 96), np.uint8)
+    for i, (cy, cx) in enumerate([(20, 20), (24, 70), (70, 30), (66, 74)], 1):
+        label[(y - cy) ** 2 + (x - cx) ** 2 + 0 * z < 150] = i
+    noise = np.random.default_rng(0).normal(100, 10, label.shape)
+    tifffile.imwrite(folder / "image.tif", np.clip(noise + 60 * (label > 0), 1, 255).astype(np.uint8))
+    tifffile.imwrite(folder / "label.tif", label, photometric="minisblack")
+    data = {"image": str(folder / "image.tif"), "label": str(folder / "label.tif"), "validate_on": ["6:8"]}
+    return {
+        "data": [data], "decoder": [16, 16, 8, 8, 8], "pretrained": False, "patch": 64, "batch": 2, "every": 2,
+        "steps": 6, "ema": 0.5, "device": "cpu",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole_run(tables, tmp_path_factory):
+    """Folder and report of a training run that nothing stopped, with one thread. Tests must not change it."""
+    import torch
+
+    from tests.test_train import config_of
+    from volseg.train import train
+
+    out, lines = tmp_path_factory.mktemp("whole"), []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(config_of(tables, out), lines.append)
+    torch.set_num_threads(before)
+    return out, lines

@@ -11,16 +11,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
     {"box", "config"},
-    {"tiles", "targets", "fragments", "stitch", "decide", "objects", "metrics", "synth"},
+    {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "decide", "objects", "metrics", "synth"},
     {"volume", "model"},
     {"pyramid", "samples", "forward", "cluster"},
-    {"train", "pipeline", "evaluate", "view"},
-    {"calibrate", "verify"},
+    {"pipeline", "evaluate", "view", "heldout", "checkpoint"},
+    {"calibrate", "verify", "report"},
+    {"train"},
+    {"tune"},
     {"cli", "__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 MAY = {
-    "torch": {"model", "samples", "train", "forward"},
+    "torch": {"model", "samples", "train", "tune", "forward", "losses", "parallel", "heldout", "checkpoint", "report"},
     "dask": {"cluster"},
     "distributed": {"cluster"},
     "zarr": {"volume"},

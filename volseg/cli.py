@@ -279,7 +279,22 @@ def train(
     settings = load(config, sets or ())
     from volseg.train import train as run
 
-    typer.echo(f"model    {run(settings)}")
+    run(settings)
+
+
+@app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(help="TOML file with a [train] table that holds sections out.")],
+    sets: Sets = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="How many settings to try.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", min=0.0, help="Time budget; 0 for none.")] = None,
+) -> None:
+    """Search a learning rate and batch size, and write the best into a config for volseg train."""
+    flags = [f"tune.trials={trials}"] * (trials is not None) + [f"tune.minutes={minutes}"] * (minutes is not None)
+    settings = load(config, [*(sets or ()), *flags])
+    from volseg.tune import tune as run
+
+    run(settings)
 
 
 @app.command()

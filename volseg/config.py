@@ -16,6 +16,7 @@ Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Confidence = Annotated[float, Field(ge=0.5, lt=1)]
+Rate = Annotated[float, Field(gt=0)]
 Passes = Annotated[int, Field(ge=0, le=3)]  # of the smoothing filter: three along each axis fit int32
 Nm = Annotated[float, Field(gt=0)]
 
@@ -125,13 +126,26 @@ class Train(Section):
     contour_weight: Annotated[float, Field(ge=0)] = 0.5
     contour_width: Size = 2  # voxels on each side of an object's border, in the plane
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    augment: tuple[Literal["flip", "affine", "elastic", "grey", "neighbours"], ...] = (
+        "flip", "affine", "elastic", "grey", "neighbours",
+    )  # fmt: skip
     self_training: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of a batch from sections that nobody annotated
     self_training_after: Share = 0.3  # share of the run before that begins
     self_training_confidence: tuple[Confidence, Confidence] = (0.9, 0.7)  # of mask, contour: less sure voxels are left out
     every: Size = 100  # steps between validations
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the least that the device computes in hardware
+    processes: Count = 0  # that train together; 0 takes one per GPU
     out: str = "runs/train"
+
+
+class Tune(Section):
+    lr: tuple[Rate, Rate] = (3e-4, 1e-2)  # lowest and highest train.lr to try
+    batch: Annotated[tuple[Size, ...], Field(min_length=1)] = (4, 8, 16, 32)  # train.batch to try
+    share: Annotated[float, Field(gt=0, le=1)] = 0.25  # length of a trial, of the patches that the whole run sees
+    trials: Size = 20
+    minutes: Annotated[float, Field(ge=0)] = 0  # time budget; 0 for none
 
 
 class Config(Section):
@@ -143,6 +157,7 @@ class Config(Section):
     output: Output = Output()
     cluster: Cluster = Cluster()
     train: Train = Train()
+    tune: Tune = Tune()
 
 
 def _merge(low: dict, high: dict) -> dict:

@@ -114,10 +114,27 @@ def save(path: str | Path, module: torch.nn.Module, card: dict) -> None:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     tensors = {name: half(tensor.detach().cpu()) for name, tensor in module.state_dict().items()}
-    partial.write_bytes(packed(tensors, metadata={KEY: json.dumps(card)}))
-    os.replace(partial, path)
+    write_whole(path, packed(tensors, metadata={KEY: json.dumps(card)}))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """``data`` is at ``path``, or what was there before is, whatever happens in between.
+
+    Raises :class:`UserError` where it cannot be written, for instance on a full disk.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        kept = "the one there before is whole; " if path.exists() else ""
+        size = f"{len(data) / 1e6:.1f} MB"
+        raise UserError(f"cannot write {path} ({size}): {error.strerror}; {kept}make room, then repeat the command") from None
 
 
 def load(path: str | Path) -> tuple[torch.nn.Module, dict]:

@@ -33,11 +33,11 @@ from volseg import fragments as basins
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
 from volseg.decide import decide, label_dtype, rules
+from volseg.grey import normalisation
 
 CHANNELS = ("mask", "contour")
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
 IO_THREADS = 16  # small objects read or written at once
-SAMPLES = 24  # patches that normalisation looks at
 FREE = ("out", "config.cluster.", "config.output.keep_work")  # parts of a description that decide no byte
 
 
@@ -140,27 +140,6 @@ def blocks(shape: Triple, wanted: Triple | None) -> tuple[Triple, Triple]:
         return slab, slab
     side = min(512, max(y, x))
     return slab, _fit((max(16, target // side**2), side, side), shape)
-
-
-def normalisation(source: volume.Volume) -> tuple[float, float]:
-    """Mean and standard deviation of the volume, from sections (or patches of large ones) spread evenly over it.
-
-    Voxels of 0 are taken for padding. A function of the volume alone, never of a block or tile.
-    """
-    size = tuple(min(n, m) for n, m in zip((1, 2048, 2048), source.shape, strict=True))
-    count = total = squares = 0.0
-    for i in range(SAMPLES):
-        at = tuple(
-            (i * step) % SAMPLES * (n - s) // (SAMPLES - 1)
-            for n, s, step in zip(source.shape, size, (1, 7, 5), strict=True)
-        )
-        patch = source.read(Box(at, tuple(a + s for a, s in zip(at, size, strict=True)))).astype(np.float64)
-        patch = patch[patch != 0]
-        count, total, squares = count + patch.size, total + patch.sum(), squares + (patch**2).sum()
-    if not count:
-        return 0.0, 1.0
-    mean = total / count
-    return float(mean), float(np.sqrt(max(squares / count - mean**2, 0.0)) or 1.0)
 
 
 # ---------------------------------------------------------------- stages, one block each; these run on workers
@@ -532,7 +511,7 @@ def _describe(source: volume.Volume, config: Config, out: str) -> Run:
     backend, precision = forward.choose(config.predict.backend, config.predict.precision)
     slab, block = blocks(source.shape, config.blocks.shape)
     of_model = config.predict.normalize == "model"
-    mean, std = (card["mean"], card["std"]) if of_model else normalisation(source)
+    mean, std = (card["mean"], card["std"]) if of_model else normalisation(source.shape, source.read)
     return Run(
         out=out,
         source=replace(source, path=_absolute(source.path)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,10 +16,10 @@ from scipy import ndimage
 from volseg import volume
 from volseg.box import Box
 from volseg.config import Train, TrainData, UserError
+from volseg.grey import normalisation
 from volseg.synth import synth
 from volseg.targets import UNLABELLED, mask_and_contour, normalise_labels, parse_sections
 
-MEASURED = 64  # sections that the mean and deviation of a volume are taken from
 KEPT_SPOTS = 200_000  # foreground positions remembered per volume
 FOREGROUND = 0.5  # share of patches centred near an object
 
@@ -41,7 +41,8 @@ class Source:
     share: float
     voxel_size_nm: tuple[float, float, float] | None
     checksum: str
-    kind: str  # how the labels were read: "mask" or "instances"
+    kind: str  # how the labels were read: "instances", or "mask" and how that was written
+    depth: int  # sections of the whole volume
 
 
 def load_sources(knobs: Train) -> list[Source]:
@@ -84,7 +85,9 @@ def _load(data: TrainData, knobs: Train, where: str) -> Source:
     found = (_synthesise if made else _read)(data, first, annotated)
     learn, held, free = (tuple(z - first for z in sections) for sections in (learn, held, free))
     spots = _spots(found["labels"], list(learn), where)
-    return Source(first=first, learn=learn, held=held, free=free, spots=spots, share=data.share, **found)
+    return Source(
+        first=first, learn=learn, held=held, free=free, spots=spots, share=data.share, depth=depth, **found
+    )  # fmt: skip
 
 
 def _free(data: TrainData, learn: list[int], held: list[int], around: int, depth: int) -> list[int]:
@@ -100,7 +103,7 @@ def _synthesise(data: TrainData, first: int, annotated: np.ndarray) -> dict:
     _, height, width = data.synth_shape
     image, labels = synth(Box((first, 0, 0), (first + len(annotated), height, width)), seed=data.synth_seed)
     labels[~annotated] = 0
-    mean, std = statistics(image)
+    mean, std = normalisation(image.shape, lambda box: image[box.slices])
     name = f"synth {data.synth_seed}"
     return {
         "name": name, "image": image, "labels": labels, "mean": mean, "std": std, "kind": "instances",
@@ -120,11 +123,11 @@ def _read(data: TrainData, first: int, annotated: np.ndarray) -> dict:
             "give labels of the image's shape"
         )
     box = Box((first, 0, 0), (first + len(annotated), *image.shape[1:]))
-    voxels, stored = image.read(box), label.read(box) * annotated[:, None, None]
+    voxels, stored = _finite(image, box), label.read(box) * annotated[:, None, None]
     labels, note = normalise_labels(stored, unlabelled=data.unlabelled)
-    mean, std = statistics(_section(image, z) for z in _spread(image.shape[0]))
+    mean, std = normalisation(image.shape, lambda box: _finite(image, box))
     return {
-        "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std, "kind": note["kind"],
+        "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std, "kind": _kind(note),
         "voxel_size_nm": image.voxel_size_nm, "checksum": _digest(voxels, stored),
     }  # fmt: skip
 
@@ -137,14 +140,27 @@ def _digest(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _section(image: volume.Volume, z: int) -> np.ndarray:
-    """One whole section."""
-    return image.read(Box((z, 0, 0), (z + 1, *image.shape[1:])))[0]
+def _finite(image: volume.Volume, box: Box) -> np.ndarray:
+    """The voxels of ``box``; refuses NaN and infinite ones."""
+    voxels = image.read(box)
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        bad = np.flatnonzero(~np.isfinite(voxels).all(axis=(1, 2))) + box.start[0]
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(f"image {image.path}: section {bad[0]}{more} holds NaN or infinite values; give each voxel a number")
+    return voxels
 
 
-def _spread(depth: int) -> list[int]:
-    """Up to :data:`MEASURED` section numbers, evenly spread over the volume."""
-    return sorted(set(np.linspace(0, depth - 1, min(depth, MEASURED)).round().astype(int).tolist()))
+def _kind(note: dict) -> str:
+    """How labels were read, in words.
+
+    >>> _kind({"kind": "mask", "values": {1: 3, 255: 17}})
+    'mask: 1 in 3 sections, 255 in 17'
+    """
+    values = list(note.get("values", {}).items())
+    if not values:
+        return note["kind"]
+    (value, count), *more = values
+    return ", ".join([f"mask: {value} in {count} sections", *(f"{v} in {n}" for v, n in more)])
 
 
 def _spots(labels: np.ndarray, learn: list[int], where: str) -> np.ndarray:
@@ -161,17 +177,6 @@ def _spots(labels: np.ndarray, learn: list[int], where: str) -> np.ndarray:
     return np.stack([np.asarray(learn)[z], y, x], axis=1).astype(np.int32)
 
 
-def statistics(sections: Iterable[np.ndarray]) -> tuple[float, float]:
-    """Mean and deviation of the voxels that are not exactly 0, which is what padding is; the deviation is positive."""
-    total = count = squares = 0.0
-    for section in sections:
-        filled = section[section != 0].astype(np.float64)
-        total, squares, count = total + filled.sum(), squares + np.square(filled).sum(), count + filled.size
-    mean = total / max(1, count)
-    std = max(0.0, squares / max(1, count) - mean**2) ** 0.5
-    return float(mean), float(std) or 1.0
-
-
 def context(z: int, sections: int, depth: int) -> np.ndarray:
     """The section numbers seen as channels around ``z``, clamped to the volume.
 
@@ -181,12 +186,14 @@ def context(z: int, sections: int, depth: int) -> np.ndarray:
     return np.clip(np.arange(z - sections // 2, z + sections // 2 + 1), 0, depth - 1)
 
 
-def batch(sources: list[Source], knobs: Train, step: int) -> tuple[np.ndarray, np.ndarray]:
+def batch(sources: list[Source], knobs: Train, step: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
     """Images (B, sections, P, P) float32 and targets (B, 3, P, P) uint8: mask, contour, and 1 where the loss counts.
 
-    Depends on the knobs and ``step`` alone, so that a resumed run sees what an uninterrupted one would have.
+    Depends on the knobs and ``step`` alone, so that a resumed run sees what an uninterrupted one would have. ``part`` of
+    the batch is made.
     """
-    pairs = [sample(sources, knobs, np.random.default_rng((knobs.seed, step, i))) for i in range(knobs.batch)]
+    numbers = range(knobs.batch)[part]
+    pairs = [sample(sources, knobs, np.random.default_rng((knobs.seed, step, i))) for i in numbers]
     images, targets = zip(*pairs, strict=True)
     return np.stack(images), np.stack(targets)
 
@@ -196,33 +203,37 @@ def unlabelled_count(knobs: Train) -> int:
     return min(knobs.batch - 1, round(knobs.self_training * knobs.batch))
 
 
-def unlabelled(sources: list[Source], knobs: Train, step: int) -> tuple[np.ndarray, np.ndarray]:
+def unlabelled(
+    sources: list[Source], knobs: Train, step: int, part: slice = slice(None)
+) -> tuple[np.ndarray, np.ndarray]:
     """Patches of sections that nobody annotated, twice: as they are, and changed in grey values and neighbours.
 
     Both (:func:`unlabelled_count`, sections, P, P) float32, turned and bent alike; functions of the knobs and ``step``.
+    They may take the last places in ``part`` of a batch.
     """
-    seeds = [(knobs.seed, step, knobs.batch + i) for i in range(unlabelled_count(knobs))]
+    numbers = [i for i in range(knobs.batch)[part] if i >= knobs.batch - unlabelled_count(knobs)]
+    seeds = [(knobs.seed, step, knobs.batch + i) for i in numbers]
     pairs = [unlabelled_sample(sources, knobs, np.random.default_rng(seed)) for seed in seeds]
-    clean, changed = zip(*pairs, strict=True)
-    return np.stack(clean), np.stack(changed)
+    both = np.array(pairs, np.float32).reshape(len(pairs), 2, knobs.sections, knobs.patch, knobs.patch)
+    return both[:, 0], both[:, 1]
 
 
-def mixed(sources: list[Source], knobs: Train, step: int) -> tuple[np.ndarray, ...]:
+def mixed(sources: list[Source], knobs: Train, step: int, part: slice = slice(None)) -> tuple[np.ndarray, ...]:
     """What :func:`batch` gives, then what :func:`unlabelled` gives."""
-    return *batch(sources, knobs, step), *unlabelled(sources, knobs, step)
+    return *batch(sources, knobs, step, part), *unlabelled(sources, knobs, step, part)
 
 
 def batches(
-    sources: list[Source], knobs: Train, first: int, stop: int, make: Callable = batch
+    sources: list[Source], knobs: Train, first: int, stop: int, make: Callable = batch, part: slice = slice(None)
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """What ``make`` gives for steps ``first`` to ``stop`` in order, the next ones made by threads on the other cores."""
     threads = max(1, min(8, (os.cpu_count() or 1) - 1))
     with ThreadPoolExecutor(threads) as pool:
-        ahead = deque(pool.submit(make, sources, knobs, step) for step in range(first, min(first + threads + 1, stop)))
+        ahead = deque(pool.submit(make, sources, knobs, step, part) for step in range(first, min(first + threads + 1, stop)))
         try:
             for step in range(first, stop):
                 if step + threads + 1 < stop:
-                    ahead.append(pool.submit(make, sources, knobs, step + threads + 1))
+                    ahead.append(pool.submit(make, sources, knobs, step + threads + 1, part))
                 yield ahead.popleft().result()
         finally:
             for future in ahead:
@@ -234,13 +245,13 @@ def sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tup
     source = _draw(sources, rng)
     z, y, x = _position(source, knobs.patch, rng)
     planes = context(z, knobs.sections, len(source.image))
-    if rng.random() < 0.5:
+    if "flip" in knobs.augment and rng.random() < 0.5:
         planes = planes[::-1].copy()
-    planes, offsets, blurred = _disturb_neighbours(planes, rng)
-    ys, xs = _grid(knobs.patch, rng)
+    planes, offsets, blurred = _disturb_neighbours(planes, knobs, rng)
+    ys, xs = _grid(knobs, rng)
     raw = _resample(source.image, planes, ys + y, xs + x, offsets)
     labels = _nearest(source.labels[z], ys + y, xs + x)
-    return _changed(raw, source, blurred, rng), _targets(labels, knobs.contour_width)
+    return _changed(raw, source, blurred, knobs, rng), _targets(labels, knobs.contour_width)
 
 
 def unlabelled_sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -249,13 +260,13 @@ def unlabelled_sample(sources: list[Source], knobs: Train, rng: np.random.Genera
     z = source.free[rng.integers(len(source.free))]
     y, x = _inside(source, knobs.patch, [rng.uniform(0, n) for n in source.image.shape[1:]])
     planes = context(z, knobs.sections, len(source.image))
-    if rng.random() < 0.5:
+    if "flip" in knobs.augment and rng.random() < 0.5:
         planes = planes[::-1].copy()
-    ys, xs = _grid(knobs.patch, rng)
+    ys, xs = _grid(knobs, rng)
     clean = _resample(source.image, planes, ys + y, xs + x, np.zeros((len(planes), 2), np.float32))
-    planes, offsets, blurred = _disturb_neighbours(planes.copy(), rng)
+    planes, offsets, blurred = _disturb_neighbours(planes.copy(), knobs, rng)
     raw = _resample(source.image, planes, ys + y, xs + x, offsets)
-    return (clean - np.float32(source.mean)) / np.float32(source.std), _changed(raw, source, blurred, rng)
+    return (clean - np.float32(source.mean)) / np.float32(source.std), _changed(raw, source, blurred, knobs, rng)
 
 
 def _draw(sources: list[Source], rng: np.random.Generator) -> Source:
@@ -264,12 +275,14 @@ def _draw(sources: list[Source], rng: np.random.Generator) -> Source:
     return sources[rng.choice(len(sources), p=shares / shares.sum())]
 
 
-def _changed(raw: np.ndarray, source: Source, blurred: list[int], rng: np.random.Generator) -> np.ndarray:
+def _changed(
+    raw: np.ndarray, source: Source, blurred: list[int], knobs: Train, rng: np.random.Generator
+) -> np.ndarray:
     """``raw`` standardised, the neighbours in ``blurred`` out of focus, with other grey values."""
     image = (raw - np.float32(source.mean)) / np.float32(source.std)
     for i in blurred:
         image[i] = ndimage.gaussian_filter(image[i], 2.0)
-    return _intensity(image, rng)
+    return _intensity(image, rng) if "grey" in knobs.augment else image
 
 
 def _targets(labels: np.ndarray, width: int) -> np.ndarray:
@@ -299,13 +312,15 @@ def _inside(source: Source, patch: int, centre: Sequence[float]) -> tuple[float,
     return float(y), float(x)
 
 
-def _disturb_neighbours(planes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def _disturb_neighbours(
+    planes: np.ndarray, knobs: Train, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Sections to read, their shifts (y, x), and which to blur: some neighbours are lost, moved or out of focus."""
     middle = len(planes) // 2
     offsets, blurred = np.zeros((len(planes), 2), np.float32), []
     for i in range(len(planes)):
         event = rng.random()
-        if i == middle or event > 0.2:
+        if i == middle or event > 0.2 or "neighbours" not in knobs.augment:
             continue
         if event < 0.08:
             planes[i] = planes[middle]
@@ -316,13 +331,15 @@ def _disturb_neighbours(planes: np.ndarray, rng: np.random.Generator) -> tuple[n
     return planes, offsets, blurred
 
 
-def _grid(patch: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _grid(knobs: Train, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Positions (y, x) to read relative to the centre: flip, quarter turns, small turn, scale and bend in one map."""
+    patch, on = knobs.patch, knobs.augment
     axis = np.arange(patch, dtype=np.float32) - (patch - 1) / 2
-    flip, turns = rng.choice([-1.0, 1.0]), rng.integers(4)
-    angle = turns * np.pi / 2 + (rng.uniform(-0.4, 0.4) if rng.random() < 0.3 else 0.0)
-    scale = np.exp(rng.uniform(-0.25, 0.25)) if rng.random() < 0.3 else 1.0
-    bend = rng.normal(0, rng.uniform(0, 6), (2, 5, 5)) if rng.random() < 0.3 else np.zeros((2, 5, 5))
+    flip, turns = (rng.choice([-1.0, 1.0]), rng.integers(4)) if "flip" in on else (1.0, 0)
+    angle = turns * np.pi / 2 + (rng.uniform(-0.4, 0.4) if "affine" in on and rng.random() < 0.3 else 0.0)
+    scale = np.exp(rng.uniform(-0.25, 0.25)) if "affine" in on and rng.random() < 0.3 else 1.0
+    bent = "elastic" in on and rng.random() < 0.3
+    bend = rng.normal(0, rng.uniform(0, 6), (2, 5, 5)) if bent else np.zeros((2, 5, 5))
     cos, sin = np.float32(scale * np.cos(angle)), np.float32(scale * np.sin(angle))
     blend = _spline(patch)
     dy, dx = (blend @ knots.astype(np.float32) @ blend.T for knots in bend)

@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from volseg.config import UserError
 
+FEW_SECTIONS = 30  # up to here it pays to spread them
 FEW_OBJECTS = 150  # annotated objects below which more annotation pays more than longer training
 UNLABELLED = np.uint32(0xFFFFFFFF)  # stands in normalised labels for voxels that nobody annotated
 WANTED = "give whole numbers: 0 for background, then one per object"
@@ -125,10 +126,10 @@ def parse_sections(parts: Iterable[str | int], depth: int) -> list[int]:
     return sorted(found)
 
 
-def describe(labels: np.ndarray, sections: list[int], first: int = 0) -> dict:
+def describe(labels: np.ndarray, sections: list[int], first: int = 0, depth: int = 0) -> dict:
     """What was annotated on ``sections`` of normalised ``labels``, and advice on it, as plain data.
 
-    ``first`` is the number of ``labels[0]`` in its volume; ``sections`` are indices into ``labels``.
+    ``first`` is the number of ``labels[0]`` in its volume of ``depth`` sections; ``sections`` are indices into ``labels``.
 
     Keys: ``sections`` (how many), ``objects``, ``foreground`` (share of the annotated voxels), ``empty`` (numbers of
     sections without an object while others have some), ``advice`` (a list of sentences).
@@ -145,5 +146,9 @@ def describe(labels: np.ndarray, sections: list[int], first: int = 0) -> dict:
     if empty:
         names = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
         advice.append(f"{len(empty)} sections hold no object, others do ({names}): leave out what is not annotated")
+    span = sections[-1] - sections[0] + 1
+    if len(sections) <= FEW_SECTIONS and len(sections) < 0.9 * depth and 2 * span < depth:
+        place = f"{first + sections[0]}:{first + sections[-1] + 1}"
+        advice.append(f"all {len(sections)} sections lie in {place} of {depth}: spread evenly, they would show more objects")
     share = float(inside.sum() / max(1, annotated.sum()))
     return {"sections": len(sections), "objects": objects, "foreground": share, "empty": empty, "advice": advice}

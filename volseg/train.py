@@ -3,74 +3,70 @@
 from __future__ import annotations
 
 import copy
-import csv
 import ctypes
 import hashlib
 import json
 import math
-import os
 import platform
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as packed
-from scipy import ndimage
-from torch.nn import functional as F
 
-from volseg import model
+from volseg import checkpoint, losses, model, parallel, report
+from volseg.checkpoint import State
 from volseg.config import Config, Train, UserError
-from volseg.samples import Source, batch, batches, context, load_sources, mixed
-from volseg.targets import UNLABELLED, describe, mask_and_contour
+from volseg.heldout import Decoding, autocast, calibrate, resolved, validate
+from volseg.samples import Source, batch, batches, load_sources, mixed
 
-CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 120
 WARM_UP = 0.1  # share of the run in which the learning rate rises
 SETTLE = 40  # batches, at most, that set the batch-norm statistics of the averaged weights
 FIRST_SETTLE = 1_000_000_000  # their step numbers, which no run reaches
-THRESHOLDS = np.arange(20, 81, 2) / 100
-MAY_CHANGE = ("out", "device", "minutes", "every")  # knobs that do not change what a resumed run learns from
+FULL = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")  # how torch says it
+
+Say = Callable[[str], None]
 
 
-@dataclass
-class State:
-    """A run between two steps: everything that a checkpoint holds."""
-
-    network: torch.nn.Module
-    averaged: torch.nn.Module  # exponential moving average of the network, the model that is kept
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    seconds: float = 0.0
-    history: list[dict] = field(default_factory=list)  # rows of the curves
-
-
-def train(config: Config, report: Callable[[str], None] = print) -> Path:
-    """Path of the model that ``config.train`` makes: ``OUT/model.safetensors``, with ``curves.png`` and ``curves.csv``.
+def train(config: Config, say: Say = print) -> Path:
+    """Path of the model that ``config.train`` makes: ``OUT/model.safetensors``, with ``report.html`` and its pictures.
 
     If ``OUT`` holds a checkpoint of the same settings, the run goes on from it, with the results that it would have had
     without the stop (bit for bit on a CPU with one thread, unless ``minutes`` ended it).
     """
     knobs = config.train
-    _check(knobs)
-    _keep_memory()
+    check(knobs)
+    keep_memory()
     sources = load_sources(knobs)
-    _announce(sources, report)
-    device = _device(knobs)
-    state = start(knobs, device)
+    say(report.data_table(sources))
     out = _folder(knobs.out)
-    if _resume(state, out / CHECKPOINT, knobs):
-        report(f"going on from step {state.step} in {out}")
-    with _progress() as bar:
-        task = bar.add_task("train", total=knobs.steps, completed=state.step, shown="", left="")
-        _steps(state, sources, config, lambda row: _show(bar, task, row), report)
-    return finish(state, sources, config, report)
+    with parallel.together(_processes(knobs), _follow, config):
+        state = _begin(knobs)
+        if state.step:
+            say(f"going on from step {state.step} in {out}")
+        with _progress() as bar:
+            task = bar.add_task("train", total=knobs.steps, completed=state.step, shown="", left="")
+            _lead(state, sources, config, lambda row: _show(bar, task, row), say)
+    return finish(state, sources, config, say)
+
+
+def _follow(config: Config) -> None:
+    """What the other processes do: the same steps on their patches."""
+    state, sources = _begin(config.train), load_sources(config.train)
+    for _ in steps(state, sources, config.train, lambda text: None):
+        pass
+
+
+def _begin(knobs: Train) -> State:
+    """The run at its last checkpoint, or at step 0."""
+    state = start(knobs, _device(knobs))
+    checkpoint.resume(state, Path(knobs.out) / checkpoint.NAME, knobs)
+    return state
 
 
 def start(knobs: Train, device: torch.device) -> State:
@@ -87,85 +83,162 @@ def start(knobs: Train, device: torch.device) -> State:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": knobs.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return State(network, averaged, torch.optim.AdamW(groups, lr=knobs.lr))
+    scaler = torch.amp.GradScaler(device.type, enabled=resolved(device, knobs.precision) == "fp16")
+    return State(network, averaged, torch.optim.AdamW(groups, lr=knobs.lr), scaler)
 
 
-def _steps(state: State, sources: list[Source], config: Config, show: Callable, report: Callable) -> None:
-    """Trains to the last step or the end of the time budget; validates and saves a model every so many steps."""
+def _lead(state: State, sources: list[Source], config: Config, show: Callable, say: Say) -> None:
+    """Trains to the end of the run; validates and saves a model every so many steps, and a checkpoint more often."""
     knobs, out = config.train, Path(config.train.out)
-    last_tick = last_saved = time.monotonic()
-    stream = batches(sources, knobs, state.step, knobs.steps, mixed if knobs.self_training else batch)
-    for images, targets, *unlabelled in stream:
-        if progress(state, knobs) >= 1:
-            break
-        row = step(state, images, targets, knobs, *unlabelled)
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss is {row['loss']} at step {state.step}: set a lower train.lr than {knobs.lr}")
-        now = time.monotonic()
-        state.seconds, last_tick = state.seconds + now - last_tick, now
-        state.history.append(row)
+    last_saved = time.monotonic()
+    for row in steps(state, sources, knobs, say):
         show({**row, "left": _left(state, knobs)})
         if state.step % knobs.every == 0:
             scores = validate(state.averaged, sources, knobs)
             state.history += [{"step": state.step, "split": "validation", **scores["all"]}] if scores else []
-            report(_line(state, knobs))
+            say(_line(state, knobs))
             model.save(out / "model.safetensors", state.averaged, _card(config, sources, state, scores, None))
-        if state.step % knobs.every == 0 or now - last_saved > CHECKPOINT_SECONDS:
-            save_checkpoint(state, out / CHECKPOINT, knobs)
+        if state.step % knobs.every == 0 or time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+            checkpoint.save(state, out / checkpoint.NAME, knobs)
             last_saved = time.monotonic()
-    stream.close()
-    save_checkpoint(state, out / CHECKPOINT, knobs)
+    checkpoint.save(state, out / checkpoint.NAME, knobs)
 
 
-def step(
-    state: State, images: np.ndarray, targets: np.ndarray, knobs: Train, *unlabelled: np.ndarray
-) -> dict:
-    """One update of the network and its average; returns the row of the curves for the annotated part of this batch.
+# ---------------------------------------------------------------- steps
 
-    Once self-training has begun, ``unlabelled`` patches (clean, changed) take the places of the last annotated ones.
+
+def steps(state: State, sources: list[Source], knobs: Train, say: Say) -> Iterator[dict]:
+    """Takes step after step, to the last one or the end of the time budget, and gives each one's row of the curves.
+
+    What is done between two rows counts into the run's seconds.
     """
     device = next(state.network.parameters()).device
-    rate = learning_rate(progress(state, knobs), knobs.lr)
+    make = mixed if knobs.self_training else batch
+    part = slice(parallel.rank(), None, parallel.size())
+    stream = batches(sources, knobs, state.step, knobs.steps, make, part)
+    last = asked = time.monotonic()
+    try:
+        for patches in stream:
+            state.waited += time.monotonic() - asked
+            share = parallel.same(progress(state, knobs), device)
+            if share >= 1:
+                break
+            row = step(state, patches, knobs, share, say)
+            if not math.isfinite(row["loss"]):
+                raise UserError(f"the loss is {row['loss']} at step {state.step}: set a lower train.lr than {knobs.lr}")
+            state.history.append(row)
+            now = time.monotonic()
+            state.seconds, last = state.seconds + now - last, now
+            yield row
+            asked = time.monotonic()
+    finally:
+        stream.close()
+
+
+def step(state: State, patches: tuple[np.ndarray, ...], knobs: Train, share: float, say: Say) -> dict:
+    """One update of the network and its average; returns the row of the curves for the annotated part of this batch.
+
+    ``patches`` are images, targets and, with self-training, clean and changed images of sections that nobody annotated;
+    once it has begun, these take the places of the last annotated ones. ``share`` is how much of the run is over.
+    """
+    rate = learning_rate(share, knobs.lr)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    images, targets = _to(device, images), torch.from_numpy(targets).to(device).float()
-    aims, weights, annotated = targets[:, :2], targets[:, 2:].expand(-1, 2, -1, -1), len(images)
-    if unlabelled and progress(state, knobs) >= knobs.self_training_after:
-        clean, changed = (_to(device, patches) for patches in unlabelled)
-        annotated -= len(changed)
-        more, sure = guess(state.averaged, clean, knobs.self_training_confidence)
-        images = torch.cat([images[:annotated], changed]).contiguous(memory_format=torch.channels_last)
-        aims, weights = torch.cat([aims[:annotated], more]), torch.cat([weights[:annotated], sure])
-    with _autocast(device):
-        logits = state.network(images)
-    loss = loss_of(logits.float(), aims, weights, knobs)
-    state.optimizer.zero_grad()
-    loss.backward()
+    loss, voxels = _fitting(state, patches if share >= knobs.self_training_after else patches[:2], knobs, say)
+    _share_out(state, loss, voxels, len(patches[0]) / knobs.batch)
+    state.scaler.unscale_(state.optimizer)
     torch.nn.utils.clip_grad_norm_(state.network.parameters(), 5.0)
-    state.optimizer.step()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
     state.step += 1
     _average(state, knobs.ema)
-    found = logits.detach()[:annotated, 0].float() >= 0
-    counts = _counts(found, aims[:annotated, 0] > 0, weights[:annotated, 0] > 0)
-    return {"step": state.step, "split": "training", "loss": loss.item(), **_scores(counts)}
+    return {"step": state.step, "split": "training", "loss": loss.item(), **losses.scores(voxels)}
 
 
-def _to(device: torch.device, images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images).to(device, memory_format=torch.channels_last)
+def _fitting(
+    state: State, patches: tuple[np.ndarray, ...], knobs: Train, say: Say
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`gradients` gives; a batch that does not fit the memory is cut into twice as many parts, said once."""
+    while True:
+        try:
+            return gradients(state, patches, knobs)
+        except (MemoryError, RuntimeError) as error:
+            reason = str(error).lower()
+            if not isinstance(error, MemoryError) and not any(text in reason for text in FULL):
+                raise
+        if state.parts >= len(patches[0]):
+            raise UserError(f"not even one patch fits the memory: set a smaller train.patch than {knobs.patch}")
+        state.parts *= 2
+        state.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        size = -(-len(patches[0]) // state.parts)
+        say(f"a batch does not fit the memory: {size} patches at a time from here on, with the same effective batch")
+
+
+def gradients(state: State, patches: tuple[np.ndarray, ...], knobs: Train) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a batch, its gradients left in the network, and the counts of its annotated patches.
+
+    Computed in ``state.parts`` pieces whose gradients add up to those of their mean loss.
+    """
+    device = next(state.network.parameters()).device
+    images, aims, weights, annotated = _material(state, patches, knobs)
+    state.optimizer.zero_grad()
+    total, found = torch.zeros((), device=device), []
+    pieces = (tensor.chunk(state.parts) for tensor in (images, aims, weights))
+    for image, aim, weight in zip(*pieces, strict=True):
+        with autocast(device, knobs.precision):
+            logits = state.network(image.contiguous(memory_format=torch.channels_last))
+        loss = losses.loss_of(logits.float(), aim, weight, knobs) * (len(image) / len(images))
+        state.scaler.scale(loss).backward()
+        total += loss.detach()
+        found.append(logits.detach()[:, 0].float() >= 0)
+    truth, valid = aims[:annotated, 0] > 0, weights[:annotated, 0] > 0
+    return total, losses.counts(torch.cat(found)[:annotated], truth, valid)
+
+
+def _material(
+    state: State, patches: tuple[np.ndarray, ...], knobs: Train
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Images (B, sections, P, P), aims and weights (B, 2, P, P) of a batch, and how many of its patches are annotated."""
+    device = next(state.network.parameters()).device
+    images, targets, *unlabelled = (torch.from_numpy(array).to(device) for array in patches)
+    targets = targets.float()
+    aims, weights, annotated = targets[:, :2], targets[:, 2:].expand(-1, 2, -1, -1), len(images)
+    if unlabelled and len(unlabelled[0]):
+        clean, changed = unlabelled
+        annotated -= len(changed)
+        taught = [guess(state.averaged, piece, knobs) for piece in clean.chunk(state.parts)]
+        more, sure = (torch.cat(tensors) for tensors in zip(*taught, strict=True))
+        images = torch.cat([images[:annotated], changed])
+        aims, weights = torch.cat([aims[:annotated], more]), torch.cat([weights[:annotated], sure])
+    return images, aims, weights, annotated
 
 
 @torch.no_grad()
-def guess(network: torch.nn.Module, images: torch.Tensor, confidence: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+def guess(network: torch.nn.Module, images: torch.Tensor, knobs: Train) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``network`` takes the mask and contour of ``images`` for, and where it is sure of it: (B, 2, Y, X), 0 or 1.
 
-    Sure is a probability of at least ``confidence`` (mask, contour), for or against. The averaged network as the teacher
-    is that of Tarvainen and Valpola, arXiv 1703.01780; hard labels where it is sure, and the student's changed grey values,
-    are those of Sohn et al., arXiv 2001.07685.
+    Sure is a probability of at least ``self_training_confidence`` (mask, contour), for or against. The averaged network as
+    the teacher is that of Tarvainen and Valpola, arXiv 1703.01780; hard labels where it is sure, learnt from changed grey
+    values, are those of Sohn et al., arXiv 2001.07685.
     """
-    with _autocast(images.device):
-        chance = network(images).float().sigmoid()
-    least = torch.tensor(confidence, device=images.device)[:, None, None]
+    with autocast(images.device, knobs.precision):
+        chance = network(images.contiguous(memory_format=torch.channels_last)).float().sigmoid()
+    least = torch.tensor(knobs.self_training_confidence, device=images.device)[:, None, None]
     return (chance >= 0.5).float(), (torch.maximum(chance, 1 - chance) >= least).float()
+
+
+def _share_out(state: State, loss: torch.Tensor, voxels: torch.Tensor, share: float) -> None:
+    """Gradients, loss and batch-norm statistics become the mean over processes, each by its share of the batch."""
+    if parallel.size() == 1:
+        return
+    gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
+    means = [*gradients, *(b for b in state.network.buffers() if b.is_floating_point()), loss]
+    for tensor in means:
+        tensor.mul_(share)
+    sums = voxels.float()
+    parallel.add_up([*means, sums])
+    voxels.copy_(sums)
 
 
 def progress(state: State, knobs: Train) -> float:
@@ -184,39 +257,6 @@ def learning_rate(share: float, peak: float) -> float:
     return peak * max(1e-5, 0.5 + 0.5 * math.cos(math.pi * min(1.0, (share - WARM_UP) / (1 - WARM_UP))))
 
 
-def loss_of(logits: torch.Tensor, aims: torch.Tensor, weights: torch.Tensor, knobs: Train) -> torch.Tensor:
-    """Pixel loss plus Dice on the mask, and ``contour_weight`` times the same on the contour.
-
-    All are (B, 2, Y, X), mask and contour; ``aims`` and ``weights`` are 0 or 1.
-    """
-    pixel = focal if knobs.loss == "focal" else cross_entropy
-    scale = knobs.focal_scale if knobs.loss == "focal" else 1.0
-    parts = [
-        scale * pixel(logits[:, i], aims[:, i], weights[:, i]) + dice(logits[:, i], aims[:, i], weights[:, i])
-        for i in range(2)
-    ]
-    return parts[0] + knobs.contour_weight * parts[1]
-
-
-def cross_entropy(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean binary cross-entropy where ``weight`` is 1."""
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (loss * weight).sum() / weight.sum().clamp(min=1)
-
-
-def focal(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
-    """Cross-entropy times ``(1 - p)**gamma``, so easy voxels count less (Lin et al., arXiv 1708.02002, no alpha)."""
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (loss * (1 - torch.exp(-loss)) ** gamma * weight).sum() / weight.sum().clamp(min=1)
-
-
-def dice(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """1 minus the soft Dice overlap of the whole batch; 0 where both are empty."""
-    chance = logits.sigmoid() * weight
-    target = target * weight
-    return 1 - (2 * (chance * target).sum() + 1) / (chance.sum() + target.sum() + 1)
-
-
 @torch.no_grad()
 def _average(state: State, decay: float) -> None:
     """Moves the averaged weights and batch-norm statistics towards the network's; faster in the first steps."""
@@ -225,96 +265,10 @@ def _average(state: State, decay: float) -> None:
         kept.lerp_(new, 1 - decay) if kept.is_floating_point() else kept.copy_(new)
 
 
-def _counts(found: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor) -> np.ndarray:
-    """Voxels found and true, found alone, true alone, neither."""
-    cases = (found & truth, found & ~truth, ~found & truth, ~found & ~truth)
-    return np.array([int((case & valid).sum()) for case in cases], np.int64)
+# ---------------------------------------------------------------- the end of a run
 
 
-def _scores(counts: np.ndarray) -> dict:
-    """``accuracy`` and foreground ``iou`` of counts made by :func:`_counts`."""
-    both, found, true, neither = (int(n) for n in counts)
-    return {
-        "accuracy": (both + neither) / max(1, both + found + true + neither),
-        "iou": both / (both + found + true) if both + found + true else 1.0,
-    }
-
-
-def validate(network: torch.nn.Module, sources: list[Source], knobs: Train) -> dict:
-    """Loss, accuracy and foreground IoU of ``network`` on whole held-out sections: ``all``, and each source by name.
-
-    Empty where no source holds sections out.
-    """
-    found, losses, counts = {}, [], []
-    for source in (s for s in sources if s.held):
-        losses_here, counts_here = [], []
-        for z in source.held:
-            logits, targets = plane_logits(network, source, z, knobs.sections), _plane_targets(source, z, knobs)
-            losses_here.append(loss_of(logits[None], targets[None, :2], targets[None, 2:].expand(-1, 2, -1, -1), knobs).item())
-            counts_here.append(_counts(logits[0] >= 0, targets[0] > 0, targets[2] > 0))
-        found[source.name] = {"loss": float(np.mean(losses_here)), **_scores(sum(counts_here))}
-        losses, counts = losses + losses_here, counts + counts_here
-    return {"all": {"loss": float(np.mean(losses)), **_scores(sum(counts))}, **found} if counts else {}
-
-
-def plane_logits(network: torch.nn.Module, source: Source, z: int, sections: int) -> torch.Tensor:
-    """(2, Y, X) float32 logits on the CPU for a whole section, edges mirrored to a multiple of 32."""
-    device = next(network.parameters()).device
-    raw = source.image[context(z, sections, len(source.image))].astype(np.float32)
-    height, width = raw.shape[1:]
-    padded = np.pad((raw - source.mean) / source.std, ((0, 0), (0, -height % 32), (0, -width % 32)), mode="symmetric")
-    images = torch.from_numpy(padded.astype(np.float32))[None].to(device, memory_format=torch.channels_last)
-    was_training = network.training
-    network.eval()
-    with torch.inference_mode(), _autocast(device):
-        logits = network(images)
-    network.train(was_training)
-    return logits[0, :, :height, :width].float().cpu()
-
-
-def _plane_targets(source: Source, z: int, knobs: Train) -> torch.Tensor:
-    """(3, Y, X) float32: mask, contour and weight of a whole section."""
-    labels = source.labels[z]
-    valid = labels != UNLABELLED
-    mask, contour = mask_and_contour(np.where(valid, labels, 0), knobs.contour_width)
-    return torch.from_numpy(np.stack([mask, contour, valid.view(np.uint8)])).float()
-
-
-def calibrate(network: torch.nn.Module, sources: list[Source], config: Config) -> dict:
-    """The ``threshold`` with the best foreground ``iou`` on held-out sections, smoothed as decoding smooths them.
-
-    Sources count by their ``share``; the threshold is 0.5 where no section is held out.
-    """
-    total = np.zeros(len(THRESHOLDS))
-    for source in (s for s in sources if s.held):
-        chance = [plane_logits(network, source, z, config.train.sections)[0].sigmoid().numpy() for z in source.held]
-        labels = source.labels[list(source.held)]
-        total += source.share * ious(smooth(np.stack(chance), config.fragments.smooth), labels)
-    if not total.any():
-        return {"threshold": 0.5}
-    best = int(total.argmax())
-    return {
-        "threshold": float(THRESHOLDS[best]), "iou": float(total[best] / sum(s.share for s in sources if s.held))
-    }
-
-
-def smooth(chance: np.ndarray, passes: tuple[int, int, int]) -> np.ndarray:
-    """``chance`` (z, y, x) after that many passes of the [1 2 1] / 4 filter along each axis."""
-    for axis, count in enumerate(passes):
-        for _ in range(count):
-            chance = ndimage.convolve1d(chance, [0.25, 0.5, 0.25], axis=axis, mode="nearest")
-    return chance
-
-
-def ious(chance: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Foreground IoU of ``chance`` at each of :data:`THRESHOLDS`, unlabelled voxels left out."""
-    valid = labels != UNLABELLED
-    truth, chance = labels[valid] != 0, chance[valid]
-    found = [chance >= t for t in THRESHOLDS]
-    return np.array([(f & truth).sum() / max(1, (f | truth).sum()) for f in found])
-
-
-def finish(state: State, sources: list[Source], config: Config, report: Callable[[str], None]) -> Path:
+def finish(state: State, sources: list[Source], config: Config, say: Say) -> Path:
     """Path of the final model: averaged weights, their own batch-norm statistics, rounded, scored and calibrated."""
     knobs, out = config.train, Path(config.train.out)
     settle(state.averaged, sources, knobs)
@@ -323,14 +277,39 @@ def finish(state: State, sources: list[Source], config: Config, report: Callable
             value.copy_(value.half().float())
     scores = validate(state.averaged, sources, knobs)
     chosen = calibrate(state.averaged, sources, config)
+    card = _card(config, sources, state, scores, chosen)
     path = out / "model.safetensors"
-    model.save(path, state.averaged, _card(config, sources, state, scores, chosen))
+    model.save(path, state.averaged, card)
     last = [{"step": state.step, "split": "validation", **scores["all"]}] if scores and state.step % knobs.every else []
-    write_curves(state.history + last, out)
-    for name, values in scores.items():
-        report(f"held out, {name}: loss {values['loss']:.4f} IoU {values['iou']:.3f} accuracy {values['accuracy']:.4f}")
-    report(f"model {path} ({path.stat().st_size / 1e6:.1f} MB), mask threshold {chosen['threshold']:.2f}")
+    shown = report.Report(card, state.history + last, chosen, tuple(sources), waited=_waited(state), every=knobs.every)
+    report.write(shown, state.averaged, knobs, out)
+    for line in _closing(scores, chosen, state):
+        say(line)
+    say(f"report {out / 'report.html'}")
+    say(f"model {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return path
+
+
+def _waited(state: State) -> float:
+    """Share of the run in which the network waited for patches."""
+    return state.waited / state.seconds if state.seconds else 0.0
+
+
+def _closing(scores: dict, chosen: Decoding, state: State) -> Iterator[str]:
+    """What a finished run says of itself."""
+    names = scores if len(scores) > 2 else list(scores)[:1]
+    for name in names:
+        values = scores[name]
+        of = "held-out sections" if name == "all" else name
+        yield f"{of}: loss {values['loss']:.4f} IoU {values['iou']:.3f} accuracy {values['accuracy']:.4f}"
+    z, y, x = chosen.smooth
+    decoding = f"mask threshold {chosen.threshold:.2f}, smoothing {z} {y} {x}, seed {chosen.seed:g}, "
+    decoding += f"objects from {chosen.min_voxels} voxels"
+    if chosen.iou is None:
+        yield f"no section was held out, so decoding is left as set: {decoding}"
+    else:
+        yield f"calibrated there: {decoding}: IoU {chosen.iou:.3f}" + (f" PQ {chosen.pq:.3f}" if chosen.pq is not None else "")
+    yield f"the loader kept the network waiting for {100 * _waited(state):.1f} % of {state.seconds / 60:.1f} minutes"
 
 
 @torch.no_grad()
@@ -350,58 +329,7 @@ def settle(network: torch.nn.Module, sources: list[Source], knobs: Train) -> Non
     network.eval()
 
 
-def save_checkpoint(state: State, path: Path, knobs: Train) -> None:
-    """Writes the whole state beside ``path`` and renames it there, so that a kill leaves the old one or the new one."""
-    tensors = {f"network.{k}": v for k, v in state.network.state_dict().items()}
-    tensors |= {f"averaged.{k}": v for k, v in state.averaged.state_dict().items()}
-    for i, values in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
-    note = {"settings": _settings(knobs), "step": state.step, "seconds": state.seconds, "history": state.history}
-    partial = path.with_name(path.name + ".partial")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    partial.write_bytes(packed(tensors, metadata={"checkpoint": json.dumps(note)}))
-    os.replace(partial, path)
-
-
-def _settings(knobs: Train) -> dict:
-    """The knobs that a resumed run must share with the run that it goes on from."""
-    return knobs.model_dump(mode="json", exclude=set(MAY_CHANGE))
-
-
-def _resume(state: State, path: Path, knobs: Train) -> bool:
-    """Puts the checkpoint at ``path`` into ``state``, if there is one; refuses one of other settings."""
-    if not path.exists():
-        return False
-    try:
-        with safe_open(path, "pt") as file:
-            note = json.loads(file.metadata()["checkpoint"])
-            stored = _settings(Train.model_validate(note["settings"]))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is not a checkpoint of volseg train; move it away or give another train.out") from None
-    changed = [key for key, value in _settings(knobs).items() if stored[key] != value]
-    if changed:
-        raise UserError(
-            f"{path} was made with another train.{', train.'.join(changed)}; give another train.out, or delete it"
-        )
-    state.network.load_state_dict(_under("network.", tensors))
-    state.averaged.load_state_dict(_under("averaged.", tensors))
-    moments: dict[int, dict] = {}
-    for key, value in _under("optimizer.", tensors).items():
-        index, name = key.split(".")
-        moments.setdefault(int(index), {})[name] = value
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    state.step, state.seconds, state.history = note["step"], note["seconds"], note["history"]
-    return True
-
-
-def _under(prefix: str, tensors: dict) -> dict:
-    """The entries whose key begins with ``prefix``, without it."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _card(config: Config, sources: list[Source], state: State, scores: dict, chosen: dict | None) -> dict:
+def _card(config: Config, sources: list[Source], state: State, scores: dict, chosen: Decoding | None) -> dict:
     """What a model file says about itself."""
     knobs, main = config.train, max(sources, key=lambda s: s.share)
     data = [
@@ -410,15 +338,15 @@ def _card(config: Config, sources: list[Source], state: State, scores: dict, cho
             "held": [s.first + z for z in s.held], "share": s.share,
         }
         for s in sources
-    ]
+    ]  # fmt: skip
+    settings = checkpoint.settings(knobs)
     training = {
         "checksum": hashlib.sha256("\n".join(s.checksum for s in sources).encode()).hexdigest(),
         "data": data,
         "steps": state.step,
         "seconds": round(state.seconds),
-        "settings": {key: value for key, value in _settings(knobs).items() if key not in ("data", "start")},
+        "settings": {key: value for key, value in settings.items() if key not in ("data", "start")},
     }
-    scores = {Path(name).name: values for name, values in scores.items()}
     return {
         "name": Path(knobs.out).name,
         "encoder": knobs.encoder,
@@ -428,47 +356,42 @@ def _card(config: Config, sources: list[Source], state: State, scores: dict, cho
         "mean": main.mean,
         "std": main.std,
         "voxel_size_nm": list(main.voxel_size_nm) if main.voxel_size_nm else None,
-        "decode": {"fragments": {"threshold": chosen["threshold"] if chosen else 0.5}},
+        "decode": chosen.settings() if chosen else {},
         "training": training,
-        "scores": {"validation": scores, "calibrated": chosen or {}},
+        "scores": {
+            "validation": {Path(name).name: values for name, values in scores.items()},
+            "calibrated": chosen.scores() if chosen else {},
+        },
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "timm", "segmentation-models-pytorch", "numpy")},
+            **{name: version(name) for name in ("volseg", "torch", "timm", "segmentation-models-pytorch", "numpy")},
         },
     }
 
 
-def write_curves(history: list[dict], out: Path) -> None:
-    """``curves.csv`` with every row, and ``curves.png``: loss, accuracy and IoU, training blue, validation orange."""
-    from matplotlib.figure import Figure
-
-    with (out / "curves.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "split", "loss", "accuracy", "iou"])
-        writer.writeheader()
-        writer.writerows(history)
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, key, title in zip(
-        figure.subplots(1, 3), ("loss", "accuracy", "iou"), ("Loss", "Accuracy", "IoU"), strict=True
-    ):
-        for split, colour in (("training", "tab:blue"), ("validation", "tab:orange")):
-            rows = [row for row in history if row["split"] == split]
-            steps, values = [row["step"] for row in rows], np.array([row[key] for row in rows])
-            if split == "training" and len(values) > 50:
-                axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.6)
-                values = ndimage.uniform_filter1d(values, max(3, len(values) // 50), mode="nearest")
-            axes.plot(steps, values, color=colour, label=split, marker="o" if len(values) < 30 else None, markersize=3)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(out / "curves.png", dpi=120)
+# ---------------------------------------------------------------- the machine
 
 
-def _check(knobs: Train) -> None:
+def check(knobs: Train) -> None:
     """Refuses settings that no run could use."""
     if knobs.patch % 32:
         raise UserError(f"train.patch = {knobs.patch} is not a multiple of 32; try {max(64, knobs.patch // 32 * 32)}")
     if knobs.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = 'cuda', but torch sees no CUDA device; set train.device = 'auto'")
+    if _processes(knobs) > knobs.batch:
+        raise UserError(f"train.batch = {knobs.batch} has no patch for each of {_processes(knobs)} processes; raise it")
+
+
+def _processes(knobs: Train) -> int:
+    """How many processes train together."""
+    on_gpu = _device(knobs).type == "cuda"
+    return knobs.processes or (min(torch.cuda.device_count(), knobs.batch) if on_gpu else 1)
+
+
+def _device(knobs: Train) -> torch.device:
+    """The device that this process trains on."""
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if knobs.device == "auto" else knobs.device
+    return torch.device("cuda", parallel.rank() % torch.cuda.device_count()) if wanted == "cuda" else torch.device("cpu")
 
 
 def _folder(out: str) -> Path:
@@ -490,29 +413,7 @@ def _from_model(knobs: Train) -> torch.nn.Module:
     return network
 
 
-def _device(knobs: Train) -> torch.device:
-    """The device to train on."""
-    if knobs.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(knobs.device)
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the device computes in it: CUDA from Ampere on, and CPUs with AVX-512 BF16 or AMX."""
-    able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-    return torch.autocast(device.type, torch.bfloat16, enabled=able)
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware, as far as Linux tells."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split("\n\n")[0].split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Keeps freed memory for the next step: glibc returns large pieces to the system and faults them in again.
 
     A step of 8 patches of 192 x 192 took about 50 000 page faults before and almost none after.
@@ -523,16 +424,7 @@ def _keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
-def _announce(sources: list[Source], report: Callable[[str], None]) -> None:
-    """Reports what each source holds, and the advice on it."""
-    for source in sources:
-        found = describe(source.labels, list(source.learn), source.first)
-        what = f"{found['objects']} objects, {100 * found['foreground']:.2f} % foreground ({source.kind})"
-        unlabelled = f"{len(source.free)} without annotation for self-training, " if source.free else ""
-        held = f"{len(source.held)} held out, {unlabelled}"
-        report(f"{source.name}: {found['sections']} sections to learn from, {held}{what}")
-        for advice in found["advice"]:
-            report(f"  advice: {advice}")
+# ---------------------------------------------------------------- the terminal
 
 
 def _progress() -> Progress:
@@ -540,7 +432,7 @@ def _progress() -> Progress:
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
         TextColumn("{task.fields[left]}"),
-    )
+    )  # fmt: skip
     bar.disable = not bar.console.is_terminal
     return bar
 
@@ -560,7 +452,7 @@ def _left(state: State, knobs: Train) -> str:
 
 def _line(state: State, knobs: Train) -> str:
     """One line on the training steps since the last validation, and on that."""
-    rows = [row for row in state.history[-2 * knobs.every:] if row["split"] == "training"][-knobs.every:]
+    rows = [row for row in state.history[-2 * knobs.every :] if row["split"] == "training"][-knobs.every :]
     text = f"step {state.step}/{knobs.steps}: training loss {np.mean([r['loss'] for r in rows]):.4f}"
     text += f" IoU {np.mean([r['iou'] for r in rows]):.3f}"
     last = state.history[-1]

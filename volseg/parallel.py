@@ -1,0 +1,98 @@
+"""Several processes that train one network. Alone, every function here gives back what it was given.
+
+With n processes, process r makes the patches r, r + n, r + 2n, ... of each batch, and all step with the mean gradient over
+the whole batch. Batch-norm and Dice look at a process's own patches. So the result depends on how many processes there
+are, and on nothing else: it is the same again for the same number (bit for bit on CPUs with one thread each).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = timedelta(minutes=30)  # for the others: process 0 validates while they wait
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def same(value: float, device: torch.device) -> float:
+    """Process 0's ``value``."""
+    if size() == 1:
+        return value
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(shared, 0)
+    return float(shared)
+
+
+def add_up(tensors: list[torch.Tensor]) -> None:
+    """Each tensor is the sum of the processes' own, the same bits everywhere; sent as one piece of float32."""
+    if size() == 1:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.reshape(tensor.shape))
+
+
+@contextmanager
+def together(count: int, work: Callable[..., Any], *args: Any) -> Iterator[None]:
+    """Inside, this process is number 0 of ``count``; the others run ``work(*args)``, and end with the block."""
+    if count == 1:
+        yield
+        return
+    kind = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= count else "gloo"
+    port = _free_port()
+    context = torch.multiprocessing.get_context("spawn")
+    others = [context.Process(target=_other, args=(r, count, kind, port, work, args), daemon=True) for r in range(1, count)]
+    for process in others:
+        process.start()
+    try:
+        _join(0, count, kind, port)
+        yield
+        for process in others:
+            process.join()
+    finally:
+        for process in others:
+            process.terminate()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _other(number: int, count: int, kind: str, port: int, work: Callable, args: tuple) -> None:
+    """The life of one of the other processes; each has its share of the cores."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    _join(number, count, kind, port)
+    try:
+        work(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _join(number: int, count: int, kind: str, port: int) -> None:
+    if kind == "nccl":
+        torch.cuda.set_device(number)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        kind, init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=count, timeout=PATIENCE
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
