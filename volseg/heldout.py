@@ -15,7 +15,7 @@ from volseg import fragments as basins
 from volseg import losses, metrics, stitch
 from volseg.box import Box, Triple
 from volseg.config import Config, Fragments, Train, UserError
-from volseg.decide import decide
+from volseg.decide import decide, rules
 from volseg.samples import Source, context
 from volseg.targets import UNLABELLED, mask_and_contour
 
@@ -126,6 +126,7 @@ class Slab:
     labels: np.ndarray
     source: int  # the number of the volume that it is of
     share: float
+    voxel_size_nm: Triple = (1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def slabs(network: torch.nn.Module, source: Source, number: int, knobs: Train) -
     for run in np.split(held, np.flatnonzero(np.diff(held) > 1) + 1) if held.size else []:
         logits = torch.stack([plane_logits(network, source, z, knobs) for z in run.tolist()], dim=1)
         chance = np.floor(logits.sigmoid().numpy() * np.float32(255) + np.float32(0.5)).astype(np.uint8)
-        yield Slab(chance, source.labels[run], number, source.share)
+        yield Slab(chance, source.labels[run], number, source.share, source.voxel_size_nm or (1, 1, 1))
 
 
 def best_mask(slabs: list[Slab], own: Fragments) -> tuple[Triple, float, np.ndarray]:
@@ -243,7 +244,7 @@ def objects(slabs: list[Slab], config: Config) -> list[dict]:
     rows = []
     for seed, size in dict.fromkeys([own, *product(SEEDS, SIZES)]):
         knobs = config.stitch.model_copy(update={"seed": seed, "min_voxels": size})
-        rows.append({"seed": seed, "min_voxels": size, "pq": _quality(slabs, cut, config.fragments, knobs)})
+        rows.append({"seed": seed, "min_voxels": size, "pq": _quality(slabs, cut, config.model_copy(update={"stitch": knobs}))})
     best = sorted(rows, key=lambda row: (-row["pq"], abs(row["seed"] - own[0]), abs(row["min_voxels"] - own[1])))
     stays = best[0]["pq"] < rows[0]["pq"] + GAIN_PQ
     return [rows[0], *(row for row in best if row is not rows[0])] if stays else best
@@ -261,16 +262,11 @@ def _cut(slab: Slab, knobs: Fragments) -> tuple[stitch.Basins, metrics.Contingen
     return whole, metrics.Contingency.of(slab.labels[valid], np.r_[0, basin + 1][region[valid]])
 
 
-def _quality(slabs: list[Slab], cut: list, fragments: Fragments, knobs) -> float:
-    """PQ of what ``knobs`` decide, the slabs of a source taken together, the mean over sources by their share."""
+def _quality(slabs: list[Slab], cut: list, config: Config) -> float:
+    """PQ of what ``config`` decides, the slabs of a source taken together, the mean over sources by their share."""
     tables: dict[int, metrics.Contingency] = {}
     for i, (slab, (whole, overlap)) in enumerate(zip(slabs, cut, strict=True)):
-        label = decide(
-            whole,
-            seed_height=basins.seed_height(knobs.seed, fragments),
-            keep_unseeded=knobs.keep_unseeded,
-            min_voxels=knobs.min_voxels,
-        )
+        label = decide(whole, rules(config, slab.voxel_size_nm))
         table = _apart(overlap.renamed(np.r_[0, label]), i)
         tables[slab.source] = tables.get(slab.source, metrics.Contingency.empty()) + table
     shares = {slab.source: slab.share for slab in slabs}

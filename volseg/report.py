@@ -27,7 +27,7 @@ EDGE = 768  # longest edge of a panel, voxels
 SPLITS = (("training", "tab:blue"), ("validation", "tab:orange"))
 TRUTH, FOUND, MISSED, WRONG = (90, 200, 90), (255, 160, 40), (60, 120, 255), (230, 50, 50)
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; color: #222 }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1400px; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ddd }
 img { max-width: 100% } figure { margin: 0 0 1.2rem } figcaption, .note { color: #666; font-size: .9rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
