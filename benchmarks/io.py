@@ -57,7 +57,7 @@ def _array(path: Path, data: np.ndarray, where: str) -> zarr.Array:
     """A sharded array as volseg makes them, opened in the store asked for."""
     volume.create_group(str(path))
     volume.create_array(
-        str(path), "0", shape=data.shape, dtype=data.dtype, chunk=Config().output.chunk, shard=(32, 512, 512), axes="zyx"
+        str(path), "0", shape=data.shape, dtype=data.dtype, chunk=Config().output.chunk, shard=(32, *data.shape[1:]), axes="zyx"
     )
     store = LocalStore(path)
     return zarr.open_array(Late(store) if where != "disk" else store, path="0", mode="r+")

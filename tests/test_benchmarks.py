@@ -1,13 +1,14 @@
 """Benchmarks run, on small volumes."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-from benchmarks import exact, report
+import numpy as np
+import pytest
+from typer.testing import CliRunner
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import exact, instances, io, labels, report, scaling, trial
+from benchmarks.__main__ import app
+from volseg import volume
 
 
 def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, tmp_path, capsys):
@@ -20,8 +21,57 @@ def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, t
     assert kept["date"]
 
 
-def test_every_benchmark_explains_itself():
-    for name in ("epfl", "exact"):
-        done = subprocess.run([sys.executable, "-m", "benchmarks", name, "--help"], capture_output=True, cwd=ROOT)
-        assert done.returncode == 0
-        assert b"Usage" in done.stdout
+def test_annotated_sections_are_evenly_spread():
+    assert trial.spread(0, 130, 4) == [16, 48, 81, 113]
+    assert trial.spread(10, 12, 2) == [10, 11]
+
+
+def test_a_trial_trains_infers_and_scores_on_other_sections(image, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[train]\npatch = 64\nbatch = 2\nsteps = 2\nevery = 2\n")
+    pair = (image, f"{image}/labels/truth")
+    labels.measure(pair, pair, ["2"], 1, str(recipe), "0:12", "14:22", str(tmp_path / "out"), ("lr=1e-4",), ())
+    row = json.loads((tmp_path / "results" / "labels.json").read_text())["rows"][0]
+    assert row["sections"] == 2
+    assert row["steps"] == 2
+    assert 0 <= row["IoU"] <= 1
+    assert "lr = 1e-4" in (tmp_path / "out" / "n2-seed0" / "train.toml").read_text()
+    for name in ("labels.png", "sections.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 10_000
+
+
+def test_volseg_finds_as_many_objects_at_every_block_size_as_one_watershed_of_the_whole(reference):
+    probability = np.asarray(volume.open_array(reference, "0"))
+    counts = {side: instances.ours(probability, side) for side in (170, 64, 24)}
+    assert set(counts.values()) == {instances.whole(probability, 0)}
+    assert instances.per_block(probability, 170, shrink=True) == instances.whole(probability, 0)
+    assert instances.per_block(probability, 24, shrink=False) > 0
+
+
+def test_components_are_counted_by_dask_image(reference):
+    pytest.importorskip("dask_image", reason="needs dask-image (extra bench)")
+    assert instances.components(np.asarray(volume.open_array(reference, "0")), 64) > 0
+
+
+def test_stores_are_compared(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(io, "SHAPE", (32, 64, 96))
+    io.measure(1)
+    rows = json.loads((tmp_path / "io.json").read_text())["rows"]
+    assert len(rows) == 12
+    assert all(row["MB/s"] > 0 for row in rows)
+
+
+def test_many_empty_blocks_are_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    scaling.blocks(500)
+    rows = json.loads((tmp_path / "scaling-blocks.json").read_text())["rows"]
+    assert rows[-1]["blocks"] == 500
+
+
+@pytest.mark.parametrize("name", ["epfl", "exact", "labels", "folds", "throughput", "instances", "io", "scaling"])
+def test_every_benchmark_explains_itself(name):
+    done = CliRunner().invoke(app, [name, "--help"])
+    assert done.exit_code == 0
+    assert "Usage" in done.output
