@@ -77,15 +77,13 @@ def write_ome(path, data, version, axes="zyx", unit="micrometer", scale=(0.05, 0
     """An OME-Zarr image of two levels."""
     group = zarr.open_group(path, mode="w", zarr_format=3 if version == "0.5" else 2)
     for i, level in enumerate((data, data[..., ::2, ::2])):
-        group.create_array(f"s{i}", data=level, chunks=(1,) * (data.ndim - 3) + (2, 16, 16))
+        group.create_array(f"s{i}", data=level, chunks=(*(1 for _ in data.shape[:-3]), 2, 16, min(16, level.shape[-1])))
     lead = [1.0] * (len(axes) - 3)
-    sets = [
-        {
-            "path": f"s{i}",
-            "coordinateTransformations": [{"type": "scale", "scale": [*lead, scale[0], scale[1] * f, scale[2] * f]}],
-        }
-        for i, f in enumerate((1, 2))
-    ]
+    sets = []
+    for i, f in enumerate((1, 2)):
+        size = {"z": scale[0], "y": scale[1] * f, "x": scale[2] * f}
+        step = {"type": "scale", "scale": [size.get(axis, 1.0) for axis in axes]}
+        sets.append({"path": f"s{i}", "coordinateTransformations": [step]})
     kinds = {"t": "time", "c": "channel"}
     named = [
         {"name": a, "type": kinds.get(a, "space"), **({"unit": unit} if unit and a in "zyx" else {})} for a in axes
@@ -528,6 +526,89 @@ def test_tiffs_that_are_no_grey_volume_are_refused(tmp_path):
     }.items():
         with refused(name, *words):
             volume.open(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------------------- channels
+
+
+CHANNELS = np.stack([voxels(seed=seed) for seed in range(3)])
+AXIS = {"czyx": 0, "zyxc": 3, "tczyx": 1, "ctzyx": 0}
+
+
+def laid_out(axes):
+    """`CHANNELS` with its axes in that order."""
+    data = np.moveaxis(CHANNELS, 0, axes.replace("t", "").index("c"))
+    return np.expand_dims(data, axes.index("t")) if "t" in axes else data
+
+
+def assert_channels(path, data=CHANNELS, **options):
+    found = volume.open_channels(path, **options)
+    assert len(found) == len(data)
+    for one, channel in zip(found, data, strict=True):
+        assert_reads(one, channel)
+
+
+@pytest.mark.parametrize("axes", ["czyx", "zyxc", "tczyx", "ctzyx"])
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_channels_of_zarr_arrays_read_alone(tmp_path, axes, zarr_format):
+    data = laid_out(axes)
+    named = {"dimension_names": tuple(axes)} if zarr_format == 3 else {}
+    if named or axes != "ctzyx":
+        write_zarr(tmp_path / "v.zarr", data, zarr_format=zarr_format, **named)
+        assert_channels(tmp_path / "v.zarr")
+    write_ome(tmp_path / "o.zarr", data, "0.5" if zarr_format == 3 else "0.4", axes=axes, scale=(0.05, 0.005, 0.004))
+    assert_channels(tmp_path / "o.zarr")
+    assert volume.open_channels(tmp_path / "o.zarr")[2].voxel_size_nm == (50, 5, 4)
+
+
+def test_a_volume_without_channels_is_its_only_channel(tmp_path):
+    write_zarr(tmp_path / "v.zarr", voxels())
+    assert volume.open_channels(tmp_path / "v.zarr") == (volume.open(tmp_path / "v.zarr"),)
+
+
+def test_a_damaged_chunk_of_a_channel_is_named(tmp_path):
+    write_zarr(tmp_path / "v.zarr", laid_out("zyxc"), chunks=(5, 40, 33, 1))
+    cut_short(tmp_path / "v.zarr/c/0/0/0/1")
+    good, bad, _ = volume.open_channels(tmp_path / "v.zarr")
+    np.testing.assert_array_equal(good.read(WHOLE), CHANNELS[0])
+    with refused("c/0/0/0/1", "0:5,0:40,0:33"):
+        bad.read(WHOLE)
+
+
+def test_axes_that_may_be_channels_or_not_are_refused(tmp_path):
+    write_zarr(tmp_path / "both.zarr", np.zeros((2, 9, 9, 3), np.uint8))
+    write_zarr(tmp_path / "none.zarr", np.zeros((5, 9, 9, 9), np.uint8))
+    for name in ("both.zarr", "none.zarr"):
+        with refused(name, "4-D", "cannot tell", "c z y x"):
+            volume.open_channels(tmp_path / name)
+
+
+TIFF_CHANNELS = {
+    "plain": ("czyx", {}),
+    "named": ("zcyx", {"metadata": {"axes": "ZCYX"}}),
+    "packed": ("czyx", {"metadata": {"axes": "CZYX"}, "compression": "zlib", "rowsperstrip": 9}),
+    "tiled": ("zcyx", {"metadata": {"axes": "ZCYX"}, "compression": "zlib", "tile": (16, 32)}),
+    "imagej": ("zcyx", {"imagej": True, "metadata": {"axes": "ZCYX"}}),
+    "ome": ("czyx", {"ome": True, "metadata": {"axes": "CZYX"}}),
+    "samples": ("zyxc", {"planarconfig": "contig"}),
+    "packed samples": ("zyxc", {"planarconfig": "contig", "compression": "zlib", "rowsperstrip": 9}),
+}
+
+
+@pytest.mark.parametrize("kind", TIFF_CHANNELS)
+def test_channels_of_tiffs_read_alone(tmp_path, kind):
+    axes, options = TIFF_CHANNELS[kind]
+    tifffile.imwrite(tmp_path / "v.tif", laid_out(axes), photometric="minisblack", **options)
+    assert_channels(tmp_path / "v.tif")
+    with refused("v.tif", "3 "):
+        volume.open(tmp_path / "v.tif")
+
+
+def test_tiff_channels_that_cannot_be_told_are_refused(tmp_path):
+    for name, axes in (("last", "ZYXC"), ("times", "TZYX")):
+        tifffile.imwrite(tmp_path / f"{name}.tif", laid_out("zyxc"), photometric="minisblack", metadata={"axes": axes})
+        with refused(f"{name}.tif", "4-D", axes, "CZYX"):
+            volume.open_channels(tmp_path / f"{name}.tif")
 
 
 # ------------------------------------------------------------------------------------------------------------ slices

@@ -58,6 +58,8 @@ NM = {
 TIFF = (".tif", ".tiff", ".btf", ".tf8")
 SLICES = (".tif", ".tiff", ".png")
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
+CHANNEL = ("c", "ch", "channel", "channels")  # what a channel axis is called
+FEW = 4  # entries of an axis without a name that is taken for channels
 CACHE_BYTES = 128 << 20  # decoded TIFF strips and PNG slices kept per file or folder
 READS = "volseg reads zarr and OME-Zarr, multi-page TIFF, and folders of TIFF or PNG slices"
 
@@ -78,6 +80,9 @@ class Volume:
     voxel_size_nm: TripleNm | None
     chunk: Triple  # what is cheap to read at once
     dataset: str = ""  # where the array stands inside a zarr group
+    channel: int = 0  # which one is read, where several are stored
+    channel_axis: int | None = None  # the axis of a zarr array that holds them; TIFF files tell it themselves
+    binary: bool = False  # stored as bool: voxels are 0 and 1
 
     def read(self, box: Box) -> np.ndarray:
         """The voxels of ``box``, which must lie inside, as a new array of ``self.dtype`` (bool comes as uint8 0/1).
@@ -103,23 +108,43 @@ class Volume:
 
     def _read_zarr(self, box: Box) -> np.ndarray:
         array = _array(self.path, self.dataset)
-        index = (0,) * (array.ndim - 3) + box.slices
         try:
-            data = np.asarray(array[index])
+            data = np.asarray(array[self._index(array.ndim, box.slices)])
         except Exception as error:  # a damaged chunk raises whatever its codec raises
-            where = _damaged(array, box) or f"box {box}"
+            where = self._damaged(array, box) or f"box {box}"
             raise UserError(
                 f"cannot read {_join(self.path, self.dataset)} in box {box}: {where}: {_cause(error)}; "
                 "the data is damaged or unreachable: copy it again or make it anew"
             ) from error
         return np.ascontiguousarray(data, dtype=self.dtype)
 
+    def _index(self, ndim: int, zyx: tuple, channel: int | None = None) -> tuple:
+        """Where ``zyx`` of this channel stands in an array of so many axes; all others have one entry."""
+        index = [0] * ndim
+        if self.channel_axis is not None:
+            index[self.channel_axis] = self.channel if channel is None else channel
+        for axis, place in zip(_space(ndim, self.channel_axis), zyx, strict=True):
+            index[axis] = place
+        return tuple(index)
+
+    def _damaged(self, array: zarr.Array, box: Box) -> str:
+        """The key of the first stored object under ``box`` that cannot be read; "" when each can, on its own."""
+        space, stored = _space(array.ndim, self.channel_axis), array.shards or array.chunks
+        grid = Blocks(self.shape, tuple(stored[axis] for axis in space))
+        row = 0 if self.channel_axis is None else self.channel // stored[self.channel_axis]
+        for i in grid.meeting(box):
+            try:
+                array[self._index(array.ndim, grid[i].intersect(box).slices)]
+            except Exception:  # the caller tells the cause
+                return array.metadata.encode_chunk_key(self._index(array.ndim, grid.coords(i), row))
+        return ""
+
     def _read_tiff(self, box: Box) -> np.ndarray:
         out = np.empty(box.shape, self.dtype)
         pages = _tiff(self.path, _stamp(self.path))
         for z, plane in zip(range(box.start[0], box.stop[0]), out, strict=True):
             with _naming(f"page {z} of {self.path}", box):
-                pages.fill(plane, z, box.slices[1:])
+                pages.fill(plane, z, box.slices[1:], self.channel)
         return out
 
     def _read_slices(self, box: Box) -> np.ndarray:
@@ -140,27 +165,47 @@ def open(path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None 
     labels of a volseg run. ``voxel_size_nm`` (z y x) overrides what the file says. Raises :class:`UserError` for all
     that is not a volume.
     """
+    return _open(path, dataset, voxel_size_nm, several=False)[0]
+
+
+def open_channels(
+    path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None = None
+) -> tuple[Volume, ...]:
+    """One volume for each channel at ``path``, in the order stored; a volume without channels comes alone.
+
+    The channels of a zarr array lie along the axis called c or channel; of four axes without such a name, along the
+    first or the last, whichever has at most `FEW` entries. In a TIFF file they are its axis C, its samples, or the shorter
+    of two unnamed stack axes. The rest is as in :func:`open`.
+    """
+    return _open(path, dataset, voxel_size_nm, several=True)
+
+
+def _open(path: str | Path, dataset: str, voxel_size_nm: TripleNm | None, *, several: bool) -> tuple[Volume, ...]:
     path = _absolute(path)
     if is_remote(path):
-        found = _open_zarr(path, dataset)
+        found = _open_zarr(path, dataset, several=several)
     elif not os.path.exists(path):
         raise UserError(f"no such file or folder: {path}{_near(path)}")
     elif os.path.isdir(path):
-        found = _open_zarr(path, dataset) if _looks_zarr(path) else _open_folder(path)
+        found = _open_zarr(path, dataset, several=several) if _looks_zarr(path) else (_open_folder(path),)
     else:
-        found = _open_file(path)
-    return replace(found, voxel_size_nm=tuple(float(n) for n in voxel_size_nm)) if voxel_size_nm else found
+        found = _open_file(path, several=several)
+    size = tuple(float(n) for n in voxel_size_nm) if voxel_size_nm else None
+    return tuple(replace(one, voxel_size_nm=size) for one in found) if size else found
 
 
-def _open_file(path: str) -> Volume:
+def _open_file(path: str, *, several: bool) -> tuple[Volume, ...]:
     suffix = os.path.splitext(path)[1].lower()
     if os.path.getsize(path) == 0:
         raise UserError(f"{path} is empty (0 bytes); copy it again")
     if suffix in TIFF:
         pages = _tiff(path, _stamp(path))
+        if pages.channels > 1 and not several:
+            raise UserError(f"{path} {pages.what_channels()}")
         if pages.shape[0] == 1:
             raise UserError(f"{path} is 2-D ({_by(pages.shape[1:])}); give a multi-page TIFF or a folder of slices")
-        return Volume(path, "tiff", pages.shape, pages.dtype, pages.voxel_size_nm, pages.chunk)
+        one = Volume(path, "tiff", pages.shape, pages.dtype, pages.voxel_size_nm, pages.chunk, binary=pages.binary)
+        return tuple(replace(one, channel=i) for i in range(pages.channels))
     if suffix in SLICES:
         raise UserError(f"{path} is a single 2-D slice; give the folder that holds the slices")
     raise UserError(f"{path} has the unsupported extension {suffix or '(none)'}; {READS}: convert it first")
@@ -342,19 +387,12 @@ def forget() -> None:
     _cached_array.cache_clear()
 
 
-def _damaged(array: zarr.Array, box: Box) -> str:
-    """The key of the first stored object under ``box`` that cannot be read; "" when each can, on its own."""
-    lead = array.ndim - 3
-    grid = Blocks(array.shape[lead:], (array.shards or array.chunks)[lead:])
-    for i in grid.meeting(box):
-        try:
-            array[(0,) * lead + grid[i].intersect(box).slices]
-        except Exception:  # the caller tells the cause
-            return array.metadata.encode_chunk_key((0,) * lead + grid.coords(i))
-    return ""
+def _space(ndim: int, channel_axis: int | None) -> list[int]:
+    """Which axes of an array are z y x: the last three, the channels apart."""
+    return [axis for axis in range(ndim) if axis != channel_axis][-3:]
 
 
-def _open_zarr(path: str, dataset: str) -> Volume:
+def _open_zarr(path: str, dataset: str, *, several: bool) -> tuple[Volume, ...]:
     node = _node(path, dataset)
     if isinstance(node, zarr.Group):
         dataset = _full_resolution(node, path, dataset)
@@ -363,9 +401,14 @@ def _open_zarr(path: str, dataset: str) -> Volume:
     if isinstance(node, zarr.Group):
         raise UserError(f"{where} is a zarr group, not an array{_inside(where)}")
     image, entry = _multiscales(path, dataset)
-    _check_axes(node, _axes(image, node), where)
-    chunk = tuple(min(c, n) for c, n in zip(node.chunks[-3:], node.shape[-3:], strict=True))
-    return Volume(path, "zarr", node.shape[-3:], _dtype(node.dtype, where), _ome_nm(image, entry), chunk, dataset)
+    axes = _axes(image, node)
+    lead = _channel_axis(node, axes, where) if several else None
+    _check_axes(node, axes, lead, where)
+    shape, chunk = (tuple(sizes[axis] for axis in _space(node.ndim, lead)) for sizes in (node.shape, node.chunks))
+    chunk = tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
+    one = Volume(path, "zarr", shape, _dtype(node.dtype, where), _ome_nm(image, entry, lead), chunk, dataset,
+                 channel_axis=lead, binary=node.dtype.kind == "b")  # fmt: skip
+    return (one,) if lead is None else tuple(replace(one, channel=i) for i in range(node.shape[lead]))
 
 
 def _full_resolution(group: zarr.Group, path: str, dataset: str) -> str:
@@ -407,40 +450,60 @@ def _images(root: str) -> list[dict]:
 
 
 def _axes(image: dict, array: zarr.Array) -> list[str]:
-    """Names of the array's axes, lower case; made up as ... t c z y x where nothing names them."""
-    axes = [axis if isinstance(axis, str) else axis.get("name", "") for axis in image.get("axes", [])]
+    """Names of the array's axes, lower case, "c" for channels. Where nothing names them they are t c z y x, and of four
+    the first is "?"."""
+    axes = [axis if isinstance(axis, str) else _axis_name(axis) for axis in image.get("axes", [])]
     if not axes and array.metadata.zarr_format == 3:
         axes = [name or "" for name in array.metadata.dimension_names or ()]
     if len(axes) != array.ndim or not all(axes):
-        axes = [*("?" * (array.ndim - 5)), *"tczyx"[-array.ndim :]] if array.ndim else []
-    return [axis.lower() for axis in axes]
+        axes = ["?", *"zyx"] if array.ndim == 4 else [*("?" * (array.ndim - 5)), *"tczyx"[max(0, 5 - array.ndim) :]]
+    return ["c" if axis.lower() in CHANNEL else axis.lower() for axis in axes]
 
 
-def _check_axes(array: zarr.Array, axes: list[str], where: str) -> None:
-    shape = array.shape
-    if array.ndim < 3:
-        raise UserError(f"{where} is {array.ndim}-D ({_by(shape)}); volseg needs a volume with axes z y x")
-    if set(axes[-3:]) == set("zyx") and axes[-3:] != ["z", "y", "x"]:
-        raise UserError(f"{where} has axes {' '.join(axes)}; volseg needs z y x last: transpose it")
-    for name, n in zip(axes[:-3], shape[:-3], strict=True):
-        if n != 1:
+def _axis_name(axis: dict) -> str:
+    return "c" if axis.get("type") == "channel" else axis.get("name", "")
+
+
+def _channel_axis(array: zarr.Array, axes: list[str], where: str) -> int | None:
+    """The axis that holds the channels; None where there is none."""
+    if array.ndim == 4 and "c" not in axes:
+        few = [axis for axis in (0, 3) if array.shape[axis] <= FEW]
+        if len(few) != 1:
             raise UserError(
-                f"{where} is {array.ndim}-D ({_by(shape)}): axis {name} has {n} entries and must have 1; "
-                "save the wanted one as a z y x array"
+                f"{where} is 4-D ({_by(array.shape)}) and no axis is named c: volseg cannot tell which one holds the "
+                f"channels; name its axes, or save it as c z y x with at most {FEW} channels"
             )
-    if 0 in shape:
-        raise UserError(f"{where} has no voxels: its shape is {_by(shape)}")
+        return few[0]
+    return axes.index("c") if "c" in axes and array.ndim > 3 else None
 
 
-def _ome_nm(image: dict, entry: dict) -> TripleNm | None:
+def _check_axes(array: zarr.Array, axes: list[str], channel_axis: int | None, where: str) -> None:
+    if array.ndim < 3:
+        raise UserError(f"{where} is {array.ndim}-D ({_by(array.shape)}); volseg needs a volume with axes z y x")
+    space = _space(array.ndim, channel_axis)
+    names = [axes[axis] for axis in space]
+    if set(names) == set("zyx") and names != ["z", "y", "x"]:
+        raise UserError(f"{where} has axes {' '.join(axes)}; volseg needs z y x last: transpose it")
+    for axis, (name, n) in enumerate(zip(axes, array.shape, strict=True)):
+        if n != 1 and axis not in (*space, channel_axis):
+            raise UserError(
+                f"{where} is {array.ndim}-D ({_by(array.shape)}): axis {name.replace('?', 'c')} has {n} entries and must "
+                "have 1; save the wanted one as a z y x array"
+            )
+    if 0 in array.shape:
+        raise UserError(f"{where} has no voxels: its shape is {_by(array.shape)}")
+
+
+def _ome_nm(image: dict, entry: dict, channel_axis: int | None) -> TripleNm | None:
     """Voxel size z y x in nm from coordinate transformations and axis units; None where either is absent."""
-    axes = [axis for axis in image.get("axes", []) if isinstance(axis, dict)][-3:]
-    units = [NM.get(str(axis.get("unit", "")).lower()) for axis in axes]
+    listed = image.get("axes", [])
+    space = _space(len(listed), channel_axis)
+    units = [NM.get(str(listed[i].get("unit", "")).lower()) for i in space if isinstance(listed[i], dict)]
     size = np.ones(3)
     found = False
     for step in (*entry.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])):
-        if step.get("type") == "scale" and len(step.get("scale", [])) >= 3:
-            size *= step["scale"][-3:]
+        if step.get("type") == "scale" and len(step.get("scale", [])) == len(listed):
+            size *= [step["scale"][i] for i in space]
             found = True
     if not found or len(units) != 3 or None in units or not (size > 0).all():
         return None
@@ -462,8 +525,9 @@ class _Pages:
                 len(tif.pages)
             series = _only_series(tif, path)
             key = series.keyframe
-            self.shape = _tiff_shape(series, tif, path)
+            self.shape, self.channels, self.layout = _tiff_shape(series, tif, path)
             self.dtype = _dtype(key.dtype, path)
+            self.binary = key.dtype.kind == "b"
             self.stored = key.dtype.newbyteorder(tif.byteorder)
             self.voxel_size_nm = _tiff_nm(tif)
             self.offset = series.dataoffset  # of all sections when they lie in one piece
@@ -481,12 +545,13 @@ class _Pages:
         """Refuses what cannot be decoded, or lies beyond the end of the file."""
         size = os.path.getsize(self.path)
         if self.offset is not None:
-            if self.offset + int(np.prod(self.shape, dtype=np.int64)) * self.stored.itemsize > size:
+            if self.offset + int(np.prod(series.shape, dtype=np.int64)) * self.stored.itemsize > size:
                 raise UserError(
-                    f"{self.path} is cut short: {size} bytes do not hold {_by(self.shape)} voxels; copy it again"
+                    f"{self.path} is cut short: {size} bytes do not hold {_by(series.shape)} voxels; copy it again"
                 )
             return
-        if len(self.pages) != self.shape[0] or len(key.shape) != 2 or None in self.pages:
+        count = self.shape[0] * (1 if self.layout == "zs" else self.channels)
+        if len(self.pages) != count or len(key.shape) != 2 + (self.layout == "zs") or None in self.pages:
             raise UserError(f"{self.path} is laid out in a way volseg does not read; save it as one page per section")
         for page in self.pages:
             end = max((a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
@@ -508,37 +573,50 @@ class _Pages:
                 "decoded here: pip install imagecodecs, or save it with deflate or without compression"
             ) from None
 
-    def fill(self, plane: np.ndarray, z: int, window: tuple[slice, slice]) -> None:
-        """``plane`` holds the voxels of section ``z`` in ``window`` (y x)."""
+    def what_channels(self) -> str:
+        """Why a file of several channels is no volume, and what to do."""
+        if self.layout == "zs":
+            return f"is a colour image (RGB, {self.channels} samples per voxel); convert it to grey values"
+        return f"has {self.channels} channels; save the wanted one alone"
+
+    def fill(self, plane: np.ndarray, z: int, window: tuple[slice, slice], channel: int = 0) -> None:
+        """``plane`` holds the voxels of section ``z`` of a channel in ``window`` (y x)."""
+        page = {"zs": z, "zc": z * self.channels + channel, "cz": channel * self.shape[0] + z}[self.layout]
+        sample = channel if self.layout == "zs" else 0
         if self.offset is not None:
-            step = self.shape[1] * self.shape[2] * self.stored.itemsize
-            plane[...] = self._map(self.offset + z * step)[window]
-        elif self.final and _in_one_piece(self.pages[z]):
-            plane[...] = self._map(self.pages[z].dataoffsets[0])[window]
+            step = int(np.prod(self._plane, dtype=np.int64)) * self.stored.itemsize
+            plane[...] = self._map(self.offset + page * step)[window][..., sample]
+        elif self.final and _in_one_piece(self.pages[page]):
+            plane[...] = self._map(self.pages[page].dataoffsets[0])[window][..., sample]
         else:
-            self._fill_from_segments(plane, z, window)
+            self._fill_from_segments(plane, page, window, sample)
+
+    @property
+    def _plane(self) -> Triple:
+        """Shape of one page, y x and samples."""
+        return *self.shape[1:], self.channels if self.layout == "zs" else 1
 
     def _map(self, offset: int) -> np.ndarray:
-        return np.memmap(self.path, self.stored, mode="r", offset=offset, shape=self.shape[1:])
+        return np.memmap(self.path, self.stored, mode="r", offset=offset, shape=self._plane)
 
-    def _fill_from_segments(self, plane: np.ndarray, z: int, window: tuple[slice, slice]) -> None:
-        whole = plane.shape == self.shape[1:]
+    def _fill_from_segments(self, plane: np.ndarray, z: int, window: tuple[slice, slice], sample: int) -> None:
+        whole = plane.shape == self.shape[1:] and self.layout != "zs"
         decode = self._decode if whole else self._cached
         want = Box((0, window[0].start, window[1].start), (1, window[0].stop, window[1].stop))
         for i, have in self._segments(z):
             both = want.intersect(have)
             if both.voxels:
                 data = decode(z, i)
-                plane[both.inside(want)[1:]] = 0 if data is None else data[both.inside(have)[1:]]
+                plane[both.inside(want)[1:]] = 0 if data is None else data[both.inside(have)[1:]][..., sample]
 
     def _segments(self, z: int) -> Iterator[tuple[int, Box]]:
-        """Number and box of each strip or tile of section ``z``."""
+        """Number and box of each strip or tile of page ``z``."""
         key = self.pages[z].keyframe
         size = (1, key.tilelength, key.tilewidth) if key.is_tiled else (1, key.rowsperstrip, key.imagewidth)
         return enumerate(Blocks((1, *self.shape[1:]), size))
 
     def _decode(self, z: int, i: int) -> np.ndarray | None:
-        """Strip or tile ``i`` of section ``z``, y x; None where the file leaves it out (all zero)."""
+        """Strip or tile ``i`` of page ``z``, y x and samples; None where the file leaves it out (all zero)."""
         page = self.pages[z]
         offset, count = page.dataoffsets[i], page.databytecounts[i]
         if not count:
@@ -549,7 +627,7 @@ class _Pages:
         if len(raw) != count:
             raise OSError(f"strip {i} holds {len(raw)} of {count} bytes")
         data, _, _ = page.keyframe.decode(raw, i, jpegtables=page.jpegtables)
-        return None if data is None else data[0, :, :, 0]
+        return None if data is None else data[0]
 
 
 def _binary(path: str) -> Any:
@@ -602,22 +680,33 @@ def _only_series(tif: Any, path: str) -> Any:
     return tif.series[0]
 
 
-def _tiff_shape(series: Any, tif: Any, path: str) -> Triple:
-    """z y x of a stack of grey pages, whatever its one stack axis is called."""
+def _tiff_shape(series: Any, tif: Any, path: str) -> tuple[Triple, int, str]:
+    """z y x of a stack of pages, whatever its stack axis is called; its number of channels; and how pages follow each
+    other: "zc" (channels change first), "cz", or "zs" (a page holds all channels of a section)."""
     sizes = list(zip(series.get_axes(False), series.get_shape(False), strict=True))
     stack = [(axis, n) for axis, n in sizes if axis not in "YX" and n > 1]
-    for axis, n in stack:
-        if axis == "S":
-            raise UserError(f"{path} is a colour image (RGB, {n} samples per voxel); convert it to grey values")
-        if axis == "C":
-            raise UserError(f"{path} has {n} channels; save the wanted one alone")
-    if len(stack) > 1:
-        raise UserError(f"{path} is {len(stack) + 2}-D ({_by(series.shape)}); save one z stack of grey pages")
-    sections = stack[0][1] if stack else 1
+    names = "".join(axis for axis, n in sizes if axis in "YX" or n > 1)
+    lead = _tiff_channels(stack)
+    depth = [n for i, (_, n) in enumerate(stack) if i != lead]
+    if len(depth) > 1 or not names.endswith("YXS" if "S" in names else "YX"):
+        raise UserError(
+            f"{path} is {len(stack) + 2}-D ({_by(series.shape)}, axes {series.axes}); save one z stack of grey pages, "
+            "or several channels with their axes named, such as CZYX"
+        )
+    sections, channels = (depth or [1])[0], 1 if lead is None else stack[lead][1]
     promised = int((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
-    if promised > max(sections, len(tif.pages)):
-        raise UserError(f"{path} is cut short: it promises {promised} sections and holds {sections}; copy it again")
-    return sections, dict(sizes)["Y"], dict(sizes)["X"]
+    if promised > max(sections * channels, len(tif.pages)):
+        raise UserError(f"{path} is cut short: it promises {promised} pages and holds {len(tif.pages)}; copy it again")
+    layout = "zs" if "S" in names else "cz" if lead == 0 else "zc"
+    return (sections, dict(sizes)["Y"], dict(sizes)["X"]), channels, layout
+
+
+def _tiff_channels(stack: list[tuple[str, int]]) -> int | None:
+    """Which of the stack axes holds channels: that called C or S, else of two the only one that is short, if not T or Z."""
+    named = [i for i, (axis, _) in enumerate(stack) if axis in "CS"]
+    short = [i for i, (axis, n) in enumerate(stack) if axis not in "TZ" and n <= FEW]
+    found = named or (short if len(stack) == 2 else [])
+    return found[0] if len(found) == 1 else None
 
 
 def _tiff_nm(tif: Any) -> TripleNm | None:
