@@ -29,11 +29,17 @@ def exact(
     volume: Annotated[str, typer.Option(help="Image to segment; any volume.")] = f"{EPFL}/training.tif",
     sections: Annotated[int, typer.Option(help="How many of its last sections; 0 takes all.")] = 16,
     run: Annotated[str, typer.Option(help="A finished run: cut its stored probabilities anew instead.")] = "",
+    vnc: Annotated[str, typer.Option(help="Folder with raw and mitochondria of VNC: probabilities of its truth.")] = "",
 ) -> None:
     """SHA-256 of the labels for several block shapes, worker counts, and a run killed half-way."""
     from benchmarks import exact as bench
 
-    bench.of_run(run) if run else bench.of_volume(volume, sections)
+    if run:
+        bench.of_run(run)
+    elif vnc:
+        bench.of_vnc(vnc, sections)
+    else:
+        bench.of_volume(volume, sections)
 
 
 Pair = tuple[str, str]

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
+from scipy.ndimage import gaussian_filter
 
 from benchmarks import report
 from volseg import fragments, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
 from volseg.decide import decide, rules
+
+VNC = ("input.voxel_size_nm=[50, 4.6, 4.6]", "fragments.smooth=[0, 2, 2]")  # settings of the runs on VNC
 
 
 def digest(labels: np.ndarray) -> str:
@@ -98,6 +101,39 @@ def of_run(run: str) -> None:
                      "sha256": digest(found)})  # fmt: skip
     report.keep("exact-run", rows)
     _agree(rows)
+
+
+def of_vnc(folder: str, sections: int) -> None:
+    """Whole runs of `volseg segment` on probabilities of VNC that volseg did not make, in six blockings."""
+    depth = sections or volume.open(f"{folder}/raw").shape[0]
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        _, ny, nx = volume.open(f"{folder}/raw").shape
+        path = f"{place}/probabilities.tif"
+        mask, contour = vnc_probabilities(folder, Box((0, 0, 0), (depth, ny, nx)))
+        tifffile.imwrite(path, np.stack([mask, contour], axis=1), metadata={"axes": "ZCYX"}, photometric="minisblack")
+        for i, block in enumerate([(depth, ny, nx), (4, ny, nx), (7, 500, 301), (depth, 96, 96), (1, ny, nx), (5, 333, nx)]):
+            out = f"{place}/{i}.volseg.zarr"
+            line = [sys.executable, "-m", "volseg", "segment", path, "--mask-channel=0", "--contour-channel=1", "--out", out,
+                    f"--set=blocks.shape={list(block)}", *(f"--set={text}" for text in VNC)]  # fmt: skip
+            subprocess.run(line, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            labels = volume.open(out)
+            rows.append({
+                "blocks": " x ".join(map(str, block)),
+                "objects": json.loads(Path(out, "run.json").read_text())["objects"],
+                "sha256": digest(labels.read(Box.whole(labels.shape))),
+            })  # fmt: skip
+            shutil.rmtree(out)
+    report.keep("exact-vnc", rows)
+    _agree(rows)
+
+
+def vnc_probabilities(folder: str, box: Box) -> tuple[np.ndarray, np.ndarray]:
+    """Mask and contour (float32, 0..1) as a network might give them: the truth with soft borders, surer where it is dark."""
+    inside = (volume.open(f"{folder}/mitochondria").read(box) > 0).astype(np.float32)
+    dark = 1 - gaussian_filter(volume.open(f"{folder}/raw").read(box).astype(np.float32), (0, 2, 2)) / 255
+    soft = gaussian_filter(inside, (0.3, 3, 3))
+    return np.clip(soft * (0.5 + dark), 0, 1), np.clip(2 * soft * (1 - soft) * (0.5 + dark), 0, 1)
 
 
 def cut(

@@ -249,5 +249,21 @@ def test_slices_of_several_bit_depths_are_one_mask(shared_data):
 def test_an_image_given_for_labels_is_refused(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (2, 64, 64)).astype(np.uint8)
     tifffile.imwrite(tmp_path / "image.tif", image, photometric="minisblack")
-    with pytest.raises(UserError, match=r"image\.tif changes its value at 100 % of its voxels"):
+    with pytest.raises(UserError, match=r"image\.tif is neither labels nor a mask: \d\d % of its voxels.*volseg segment"):
         evaluate(str(tmp_path / "image.tif"), str(tmp_path / "image.tif"))
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+def test_stored_probabilities_given_for_labels_are_refused(reference, tmp_path, channel):
+    map_of = write_tif(tmp_path / "map.tif", volume.open_array(reference, "0")[channel])
+    with pytest.raises(UserError, match="a probability map"):
+        evaluate(map_of, map_of)
+
+
+def test_many_small_labels_and_points_are_labels(tmp_path):
+    """Objects of 2 x 2 voxels that touch, as many as uint8 can tell, and points of one voxel each."""
+    dense = np.random.default_rng(0).integers(1, 256, (3, 48, 48)).astype(np.uint8).repeat(2, 1).repeat(2, 2)
+    points = np.where(np.random.default_rng(1).random((3, 96, 96)) < 0.05, dense, 0).astype(np.uint8)
+    for name, ids in (("dense", dense), ("points", points)):
+        path = write_tif(tmp_path / f"{name}.tif", ids)
+        assert evaluate(path, path)["foreground"]["iou"] == 1.0

@@ -13,7 +13,7 @@ RANKS = [
     {"box", "config"},
     {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "decide", "objects", "metrics", "synth"},
     {"volume", "model"},
-    {"pyramid", "samples", "forward", "cluster"},
+    {"pyramid", "samples", "forward", "cluster", "foreign"},
     {"pipeline", "evaluate", "view", "heldout", "checkpoint"},
     {"calibrate", "verify", "report"},
     {"train"},

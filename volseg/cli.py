@@ -151,24 +151,65 @@ def infer(
     _run(lambda show: pipeline.infer(volume, where, settings, overwrite=overwrite, show=show))
 
 
+def _channel(name: str, more: str) -> Any:
+    """The type of an option that says which channel is what."""
+    option = typer.Option(f"--{name}-channel", metavar="N", min=0, help=f"Number of the {name} channel, from 0; {more}.")
+    return Annotated[int | None, option]
+
+
 @app.command()
 def segment(
-    run: Annotated[str, typer.Argument(help="A finished run.")],
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_PROBABILITIES", help="A run, or a volume of probabilities.")],
+    mask_channel: _channel("mask", "may be left out where there is one channel") = None,
+    contour_channel: _channel("contour", "without one the height is the mask's alone") = None,
+    distance_channel: _channel("distance", "stored with the run") = None,
+    contour: Annotated[str, typer.Option("--contour", metavar="PATH", help="A volume of its own with the contour.")] = "",
+    distance: Annotated[str, typer.Option("--distance", metavar="PATH", help="The same with the distance.")] = "",
+    inverted: Annotated[
+        list[str] | None,
+        typer.Option("--inverted", metavar="mask|contour|distance", help="Take 1 - value of this channel; repeatable. "
+                     "A membrane map is --inverted mask: objects are where it is low."),
+    ] = None,
+    out: Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")] = "",
     config: ConfigFile = None,
     sets: Sets = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Make basins anew if work/ was cleaned.")] = False,
+    scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
+    overwrite: Overwrite = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Make a run's basins anew if work/ was cleaned.")] = False,
 ) -> None:
-    """Decide a run's labels anew with other [fragments] or [stitch] settings, in seconds and without the network."""
-    load(config, sets or ())
+    """Segment probabilities without a network: a run's own, or those of any other network.
+
+    Of a RUN, the labels are decided anew in place with other [fragments] or [stitch] settings, in seconds.
+
+    Of PROBABILITIES (zarr, OME-Zarr, TIFF or a folder of slices; z y x, or with channels first or last; float 0..1,
+    uint8 0..255, uint16 0..65535 or bool), a run is made as infer makes it, and all other commands take it.
+    """  # fmt: skip
+    flags = [f"probabilities.{name}={number}" for name, number in
+             (("mask_channel", mask_channel), ("contour_channel", contour_channel), ("distance_channel", distance_channel))
+             if number is not None]  # fmt: skip
+    flags += [f"probabilities.{name}={_toml(text)}" for name, text in (("contour", contour), ("distance", distance)) if text]
+    flags += [f"probabilities.inverted={json.dumps(inverted)}"] * bool(inverted)
+    flags += [f"cluster.workers={workers}"] * (workers is not None)
+    flags += [f"cluster.scheduler={_toml(scheduler)}"] * bool(scheduler)
+    settings = load(config, [*(sets or ()), *flags])
     from volseg import pipeline
 
-    flags = [f"cluster.workers={workers}"] * (workers is not None)
+    path = path.rstrip("/")
+    if not pipeline.is_run(path):
+        where = (out or default_out(path)).rstrip("/")
+        if recompute:
+            raise UserError(f"{path} is not a volseg run: --recompute is for a run whose work folder was cleaned")
+        _run(lambda show: pipeline.segment_probabilities(path, where, settings, overwrite=overwrite, show=show))
+        return
+    if out or overwrite:
+        raise UserError(f"{path} is a run and is decided anew in place; leave out --out and --overwrite, or give {path}/0 "
+                        "to make another run of its probabilities")  # fmt: skip
 
-    def change(settings: Config) -> Config:
-        return load(config, [*(sets or ()), *flags], base=settings.model_dump(mode="json", exclude={"train"}))
+    def change(old: Config) -> Config:
+        return load(config, [*(sets or ()), *flags], base=old.model_dump(mode="json", exclude={"train"}))
 
-    _run(lambda show: pipeline.segment(run.rstrip("/"), change, recompute=recompute, show=show))
+    _run(lambda show: pipeline.segment(path, change, recompute=recompute, show=show))
 
 
 @app.command()

@@ -50,6 +50,17 @@ class Predict(Section):
         return self
 
 
+class Probabilities(Section):
+    """Which channels of a volume of probabilities are what; `volseg segment` alone reads it, where no network is run."""
+
+    mask_channel: Count | None = None  # counted from 0; may be left out where there is one channel
+    contour_channel: Count | None = None  # None: no contour
+    distance_channel: Count | None = None  # None: no distance
+    contour: str = ""  # a volume of its own that holds the contour; "" takes a channel of the first
+    distance: str = ""  # the same of the distance
+    inverted: tuple[Literal["mask", "contour", "distance"], ...] = ()  # taken as 1 - value: low where it should be high
+
+
 class Blocks(Section):
     shape: tuple[Size, Size, Size] | None = None  # z y x; None fits whole planes into memory
 
@@ -151,6 +162,7 @@ class Tune(Section):
 class Config(Section):
     input: Input = Input()
     predict: Predict = Predict()
+    probabilities: Probabilities = Probabilities()
     blocks: Blocks = Blocks()
     fragments: Fragments = Fragments()
     stitch: Stitch = Stitch()

@@ -18,6 +18,7 @@ INSTANCES = "labels/instances/0"  # where a run keeps its labels
 BLOCK_VOXELS = 1 << 24  # voxels of each volume in memory at once
 MASK_SHARE = 0.99  # of the foreground, in the values 1 and 255: then 8-bit values are grey levels of a mask, not ids
 STORED = "labels as stored"
+ALONE = 0.02  # of the foreground unlike all its neighbours, at most: labels have 0.00, probabilities 0.17 to 0.69, images 0.9
 COMPONENTS = "26-connected components of a binary volume"
 
 Read = Callable[[Box], np.ndarray]
@@ -51,25 +52,33 @@ def _open(path: str) -> _Side:
     if np.dtype(opened.dtype).kind not in "bui":
         raise UserError(
             f"{path} holds {opened.dtype}; evaluate compares labels or masks, which are whole numbers: "
-            "threshold a probability map first, or give the run folder that volseg made"
+            "make labels of probabilities with volseg segment, or give the run folder that volseg made"
         )
     _refuse_image(opened)
     return _Side(opened, is_run or ".zarr/labels/" in root)
 
 
 def _refuse_image(opened: volume.Volume) -> None:
-    """Labels are the same from voxel to voxel nearly everywhere; an image hardly anywhere."""
-    size = tuple(min(n, m) for n, m in zip(opened.shape, (1, 256, 256), strict=True))
-    if min(size[1:]) < 32:
-        return
-    start = tuple((n - m) // 2 for n, m in zip(opened.shape, size, strict=True))
-    patch = opened.read(Box(start, tuple(a + m for a, m in zip(start, size, strict=True))))
-    changing = float(np.mean(patch[..., 1:] != patch[..., :-1]))
-    if changing > 0.5:
+    """Labels are the same from voxel to voxel nearly everywhere; images and probabilities hardly anywhere."""
+    above = alone = 0
+    for box in volume.patches(opened.shape):
+        (plane,) = opened.read(box)
+        above, alone = above + np.count_nonzero(plane), alone + _alone(plane)
+    if alone > ALONE * above:
         raise UserError(
-            f"{opened.path} changes its value at {100 * changing:.0f} % of its voxels, as an image does; "
-            "evaluate compares labels: give the labels or the mask (volseg synth puts them at labels/truth)"
+            f"{opened.path} is neither labels nor a mask: {100 * alone / above:.0f} % of its voxels above 0 differ from all "
+            "their neighbours, as in an image or a probability map. Give labels (volseg synth puts them at labels/truth); "
+            "volseg segment makes labels of probabilities"
         )
+
+
+def _alone(plane: np.ndarray) -> int:
+    """Inner voxels above 0 (2-D) that differ from all four neighbours, which are above 0 too: points are no noise."""
+    inner = plane[1:-1, 1:-1]
+    found = inner > 0
+    for near in (plane[:-2, 1:-1], plane[2:, 1:-1], plane[1:-1, :-2], plane[1:-1, 2:]):
+        found &= (near > 0) & (near != inner)
+    return int(np.count_nonzero(found))
 
 
 def _place(pred: _Side, truth: _Side, box: Box | None) -> tuple[_Side, _Side, Triple]:

@@ -1,6 +1,7 @@
 """Read this first: the path of a voxel, one function per stage.
 
     predict    tiles of one block -> blended uint8 probabilities
+    take       instead of predict: one block of probabilities that another network made -> uint8
     fragments  probabilities -> basins of one block, and a table of how they touch
     faces      a block's exits and crossing edges come to name its neighbours' basins
     stitch     all tables -> the label of every basin
@@ -19,7 +20,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib import metadata
 from math import prod
@@ -28,7 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from volseg import cluster, forward, model, objects, pyramid, stitch, tiles, volume
+from volseg import cluster, foreign, forward, model, objects, pyramid, stitch, tiles, volume
 from volseg import fragments as basins
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
@@ -46,25 +47,35 @@ FREE = ("out", "config.cluster.", "config.output.keep_work")  # parts of a descr
 
 @dataclass(frozen=True)
 class Run:
-    """All that determines a run's output; stored in its folder, from where workers read it."""
+    """All that determines a run's output; stored in its folder, from where workers read it.
+
+    Its probabilities come from a network, or are ``taken`` from other volumes: then ``source`` is the mask's, and what
+    describes a network is left as it is here.
+    """
 
     out: str
     source: volume.Volume
     config: Config
-    model_sha256: str
     heads: tuple[str, ...]
-    sections: int
-    mean: float
-    std: float
     voxel_size_nm: tuple[float, float, float]
     checksum: str
-    engine: dict
     predict_block: Triple
     block: Triple
+    model_sha256: str = ""
+    sections: int = 1
+    mean: float = 0.0
+    std: float = 1.0
+    engine: dict = field(default_factory=dict)
+    taken: tuple[foreign.Channel, ...] = ()
 
     @property
     def shape(self) -> Triple:
         return self.source.shape
+
+    @property
+    def first(self) -> str:
+        """The stage that stores probabilities."""
+        return "take" if self.taken else "predict"
 
     @property
     def predict_grid(self) -> Blocks:
@@ -86,14 +97,17 @@ class Run:
     def keys(self) -> dict[str, str]:
         """Each stage's hash of all that determines its output."""
         c = self.config
-        predict = _hash(
+        first = _hash(
             self.checksum, self.shape, self.model_sha256, self.mean, self.std, self.engine, self.predict_block,
             c.predict.tile, c.predict.overlap, c.predict.batch, c.output.chunk,
         )  # fmt: skip
-        fragments = _hash(predict, c.fragments.model_dump(), self.block, basins.EDGE.names)
+        if self.taken:
+            roles = [(channel.name, channel.source is not None, channel.inverted) for channel in self.taken]
+            first = _hash(self.checksum, self.shape, roles, self.predict_block, c.output.chunk)
+        fragments = _hash(first, c.fragments.model_dump(), self.block, basins.EDGE.names)
         stitched = _hash(fragments, c.stitch.model_dump())
         levels = {f"pyramid{k}": _hash(stitched, k, *self.levels) for k in range(1, len(self.levels))}
-        return {"predict": predict, "fragments": fragments, "faces": fragments, "stitch": stitched,
+        return {self.first: first, "fragments": fragments, "faces": fragments, "stitch": stitched,
                 "relabel": stitched, **levels}  # fmt: skip
 
     @cached_property
@@ -107,9 +121,14 @@ class Run:
 
     @classmethod
     def from_json(cls, plain: dict) -> Run:
-        known = {name: _tuples(plain[name]) for name in cls.__dataclass_fields__ if name not in ("config", "source")}
-        source = volume.Volume(**{key: _tuples(value) for key, value in plain["source"].items()})
-        return cls(**{**known, "engine": plain["engine"], "source": source, "config": Config(**plain["config"])})
+        known = {name: _tuples(plain[name]) for name in cls.__dataclass_fields__ if name in plain}
+        taken = tuple(replace(foreign.Channel(**c), source=_volume(c["source"])) for c in plain.get("taken", ()))
+        whole = {"engine": plain["engine"], "taken": taken, "config": Config(**plain["config"])}
+        return cls(**{**known, **whole, "source": _volume(plain["source"])})
+
+
+def _volume(plain: dict | None) -> volume.Volume | None:
+    return None if plain is None else volume.Volume(**{key: _tuples(value) for key, value in plain.items()})
 
 
 def _tuples(value: Any) -> Any:
@@ -194,6 +213,15 @@ def _slab(run: Run, box: Box, meeting: list[tuple[int, int]]) -> tuple[np.ndarra
     return run.source.read(need), need.start
 
 
+def take(run: Run, i: int, seconds: dict[str, float]) -> None:
+    """Probabilities of block ``i`` are stored as another network made them, as uint8."""
+    box = run.predict_grid[i]
+    with cluster.timed(seconds, "read"):
+        out = np.stack([channel.read(box) for channel in run.taken])
+    with cluster.timed(seconds, "write"):
+        volume.write(volume.open_array(run.out, "0"), box, out)
+
+
 def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
     """Basins of block ``i`` are stored, with the table of how they touch."""
     box = run.grid[i]
@@ -273,7 +301,7 @@ def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> None:
 
 
 STAGES: dict[str, Callable] = {
-    "predict": predict, "fragments": fragments, "faces": faces, "stitch": stitched, "relabel": relabel,
+    "predict": predict, "take": take, "fragments": fragments, "faces": faces, "stitch": stitched, "relabel": relabel,
 }  # fmt: skip
 
 
@@ -391,10 +419,27 @@ def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -
     start = time.perf_counter()
     source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
     out = _absolute(out)
-    _refuse_existing(_absolute(source.path), out, overwrite)
-    if volume.is_remote(out) and overwrite and volume.exists(f"{out}/run.json"):
-        volume.remove(out)
+    _make_room([source], out, overwrite)
     run = _describe(source, config, _partial(out))
+    show.say(_headline(run))
+    return _go(run, out, start, show, lambda: _begin(run, overwrite))
+
+
+def segment_probabilities(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -> Summary:
+    """The OME-Zarr group ``out`` is what `infer` makes, from probabilities that another network stored at ``path``.
+
+    ``config.probabilities`` says which of its channels is the mask, and what else there is. In all else, a run like any
+    other. Raises as `infer` does, and for values that are no probabilities: in patches before anything is made, in each
+    block as it is read.
+    """
+    start = time.perf_counter()
+    of = config.input
+    taken = foreign.channels(path, config.probabilities, dataset=of.dataset, voxel_size_nm=of.voxel_size_nm)
+    out = _absolute(out)
+    _make_room([channel.source for channel in taken if channel.source], out, overwrite)
+    for note in foreign.look(taken):
+        show.say(note)
+    run = _describe_taken(taken, config, _partial(out))
     show.say(_headline(run))
     return _go(run, out, start, show, lambda: _begin(run, overwrite))
 
@@ -412,8 +457,10 @@ def segment(path: str, change: Callable[[Config], Config], *, recompute: bool = 
     config = change(old.config)
     block = old.block if config.blocks == old.config.blocks else blocks(old.shape, config.blocks.shape)[1]
     run = replace(old, out=_partial(out), config=config, block=block)
-    if run.keys["predict"] != old.keys["predict"]:
-        raise UserError("volseg segment cannot change input, predict or output.chunk; use volseg infer --overwrite for that")
+    fixed = ("input", "predict", "probabilities")
+    if run.keys[run.first] != old.keys[run.first] or any(getattr(config, s) != getattr(old.config, s) for s in fixed):
+        raise UserError(f"volseg segment cannot change {', '.join(fixed)} or output.chunk of a run; make it anew for that, "
+                        "with --overwrite")  # fmt: skip
 
     def prepare() -> None:
         _demote(out)
@@ -424,7 +471,7 @@ def segment(path: str, change: Callable[[Config], Config], *, recompute: bool = 
 
 def _go(run: Run, out: str, start: float, show: Show, prepare: Callable[[], None]) -> Summary:
     """Once there are workers: the run's folder, everything in it that is not done yet, and its final name."""
-    with cluster.connect(run.config.cluster, forward.gpus()) as client:
+    with cluster.connect(run.config.cluster, 0 if run.taken else forward.gpus()) as client:
         prepare()
         if link := cluster.dashboard(client):
             show.say(f"dashboard {link}")
@@ -437,7 +484,7 @@ def _stored(out: str, recompute: bool) -> Run:
     where = _partial(out) if volume.exists(f"{_partial(out)}/work/run.json") else out
     if not volume.exists(f"{where}/work/run.json"):
         if not volume.exists(f"{out}/run.json"):
-            raise UserError(f"{out} is not a volseg run (no run.json in it); give a folder that volseg infer made")
+            raise UserError(f"{out} is not a volseg run (no run.json in it); give a folder that volseg made")
         if not recompute:
             raise UserError(f"the work folder of {out} was cleaned: its basins must be made anew; add --recompute")
         _rebuild_work(out)
@@ -457,7 +504,7 @@ def _rebuild_work(out: str) -> None:
     run = replace(Run.from_json(facts), out=out)
     _create_fragments(run)
     for i in range(len(run.predict_grid)):
-        cluster.mark(out, "predict", run.keys["predict"], i, {"seconds": {}})
+        cluster.mark(out, run.first, run.keys[run.first], i, {"seconds": {}})
     volume.write_bytes(out, "work/begun", b"")
     volume.write_bytes(out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
 
@@ -487,6 +534,19 @@ def _create_fragments(run: Run) -> None:
 
 def _partial(out: str) -> str:
     return out if volume.is_remote(out) else f"{out}.partial"
+
+
+def _make_room(sources: list[volume.Volume], out: str, overwrite: bool) -> None:
+    """A run may be made at ``out``; on an object store, what `overwrite` is to replace is gone."""
+    for source in sources:
+        _refuse_existing(_absolute(source.path), out, overwrite)
+    if volume.is_remote(out) and overwrite and volume.exists(f"{out}/run.json"):
+        volume.remove(out)
+
+
+def is_run(path: str) -> bool:
+    """Whether ``path`` is a run's, finished or not."""
+    return any(volume.exists(f"{p}/{name}") for p in {path, _partial(path)} for name in ("run.json", "work/run.json"))
 
 
 def _refuse_existing(source: str, out: str, overwrite: bool) -> None:
@@ -529,6 +589,23 @@ def _describe(source: volume.Volume, config: Config, out: str) -> Run:
     )
 
 
+def _describe_taken(taken: tuple[foreign.Channel, ...], config: Config, out: str) -> Run:
+    """The run of probabilities made elsewhere as plain data, every choice made."""
+    sources = [channel.source for channel in taken if channel.source]
+    slab, block = blocks(sources[0].shape, config.blocks.shape)
+    return Run(
+        out=out,
+        source=sources[0],
+        config=config,
+        heads=tuple(channel.name for channel in taken),
+        voxel_size_nm=next((s.voxel_size_nm for s in sources if s.voxel_size_nm), (1.0, 1.0, 1.0)),
+        checksum=foreign.checksum(taken),
+        predict_block=slab,
+        block=block,
+        taken=taken,
+    )
+
+
 def _absolute(path: str) -> str:
     return path if volume.is_remote(path) else str(Path(path).resolve())
 
@@ -551,8 +628,9 @@ def _begin(run: Run, overwrite: bool) -> None:
         shard=(lead, *_shard(run.predict_block, run.shape, run.config.output.chunk)), axes="czyx",
     )  # fmt: skip
     _create_fragments(run)
-    path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
-    volume.write_bytes(run.out, "work/model.bin", forward.prepare(path, run.engine["backend"]))
+    if not run.taken:
+        path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
+        volume.write_bytes(run.out, "work/model.bin", forward.prepare(path, run.engine["backend"]))
     volume.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
 
 
@@ -576,13 +654,21 @@ def _flat(plain: dict, prefix: str = "") -> dict:
 
 def _headline(run: Run) -> str:
     z, y, x = run.shape
-    grid = run.tile_grid
     return (
         f"{run.source.path}: {z} x {y} x {x} {run.source.dtype}, voxels of "
         f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm\n"
+        f"{_origin(run)}, {len(run.grid)} block(s) of {' x '.join(map(str, run.block))}"
+    )
+
+
+def _origin(run: Run) -> str:
+    """Where a run's probabilities come from."""
+    if run.taken:
+        return "; ".join(map(str, run.taken))
+    grid = run.tile_grid
+    return (
         f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']}, tiles of {grid.size[0]} x "
-        f"{grid.size[1]}, {redundancy(run):.2f} voxels inferred for each one wanted, "
-        f"{len(run.grid)} block(s) of {' x '.join(map(str, run.block))}"
+        f"{grid.size[1]}, {redundancy(run):.2f} voxels inferred for each one wanted"
     )
 
 
@@ -598,8 +684,8 @@ def redundancy(run: Run) -> float:
 def _stages(client: Any, run: Run, show: Show) -> dict[str, float]:
     """Runs every stage after another over the blocks that no marker covers; seconds of each."""
     seconds: dict[str, float] = {}
-    for stage in ("predict", "fragments", "faces", "stitch"):
-        grid = {"predict": run.predict_grid, "stitch": Blocks(run.shape, run.shape)}.get(stage, run.grid)
+    for stage in (run.first, "fragments", "faces", "stitch"):
+        grid = {run.first: run.predict_grid, "stitch": Blocks(run.shape, run.shape)}.get(stage, run.grid)
         with cluster.timed(seconds, stage):
             _stage(client, run, stage, grid, show)
     _create_labels(run)

@@ -100,10 +100,8 @@ class Volume:
     def checksum(self) -> str:
         """Fingerprint of the voxels: shape, type and 16 patches spread over the volume, whatever the file format."""
         digest = hashlib.sha256(f"{self.shape} {self.dtype}".encode())
-        for i in range(16):
-            size = (1, *(min(128, n) for n in self.shape[1:]))
-            at = tuple(k % 16 * (n - s) // 15 for k, n, s in zip((i, 5 * i, 11 * i), self.shape, size, strict=True))
-            digest.update(self.read(Box(at, tuple(a + s for a, s in zip(at, size, strict=True)))).tobytes())
+        for box in patches(self.shape):
+            digest.update(self.read(box).tobytes())
         return digest.hexdigest()
 
     def _read_zarr(self, box: Box) -> np.ndarray:
@@ -156,6 +154,15 @@ class Volume:
             with _naming(f"slice {os.path.join(self.path, folder.files[z])}", box):
                 folder.fill(plane, z, box.slices[1:])
         return out
+
+
+def patches(shape: Triple) -> list[Box]:
+    """16 boxes of up to 1 x 128 x 128 voxels, spread over a volume of that shape."""
+    size = (1, *(min(128, n) for n in shape[1:]))
+    places = [
+        tuple(k % 16 * (n - s) // 15 for k, n, s in zip((i, 5 * i, 11 * i), shape, size, strict=True)) for i in range(16)
+    ]
+    return [Box(at, tuple(a + s for a, s in zip(at, size, strict=True))) for at in places]
 
 
 def open(path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None = None) -> Volume:
