@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, and one line for each mistake."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import tifffile
 import zarr
 
 from volseg import cli, model
+from volseg.config import load
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_a_model_of_the_wrong_kind_is_refused(run, tmp_path):
         (["evaluate", "a.tif", "b.tif"], "a.tif"),
         (["train", "absent.toml"], "absent.toml"),
         (["clean", "absent"], "not a finished volseg run"),
-        (["segment", "absent", "--set", "stitch.seed=0.5"], "not a volseg run"),
+        (["segment", "absent", "--set", "stitch.seed=0.5"], "no such file or folder"),
         (["info", "absent.safetensors"], "absent.safetensors"),
         (["infer", "em.tif", "--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
         (["infer", "em.tif", "--scheduler", "somewhere"], "tcp://host:port"),
@@ -164,7 +166,20 @@ def test_the_shipped_model_is_small_enough_to_ship():
 
 def test_version_and_settings_are_printed(run):
     assert run("--version")[1].startswith("volseg ")
-    assert json.loads(run("settings", "--set", "stitch.seed=0.9")[1])["stitch"]["seed"] == 0.9
+    assert json.loads(run("settings", "--json", "--set", "stitch.seed=0.9")[1])["stitch"]["seed"] == 0.9
+
+
+def test_settings_are_a_config_file_that_says_where_each_comes_from(run, tmp_path):
+    (tmp_path / "my.toml").write_text("[output]\nlevels = 2\n")
+    code, out, _ = run("settings", "--config", tmp_path / "my.toml", "--set", "stitch.seed=0.9")
+    assert code == 0
+    assert re.search(r"^seed = 0.9 +# --set stitch.seed=0.9$", out, re.M)
+    assert re.search(r"^levels = 2 +# .*my.toml$", out, re.M)
+    assert re.search(r"^threshold = .* +# model file$", out, re.M)
+    assert re.search(r"^tile = 1280$", out, re.M)
+    (tmp_path / "all.toml").write_text(out)
+    decode = model.load_card(model.shipped())["decode"]
+    assert load(tmp_path / "all.toml") == load(tmp_path / "my.toml", ["stitch.seed=0.9"], base=decode)
 
 
 def test_the_module_runs_as_a_command():

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from volseg import __version__
 from volseg.box import Box, Triple
-from volseg.config import Config, UserError, load
+from volseg.config import Config, UserError, layers, load, page
 
 app = typer.Typer(
     name="volseg",
@@ -404,9 +404,21 @@ def clean(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
 
 
 @app.command()
-def settings(config: ConfigFile = None, sets: Sets = None) -> None:
-    """Print every setting with its value; what a model file sets (see volseg info) comes on top of the defaults."""
-    typer.echo(json.dumps(load(config, sets or ()).model_dump(mode="json"), indent=1))
+def settings(
+    model: Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")] = "",
+    config: ConfigFile = None,
+    sets: Sets = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print every setting of an infer as a config file, and where it comes from if it is no default."""
+    from volseg.model import load_card, shipped
+
+    base = load_card(model or load(config, sets or ()).predict.model or shipped())["decode"]
+    found = load(config, sets or (), base=base)
+    if as_json:
+        typer.echo(json.dumps(found.model_dump(mode="json"), indent=1))
+    else:
+        typer.echo(page(found, layers(config, sets or (), base)))
 
 
 @app.callback(invoke_without_command=True)

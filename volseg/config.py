@@ -6,6 +6,7 @@ Layers, later ones win: the defaults here, the model file's own values, the conf
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -254,8 +255,30 @@ def _check(where: str, tables: dict, *, alone: bool = False) -> Config | None:
 
 def load(file: str | Path | None = None, sets: tuple[str, ...] | list[str] = (), base: dict | None = None) -> Config:
     """The configuration of a run: ``base`` (a model's own values), then ``file``, then each ``--set``."""
-    layers = [("model file", base or {})]
+    return resolve(*layers(file, sets, base))
+
+
+def layers(file: str | Path | None, sets: tuple[str, ...] | list[str], base: dict | None) -> list[tuple[str, dict]]:
+    """The layers that `load` lays over the defaults, and where each comes from."""
+    found = [("model file", base or {})]
     if file:
-        layers.append((str(file), read_file(file)))
-    layers += [(f"--set {text}", parse_set(text)) for text in sets]
-    return resolve(*layers)
+        found.append((str(file), read_file(file)))
+    return found + [(f"--set {text}", parse_set(text)) for text in sets]
+
+
+def page(config: Config, layers: list[tuple[str, dict]]) -> str:
+    """All settings as a config file; what is no default has a comment that says which layer it comes from.
+
+    >>> print(page(resolve(), []).split("[stitch]")[1].splitlines()[1])
+    seed = 0.6
+    """
+    origin = {(section, key): where for where, tables in layers for section, of in tables.items() for key in of}
+    lines = []
+    for section, values in config.model_dump(mode="json").items():
+        lines += ["", f"[{section}]"]
+        for key, value in values.items():
+            plain = value is None or (section, key) == ("train", "data")  # no TOML value, and tables
+            line = f"# {key} is {json.dumps(value) if value else 'not set'}" if plain else f"{key} = {json.dumps(value)}"
+            where = origin.get((section, key))
+            lines.append(f"{line:<40}  # {where}" if where else line)
+    return "\n".join(lines[1:])

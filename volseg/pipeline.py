@@ -656,9 +656,16 @@ def _headline(run: Run) -> str:
     z, y, x = run.shape
     return (
         f"{run.source.path}: {z} x {y} x {x} {run.source.dtype}, voxels of "
-        f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm\n"
+        f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm{_assumed(run)}\n"
         f"{_origin(run)}, {len(run.grid)} block(s) of {' x '.join(map(str, run.block))}"
     )
+
+
+def _assumed(run: Run) -> str:
+    """A warning where no file says how large a voxel is."""
+    if any(source and source.voxel_size_nm for source in (run.source, *(channel.source for channel in run.taken))):
+        return ""
+    return " (assumed, the volume does not say: --set input.voxel_size_nm=[z, y, x])"
 
 
 def _origin(run: Run) -> str:

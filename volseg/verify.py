@@ -611,6 +611,13 @@ def permuted(groups: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generat
 # ---------------------------------------------------------------- to read
 
 
+LEGEND = (
+    "masked: voxels in the mask; joins: edges that must join in any surroundings; whole: objects that lie whole in the box",
+    "then how many voxels are wrong by each check ('-': could not be checked): heights cut thin, basins by descent, ids by the",
+    "stored map, labels outside the mask, the rule of forest and sizes, rows of the object table",
+)
+
+
 def table(result: dict) -> str:
     """The result of `verify` as lines of text."""
     lines = [f"{result['run']}: {_by(result['shape'])} voxels in blocks of {_by(result['block'])}, {result['objects']} objects"]
@@ -620,7 +627,7 @@ def table(result: dict) -> str:
         cells = [row["masked"], row["joins"], row["whole"], *(_verdict(row["wrong"][name]) for name in CHECKS)]
         lines.append(f"{row['box']:<32}" + "".join(f"{cell:>9}" for cell in cells))
         lines += [f"  {name}: first wrong voxel at z y x {at}" for name, at in row["first"].items()]
-    lines += [*_joined_line(result["joined"]), _whole_line(result["whole"]), *_seam_lines(result["seams"])]
+    lines += [*LEGEND, *_joined_line(result["joined"]), _whole_line(result["whole"]), *_seam_lines(result["seams"])]
     return "\n".join([*lines, _last(result)])
 
 
