@@ -189,7 +189,7 @@ def test_a_cut_out_cannot_lie_outside_the_whole(tmp_path, truth):
 
 def test_probabilities_are_refused_with_advice(tmp_path, truth):
     floats = write_zarr(tmp_path / "probability.zarr", labels().astype(np.float32), SHAPE)
-    with pytest.raises(UserError, match=r"probability.zarr holds float32.*threshold"):
+    with pytest.raises(UserError, match=r"probability.zarr holds float32.*volseg segment"):
         evaluate(floats, truth)
 
 

@@ -300,7 +300,8 @@ def test_other_options_on_an_unfinished_run_are_refused(probabilities, tmp_path)
 
 def test_labels_of_64_bits_go_all_the_way(monkeypatch, reference, tmp_path):
     """As if there were more than 2**32 objects."""
-    monkeypatch.setattr(pipeline, "label_dtype", lambda objects: "uint64")
+    for module in ("pipeline", "verify"):
+        monkeypatch.setattr(f"volseg.{module}.label_dtype", lambda objects: "uint64")
     config = settings(**BOTH, blocks={"shape": (11, 75, 170)})
     labels = volume.open(take_here(f"{reference}/0", tmp_path / "run.volseg.zarr", config).labels)
     assert labels.dtype == "uint64"
@@ -337,5 +338,5 @@ def test_probabilities_of_vnc_have_one_answer_in_six_blockings(shared_data, tmp_
     assert json.loads(Path(out, "run.json").read_text())["voxel_size_nm"] == [50, 4.6, 4.6]
     stored = volume.open_array(out, "0")[:]
     for block in BLOCKINGS:
-        found = exact.cut(stored, config, block).astype(np.uint32)
+        found = exact.cut(stored, config, block, (50, 4.6, 4.6)).astype(np.uint32)
         assert exact.digest(found) == digest(out)

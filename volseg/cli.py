@@ -185,13 +185,17 @@ def segment(
     Of PROBABILITIES (zarr, OME-Zarr, TIFF or a folder of slices; z y x, or with channels first or last; float 0..1,
     uint8 0..255, uint16 0..65535 or bool), a run is made as infer makes it, and all other commands take it.
     """  # fmt: skip
-    flags = [f"probabilities.{name}={number}" for name, number in
-             (("mask_channel", mask_channel), ("contour_channel", contour_channel), ("distance_channel", distance_channel))
-             if number is not None]  # fmt: skip
-    flags += [f"probabilities.{name}={_toml(text)}" for name, text in (("contour", contour), ("distance", distance)) if text]
-    flags += [f"probabilities.inverted={json.dumps(inverted)}"] * bool(inverted)
-    flags += [f"cluster.workers={workers}"] * (workers is not None)
-    flags += [f"cluster.scheduler={_toml(scheduler)}"] * bool(scheduler)
+    given = {
+        "probabilities.mask_channel": mask_channel,
+        "probabilities.contour_channel": contour_channel,
+        "probabilities.distance_channel": distance_channel,
+        "probabilities.contour": contour or None,
+        "probabilities.distance": distance or None,
+        "probabilities.inverted": inverted or None,
+        "cluster.workers": workers,
+        "cluster.scheduler": scheduler or None,
+    }
+    flags = [f"{name}={_toml(value)}" for name, value in given.items() if value is not None]
     settings = load(config, [*(sets or ()), *flags])
     from volseg import pipeline
 
@@ -280,9 +284,9 @@ def _run(start: Callable[[Terminal], Any]) -> None:
     _conclude(summary)
 
 
-def _toml(text: str) -> str:
-    """``text`` as a TOML string."""
-    return json.dumps(text, ensure_ascii=False)
+def _toml(value: str | int | list[str]) -> str:
+    """``value`` as TOML."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def default_out(volume: str) -> str:
