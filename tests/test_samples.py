@@ -204,3 +204,33 @@ def test_a_volume_held_out_as_a_whole_is_refused(tmp_path, bars):
 def test_no_data_at_all_is_refused():
     with pytest.raises(UserError, match=r"train\.data is empty"):
         load_sources(Train())
+
+
+@pytest.mark.parametrize("z", [3, 7])
+def test_an_image_that_holds_nan_is_refused_by_name(tmp_path, bars, z):
+    image = bars[0].astype(np.float32)
+    image[z, 7, 9] = np.nan
+    with pytest.raises(UserError, match=r"image\.tif holds NaN or infinity"):
+        load_sources(_write(tmp_path, image, bars[1], train=("2:4",)))
+
+
+def test_without_augmentation_patches_are_cut_out_as_they_are(tmp_path, bars):
+    image = np.random.default_rng(0).integers(1, 255, SHAPE).astype(np.uint8)
+    knobs = _write(tmp_path, image, bars[1]).model_copy(update={"augment": (), "sections": 1})
+    (source,) = load_sources(knobs)
+    images, _ = batch([source], knobs, 0)
+    windows = np.lib.stride_tricks.sliding_window_view(image, (1, 2, 2)).reshape(-1, 4).astype(np.float32)
+    means = np.unique(windows.mean(axis=1))
+    grey = images * source.std + source.mean
+    assert 0 < grey.std() < image.std()  # cut at half voxels, so a mean of neighbours
+    assert np.isin(np.round(grey[:, 0, 8:12, 8:12] * 4) / 4, means).mean() > 0.2
+
+
+@pytest.mark.parametrize("kind", ["flip", "affine", "elastic", "grey", "neighbours"])
+def test_each_augmentation_changes_patches(tmp_path, bars, kind):
+    image = np.random.default_rng(0).integers(1, 255, SHAPE).astype(np.uint8)
+    knobs = _write(tmp_path, image, bars[1]).model_copy(update={"augment": ()})
+    sources = load_sources(knobs)
+    plain = [batch(sources, knobs, step)[0] for step in range(3)]
+    other = [batch(sources, knobs.model_copy(update={"augment": (kind,)}), step)[0] for step in range(3)]
+    assert not all(np.array_equal(a, b) for a, b in zip(plain, other, strict=True))

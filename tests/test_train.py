@@ -269,7 +269,7 @@ def test_a_batch_that_does_not_fit_is_cut_and_steps_the_same(tables, tmp_path):
     gradient, images, aims = network.weight.grad.clone(), torch.from_numpy(patches[0]), torch.from_numpy(patches[1][:, :2])
     assert state.parts == 4
     assert len(lines) == 2
-    assert "2 patches at a time" in lines[-1]
+    assert "at most 2 at a time" in lines[-1]
     network.zero_grad()
     pieces = [(i, i + 2) for i in (0, 2, 4, 6)]
     parts = [(torch.nn.Conv2d.forward(network, images[a:b]), aims[a:b].float()) for a, b in pieces]
@@ -278,6 +278,26 @@ def test_a_batch_that_does_not_fit_is_cut_and_steps_the_same(tables, tmp_path):
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
     torch.testing.assert_close(gradient, network.weight.grad)
     assert int(voxels.sum()) == patches[1][:, 2].sum()
+
+
+LIMITED = """
+import json, pathlib, resource, sys, torch
+from volseg.config import resolve
+from volseg.train import train
+torch.set_num_threads(1)
+size = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2_000_000_000
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+train(resolve(("test", json.loads(sys.argv[1]))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+def test_a_run_in_too_small_a_memory_goes_on_in_parts(tables, tmp_path):
+    text = json.dumps({"train": {**tables, "out": str(tmp_path), "batch": 32, "patch": 192, "steps": 1}})
+    run = subprocess.run([sys.executable, "-c", LIMITED, text], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "a batch does not fit the memory: at most" in run.stdout
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_a_patch_that_does_not_fit_is_refused(tables, tmp_path):

@@ -123,9 +123,9 @@ def _read(data: TrainData, first: int, annotated: np.ndarray) -> dict:
             "give labels of the image's shape"
         )
     box = Box((first, 0, 0), (first + len(annotated), *image.shape[1:]))
-    voxels, stored = _finite(image, box), label.read(box) * annotated[:, None, None]
+    voxels, stored = image.read(box), label.read(box) * annotated[:, None, None]
     labels, note = normalise_labels(stored, unlabelled=data.unlabelled)
-    mean, std = normalisation(image.shape, lambda box: _finite(image, box))
+    mean, std = normalisation(image.shape, image.read)
     return {
         "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std, "kind": _kind(note),
         "voxel_size_nm": image.voxel_size_nm, "checksum": _digest(voxels, stored),
@@ -138,16 +138,6 @@ def _digest(*arrays: np.ndarray) -> str:
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
-
-
-def _finite(image: volume.Volume, box: Box) -> np.ndarray:
-    """The voxels of ``box``; refuses NaN and infinite ones."""
-    voxels = image.read(box)
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        bad = np.flatnonzero(~np.isfinite(voxels).all(axis=(1, 2))) + box.start[0]
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"image {image.path}: section {bad[0]}{more} holds NaN or infinite values; give each voxel a number")
-    return voxels
 
 
 def _kind(note: dict) -> str:

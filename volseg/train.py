@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ CHECKPOINT_SECONDS = 120
 WARM_UP = 0.1  # share of the run in which the learning rate rises
 SETTLE = 40  # batches, at most, that set the batch-norm statistics of the averaged weights
 FIRST_SETTLE = 1_000_000_000  # their step numbers, which no run reaches
-FULL = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")  # how torch says it
+FULL = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "could not create a")  # oneDNN's last
 
 Say = Callable[[str], None]
 
@@ -163,16 +164,17 @@ def _fitting(
         try:
             return gradients(state, patches, knobs)
         except (MemoryError, RuntimeError) as error:
-            reason = str(error).lower()
-            if not isinstance(error, MemoryError) and not any(text in reason for text in FULL):
+            reason = str(error)
+            if not isinstance(error, MemoryError) and not any(text in reason.lower() for text in FULL):
                 raise
         if state.parts >= len(patches[0]):
-            raise UserError(f"not even one patch fits the memory: set a smaller train.patch than {knobs.patch}")
+            advice = f"set a smaller train.patch than {knobs.patch}"
+            raise UserError(f"not even one patch fits the memory: {advice} ({reason.splitlines()[0] if reason else 'full'})")
         state.parts *= 2
         state.optimizer.zero_grad()
-        torch.cuda.empty_cache()
+        give_back()
         size = -(-len(patches[0]) // state.parts)
-        say(f"a batch does not fit the memory: {size} patches at a time from here on, with the same effective batch")
+        say(f"a batch does not fit the memory: at most {size} at a time from here on, with the same effective batch")
 
 
 def gradients(state: State, patches: tuple[np.ndarray, ...], knobs: Train) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,7 +273,7 @@ def _average(state: State, decay: float) -> None:
 def finish(state: State, sources: list[Source], config: Config, say: Say) -> Path:
     """Path of the final model: averaged weights, their own batch-norm statistics, rounded, scored and calibrated."""
     knobs, out = config.train, Path(config.train.out)
-    settle(state.averaged, sources, knobs)
+    settle(state.averaged, sources, knobs, state.parts)
     for value in state.averaged.state_dict().values():
         if value.is_floating_point():
             value.copy_(value.half().float())
@@ -313,8 +315,8 @@ def _closing(scores: dict, chosen: Decoding, state: State) -> Iterator[str]:
 
 
 @torch.no_grad()
-def settle(network: torch.nn.Module, sources: list[Source], knobs: Train) -> None:
-    """Gives ``network`` batch-norm statistics of its own, plain means over training batches."""
+def settle(network: torch.nn.Module, sources: list[Source], knobs: Train, parts: int = 1) -> None:
+    """Gives ``network`` batch-norm statistics of its own, plain means over training batches, each cut into ``parts``."""
     norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -323,7 +325,8 @@ def settle(network: torch.nn.Module, sources: list[Source], knobs: Train) -> Non
     network.train()
     device = next(network.parameters()).device
     for images, _ in batches(sources, knobs, FIRST_SETTLE, FIRST_SETTLE + min(SETTLE, knobs.steps)):
-        network(torch.from_numpy(images).to(device, memory_format=torch.channels_last))
+        for piece in torch.from_numpy(images).chunk(parts):
+            network(piece.to(device, memory_format=torch.channels_last))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()
@@ -422,6 +425,14 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no piece comes from mmap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, after a batch that did not fit."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # ---------------------------------------------------------------- the terminal
