@@ -14,11 +14,12 @@ def test_a_candidates_score_is_the_score_of_its_labels(image, reference, tmp_pat
     """Each row, counted from tables alone, equals the evaluation of a run decided that way."""
     truth = f"{image}/labels/truth"
     rows = calibrate.calibrate(reference, truth)
-    assert sum(row["own"] for row in rows) == 1
+    assert sum(row["own"] for row in rows) == sum(row["default"] for row in rows) == 1
     run = str(tmp_path / "run.volseg.zarr")
     shutil.copytree(reference, run)
-    for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-        sets = [f"stitch.seed={row['seed']}", f"stitch.min_voxels={row['min_voxels']}"]
+    joined = next(row for row in rows if row["persistence"] and row["join_mean"] and row["pq"] != rows[0]["pq"])
+    for row in (rows[0], joined, rows[-1]):
+        sets = [f"stitch.{name}={row[name]}" for name in calibrate.KNOBS]
         pipeline.segment(
             run, lambda c, sets=sets: load(sets=sets, base=c.model_dump(mode="json", exclude={"train"})), show=Quiet()
         )
@@ -48,7 +49,7 @@ def test_the_best_goes_into_a_model_file(image, reference, tmp_path):
     row = calibrate.calibrate(reference, f"{image}/labels/truth")[0]
     calibrate.into_model(path, row, calibrate.stored_run(reference))
     decode = model.load_card(path)["decode"]
-    assert (decode["stitch"]["seed"], decode["stitch"]["min_voxels"]) == (row["seed"], row["min_voxels"])
+    assert {name: decode["stitch"][name] for name in calibrate.KNOBS} == {name: row[name] for name in calibrate.KNOBS}
     before, after = (model.load(p)[0].state_dict() for p in (model.shipped(), path))
     assert all(bool((before[name] == after[name]).all()) for name in before)
 

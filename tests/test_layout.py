@@ -11,11 +11,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
     {"box", "config"},
-    {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "decide", "objects", "metrics", "synth"},
+    {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "decide", "merges", "objects", "metrics",
+     "synth"},
     {"volume", "model"},
     {"pyramid", "samples", "forward", "cluster", "foreign"},
     {"pipeline", "evaluate", "view", "heldout", "checkpoint"},
-    {"calibrate", "verify", "report"},
+    {"calibrate", "verify", "report", "review"},
     {"train"},
     {"tune"},
     {"cli", "__init__", "__main__"},
@@ -27,8 +28,11 @@ MAY = {
     "distributed": {"cluster"},
     "zarr": {"volume"},
 }
-# Inside one rank: stitch reads the tables that fragments writes, decide what stitch gathers, and a run ends with its picture.
-SAME_RANK = {("stitch", "fragments"), ("decide", "stitch"), ("decide", "fragments"), ("pipeline", "view"), ("__main__", "cli")}
+# Inside one rank: stitch reads the tables that fragments writes, decide what stitch gathers, merges tells what was decided,
+# and a run ends with its picture.
+SAME_RANK = {("stitch", "fragments"), ("decide", "stitch"), ("decide", "fragments"),
+             ("merges", "decide"), ("merges", "fragments"), ("merges", "stitch"),
+             ("pipeline", "view"), ("__main__", "cli")}  # fmt: skip
 
 
 def imports(path):

@@ -1,13 +1,16 @@
 """Decoding parameters chosen against annotated instances, from a finished run's tables.
 
 The voxels are read once, to count how basins and true objects overlap. What a candidate decides is then a renaming of
-basins in that count: thousands of voxels become a few rows, and a candidate costs milliseconds.
+basins in that count: thousands of voxels become a few rows, and a candidate costs milliseconds. Only rules of ``[stitch]``
+can be searched so: ``[fragments]`` (threshold, contour, smooth, distance) makes the basins, and each of its values needs
+``volseg segment`` and a calibration of its own.
 """
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -16,31 +19,41 @@ import numpy as np
 from volseg import evaluate, model, pipeline, stitch, volume
 from volseg.box import Box
 from volseg.config import Stitch, UserError
-from volseg.decide import decide, rules
+from volseg.decide import Rules, components, labels, rules
 from volseg.fragments import EDGE
 from volseg.metrics import Contingency, foreground, instances
 
 SEEDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
+DEPTHS = (0.0, 0.02, 0.05, 0.1)
+MEANS = (0.0, 0.5, 0.6, 0.7, 0.8)  # only those below the seed level: no border's mean is higher than its lowest saddle
 SIZES = (0, 100, 250, 500, 1000, 2000, 4000, 8000)
+KNOBS = ("seed", "persistence", "join_mean", "min_voxels")
 SCORES = ("pq", "sa50", "voi_split", "voi_merge", "split", "merged", "missed", "spurious")
 
 
 def calibrate(run: str, truth: str, *, box: Box | None = None) -> list[dict]:
     """Rows of candidates and their scores in ``box``, best first: by PQ, then by VOI, then the nearest to the run's own.
 
-    Each row holds ``seed``, ``min_voxels``, ``iou`` of the foreground and the instance scores; the run's own settings are
-    among them, marked by ``own``. Raises `UserError` for what is no run, a cleaned run, or a truth that does not fit.
+    Each row holds the `KNOBS`, ``iou`` of the foreground and the instance scores; the run's own settings and volseg's
+    defaults are among them, marked by ``own`` and ``default``. Raises `UserError` for what is no run, a cleaned run, or a
+    truth that does not fit.
     """
     old, basins, overlap = _overlap(run, truth, box)
     own = old.config.stitch
-    knobs = [own, *(own.model_copy(update={"seed": s, "min_voxels": n}) for s, n in product(SEEDS, SIZES))]
-    rows = [_row(old, basins, overlap, candidate, own) for candidate in dict.fromkeys(knobs)]
+    rows = list(_rows(old, basins, overlap, candidates(own)))
 
     def order(row: dict) -> tuple:
-        away = abs(row["seed"] - own.seed), abs(row["min_voxels"] - own.min_voxels)
+        away = (abs(row[name] - getattr(own, name)) for name in KNOBS)
         return -row["pq"], row["voi_split"] + row["voi_merge"], *away
 
     return sorted(rows, key=order)
+
+
+def candidates(own: Stitch) -> list[Stitch]:
+    """What is tried, each once: the run's own settings, the defaults, and all combinations of the lists above."""
+    steps = ((s, d, m, n) for s, d, m, n in product(SEEDS, DEPTHS, MEANS, SIZES) if m < s)
+    tried = (own.model_copy(update=dict(zip(KNOBS, step, strict=True))) for step in steps)
+    return list(dict.fromkeys([own, Stitch(), *tried]))
 
 
 def _overlap(run: str, truth: str, box: Box | None) -> tuple[pipeline.Run, stitch.Basins, Contingency]:
@@ -74,13 +87,26 @@ def _stored(run: str, key: str) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def _row(run: pipeline.Run, basins: stitch.Basins, overlap: Contingency, knobs: Stitch, own: Stitch) -> dict:
-    config = run.config.model_copy(update={"stitch": knobs})
-    label = decide(basins, rules(config, run.voxel_size_nm))
-    table = overlap.renamed(np.r_[0, label])
+def _rows(run: pipeline.Run, basins: stitch.Basins, overlap: Contingency, tried: list[Stitch]) -> Iterator[dict]:
+    """A row for each candidate. Those that differ in sizes alone share components; those that decide alike, a score."""
+    joined: dict[Rules, np.ndarray] = {}
+    scored: dict[bytes, dict] = {}
+    for knobs in tried:
+        rule = rules(run.config.model_copy(update={"stitch": knobs}), run.voxel_size_nm)
+        joins = Rules(rule.seed_height, rule.depth, rule.join_height)
+        if joins not in joined:
+            joined = {joins: components(basins, joins)}
+        label = labels(basins, rule, joined[joins])
+        key = label.tobytes()
+        if key not in scored:
+            scored[key] = _scores(overlap.renamed(np.r_[0, label]))
+        marks = {"own": knobs == run.config.stitch, "default": knobs == Stitch()}
+        yield {name: getattr(knobs, name) for name in KNOBS} | marks | scored[key]
+
+
+def _scores(table: Contingency) -> dict:
     found = instances(table)
-    return {"seed": knobs.seed, "min_voxels": knobs.min_voxels, "own": knobs == own, "iou": foreground(table)["iou"],
-            **{name: found[name] for name in SCORES}}  # fmt: skip
+    return {"iou": foreground(table)["iou"], **{name: found[name] for name in SCORES}}
 
 
 def into_model(path: Path, row: dict, run: pipeline.Run) -> None:
@@ -90,18 +116,20 @@ def into_model(path: Path, row: dict, run: pipeline.Run) -> None:
     card = model.load_card(path)
     decode = dict(card["decode"])
     decode["fragments"] = run.config.fragments.model_dump(mode="json")
-    decode["stitch"] = {**decode.get("stitch", {}), "seed": row["seed"], "min_voxels": row["min_voxels"]}
+    decode["stitch"] = {**decode.get("stitch", {}), **{name: row[name] for name in KNOBS}}
     partial = path.with_name(path.name + ".partial")
     save_file(load_file(path), partial, metadata={model.KEY: json.dumps({**card, "decode": decode})})
     partial.replace(path)
 
 
 def table(rows: list[dict], most: int = 10) -> str:
-    """The best candidates as plain text, and the run's own settings if they are not among them."""
-    shown = rows[:most] + [row for row in rows[most:] if row["own"]]
-    names = [name for name in rows[0] if name != "own"]
-    lines = ["  ".join(f"{name:>10}" for name in names)]
+    """The best candidates as plain text, and the run's own settings and the defaults if they are not among them."""
+    shown = rows[:most] + [row for row in rows[most:] if row["own"] or row["default"]]
+    marks = {"own": "the run's own", "default": "the defaults"}
+    names = [name for name in rows[0] if name not in marks]
+    lines = ["  ".join(f"{name:>11}" for name in names)]
     for row in shown:
         cells = (f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name]) for name in names)
-        lines.append("  ".join(f"{cell:>10}" for cell in cells) + ("   <- the run's own" if row["own"] else ""))
+        is_ = [f"   <- {says}" for mark, says in marks.items() if row[mark]]
+        lines.append("  ".join(f"{cell:>11}" for cell in cells) + "".join(is_))
     return "\n".join(lines)

@@ -223,19 +223,25 @@ def calibrate(
     box: Annotated[str, typer.Option("--box", metavar="z0:z1,y0:y1,x0:x1", help="Part with truth.")] = "",
     model: Annotated[Path | None, typer.Option("--model", help="Write the best into this model file too.")] = None,
 ) -> None:
-    """Choose the decision parameters against annotated instances, and decide the run anew with the best."""
+    """Choose rules of [stitch] against annotated instances, and decide the run anew with the best.
+
+    Searched are seed, persistence, join_mean and min_voxels. [fragments] makes the basins and cannot be searched here.
+    """
     region = _box(box)
     from volseg import calibrate as search
     from volseg import pipeline
 
     rows = search.calibrate(run.rstrip("/"), truth, box=region)
     typer.echo(search.table(rows))
-    best, own = rows[0], next(row for row in rows if row["own"])
+    best, own, default = rows[0], *(next(row for row in rows if row[mark]) for mark in ("own", "default"))
     if not best["pq"]:
         raise UserError(f"no setting matches any object of {truth} there: are these the labels of this volume?")
-    typer.echo(f"chosen   stitch.seed = {best['seed']}, stitch.min_voxels = {best['min_voxels']}")
-    typer.echo(f"gain     PQ {best['pq'] - own['pq']:+.4f} over the run's own settings, on the same annotations")
-    sets = [f"stitch.{name}={best[name]}" for name in ("seed", "min_voxels")]
+    typer.echo("chosen   " + ", ".join(f"stitch.{name} = {best[name]}" for name in search.KNOBS))
+    typer.echo(
+        f"gain     PQ {best['pq'] - own['pq']:+.4f} over the run's own settings, {best['pq'] - default['pq']:+.4f} over "
+        "the defaults, on the same annotations"
+    )
+    sets = [f"stitch.{name}={best[name]}" for name in search.KNOBS]
     if model:
         search.into_model(model, best, search.stored_run(run.rstrip("/")))
     if best is not own:
@@ -260,6 +266,20 @@ def verify(
     typer.echo(json.dumps(result, indent=1) if as_json else checks.table(result))
     if not result["ok"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def review(
+    run: Annotated[str, typer.Argument(help="A finished run.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="How many of the least certain.")] = 50,
+) -> None:
+    """List the least certain joins and borders, with a picture of each in RUN/review."""
+    from volseg import review as queue
+
+    path = run.rstrip("/")
+    rows = queue.review(path, top)
+    typer.echo(queue.table(rows) if len(rows) else "no join and no border: no two parts of any size touch")
+    typer.echo(f"page     {path}/review/index.html")
 
 
 def _box(text: str) -> Box | None:

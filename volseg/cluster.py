@@ -32,17 +32,18 @@ MOST = 64  # items of one task
 
 
 @contextmanager
-def connect(knobs: Cluster, gpus: int = 0) -> Iterator[Client]:
+def connect(knobs: Cluster, gpus: int = 0, *, light: bool = False) -> Iterator[Client]:
     """A client of the given scheduler, or of a local cluster that ends with the block.
 
-    Local workers are processes with one task each: one per GPU, or ``workers``, or one per core up to 8.
+    Local workers are processes with one task each: one per GPU, or ``workers``, or one per core up to 8. For ``light``
+    work, over before processes would have started, they are threads of this one, without a dashboard.
     """
     if knobs.scheduler:
         with _given(knobs.scheduler) as client:
             yield client
         return
     count = knobs.workers or gpus or min(8, CPU_COUNT)
-    with _started(knobs, count) as cluster, Client(cluster, set_as_default=False) as client:
+    with _threads(count) if light else _started(knobs, count) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
 
@@ -65,6 +66,16 @@ def _started(knobs: Cluster, count: int) -> LocalCluster:
             raise UserError(
                 f"cannot start {count} local workers with cluster.dashboard = {knobs.dashboard!r}: {reason}"
             ) from None
+
+
+def _threads(count: int) -> LocalCluster:
+    """A cluster of threads in this process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Port .* is already in use")
+        return LocalCluster(
+            n_workers=1, threads_per_worker=count, processes=False, memory_limit=0, dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -86,6 +86,15 @@ def seed_height(seed: float, knobs: Fragments) -> int:
     return (TOP - mask_level(seed)) * (cap + 1) + cap
 
 
+def probability_of(height: np.ndarray, knobs: Fragments) -> np.ndarray:
+    """The smoothed probability (less the contour) of heights, or of means of heights; distances to the border are left out.
+
+    >>> probability_of(np.array([0, seed_height(0.6, Fragments())]), Fragments()).tolist()
+    [1.0, 0.6]
+    """
+    return (TOP - np.floor_divide(height, knobs.distance**2 + 1)) / TOP if knobs.distance else (TOP - height) / TOP
+
+
 def heights(probability: np.ndarray, box: Box, shape: Triple, knobs: Fragments) -> np.ndarray:
     """Heights (int32, low inside objects) of ``box`` grown by 1; `OUTSIDE` where there is no mask or no volume.
 

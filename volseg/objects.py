@@ -206,7 +206,9 @@ def merge(parts: Sequence[Sums]) -> Sums:
     return Sums(out, touching)
 
 
-def table(sums: Sums, shape: Triple, voxel_size_nm: tuple[float, float, float]) -> dict[str, np.ndarray]:
+def table(
+    sums: Sums, shape: Triple, voxel_size_nm: tuple[float, float, float], confidence: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Columns of the object table from complete `Sums`.
 
     ``z0 .. x1`` bound the object (voxels, half-open). ``centroid_*_nm`` is the mean of its voxels' positions, a voxel's
@@ -224,6 +226,9 @@ def table(sums: Sums, shape: Triple, voxel_size_nm: tuple[float, float, float]) 
     2 * sqrt(5) * ``sd0_nm``, the longest axis of the solid ellipsoid with these moments (scikit-image's
     ``axis_major_length`` in 3-D). For a straight rod that is 1.29 of its length, which is sqrt(12) * ``sd0_nm``; for a
     bent one it is about its reach, not its path.
+
+    ``confidence`` is the probability at an object's deepest point less that of the lowest saddle to another object
+    (`merges.confidence`, for labels 1..n); all of it where there is no other, NaN where it is not given.
     """
     rows, size = sums.rows, np.array(voxel_size_nm, np.float64)
     variance, axis0 = _principal(_covariance(rows, size))
@@ -239,6 +244,8 @@ def table(sums: Sums, shape: Triple, voxel_size_nm: tuple[float, float, float]) 
     columns.update({f"axis0_{axis}": axis0[:, i] for i, axis in enumerate("zyx")})
     columns["mean_probability"] = rows["mass"] / (255.0 * rows["voxels"])
     columns["min_probability"] = rows["least"] / 255.0
+    known = np.full(rows.size, np.nan) if confidence is None else confidence[rows["id"].astype(np.int64) - 1]
+    columns["confidence"] = known
     columns["neighbours"] = np.bincount(np.searchsorted(rows["id"], sums.touching).ravel(), minlength=rows.size)
     columns["touches_border"] = np.any((rows["start"] == 0) | (rows["stop"] == np.array(shape)), axis=1)
     return columns

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from volseg import cluster, foreign, forward, model, objects, pyramid, stitch, tiles, volume
+from volseg import cluster, foreign, forward, merges, model, objects, pyramid, stitch, tiles, volume
 from volseg import fragments as basins
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
@@ -38,6 +38,7 @@ from volseg.grey import normalisation
 
 CHANNELS = ("mask", "contour")
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
+LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
 IO_THREADS = 16  # small objects read or written at once
 FREE = ("out", "config.cluster.", "config.output.keep_work")  # parts of a description that decide no byte
 
@@ -251,10 +252,14 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
         tables = [basins.Table(**t) for t in _load_all(run.out, "tables", count, skip=("crossing", "face_at", "face_of"))]
         links = [stitch.Links(**l) for l in _load_all(run.out, "links", count)]
     whole, basin_of = stitch.gather(tables, links)
-    label = decide(whole, rules(run.config, run.voxel_size_nm))
+    rule = rules(run.config, run.voxel_size_nm)
+    label = decide(whole, rule)
     found = int(label.max(initial=0))
     with cluster.timed(seconds, "write"):
         _save(run.out, "work/basins.npz", **asdict(whole), label=label)
+        told = {"rows": merges.merges(whole, rule, label), "confidence": merges.confidence(whole, label, run.config.fragments)}
+        volume.remove(f"{run.out}/work/merges")
+        _save(run.out, f"work/merges/{run.keys['stitch']}.npz", **told)
         dtype = label_dtype(found)
 
         def save(i: int) -> None:
@@ -466,14 +471,17 @@ def segment(path: str, change: Callable[[Config], Config], *, recompute: bool = 
         _demote(out)
         _adopt(run)
 
-    return _go(run, out, start, show, prepare)
+    return _go(run, out, start, show, prepare, light=prod(run.shape) <= LIGHT)
 
 
-def _go(run: Run, out: str, start: float, show: Show, prepare: Callable[[], None]) -> Summary:
+def _go(
+    run: Run, out: str, start: float, show: Show, prepare: Callable[[], None], *, light: bool = False
+) -> Summary:
     """Once there are workers: the run's folder, everything in it that is not done yet, and its final name."""
-    with cluster.connect(run.config.cluster, 0 if run.taken else forward.gpus()) as client:
+    gpus = 0 if light or run.taken else forward.gpus()
+    with cluster.connect(run.config.cluster, gpus, light=light) as client:
         prepare()
-        if link := cluster.dashboard(client):
+        if (link := cluster.dashboard(client)) and not light:
             show.say(f"dashboard {link}")
         seconds = {"start": time.perf_counter() - start, **_stages(client, run, show)}
     return _finish(run, out, seconds, start)
@@ -746,16 +754,16 @@ def _create_labels(run: Run) -> None:
 
 def _finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summary:
     """Table, picture and description are written, and the run takes its final name."""
-    import pandas
-
     from volseg import view
 
     parts = [objects.Sums(**part) for part in _load_all(run.out, "objects", len(run.grid))]
-    columns = objects.table(objects.merge(parts), run.shape, run.voxel_size_nm)
-    file, frame = io.BytesIO(), pandas.DataFrame(columns)
-    frame.to_parquet(file, index=False)
-    volume.write_bytes(run.out, "tables/objects.parquet", file.getvalue())
-    volume.write_bytes(run.out, "tables/objects.csv", frame.to_csv(index=False).encode())
+    for stale in ("review", "tables/merges.parquet", "tables/merges.csv"):
+        volume.remove(f"{run.out}/{stale}")
+    told = _told(run)
+    columns = objects.table(objects.merge(parts), run.shape, run.voxel_size_nm, told.get("confidence"))
+    _write_table(run.out, "objects", columns)
+    if told:
+        _write_table(run.out, "merges", merges.table(told["rows"], run.config.fragments, run.shape, run.voxel_size_nm))
     volume.write_bytes(run.out, "tables/volumes.png", view.volumes(columns))
     labels = volume.open(run.out, dataset="labels/instances/0")
     volume.write_bytes(run.out, "overlay.png", view.overlay(run.source, labels, columns))
@@ -790,6 +798,22 @@ def _finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summ
         table=f"{out}/tables/objects.parquet",
         picture=f"{out}/overlay.png",
     )
+
+
+def _told(run: Run) -> dict[str, np.ndarray]:
+    """What `stitched` told of its decisions; nothing where it ran as a tree."""
+    key = f"work/merges/{run.keys['stitch']}.npz"
+    return _load(run.out, key) if volume.exists(f"{run.out}/{key}") else {}
+
+
+def _write_table(out: str, name: str, columns: dict[str, np.ndarray]) -> None:
+    """``tables/<name>`` of the run holds the columns as Parquet and as CSV."""
+    import pandas
+
+    file, frame = io.BytesIO(), pandas.DataFrame(columns)
+    frame.to_parquet(file, index=False)
+    volume.write_bytes(out, f"tables/{name}.parquet", file.getvalue())
+    volume.write_bytes(out, f"tables/{name}.csv", frame.to_csv(index=False).encode())
 
 
 def _add_up(rows: Any) -> dict[str, float]:
