@@ -126,6 +126,24 @@ def test_self_training_learns_where_the_averaged_network_is_sure(tables, tmp_pat
     assert sure[0, :, 0].tolist() == [[1, 0, 0, 1], [1, 1, 1, 1]]
 
 
+def test_ctrl_c_ends_a_run_in_one_line(tables, tmp_path):
+    knobs = {**tables, "steps": 100_000, "out": str(tmp_path / "run")}
+    data = knobs.pop("data")[0]
+    text = [f"{key} = {json.dumps(value)}" for key, value in knobs.items()]
+    text = ["[train]", *text, "[[train.data]]", *(f"{key} = {json.dumps(value)}" for key, value in data.items())]
+    (tmp_path / "train.toml").write_text("\n".join(text))
+    command = [sys.executable, "-u", "-m", "volseg", "train", str(tmp_path / "train.toml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 4/"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, said = process.communicate()
+    assert process.returncode == 130, said
+    assert said == "volseg: stopped; the same command goes on from the last checkpoint\n"
+    assert (tmp_path / "run" / checkpoint.NAME).exists()
+
+
 def test_a_finished_run_repeated_gives_its_model_again(whole_run, tables):
     before = load_file(whole_run[0] / "model.safetensors")
     lines = []
@@ -319,7 +337,7 @@ def test_other_failures_are_not_taken_for_a_full_memory(tables, tmp_path):
 
 
 def test_float16_scales_its_losses(tables, tmp_path):
-    knobs = config_of(tables, tmp_path, precision="fp16").train
+    knobs = config_of(tables, tmp_path, precision="fp16", steps=2).train
     state, sources = start(knobs, torch.device("cpu")), load_sources(knobs)
     before = next(state.network.parameters()).detach().clone()
     rows = list(steps(state, sources, knobs, print))

@@ -344,7 +344,16 @@ def train(
     settings = load(config, sets or ())
     from volseg.train import train as run
 
-    run(settings)
+    _until_stopped(lambda: run(settings))
+
+
+def _until_stopped(work: Callable[[], Any]) -> None:
+    """Does ``work``; Ctrl-C ends it with a line that says how to go on."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        typer.echo("volseg: stopped; the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()
@@ -359,7 +368,7 @@ def tune(
     settings = load(config, [*(sets or ()), *flags])
     from volseg.tune import tune as run
 
-    run(settings)
+    _until_stopped(lambda: run(settings))
 
 
 @app.command()

@@ -119,14 +119,15 @@ def _run(trial, knobs: Train, sources: list[Source], over: Callable[[], bool], s
 
     device = torch.device("cuda" if knobs.device != "cpu" and torch.cuda.is_available() else "cpu")
     state = start(knobs, device)
-    every, value = max(1, knobs.steps // CHECKS), 0.0
+    value = 0.0
     for _ in steps(state, sources, knobs, lambda text: say(f"trial {trial.number}: {text}")):
         if over():
             raise optuna.TrialPruned
-        if state.step % every == 0 or state.step == knobs.steps:
+        check_before, check_now = (CHECKS * n // knobs.steps for n in (state.step - 1, state.step))
+        if check_now > check_before:
             value = validate(state.averaged, sources, knobs)["all"]["iou"]
-            trial.report(value, state.step * knobs.batch)
-            if state.step < knobs.steps and trial.should_prune():
+            trial.report(value, check_now)
+            if check_now < CHECKS and trial.should_prune():
                 raise optuna.TrialPruned
     return value
 
