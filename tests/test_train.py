@@ -337,7 +337,7 @@ def test_other_failures_are_not_taken_for_a_full_memory(tables, tmp_path):
 
 
 def test_float16_scales_its_losses(tables, tmp_path):
-    knobs = config_of(tables, tmp_path, precision="fp16", steps=2).train
+    knobs = config_of(tables, tmp_path, precision="fp16").train
     state, sources = start(knobs, torch.device("cpu")), load_sources(knobs)
     before = next(state.network.parameters()).detach().clone()
     rows = list(steps(state, sources, knobs, print))
