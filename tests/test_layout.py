@@ -16,7 +16,7 @@ RANKS = [
     {"volume", "model"},
     {"pyramid", "samples", "forward", "cluster", "foreign"},
     {"pipeline", "evaluate", "view", "heldout", "checkpoint"},
-    {"calibrate", "verify", "report", "review"},
+    {"calibrate", "verify", "quantise", "report", "review"},
     {"train"},
     {"tune"},
     {"cli", "__init__", "__main__"},

@@ -133,6 +133,8 @@ def infer(
     sets: Sets = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
     scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
+    backend: Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")] = "",
+    precision: Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")] = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Segment a volume: labels, object table, probabilities and a picture."""
@@ -143,6 +145,8 @@ def infer(
     card = load_card(chosen or shipped())
     flags = [f"predict.model={_toml(model)}"] * bool(model) + [f"cluster.workers={workers}"] * (workers is not None)
     flags += [f"cluster.scheduler={_toml(scheduler)}"] * bool(scheduler)
+    flags += [f"predict.backend={_toml(backend)}"] * bool(backend)
+    flags += [f"predict.precision={_toml(precision)}"] * bool(precision)
     settings = load(config, [*(sets or ()), *flags], base=card["decode"])
 
     from volseg import pipeline
@@ -369,6 +373,26 @@ def tune(
     from volseg.tune import tune as run
 
     _until_stopped(lambda: run(settings))
+
+
+@app.command()
+def quantise(
+    model: Annotated[Path, typer.Argument(help="Model file; its quantised form is stored in it.")],
+    image: Annotated[str, typer.Argument(help="A volume that the model was trained on.")],
+    sections: Annotated[str, typer.Option("--sections", metavar="0:120,130", help="Sections to calibrate on.")] = "",
+    truth: Annotated[str, typer.Option("--truth", help="Labels of the volume: measure what it loses.")] = "",
+    held: Annotated[str, typer.Option("--held-out", metavar="140:165", help="Sections to measure on.")] = "",
+) -> None:
+    """Add an INT8 form to a model file; with --truth and --held-out, auto takes it where it loses little. Needs nncf."""
+    if bool(truth) != bool(held):
+        raise UserError("--truth and --held-out belong together: labels, and the sections of them to measure on")
+    from volseg import quantise as form
+
+    typer.echo(form.table(form.quantise(model, image, sections=_parts(sections), truth=truth, held=_parts(held))))
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @app.command()

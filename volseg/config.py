@@ -38,7 +38,7 @@ class Input(Section):
 class Predict(Section):
     model: str = ""  # a .safetensors file; "" takes the one that ships with volseg
     backend: Literal["auto", "openvino", "onnx", "torch"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     tile: Annotated[int, Field(ge=32)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
     overlap: Count = 64  # voxels shared by neighbouring tiles
     batch: Size = 1  # tiles in one forward pass

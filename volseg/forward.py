@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import lzma
 import os
 import platform
 import sys
@@ -27,6 +28,8 @@ from volseg.config import UserError
 
 Forward = Callable[[np.ndarray], np.ndarray]  # (B, sections, Y, X) float32, normalised -> (B, heads, Y, X) float32, 0..1
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
+PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "onnx": ("fp32",), "torch": ("fp32", "bf16", "fp16")}
+INT8_LOSS = 0.003  # held-out IoU that a quantised form may lose for auto to take it
 
 
 # ---------------------------------------------------------------- what runs here
@@ -47,21 +50,24 @@ def has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
 
 
-def choose(backend: str = "auto", precision: str = "auto") -> tuple[str, str]:
-    """The backend and precision that ``auto`` stands for on this machine.
+def choose(backend: str = "auto", precision: str = "auto", int8: bool = False) -> tuple[str, str]:
+    """The backend and precision that ``auto`` stands for on this machine, where nothing is measured.
 
-    torch fp16 on a CUDA device; else OpenVINO, in bf16 where the CPU has it.
+    torch fp16 on a CUDA device; else OpenVINO: in int8 where the model's form may be taken (``int8``) and the CPU is
+    known to gain by it, in bf16 where the CPU has it. Raises `UserError` for a pair that does not exist.
     """
     cuda = gpus() > 0
     if backend == "auto":
-        backend = "torch" if cuda else "openvino"
+        backend = "torch" if cuda and precision != "int8" else "openvino"
+    if precision == "auto" and backend == "openvino":
+        precision = "int8" if int8 and "avx2" in _cpu_flags() else "bf16" if has_bf16() else "fp32"
     if precision == "auto":
-        half = "fp16" if cuda and backend == "torch" else "bf16" if has_bf16() and backend == "openvino" else "fp32"
-        precision = half
+        precision = "fp16" if cuda and backend == "torch" else "fp32"
+    if precision not in PRECISIONS[backend]:
+        offered = ", ".join(PRECISIONS[backend])
+        raise UserError(f"predict.precision = {precision!r} is not offered by the {backend} backend; it has {offered}")
     if precision == "fp16" and not cuda:
         raise UserError("predict.precision = 'fp16' needs a CUDA device; use bf16 or fp32 on a CPU")
-    if precision != "fp32" and backend == "onnx":
-        raise UserError(f"predict.precision = {precision!r} is not offered by the onnx backend; use fp32")
     return backend, precision
 
 
@@ -78,9 +84,30 @@ def version(backend: str) -> str:
 # ---------------------------------------------------------------- files
 
 
-def prepare(path: Path, backend: str) -> bytes:
-    """What workers need to run a model file: the ONNX graph for openvino and onnx, the file itself for torch."""
+def prepare(path: Path, backend: str, precision: str = "fp32") -> bytes:
+    """What workers need to run a model file: the ONNX graph for openvino and onnx, the file itself for torch.
+
+    For int8 it is the quantised graph that the file carries.
+    """
+    if precision == "int8":
+        return unpack(model.quantised(path))
     return path.read_bytes() if backend == "torch" else _onnx(path)
+
+
+def pack(xml: bytes, weights: bytes) -> bytes:
+    """An OpenVINO graph as a model file carries it: the length of its xml (8 bytes, low first), xml, weights; as LZMA."""
+    return lzma.compress(len(xml).to_bytes(8, "little") + xml + weights, preset=9)
+
+
+def unpack(form: bytes) -> bytes:
+    """A packed graph as workers read it: undone once for each run, not in each worker."""
+    return lzma.decompress(form)
+
+
+def int8_allowed(card: dict) -> bool:
+    """Whether a model file carries a quantised form that was measured to lose at most `INT8_LOSS` of held-out IoU."""
+    held = card.get(model.INT8, {}).get("held_out")
+    return held is not None and held["iou_fp32"] - held["iou_int8"] <= INT8_LOSS
 
 
 def _onnx(path: Path) -> bytes:
@@ -144,13 +171,14 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
     import openvino as ov
 
     core = ov.Core()
-    network = core.read_model(blob, b"")
+    network = core.read_model(*_graph(blob, precision))
     network.reshape(list(shape))
+    rest = "bf16" if precision == "bf16" or (precision == "int8" and has_bf16()) else "f32"  # of int8: what stays float
     compiled = core.compile_model(
         network,
         "CPU",
         {
-            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+            "INFERENCE_PRECISION_HINT": rest,
             "NUM_STREAMS": threads,  # with as many threads: one thread for each tile, so the bits do not depend on them
             "INFERENCE_NUM_THREADS": threads,
             "ENABLE_CPU_PINNING": False,  # or every worker process would sit on the first core
@@ -165,6 +193,14 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
         return mine.request.get_output_tensor(0).data.copy()
 
     return forward
+
+
+def _graph(blob: bytes, precision: str) -> tuple[bytes, bytes]:
+    """What OpenVINO reads: an ONNX graph, or the xml and weights of a quantised one."""
+    if precision != "int8":
+        return blob, b""
+    end = 8 + int.from_bytes(blob[:8], "little")
+    return blob[8:end], blob[end:]
 
 
 def _onnxruntime(blob: bytes, place: int) -> Forward:
@@ -253,7 +289,8 @@ def _gpu_name() -> str:
 def _instructions() -> str:
     """The vector instructions that a CPU's kernels are chosen by."""
     flags = _cpu_flags()
-    found = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if name in flags]
+    kinds = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+    found = [name for name in kinds if name in flags]
     return " ".join([platform.machine(), *found])
 
 

@@ -1,4 +1,7 @@
-"""The network and its file. A model file is safetensors: half-precision weights and a JSON card under ``volseg``."""
+"""The network and its file. A model file is safetensors: half-precision weights and a JSON card under ``volseg``.
+
+It may carry a quantised form of the network too: one tensor of bytes named ``int8``, with an entry in the card.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 KEY = "volseg"  # metadata entry that holds the card
+INT8 = "int8"  # tensor that holds the quantised form, and the card's entry about it
 HEADS = ("mask", "contour")
 PRETRAINED = "tu-tf_efficientnet_lite0"  # the encoder whose ImageNet weights are an installed package
 CARD_KEYS = ("name", "encoder", "decoder", "sections", "heads", "mean", "std", "decode")
@@ -137,6 +141,28 @@ def write_whole(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path} ({size}): {error.strerror}; {kept}make room, then repeat the command") from None
 
 
+def quantised(path: str | Path) -> bytes:
+    """The quantised form that a model file carries, as `volseg quantise` made it; refuses a file without one."""
+    from safetensors import safe_open
+
+    if INT8 not in load_card(path):
+        raise UserError(f"{path} carries no quantised form; make it with volseg quantise, or use another predict.precision")
+    with safe_open(path, "numpy") as file:
+        return file.get_tensor(INT8).tobytes()
+
+
+def add_quantised(path: str | Path, form: bytes, facts: dict) -> None:
+    """The model file carries the quantised ``form``, with ``facts`` in its card; its weights are left as they are."""
+    import numpy as np
+    from safetensors.numpy import load_file, save
+
+    path = Path(path)
+    tensors = {**load_file(path), INT8: np.frombuffer(form, np.uint8)}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(save(tensors, metadata={KEY: json.dumps({**load_card(path), INT8: facts})}))
+    os.replace(partial, path)
+
+
 def load(path: str | Path) -> tuple[torch.nn.Module, dict]:
     """The network in a model file, float32, in eval mode, and its card."""
     from safetensors.torch import load_file
@@ -144,6 +170,7 @@ def load(path: str | Path) -> tuple[torch.nn.Module, dict]:
     card = load_card(path)
     network = build(card["encoder"], card["decoder"], card["sections"], card["heads"])
     weights = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+    weights.pop(INT8, None)
     try:
         network.load_state_dict(weights)
     except RuntimeError:

@@ -576,7 +576,9 @@ def _describe(source: volume.Volume, config: Config, out: str) -> Run:
         raise UserError(f"{path} has heads {card['heads']}; the watershed wants {list(CHANNELS)}: train such a model")
     if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
         raise UserError(f"{source.path} holds {source.dtype}; inference wants grey values")
-    backend, precision = forward.choose(config.predict.backend, config.predict.precision)
+    backend, precision = forward.choose(config.predict.backend, config.predict.precision, forward.int8_allowed(card))
+    if precision == "int8":
+        model.quantised(path)
     slab, block = blocks(source.shape, config.blocks.shape)
     of_model = config.predict.normalize == "model"
     mean, std = (card["mean"], card["std"]) if of_model else normalisation(source.shape, source.read)
@@ -638,7 +640,8 @@ def _begin(run: Run, overwrite: bool) -> None:
     _create_fragments(run)
     if not run.taken:
         path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
-        volume.write_bytes(run.out, "work/model.bin", forward.prepare(path, run.engine["backend"]))
+        blob = forward.prepare(path, run.engine["backend"], run.engine["precision"])
+        volume.write_bytes(run.out, "work/model.bin", blob)
     volume.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
 
 

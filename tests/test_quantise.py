@@ -1,0 +1,111 @@
+"""A model's INT8 form: it is close to the network, its bits depend on nothing else, and a run knows what it took."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.test_pipeline import Quiet, settings
+from volseg import forward, model, pipeline, quantise, volume
+from volseg.config import UserError
+
+SHAPE = (3, 96, 128)
+
+
+@pytest.fixture(scope="module")
+def quantised(image, tmp_path_factory):
+    """The shipped model with an INT8 form calibrated on a few synthetic sections."""
+    path = tmp_path_factory.mktemp("int8") / "model.safetensors"
+    shutil.copy(model.shipped(), path)
+    quantise.quantise(path, image, sections=("0:3",), truth=f"{image}/labels/truth/0", held=("8:12",))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tile(image):
+    source = volume.open(image)
+    whole = quantise._tile(source, 15, (0, 0), 3, pipeline.normalisation(source))
+    return np.ascontiguousarray(whole[..., :96, :128])
+
+
+def network(path, precision, batch=1, threads=1):
+    blob = forward.prepare(path, "openvino", precision)
+    return forward.load(blob, "openvino", precision, (batch, *SHAPE), threads)
+
+
+def test_the_card_says_what_int8_costs(quantised):
+    facts = model.load_card(quantised)["int8"]
+    assert facts["calibrated"]["sections"] == [0, 1, 2]
+    held = facts["held_out"]
+    assert held["iou_fp32"] > 0.6
+    assert abs(held["iou_fp32"] - held["iou_int8"]) < 0.03
+    assert held["mean_difference"] < 2 / 255
+    assert "8:12" in quantise.table(facts)
+
+
+def test_the_weights_are_left_as_they_are(quantised):
+    before, after = (model.load(path)[0].state_dict() for path in (model.shipped(), quantised))
+    assert before.keys() == after.keys()
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_int8_is_close_to_fp32_but_not_the_same(quantised, tile):
+    left, right = (network(quantised, precision)(tile) for precision in ("fp32", "int8"))
+    assert 0 < np.abs(left - right).mean() < 2 / 255
+
+
+@pytest.mark.parametrize(("batch", "threads"), [(1, 2), (4, 1), (4, 2)])
+def test_int8_bits_depend_on_neither_threads_nor_batch(quantised, tile, batch, threads):
+    tiles = [np.roll(tile, i, axis=-1) for i in range(4)]
+    one = network(quantised, "int8")
+    wanted = np.concatenate([one(t) for t in tiles])
+    many = network(quantised, "int8", batch, threads)
+    parts = [(i, np.concatenate(tiles[i : i + batch])) for i in range(0, 4, batch)]
+    got = np.concatenate([out for _, out in forward.stream(many, parts, threads)])
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_blocks_change_no_probability_in_int8(image, quantised, tmp_path):
+    stored = []
+    for block in ((22, 150, 170), (5, 64, 101)):
+        config = settings(predict={"model": str(quantised), "precision": "int8"}, blocks={"shape": block})
+        run = pipeline._describe(volume.open(image), config, str(tmp_path / f"{block[0]}.partial"))
+        assert run.engine["precision"] == "int8"
+        pipeline._begin(run, overwrite=False)
+        for i in range(len(run.predict_grid)):
+            pipeline.work(run.out, run.id, "predict", i)
+        stored.append(volume.open_array(run.out, "0")[:])
+    np.testing.assert_array_equal(*stored)
+
+
+def test_a_run_begun_in_int8_goes_on_in_no_other_precision(image, quantised, tmp_path):
+    out = str(tmp_path / "run.volseg.zarr")
+    config = settings(predict={"model": str(quantised), "precision": "int8"})
+    pipeline._begin(pipeline._describe(volume.open(image), config, f"{out}.partial"), overwrite=False)
+    other = settings(predict={"model": str(quantised), "precision": "fp32"})
+    with pytest.raises(UserError, match=r"precision = 'int8', this one 'fp32'"):
+        pipeline.infer(image, out, other, overwrite=False, show=Quiet())
+
+
+def test_a_model_without_the_form_is_refused(quantised, tmp_path):
+    network, card = model.load(quantised)
+    model.save(tmp_path / "plain.safetensors", network, {k: v for k, v in card.items() if k != "int8"})
+    with pytest.raises(UserError, match="carries no quantised form; make it with volseg quantise"):
+        model.quantised(tmp_path / "plain.safetensors")
+
+
+def test_only_openvino_computes_in_int8():
+    with pytest.raises(UserError, match="'int8' is not offered by the onnx backend; it has fp32"):
+        forward.choose("onnx", "int8")
+
+
+@pytest.mark.parametrize(("loss", "allowed"), [(0.0, True), (0.0029, True), (0.0031, False)])
+def test_auto_may_take_what_loses_little(loss, allowed):
+    card = {"int8": {"held_out": {"iou_fp32": 0.9, "iou_int8": 0.9 - loss}}}
+    assert forward.int8_allowed(card) is allowed
+    assert not forward.int8_allowed({"int8": {}})
+
+
+def test_sections_to_calibrate_on_are_not_held_out(image, quantised):
+    with pytest.raises(UserError, match="section 8 is both"):
+        quantise.quantise(quantised, image, sections=("0:9",), truth=image, held=("8:12",))

@@ -1,0 +1,151 @@
+"""A model's INT8 form: post-training quantisation with OpenVINO NNCF, and what it costs in quality.
+
+Only making it needs NNCF (the extra ``volseg[int8]``); a model file that carries the form runs without.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from volseg import evaluate, forward, model, pipeline, tiles, volume
+from volseg import fragments as basins
+from volseg.box import Box
+from volseg.config import Predict, UserError, load
+from volseg.targets import parse_sections
+
+CALIBRATED_ON = 20  # sections, evenly spread over those given
+
+
+def quantise(
+    path: Path, image: str, *, sections: tuple[str, ...] = (), truth: str = "", held: tuple[str, ...] = ()
+) -> dict:
+    """The model file carries an INT8 form, calibrated on up to `CALIBRATED_ON` of ``sections`` (all if none are given).
+
+    With ``truth`` it is compared with fp32 on the sections ``held``, which must not be among those: `forward.int8_allowed`
+    reads that. Returns what the card then says. The same inputs give the same form.
+    """
+    card = model.load_card(path)
+    source = volume.open(image)
+    depth = source.shape[0]
+    on = parse_sections(sections or (f"0:{depth}",), depth)
+    test = parse_sections(held, depth)
+    if both := sorted(set(on) & set(test)):
+        raise UserError(f"section {both[0]} is both to calibrate on and held out; give --sections without it")
+    on = [on[i] for i in sorted(set(np.linspace(0, len(on) - 1, min(len(on), CALIBRATED_ON)).round().astype(int)))]
+    norm = pipeline.normalisation(source)
+    tile_of = itertools.cycle(_grid(source).meeting(*(slice(0, n) for n in source.shape[1:])))
+    form = _form(path, [_tile(source, z, next(tile_of), card["sections"], norm) for z in on])
+    facts = {
+        "calibrated": {"volume": Path(image).name, "checksum": source.checksum(), "sections": on},
+        "versions": {name: metadata.version(name) for name in ("nncf", "openvino")},
+    }
+    if truth:
+        facts["held_out"] = _compare(path, form, source, truth, test, norm)
+    model.add_quantised(path, form, facts)
+    return facts
+
+
+def _grid(source: volume.Volume) -> tiles.Grid:
+    return tiles.grid(source.shape[1:], Predict().tile, Predict().overlap)
+
+
+def _tile(
+    source: volume.Volume, z: int, tile: tuple[int, int], channels: int, norm: tuple[float, float]
+) -> np.ndarray:
+    """One tile of a section as the network takes it, (1, sections, Y, X) float32."""
+    around = channels // 2
+    near = np.clip(np.arange(z - around, z + around + 1), 0, source.shape[0] - 1)
+    y, x = _grid(source).place(tile)
+    start, stop = (y.start, x.start), (min(y.stop, source.shape[1]), min(x.stop, source.shape[2]))
+    planes = np.concatenate([source.read(Box((int(k), *start), (int(k) + 1, *stop))) for k in near])
+    cut = tiles.cut(planes, slice(0, y.stop - y.start), slice(0, x.stop - x.start)).astype(np.float32)
+    return ((cut - np.float32(norm[0])) * np.float32(1 / norm[1]))[None]
+
+
+def _form(path: Path, batches: list[np.ndarray]) -> bytes:
+    """The packed INT8 graph of a model file, its ranges taken from ``batches``."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or its import calls home
+    import openvino as ov
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import nncf
+    except ImportError:
+        raise UserError("volseg quantise needs nncf; install it with: pip install 'volseg[int8]'") from None
+    graph = ov.Core().read_model(forward.prepare(path, "openvino"), b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = nncf.quantize(
+            graph, nncf.Dataset(batches), subset_size=len(batches), preset=nncf.QuantizationPreset.MIXED
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        ov.save_model(small, Path(folder, "int8.xml"), compress_to_fp16=True)
+        return forward.pack(Path(folder, "int8.xml").read_bytes(), Path(folder, "int8.bin").read_bytes())
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def _compare(
+    path: Path, form: bytes, source: volume.Volume, truth: str, held: list[int], norm: tuple[float, float]
+) -> dict:
+    """IoU of the foreground in both precisions on runs of sections, and how far the probabilities are apart."""
+    first, stop = held[0], held[-1] + 1
+    if held != list(range(first, stop)):
+        raise UserError(f"--held-out {held} has gaps; give one range, for instance 140:165")
+    card = model.load_card(path)
+    box = Box((first, 0, 0), (stop, *source.shape[1:]))
+    real = evaluate.truth_in(truth, source.shape, box)(box) > 0
+    blobs = {"fp32": forward.prepare(path, "openvino"), "int8": forward.unpack(form)}
+    maps = {precision: _probabilities(blob, precision, source, box, card, norm) for precision, blob in blobs.items()}
+    level = load(base=card["decode"]).fragments.threshold
+    masks = [maps[precision][0] >= round(level * 255) for precision in maps]
+    apart = np.abs(maps["fp32"].astype(np.int16) - maps["int8"]).mean() / 255
+    found = {f"iou_{precision}": _iou(maps[precision], real, card) for precision in maps}
+    sides = float(np.mean(masks[0] != masks[1]))
+    return {"sections": f"{first}:{stop}", **found, "sides": sides, "mean_difference": float(apart)}
+
+
+def _probabilities(
+    blob: bytes, precision: str, source: volume.Volume, box: Box, card: dict, norm: tuple[float, float]
+) -> np.ndarray:
+    """Both heads' probabilities of whole sections, uint8, as a run would store them."""
+    grid = _grid(source)
+    network = forward.load(blob, "openvino", precision, (1, card["sections"], *grid.size))
+    plane = tuple(slice(0, n) for n in source.shape[1:])
+    out = np.empty((len(card["heads"]), *box.shape), np.uint8)
+    for z in range(box.start[0], box.stop[0]):
+        blend = tiles.Blend(len(card["heads"]), grid, *plane)
+        for tile in grid.meeting(*plane):
+            blend.add(tile, network(_tile(source, z, tile, card["sections"], norm))[0])
+        out[:, z - box.start[0]] = blend.quantise()
+    return out
+
+
+def _iou(probability: np.ndarray, real: np.ndarray, card: dict) -> float:
+    """IoU of what the model's own settings take for foreground; only these sections are seen."""
+    inside = Box.whole(real.shape)
+    height = basins.heights(probability, inside, real.shape, load(base=card["decode"]).fragments)
+    found = height[1:-1, 1:-1, 1:-1] != basins.OUTSIDE
+    return float((found & real).sum() / max(1, (found | real).sum()))
+
+
+def table(facts: dict) -> str:
+    """What the card says, as plain text."""
+    lines = [f"calibrated on {len(facts['calibrated']['sections'])} sections of {facts['calibrated']['volume']}"]
+    if held := facts.get("held_out"):
+        lines += [
+            f"held out   {held['sections']}: IoU {held['iou_int8']:.4f} in int8, {held['iou_fp32']:.4f} in fp32",
+            f"apart      {100 * held['sides']:.3f} % of voxels on another side of the threshold, "
+            f"mean difference {255 * held['mean_difference']:.3f} / 255",
+            f"auto       {'may take it' if forward.int8_allowed({model.INT8: facts}) else 'does not take it'}",
+        ]
+    return "\n".join(lines)
