@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
-    {"box", "config"},
+    {"box", "config", "prefork"},
     {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "decide", "merges", "objects", "metrics",
      "synth"},
     {"volume", "model"},

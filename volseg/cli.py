@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from volseg import __version__
+from volseg import __version__, prefork
 from volseg.box import Box, Triple
 from volseg.config import Config, UserError, layers, load, page
 
@@ -148,6 +148,7 @@ def infer(
     flags += [f"predict.backend={_toml(backend)}"] * bool(backend)
     flags += [f"predict.precision={_toml(precision)}"] * bool(precision)
     settings = load(config, [*(sets or ()), *flags], base=card["decode"])
+    _expect_workers(settings)
 
     from volseg import pipeline
 
@@ -291,6 +292,12 @@ def _box(text: str) -> Box | None:
         return Box.parse(text) if text else None
     except ValueError as error:
         raise UserError(f"--box: {error}") from None
+
+
+def _expect_workers(settings: Config) -> None:
+    """Local workers are being got ready while this process imports the rest."""
+    if not settings.cluster.scheduler:
+        prefork.start()
 
 
 def _run(start: Callable[[Terminal], Any]) -> None:

@@ -6,9 +6,7 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import uuid
 import warnings
@@ -20,10 +18,11 @@ from functools import partial
 from itertools import chain, islice, takewhile
 from typing import Any
 
+import dask.config
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, as_completed, get_worker
 
-from volseg import volume
+from volseg import prefork, volume
 from volseg.config import Cluster, UserError
 
 THREADS = "VOLSEG_THREADS"  # environment of a worker: how many tiles it runs at once
@@ -43,13 +42,21 @@ def connect(knobs: Cluster, gpus: int = 0, *, light: bool = False) -> Iterator[C
             yield client
         return
     count = knobs.workers or gpus or min(8, CPU_COUNT)
-    with _threads(count) if light else _started(knobs, count) as cluster, Client(cluster, set_as_default=False) as client:
+    workers = _threads(count) if light else _started(knobs, count)
+    with workers as cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
 
-def _started(knobs: Cluster, count: int) -> LocalCluster:
+@contextmanager
+def _started(knobs: Cluster, count: int) -> Iterator[LocalCluster]:
     """A local cluster of ``count`` worker processes."""
-    with warnings.catch_warnings(), _deaf_to_interrupts():
+    prefork.start()
+    with dask.config.set({"distributed.worker.multiprocessing-method": prefork.method()}), _processes(knobs, count) as found:
+        yield found
+
+
+def _processes(knobs: Cluster, count: int) -> LocalCluster:
+    with warnings.catch_warnings(), prefork.deaf_to_interrupts():
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         try:
             return LocalCluster(
@@ -59,7 +66,7 @@ def _started(knobs: Cluster, count: int) -> LocalCluster:
                 memory_limit=0,
                 dashboard_address=_local(knobs.dashboard),
                 silence_logs=logging.CRITICAL,
-                env={THREADS: str(max(1, CPU_COUNT // count))},
+                env={**os.environ, THREADS: str(max(1, CPU_COUNT // count))},  # forked ones have that of an earlier time
             )
         except (RuntimeError, OSError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
@@ -76,19 +83,6 @@ def _threads(count: int) -> LocalCluster:
             n_workers=1, threads_per_worker=count, processes=False, memory_limit=0, dashboard_address=None,
             silence_logs=logging.CRITICAL,
         )  # fmt: skip
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C: the client alone hears it, and ends them in order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _local(address: str) -> str | None:
