@@ -25,6 +25,19 @@ def epfl(
 
 
 @app.command()
+def backends(
+    image: Annotated[str, typer.Option(help="A volume; its last two sections are run.")] = f"{EPFL}/training.tif",
+    model: Annotated[str, typer.Option(help="Model file; the shipped one if not given.")] = "",
+    threads: Annotated[str, typer.Option(help="How many tiles at once, one thread each.")] = "1,2",
+    repeats: Annotated[int, typer.Option(help="Passes; the median counts.")] = 5,
+) -> None:
+    """Million voxels/s of every backend and precision on whole planes, and how far each is from float32."""
+    from benchmarks import backends as bench
+
+    bench.measure(image, model, tuple(int(n) for n in threads.split(",")), repeats)
+
+
+@app.command()
 def exact(
     volume: Annotated[str, typer.Option(help="Image to segment; any volume.")] = f"{EPFL}/training.tif",
     sections: Annotated[int, typer.Option(help="How many of its last sections; 0 takes all.")] = 16,

@@ -70,7 +70,7 @@ def test_many_empty_blocks_are_counted(monkeypatch, tmp_path):
     assert rows[-1]["blocks"] == 500
 
 
-@pytest.mark.parametrize("name", ["epfl", "exact", "labels", "folds", "throughput", "instances", "io", "scaling"])
+@pytest.mark.parametrize("name", ["backends", "epfl", "exact", "labels", "folds", "throughput", "instances", "io", "scaling"])
 def test_every_benchmark_explains_itself(name):
     done = CliRunner().invoke(app, [name, "--help"])
     assert done.exit_code == 0

@@ -15,7 +15,7 @@ RANKS = [
      "synth"},
     {"volume", "model"},
     {"pyramid", "samples", "forward", "cluster", "foreign"},
-    {"pipeline", "evaluate", "view", "heldout", "checkpoint"},
+    {"probe", "pipeline", "evaluate", "view", "heldout", "checkpoint"},
     {"calibrate", "verify", "quantise", "report", "review"},
     {"train"},
     {"tune"},
@@ -32,7 +32,7 @@ MAY = {
 # and a run ends with its picture.
 SAME_RANK = {("stitch", "fragments"), ("decide", "stitch"), ("decide", "fragments"),
              ("merges", "decide"), ("merges", "fragments"), ("merges", "stitch"),
-             ("pipeline", "view"), ("__main__", "cli")}  # fmt: skip
+             ("pipeline", "view"), ("pipeline", "probe"), ("__main__", "cli")}  # fmt: skip
 
 
 def imports(path):

@@ -8,6 +8,7 @@ import pytest
 from tests.test_pipeline import Quiet, settings
 from volseg import forward, model, pipeline, quantise, volume
 from volseg.config import UserError
+from volseg.grey import normalisation
 
 SHAPE = (3, 96, 128)
 
@@ -24,7 +25,7 @@ def quantised(image, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tile(image):
     source = volume.open(image)
-    whole = quantise._tile(source, 15, (0, 0), 3, pipeline.normalisation(source))
+    whole = quantise._tile(source, 15, (0, 0), 3, normalisation(source.shape, source.read))
     return np.ascontiguousarray(whole[..., :96, :128])
 
 
@@ -47,6 +48,7 @@ def test_the_weights_are_left_as_they_are(quantised):
     before, after = (model.load(path)[0].state_dict() for path in (model.shipped(), quantised))
     assert before.keys() == after.keys()
     assert all((before[name] == after[name]).all() for name in before)
+    assert model.network_digest(model.shipped()) == model.network_digest(quantised)
 
 
 def test_int8_is_close_to_fp32_but_not_the_same(quantised, tile):
@@ -54,7 +56,7 @@ def test_int8_is_close_to_fp32_but_not_the_same(quantised, tile):
     assert 0 < np.abs(left - right).mean() < 2 / 255
 
 
-@pytest.mark.parametrize(("batch", "threads"), [(1, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("batch", "threads"), [(1, 2), (4, 2)])
 def test_int8_bits_depend_on_neither_threads_nor_batch(quantised, tile, batch, threads):
     tiles = [np.roll(tile, i, axis=-1) for i in range(4)]
     one = network(quantised, "int8")

@@ -383,6 +383,21 @@ def tune(
 
 
 @app.command()
+def backends(
+    volume: Annotated[str, typer.Argument(help="A volume; some of its tiles are tried.")],
+    model: Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")] = "",
+    config: ConfigFile = None,
+    sets: Sets = None,
+) -> None:
+    """Try every backend and precision that this machine has on a volume: speed, and distance from float32."""
+    settings = load(config, [*(sets or ()), *[f"predict.model={_toml(model)}"] * bool(model)])
+    from volseg import pipeline, probe
+
+    rows = pipeline.try_backends(volume, settings)
+    typer.echo(f"{probe.table(rows)}\nfastest  {probe.fastest(rows).name}")
+
+
+@app.command()
 def quantise(
     model: Annotated[Path, typer.Argument(help="Model file; its quantised form is stored in it.")],
     image: Annotated[str, typer.Argument(help="A volume that the model was trained on.")],

@@ -41,7 +41,7 @@ class Predict(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     tile: Annotated[int, Field(ge=32)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
     overlap: Count = 64  # voxels shared by neighbouring tiles
-    batch: Size = 1  # tiles in one forward pass
+    batch: Count = 0  # tiles in one forward pass; 0 takes what is fastest on a GPU, and 1 on a CPU
     normalize: Literal["volume", "model"] = "volume"  # mean and deviation from the volume, or from the training data
 
     @model_validator(mode="after")

@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from volseg import model
 from volseg.config import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 Forward = Callable[[np.ndarray], np.ndarray]  # (B, sections, Y, X) float32, normalised -> (B, heads, Y, X) float32, 0..1
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
@@ -110,10 +113,16 @@ def int8_allowed(card: dict) -> bool:
     return held is not None and held["iou_fp32"] - held["iou_int8"] <= INT8_LOSS
 
 
+def cache_folder() -> Path:
+    """Where volseg keeps what can be made again: ``VOLSEG_CACHE``, else a folder in the user's cache."""
+    told = os.environ.get("VOLSEG_CACHE")
+    return Path(told) if told else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volseg"
+
+
 def _onnx(path: Path) -> bytes:
-    """The model as ONNX with the sigmoid inside; made once for each file and kept in the user's cache."""
-    key = hashlib.sha256(path.read_bytes() + version("torch").encode()).hexdigest()[:32]
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volseg" / f"{key}.onnx"
+    """The model as ONNX with the sigmoid inside; made once for each network and kept in the user's cache."""
+    key = hashlib.sha256((model.network_digest(path) + version("torch")).encode()).hexdigest()[:32]
+    cached = cache_folder() / f"{key}.onnx"
     if cached.exists():
         return cached.read_bytes()
     graph = _export(path)
@@ -231,18 +240,55 @@ def _torch(blob: bytes, precision: str, place: int) -> Forward:
         path = Path(folder, "model.safetensors")
         path.write_bytes(blob)
         network, _ = model.load(path)
-    device = f"cuda:{place % gpus()}" if gpus() else "cpu"
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    if device == "cpu":
-        torch.set_num_threads(1)
-    network = network.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    network = network.requires_grad_(False)
+    if gpus():
+        return _cuda(network, kind, torch.device("cuda", place % gpus()))
+    torch.set_num_threads(1)
+    network = network.to(memory_format=torch.channels_last)
 
     def forward(batch: np.ndarray) -> np.ndarray:
-        with torch.inference_mode(), torch.autocast(device.partition(":")[0], kind, enabled=kind != torch.float32):
-            tiles = torch.from_numpy(batch).to(device).contiguous(memory_format=torch.channels_last)
-            return torch.sigmoid(network(tiles).float()).contiguous().cpu().numpy()
+        with torch.inference_mode(), torch.autocast("cpu", kind, enabled=kind != torch.float32):
+            tiles = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
+            return torch.sigmoid(network(tiles).float()).contiguous().numpy()
+
+    return forward
+
+
+def _cuda(network: torch.nn.Module, kind: torch.dtype, device: torch.device) -> Forward:
+    """The network on a GPU, weights in ``kind``: each calling thread has a stream and page-locked memory of its own,
+    so that one copies while another computes. Memory that runs out is collected once before the call is given up."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
+    network = network.to(device, kind, memory_format=torch.channels_last)
+    torch.cuda.synchronize(device)  # other streams read the weights
+    mine = threading.local()
+
+    def once(batch: np.ndarray) -> np.ndarray:
+        if not hasattr(mine, "stream"):
+            mine.stream = torch.cuda.Stream(device)
+            mine.tiles = torch.empty(batch.shape, pin_memory=True)
+        with torch.inference_mode(), torch.cuda.stream(mine.stream):
+            mine.tiles.copy_(torch.from_numpy(batch))
+            tiles = mine.tiles.to(device, non_blocking=True).to(kind, memory_format=torch.channels_last)
+            return torch.sigmoid(network(tiles).float()).contiguous().cpu().numpy()  # waits for this stream alone
+
+    def forward(batch: np.ndarray) -> np.ndarray:
+        try:
+            return once(batch)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        try:
+            return once(batch)
+        except torch.cuda.OutOfMemoryError:
+            less = max(1, len(batch) // 2)
+            raise UserError(
+                f"the GPU is out of memory with {len(batch)} tiles of {batch.shape[2]} x {batch.shape[3]} at once; begin "
+                f"again with --set predict.batch={less} or a smaller predict.tile, and --overwrite"
+            ) from None
 
     return forward
 

@@ -5,6 +5,7 @@ It may carry a quantised form of the network too: one tensor of bytes named ``in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -139,6 +140,19 @@ def write_whole(path: Path, data: bytes) -> None:
         kept = "the one there before is whole; " if path.exists() else ""
         size = f"{len(data) / 1e6:.1f} MB"
         raise UserError(f"cannot write {path} ({size}): {error.strerror}; {kept}make room, then repeat the command") from None
+
+
+def network_digest(path: str | Path) -> str:
+    """SHA-256 of what decides the network of a model file: its weights and kind, not its quantised form or settings."""
+    card, header = load_card(path), _header(Path(path))
+    digest = hashlib.sha256(json.dumps([card[key] for key in ("encoder", "decoder", "sections", "heads")]).encode())
+    data = Path(path).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name in sorted(header.keys() - {"__metadata__", INT8}):
+        first, stop = header[name]["data_offsets"]
+        digest.update(f"{name} {header[name]['dtype']} {header[name]['shape']}".encode())
+        digest.update(memoryview(data)[start + first : start + stop])
+    return digest.hexdigest()
 
 
 def quantised(path: str | Path) -> bytes:

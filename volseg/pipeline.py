@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from volseg import cluster, foreign, forward, merges, model, objects, pyramid, stitch, tiles, volume
+from volseg import cluster, foreign, forward, merges, model, objects, probe, pyramid, stitch, tiles, volume
 from volseg import fragments as basins
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
@@ -40,7 +40,7 @@ CHANNELS = ("mask", "contour")
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
 LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
 IO_THREADS = 16  # small objects read or written at once
-FREE = ("out", "config.cluster.", "config.output.keep_work")  # parts of a description that decide no byte
+FREE = ("out", "config.cluster.", "config.output.keep_work", "engine.why")  # parts of a description that decide no byte
 
 
 # ---------------------------------------------------------------- the run as plain data
@@ -79,6 +79,11 @@ class Run:
         return "take" if self.taken else "predict"
 
     @property
+    def batch(self) -> int:
+        """Tiles in one forward pass; the last are padded, so that each pass has the same bits."""
+        return self.engine.get("batch") or self.config.predict.batch or 1
+
+    @property
     def predict_grid(self) -> Blocks:
         return Blocks(self.shape, self.predict_block)
 
@@ -99,7 +104,7 @@ class Run:
         """Each stage's hash of all that determines its output."""
         c = self.config
         first = _hash(
-            self.checksum, self.shape, self.model_sha256, self.mean, self.std, self.engine, self.predict_block,
+            self.checksum, self.shape, self.model_sha256, self.mean, self.std, _bits(self.engine), self.predict_block,
             c.predict.tile, c.predict.overlap, c.predict.batch, c.output.chunk,
         )  # fmt: skip
         if self.taken:
@@ -140,6 +145,11 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _bits(engine: dict) -> dict:
+    """What of an engine's description decides the bits it computes."""
+    return {name: value for name, value in engine.items() if name != "why"}
+
+
 def blocks(shape: Triple, wanted: Triple | None) -> tuple[Triple, Triple]:
     """The blocks of `predict` and of the stages after it: functions of the volume's shape, or the shape asked for.
 
@@ -178,7 +188,7 @@ def predict(run: Run, i: int, seconds: dict[str, float]) -> None:
 
     def batches() -> Iterator[tuple[list, np.ndarray]]:
         todo = [(z, tile) for z in range(*box.slices[0].indices(run.shape[0])) for tile in meeting]
-        size = run.config.predict.batch
+        size = run.batch
         for first in range(0, len(todo), size):
             keys = todo[first : first + size]
             batch = np.zeros((size, run.sections, *grid.size), np.float32)
@@ -334,11 +344,12 @@ def _network(out: str, key: str) -> forward.Forward:
     """The network of a run, once for each worker process."""
     run = _run(out, key)
     here = forward.describe(run.engine["backend"], run.engine["precision"])
-    if here != run.engine:
+    if _bits({**run.engine, **here}) != _bits(run.engine):
         raise UserError(
-            f"this worker would run {here}, the run was begun with {run.engine}; their bits differ, so they cannot share it"
+            f"this worker would run {here}, the run was begun with {_bits(run.engine)}; their bits differ, "
+            "so they cannot share it"
         )
-    shape = (run.config.predict.batch, run.sections, *run.tile_grid.size)
+    shape = (run.batch, run.sections, *run.tile_grid.size)
     return forward.load(
         volume.read_bytes(out, "work/model.bin"),
         run.engine["backend"],
@@ -576,12 +587,10 @@ def _describe(source: volume.Volume, config: Config, out: str) -> Run:
         raise UserError(f"{path} has heads {card['heads']}; the watershed wants {list(CHANNELS)}: train such a model")
     if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
         raise UserError(f"{source.path} holds {source.dtype}; inference wants grey values")
-    backend, precision = forward.choose(config.predict.backend, config.predict.precision, forward.int8_allowed(card))
-    if precision == "int8":
-        model.quantised(path)
     slab, block = blocks(source.shape, config.blocks.shape)
     of_model = config.predict.normalize == "model"
     mean, std = (card["mean"], card["std"]) if of_model else normalisation(source.shape, source.read)
+    engine = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
     return Run(
         out=out,
         source=replace(source, path=_absolute(source.path)),
@@ -593,7 +602,7 @@ def _describe(source: volume.Volume, config: Config, out: str) -> Run:
         std=std,
         voxel_size_nm=source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0)),
         checksum=source.checksum(),
-        engine=forward.describe(backend, precision),
+        engine=engine,
         predict_block=slab,
         block=block,
     )
@@ -614,6 +623,69 @@ def _describe_taken(taken: tuple[foreign.Channel, ...], config: Config, out: str
         block=block,
         taken=taken,
     )
+
+
+def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std: float) -> dict:
+    """What a new run computes with, and why."""
+    card = model.load_card(path)
+    choice = probe.choose(
+        config.predict, path, forward.int8_allowed(card), prod(source.shape),
+        lambda: sample_tiles(source, card["sections"], config, (mean, std)),
+    )  # fmt: skip
+    if choice.precision == "int8":
+        model.quantised(path)
+    return {**forward.describe(choice.backend, choice.precision), "batch": choice.batch, "why": choice.why}
+
+
+def _begun_engine(out: str, config: Config, path: Path) -> dict:
+    """What the run begun at ``out`` computes with, if its settings left the choice open as these do; else nothing.
+
+    A restart must not choose anew: timing is noisy, and another choice has other bits.
+    """
+    if not volume.exists(f"{out}/work/run.json"):
+        return {}
+    old = json.loads(volume.read_bytes(out, "work/run.json"))
+    same_model = old.get("model_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
+    if not same_model or old["config"]["predict"] != config.predict.model_dump(mode="json"):
+        return {}
+    here = forward.describe(old["engine"]["backend"], old["engine"]["precision"])
+    return {**old["engine"], **here}
+
+
+def try_backends(path: str, config: Config) -> list[probe.Row]:
+    """Speed and distance from float32 of every backend and precision that could run the volume at ``path`` here."""
+    source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+    file = Path(config.predict.model) if config.predict.model else model.shipped()
+    card = model.load_card(file)
+    batch = sample_tiles(source, card["sections"], config, normalisation(source.shape, source.read))
+    return probe.measure(file, probe.candidates(config.predict, model.INT8 in card), config.predict.batch, batch)
+
+
+def sample_tiles(source: volume.Volume, sections: int, config: Config, norm: tuple[float, float]) -> np.ndarray:
+    """A few tiles of a volume, spread over its depth, as the network takes them: (4, sections, Y, X) float32.
+
+    On a CPU, whose speed hardly depends on their size, they are at most 512 wide.
+    """
+    longest = config.predict.tile if forward.gpus() else min(512, config.predict.tile)
+    grid = tiles.grid(source.shape[1:], longest, 0)
+    places = grid.meeting(*(slice(0, n) for n in source.shape[1:]))
+    depths = [(2 * k + 1) * source.shape[0] // 8 for k in range(4)]
+    return np.stack([
+        normalised_tile(source, z, grid.place(places[(2 * k + 1) * len(places) // 8]), sections, norm)
+        for k, z in enumerate(depths)
+    ])  # fmt: skip
+
+
+def normalised_tile(
+    source: volume.Volume, z: int, place: tuple[slice, slice], sections: int, norm: tuple[float, float]
+) -> np.ndarray:
+    """A tile of section ``z`` with its neighbours as the network takes it, (sections, Y, X) float32."""
+    near = np.clip(np.arange(z - sections // 2, z + sections // 2 + 1), 0, source.shape[0] - 1)
+    y, x = place
+    start, stop = (y.start, x.start), (min(y.stop, source.shape[1]), min(x.stop, source.shape[2]))
+    planes = np.concatenate([source.read(Box((int(k), *start), (int(k) + 1, *stop))) for k in near])
+    cut = tiles.cut(planes, slice(0, y.stop - y.start), slice(0, x.stop - x.start)).astype(np.float32)
+    return (cut - np.float32(norm[0])) * np.float32(1 / norm[1])
 
 
 def _absolute(path: str) -> str:
@@ -685,8 +757,8 @@ def _origin(run: Run) -> str:
         return "; ".join(map(str, run.taken))
     grid = run.tile_grid
     return (
-        f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']}, tiles of {grid.size[0]} x "
-        f"{grid.size[1]}, {redundancy(run):.2f} voxels inferred for each one wanted"
+        f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']} ({run.engine.get('why', 'as begun')})\n"
+        f"tiles of {grid.size[0]} x {grid.size[1]}, {redundancy(run):.2f} voxels inferred for each one wanted"
     )
 
 

@@ -18,6 +18,7 @@ from volseg import evaluate, forward, model, pipeline, tiles, volume
 from volseg import fragments as basins
 from volseg.box import Box
 from volseg.config import Predict, UserError, load
+from volseg.grey import normalisation
 from volseg.targets import parse_sections
 
 CALIBRATED_ON = 20  # sections, evenly spread over those given
@@ -39,7 +40,7 @@ def quantise(
     if both := sorted(set(on) & set(test)):
         raise UserError(f"section {both[0]} is both to calibrate on and held out; give --sections without it")
     on = [on[i] for i in sorted(set(np.linspace(0, len(on) - 1, min(len(on), CALIBRATED_ON)).round().astype(int)))]
-    norm = pipeline.normalisation(source)
+    norm = normalisation(source.shape, source.read)
     tile_of = itertools.cycle(_grid(source).meeting(*(slice(0, n) for n in source.shape[1:])))
     form = _form(path, [_tile(source, z, next(tile_of), card["sections"], norm) for z in on])
     facts = {
@@ -56,17 +57,9 @@ def _grid(source: volume.Volume) -> tiles.Grid:
     return tiles.grid(source.shape[1:], Predict().tile, Predict().overlap)
 
 
-def _tile(
-    source: volume.Volume, z: int, tile: tuple[int, int], channels: int, norm: tuple[float, float]
-) -> np.ndarray:
-    """One tile of a section as the network takes it, (1, sections, Y, X) float32."""
-    around = channels // 2
-    near = np.clip(np.arange(z - around, z + around + 1), 0, source.shape[0] - 1)
-    y, x = _grid(source).place(tile)
-    start, stop = (y.start, x.start), (min(y.stop, source.shape[1]), min(x.stop, source.shape[2]))
-    planes = np.concatenate([source.read(Box((int(k), *start), (int(k) + 1, *stop))) for k in near])
-    cut = tiles.cut(planes, slice(0, y.stop - y.start), slice(0, x.stop - x.start)).astype(np.float32)
-    return ((cut - np.float32(norm[0])) * np.float32(1 / norm[1]))[None]
+def _tile(source: volume.Volume, z: int, tile: tuple[int, int], channels: int, norm: tuple[float, float]) -> np.ndarray:
+    """One tile of a section, (1, sections, Y, X) float32."""
+    return pipeline.normalised_tile(source, z, _grid(source).place(tile), channels, norm)[None]
 
 
 def _form(path: Path, batches: list[np.ndarray]) -> bytes:

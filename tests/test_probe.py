@@ -1,0 +1,96 @@
+"""What ``auto`` takes: candidates are held against float32, the fastest is kept, and a run stays with its choice."""
+
+import numpy as np
+import pytest
+
+from tests.test_pipeline import settings
+from volseg import forward, model, pipeline, probe, volume
+from volseg.config import Predict, UserError
+from volseg.probe import Row
+
+BOTH = [("openvino", "fp32"), ("onnx", "fp32")]
+
+
+@pytest.fixture(scope="module")
+def tiles(image):
+    return pipeline.sample_tiles(volume.open(image), 3, settings(), (128.0, 40.0))[:2, :, :64, :96]
+
+
+def test_the_fastest_that_is_close_is_taken():
+    slow, fast = Row("torch", "fp32", speed=1), Row("openvino", "fp32", speed=2)
+    far = Row("onnx", "fp32", speed=9, refused="far")
+    assert probe.fastest([slow, fast, far]) == fast
+    with pytest.raises(UserError, match="no backend runs here: onnx fp32: far"):
+        probe.fastest([far])
+
+
+def test_candidates_are_those_that_settings_and_machine_allow():
+    assert probe.candidates(Predict(backend="onnx"), True) == [("onnx", "fp32")]
+    assert ("openvino", "int8") in probe.candidates(Predict(), True)
+    assert ("openvino", "int8") not in probe.candidates(Predict(), False)
+    assert probe.candidates(Predict(precision="int8"), False) == [("openvino", "int8")]
+    assert set(probe.candidates(Predict(precision="fp32"), True)) >= set(BOTH)
+
+
+@pytest.mark.skipif(forward.gpus() > 0, reason="there is a GPU")
+def test_what_the_machine_lacks_is_refused():
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        probe.candidates(Predict(precision="fp16", backend="torch"), False)
+
+
+def test_a_small_volume_is_not_kept_waiting():
+    def sample():
+        raise AssertionError("no tile is needed")
+
+    for int8 in (False, True):
+        choice = probe.choose(Predict(), model.shipped(), int8, probe.PROBED_VOXELS - 1, sample)
+        assert (choice.backend, choice.precision) == forward.choose(int8=int8)
+        assert choice.batch == 1
+    assert probe.choose(Predict(backend="onnx", batch=3), model.shipped(), True, 1 << 40, sample) == probe.Choice(
+        "onnx", "fp32", 3, "as set"
+    )
+
+
+def test_a_large_volume_is_probed_once_for_each_machine_and_model(tiles, monkeypatch, tmp_path):
+    monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path))
+    first, kept = probe._cached_rows(model.shipped(), BOTH, 0, tiles)
+    assert [(row.backend, row.precision, row.batch, row.refused) for row in first] == [(*pair, 1, "") for pair in BOTH]
+    assert all(row.speed > 0 and row.apart < 0.2 / 255 for row in first)
+    assert not kept
+    assert probe._cached_rows(model.shipped(), BOTH, 0, tiles) == (first, True)
+    assert f"{probe.fastest(first).speed:.2f} Mvoxel/s; " in probe._compared(first, probe.fastest(first))
+    assert probe.cache_file(model.shipped(), BOTH, 0, (9,)) != probe.cache_file(model.shipped(), BOTH, 2, (9,))
+
+
+def test_a_candidate_far_from_float32_is_refused(tiles):
+    blob = forward.prepare(model.shipped(), "openvino")
+    exact = probe._run(forward.load(blob, "openvino", "fp32", (1, *tiles.shape[1:])), tiles, 1)
+    assert not probe._timed(blob, "openvino", "fp32", 1, tiles, exact, 1).refused
+    assert "255 apart" in probe._timed(blob, "openvino", "fp32", 1, tiles, exact + np.float32(0.01), 1).refused
+
+
+def test_a_probe_that_breaks_says_so(tiles, tmp_path):
+    (row,) = probe.measure(tmp_path / "absent.safetensors", [("onnx", "fp32")], 1, tiles)
+    assert row.refused.startswith("ended the probe with code 1: ")
+    assert "absent.safetensors" in row.refused
+    assert "absent.safetensors" in probe.table([row])
+
+
+def test_a_run_that_was_begun_stays_with_its_choice(image, tmp_path):
+    out = str(tmp_path / "run.partial")
+    begun = pipeline._describe(volume.open(image), settings(predict={"backend": "onnx"}), out)
+    begun.engine["why"] = "of that day"
+    pipeline._begin(begun, overwrite=False)
+    again = pipeline._describe(volume.open(image), settings(predict={"backend": "onnx"}), out)
+    assert again.engine["why"] == "of that day"
+    assert not pipeline._changed(again)
+    assert pipeline._describe(volume.open(image), settings(), out).engine["backend"] != "onnx"
+
+
+def test_a_batch_that_is_chosen_is_part_of_what_decides_the_bits(image, tmp_path):
+    runs = [
+        pipeline._describe(volume.open(image), settings(predict={"batch": n, "backend": "onnx"}), str(tmp_path / "run"))
+        for n in (0, 1, 2)
+    ]
+    assert [run.batch for run in runs] == [1, 1, 2]
+    assert runs[1].keys["predict"] != runs[2].keys["predict"]
