@@ -136,18 +136,16 @@ def vnc_probabilities(folder: str, box: Box) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(soft * (0.5 + dark), 0, 1), np.clip(2 * soft * (1 - soft) * (0.5 + dark), 0, 1)
 
 
-def cut(
-    probability: np.ndarray, config: Config, block: Triple, voxel_size_nm: tuple[float, float, float] = (1.0, 1.0, 1.0)
-) -> np.ndarray:
+def cut(probability: np.ndarray, config: Config, block: Triple, voxel_size_nm: fragments.Nm3) -> np.ndarray:
     """Labels of probabilities (2, z, y, x) in memory, cut into blocks of that shape."""
     shape = probability.shape[1:]
     grid = Blocks(shape, block)
     knobs = config.fragments
     regions, tables = [], []
     for box in grid:
-        have = box.grow(fragments.halo(knobs)).clip(shape)
+        have = box.grow(fragments.halo(knobs, voxel_size_nm)).clip(shape)
         part = probability[(slice(None), *have.slices)]
-        height = fragments.heights(part, box, shape, knobs)
+        height = fragments.heights(part, box, shape, knobs, voxel_size_nm)
         region, table = fragments.fragments(height, probability[(0, *box.slices)], box, shape, knobs.connectivity)
         regions.append(region)
         tables.append(table)

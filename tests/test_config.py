@@ -46,6 +46,8 @@ def test_later_layers_win(tmp_path):
         ("[[train.data]]\nimage = 'a'\n", r"needs image and label"),
         ("[predict]\ntile = 64\noverlap = 40\n", r"overlap 40 is more than half of a tile of 64"),
         ("[fragments]\nsmooth = [4, 0, 0]\n", r"fragments\.smooth\.0 = 4: input should be less than or equal to 3"),
+        ("[fragments]\ndistance = 4\ndistance_nm = 20\n", r"distance and distance_nm are one thing in two units"),
+        ("[fragments]\nheight = 'distance'\n", r"height 'distance' needs a distance to count up to"),
         ("stitch = \n", r"run\.toml is not valid TOML"),
     ],
 )

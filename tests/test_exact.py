@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from volseg.box import Blocks, Box
-from volseg.config import Fragments
+from volseg.config import Fragments, UserError
 from volseg.decide import ANY, Rules, decide
-from volseg.fragments import OUTSIDE, fragments, halo, heights, seed_height
+from volseg.fragments import OUTSIDE, fragments, halo, heights, metric, seed_height
 from volseg.stitch import gather, link
 
 
@@ -254,24 +254,26 @@ def test_no_mask_means_no_objects():
     assert not blockwise(np.full((3, 4, 5), OUTSIDE, np.int32), Rules(5), (2, 2, 2)).any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     smooth=st.tuples(*[st.integers(0, 2)] * 3),
-    distance=st.integers(0, 4),
+    height=st.sampled_from(["probability", "contour", "distance", "head"]),
+    distance=st.sampled_from([{"distance": 1}, {"distance": 4}, {"distance_nm": 9}, {"distance_nm": 40}]),
     contour=st.sampled_from([0.0, 0.5, 1.0]),
+    voxel_size_nm=st.sampled_from([(4.0, 4.0, 4.0), (30.0, 4.5, 5.0), (6.0, 17.0, 4.0)]),
     data=st.data(),
 )
-def test_heights_do_not_see_the_blocks(seed, smooth, distance, contour, data):
+def test_heights_do_not_see_the_blocks(seed, smooth, height, distance, contour, voxel_size_nm, data):
     shape = data.draw(st.tuples(*[st.integers(1, 12)] * 3))
     rng = np.random.default_rng(seed)
-    probability = rng.choice(np.array([0, 100, 130, 200, 255], np.uint8), (2, *shape), p=[0.3, 0.1, 0.2, 0.2, 0.2])
-    knobs = Fragments(smooth=smooth, distance=distance, contour=contour, threshold=0.4)
-    whole = heights(probability, Box.whole(shape), shape, knobs)
+    probability = rng.choice(np.array([0, 100, 130, 200, 255], np.uint8), (3, *shape), p=[0.3, 0.1, 0.2, 0.2, 0.2])
+    knobs = Fragments(smooth=smooth, contour=contour, threshold=0.4, height=height, **distance)
+    whole = heights(probability, Box.whole(shape), shape, knobs, voxel_size_nm)
     block = tuple(data.draw(st.integers(1, n)) for n in shape)
     for box in Blocks(shape, block):
-        have = box.grow(halo(knobs)).clip(shape)
-        part = heights(probability[(slice(None), *have.slices)], box, shape, knobs)
+        have = box.grow(halo(knobs, voxel_size_nm)).clip(shape)
+        part = heights(probability[(slice(None), *have.slices)], box, shape, knobs, voxel_size_nm)
         np.testing.assert_array_equal(part, whole[box.grow(1).shift((1, 1, 1)).slices])
 
 
@@ -297,12 +299,84 @@ def test_heights_are_what_their_definition_says():
     np.testing.assert_array_equal(got, want)
 
 
-def test_a_seed_is_where_the_smoothed_probability_reaches_the_level():
-    knobs = Fragments(smooth=(0, 0, 0), distance=3, threshold=0.1)
-    probability = np.zeros((2, 1, 1, 5), np.uint8)
-    probability[0, 0, 0] = [100, 152, 153, 154, 255]
-    height = heights(probability, Box.whole((1, 1, 5)), (1, 1, 5), knobs)[1, 1, 1:-1]
-    assert (height <= seed_height(0.6, knobs)).tolist() == [False, False, True, True, True]
+def blobs(seed, shape):
+    """A smooth random field, 0..255."""
+    from scipy import ndimage
+
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), 2)
+    return np.uint8(255 * (field - field.min()) / np.ptp(field))
+
+
+@pytest.mark.parametrize("voxel_size_nm", [(5.0, 5.0, 5.0), (50.0, 4.6, 4.6), (4.0, 7.3, 11.0)])
+def test_distances_in_nm_are_those_of_scipy(voxel_size_nm):
+    from scipy import ndimage
+
+    mask = blobs(6, (9, 24, 27))
+    knobs = Fragments(smooth=(0, 0, 0), distance_nm=45, threshold=0.4)
+    around = metric(knobs, voxel_size_nm)
+    inside = mask >= np.ceil(0.4 * 255)
+    got = heights(np.stack([mask] * 2), Box.whole(mask.shape), mask.shape, knobs, voxel_size_nm)[1:-1, 1:-1, 1:-1]
+    assert (inside == (got != OUTSIDE)).all()
+    far = around.cap**2 - got[inside] % (around.cap**2 + 1)
+    exact = ndimage.distance_transform_edt(inside, sampling=around.edges)[inside]
+    np.testing.assert_array_equal(far, np.minimum(np.rint(exact**2), around.cap**2))
+    nm = np.minimum(ndimage.distance_transform_edt(inside, sampling=voxel_size_nm)[inside], 45)
+    np.testing.assert_allclose(45 * np.sqrt(far) / around.cap, nm, rtol=1 / 32)
+    assert len(np.unique(far)) > 5
+
+
+def test_cubes_have_the_same_distance_in_nm_as_in_voxels():
+    mask = np.stack([blobs(7, (8, 13, 11))] * 2)
+    box, shape = Box.whole(mask.shape[1:]), mask.shape[1:]
+    for height in ("probability", "distance"):
+        voxels, nm = (Fragments(height=height, contour=0.3, **d) for d in ({"distance": 4}, {"distance_nm": 33}))
+        np.testing.assert_array_equal(heights(mask, box, shape, voxels), heights(mask, box, shape, nm, (8, 8, 8)))
+        assert seed_height(0.6, voxels) == seed_height(0.6, nm, (8, 8, 8))
+
+
+def test_a_distance_too_far_for_whole_numbers_is_refused():
+    assert metric(Fragments(distance_nm=1275), (5, 5, 5)).cap == 255
+    with pytest.raises(UserError, match="give at most 1275"):
+        metric(Fragments(distance_nm=1290), (5, 5, 5))
+    with pytest.raises(ValueError, match="voxel_size_nm"):
+        halo(Fragments(distance_nm=10))
+
+
+@pytest.mark.parametrize(
+    ("height", "first"), [("probability", [150, 250]), ("contour", [205, 255]), ("distance", [1, 4]), ("head", [30, 60])]
+)
+def test_each_height_is_low_where_its_evidence_is_strong(height, first):
+    """Two voxels of a bar, at its end and one further in: their evidence, and what comes second where that is equal."""
+    mask = np.array([0, 200, 250, 250, 250, 200, 0], np.uint8)
+    probability = np.stack([mask, [0, 50, 0, 0, 0, 50, 0], [0, 30, 60, 90, 60, 30, 0]]).reshape(3, 1, 1, 7)
+    knobs = Fragments(smooth=(0, 0, 0), distance=2, height=height)
+    got = heights(probability.astype(np.uint8), Box.whole((1, 1, 7)), (1, 1, 7), knobs)[1, 1, 2:4]
+    if height == "distance":
+        assert got.tolist() == [(4 - first[0]) * 16321 + 64 * (255 - 150), (4 - first[1]) * 16321 + 64 * (255 - 250)]
+    else:
+        assert got.tolist() == [64 * (255 - first[0]) * 5 + 4 - 1, 64 * (255 - first[1]) * 5 + 4 - 4]
+
+
+@pytest.mark.parametrize(("height", "channel"), [("probability", 0), ("contour", 1), ("head", 2)])
+def test_a_seed_is_where_the_evidence_reaches_its_share(height, channel):
+    """At 0.6: 153 of 255."""
+    probability = np.zeros((3, 1, 1, 5), np.uint8)
+    probability[channel, 0, 0] = [100, 152, 153, 154, 255]
+    if height == "contour":
+        probability = 255 - probability
+        probability[0] = 255
+    knobs = Fragments(smooth=(0, 0, 0), distance=3, height=height, threshold=0.0)
+    got = heights(probability, Box.whole((1, 1, 5)), (1, 1, 5), knobs)[1, 1, 1:-1]
+    assert (got <= seed_height(0.6, knobs)).tolist() == [False, False, True, True, True]
+
+
+def test_a_seed_of_the_distance_is_a_share_of_its_cap():
+    """A bar of 23 voxels between background; at 0.6 of 10 voxels, what is at least 6 away from it."""
+    probability = np.full((2, 1, 1, 25), [[[[255]]], [[[0]]]], np.uint8)
+    probability[0, 0, 0, [0, -1]] = 0
+    knobs = Fragments(smooth=(0, 0, 0), distance=10, height="distance")
+    got = heights(probability, Box.whole((1, 1, 25)), (1, 1, 25), knobs)[1, 1, 1:-1]
+    assert np.flatnonzero(got <= seed_height(0.6, knobs)).tolist() == list(range(6, 19))
 
 
 @pytest.mark.parametrize("connected", [True, False])

@@ -308,6 +308,8 @@ def test_a_cleaned_run_is_decided_anew_only_when_asked(reference, finished):
 def test_deciding_anew_refuses_what_needs_the_network(reference, finished, tmp_path):
     with pytest.raises(UserError, match="cannot change input, predict"):
         pipeline.segment(finished, with_sets("predict.batch=2"), show=Quiet())
+    with pytest.raises(UserError, match="follows a channel of distance"):
+        pipeline.segment(finished, with_sets("fragments.height=head"), show=Quiet())
     assert Path(finished, "run.json").exists()
     assert digest(finished) == digest(reference)
     with pytest.raises(UserError, match="not a volseg run"):

@@ -56,8 +56,9 @@ def test_a_sound_run_is_equal_in_every_check(run):
     assert text.endswith("all that was checked is equal")
 
 
-def test_a_run_on_a_grid_of_26_neighbours_is_equal_in_every_check(copy):
-    pipeline.segment(str(copy), lambda _: settings(fragments={"connectivity": 26}, blocks={"shape": BLOCK}), show=Quiet())
+def test_a_run_on_a_grid_of_26_neighbours_that_follows_distance_is_equal_in_every_check(copy):
+    knobs = {"connectivity": 26, "height": "distance", "distance_nm": 40}
+    pipeline.segment(str(copy), lambda _: settings(fragments=knobs, blocks={"shape": BLOCK}), show=Quiet())
     stored = verify.load(str(copy))
     assert stored.config.fragments.connectivity == 26
     result = verify.verify(str(copy))

@@ -68,14 +68,30 @@ class Blocks(Section):
 
 class Fragments(Section):
     threshold: Share = 0.5  # a voxel belongs to the mask where the smoothed mask probability reaches this
+    height: Literal["probability", "contour", "distance", "head"] = "probability"  # what the watershed follows, see below
     contour: Share = 1.0  # how much of the contour probability is taken from the mask probability for the height
     smooth: tuple[Passes, Passes, Passes] = (2, 2, 2)  # passes of the [1 2 1] filter along z y x
     distance: Annotated[int, Field(ge=0, le=64)] = 0  # plateaus are split by the distance to the mask's border, up to this
+    distance_nm: Annotated[float, Field(ge=0)] = 0.0  # the same in nm, for voxels that are no cubes; 0 takes ``distance``
     connectivity: Literal[6, 26] = 6  # neighbours of a voxel: those that share a face, or also an edge or a corner
+
+    # What objects are cut by. ``stitch.seed`` is a share of what the height says, smoothed:
+    #   probability  mask probability minus contour; then the distance to the mask's border
+    #   contour      1 - contour probability; then the distance to the mask's border
+    #   distance     distance to the border of mask minus contour, as a share of its cap; then mask minus contour
+    #   head         the third channel, a network's own distance; then the distance to the mask's border
+
+    @model_validator(mode="after")
+    def _one_distance(self) -> Fragments:
+        if self.distance and self.distance_nm:
+            raise ValueError("distance and distance_nm are one thing in two units; set one of them to 0")
+        if self.height == "distance" and not (self.distance or self.distance_nm):
+            raise ValueError("height 'distance' needs a distance to count up to: give distance (voxels) or distance_nm")
+        return self
 
 
 class Stitch(Section):
-    seed: Share = 0.6  # basins joined above this smoothed probability are one seed
+    seed: Share = 0.6  # basins joined above this smoothed probability (or what fragments.height takes) are one seed
     persistence: Share = 0.0  # seeds less than this below the saddle between them are one seed
     join_mean: Share = 0.0  # neighbours are joined whose whole border has at least this mean probability; 0: none
     keep_unseeded: bool = False  # keep objects that hold no seed

@@ -27,7 +27,7 @@ import numpy as np
 from numba import njit
 
 from volseg.config import Config
-from volseg.fragments import mask_level, seed_height
+from volseg.fragments import depth_height, seed_height
 from volseg.stitch import Basins, add_up, least
 
 ANY = np.iinfo(np.int64).max  # no greatest size
@@ -65,9 +65,9 @@ def rules(config: Config, voxel_size_nm: tuple[float, float, float]) -> Rules:
     knobs, of = config.stitch, config.fragments
     voxel_nm3 = prod(Fraction(str(n)) for n in voxel_size_nm)
     return Rules(
-        seed_height=seed_height(knobs.seed, of),
-        depth=mask_level(knobs.persistence) * (of.distance**2 + 1),
-        join_height=seed_height(knobs.join_mean, of) if knobs.join_mean else -1,
+        seed_height=seed_height(knobs.seed, of, voxel_size_nm),
+        depth=depth_height(knobs.persistence, of, voxel_size_nm),
+        join_height=seed_height(knobs.join_mean, of, voxel_size_nm) if knobs.join_mean else -1,
         min_voxels=max(knobs.min_voxels, ceil(Fraction(str(knobs.min_volume_nm3)) / voxel_nm3)),
         max_voxels=knobs.max_voxels or ANY,
         fill_voxels=knobs.fill_holes_voxels,

@@ -11,17 +11,22 @@ Nothing here knows seeds or sizes: those are decided in `stitch` from the tables
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
+from math import ceil, gcd
 
 import numpy as np
 from numba import njit
 
 from volseg.box import Box, Triple
-from volseg.config import Fragments
+from volseg.config import Fragments, UserError
 
 LEVELS = 64  # steps of smoothed probability for each step of the stored uint8
 TOP = 255 * LEVELS
+FARTHEST = 255  # greatest cap of distances: its square fits uint16, and heights fit int32
 OUTSIDE = np.iinfo(np.int32).max  # height of what is not in the mask
+
+Nm3 = tuple[float, float, float]  # a voxel's size z y x
 
 EDGE = np.dtype(
     [
@@ -70,9 +75,48 @@ class Table:
 # ---------------------------------------------------------------- heights
 
 
-def halo(knobs: Fragments) -> Triple:
+@dataclass(frozen=True)
+class Metric:
+    """Whole-number distances, so that they are exact: ``edges`` of a voxel along z y x, and the ``cap`` up to which they
+    count, all in one unit."""
+
+    edges: Triple
+    cap: int
+
+    @property
+    def reach(self) -> Triple:
+        """Voxels within the cap, z y x."""
+        return tuple(-(-self.cap // edge) for edge in self.edges)
+
+
+def metric(knobs: Fragments, voxel_size_nm: Nm3 | None = None) -> Metric:
+    """The `Metric` of ``knobs.distance``, whose unit is one voxel on every axis, or of ``knobs.distance_nm``.
+
+    In nm the unit is 1/16 of the smallest edge, or a multiple of it that divides all edges, or the next of 1/8, 1/4, 1/2
+    and 1 that keeps the cap within `FARTHEST`. Longer edges are rounded to whole units, and so by less than 1/32 of the
+    smallest edge where the unit is 1/16. Raises `UserError` for a cap beyond `FARTHEST` voxels.
+
+    >>> metric(Fragments(distance_nm=40), (50, 4.6, 4.6)), metric(Fragments(distance_nm=40), (8, 8, 8))
+    (Metric(edges=(174, 16, 16), cap=139), Metric(edges=(1, 1, 1), cap=5))
+    """
+    if not knobs.distance_nm:
+        return Metric((1, 1, 1), knobs.distance)
+    if voxel_size_nm is None:
+        raise ValueError("fragments.distance_nm is not 0, so a voxel's size is needed; give voxel_size_nm")
+    smallest = min(voxel_size_nm)
+    for fine in (16, 8, 4, 2, 1):
+        edges = [round(fine * edge / smallest) for edge in voxel_size_nm]
+        unit = gcd(*edges)
+        cap = max(1, round(knobs.distance_nm * fine / (smallest * unit)))
+        if cap <= FARTHEST:
+            return Metric(tuple(edge // unit for edge in edges), cap)
+    raise UserError(f"fragments.distance_nm = {knobs.distance_nm:g} is more than {FARTHEST} voxels of {smallest:g} nm; "
+                    f"give at most {FARTHEST * smallest:g}")  # fmt: skip
+
+
+def halo(knobs: Fragments, voxel_size_nm: Nm3 | None = None) -> Triple:
     """Voxels of probability needed around a block so that its fragments are exact, z y x."""
-    return tuple(passes + knobs.distance + 1 for passes in knobs.smooth)
+    return tuple(n + far + 1 for n, far in zip(knobs.smooth, metric(knobs, voxel_size_nm).reach, strict=True))
 
 
 def mask_level(threshold: float) -> int:
@@ -80,46 +124,82 @@ def mask_level(threshold: float) -> int:
     return int(np.ceil(threshold * TOP))
 
 
-def seed_height(seed: float, knobs: Fragments) -> int:
-    """The greatest height at which a voxel is a seed: smoothed probability at least ``seed``."""
-    cap = knobs.distance**2
-    return (TOP - mask_level(seed)) * (cap + 1) + cap
+def seed_height(seed: float, knobs: Fragments, voxel_size_nm: Nm3 | None = None) -> int:
+    """The greatest height at which a voxel is a seed: what ``knobs.height`` names is at least ``seed``.
+
+    That is the smoothed value of 0..1, or the distance as a share of its cap.
+    """
+    most = metric(knobs, voxel_size_nm).cap ** 2
+    if knobs.height == "distance":
+        return (most - ceil(Fraction(str(seed)) ** 2 * most)) * (TOP + 1) + TOP
+    return (TOP - mask_level(seed)) * (most + 1) + most
 
 
-def probability_of(height: np.ndarray, knobs: Fragments) -> np.ndarray:
-    """The smoothed probability (less the contour) of heights, or of means of heights; distances to the border are left out.
+def probability_of(height: np.ndarray, knobs: Fragments, voxel_size_nm: Nm3 | None = None) -> np.ndarray:
+    """What `seed_height` takes, of heights or of means of heights: mostly the smoothed probability less the contour.
+
+    What comes second in a height is left out.
 
     >>> probability_of(np.array([0, seed_height(0.6, Fragments())]), Fragments()).tolist()
     [1.0, 0.6]
+    >>> far = Fragments(height="distance", distance=10)
+    >>> probability_of(np.array([seed_height(0.6, far)]), far).tolist()
+    [0.6]
     """
-    return (TOP - np.floor_divide(height, knobs.distance**2 + 1)) / TOP if knobs.distance else (TOP - height) / TOP
+    most = metric(knobs, voxel_size_nm).cap ** 2
+    if knobs.height == "distance":
+        return np.sqrt((most - np.floor_divide(height, TOP + 1)) / most)
+    return (TOP - np.floor_divide(height, most + 1)) / TOP if most else (TOP - height) / TOP
 
 
-def heights(probability: np.ndarray, box: Box, shape: Triple, knobs: Fragments) -> np.ndarray:
+def depth_height(share: float, knobs: Fragments, voxel_size_nm: Nm3 | None = None) -> int:
+    """The difference of height that ``share`` of what ``knobs.height`` names makes; of distances, of the squared cap."""
+    most = metric(knobs, voxel_size_nm).cap ** 2
+    if knobs.height == "distance":
+        return ceil(Fraction(str(share)) * most) * (TOP + 1)
+    return mask_level(share) * (most + 1)
+
+
+def heights(
+    probability: np.ndarray, box: Box, shape: Triple, knobs: Fragments, voxel_size_nm: Nm3 | None = None
+) -> np.ndarray:
     """Heights (int32, low inside objects) of ``box`` grown by 1; `OUTSIDE` where there is no mask or no volume.
 
-    ``probability`` is uint8 (channels mask, contour; z y x) and covers ``box`` grown by `halo`, cut to the volume of that
-    ``shape``. All arithmetic is on integers, and a voxel's height depends only on voxels within the halo, so two blocks
-    that share a voxel agree on it. Beyond the volume the last voxel is repeated.
+    ``probability`` is uint8 (channels mask, contour, perhaps distance; z y x) and covers ``box`` grown by `halo`, cut to
+    the volume of that ``shape``. All arithmetic is on integers, and a voxel's height depends only on voxels within the
+    halo, so two blocks that share a voxel agree on it. Beyond the volume the last voxel is repeated.
     """
-    full = box.grow(halo(knobs))
+    around = metric(knobs, voxel_size_nm)
+    full = box.grow(halo(knobs, voxel_size_nm))
     have = full.clip(shape)
     if probability.shape[1:] != have.shape:
         raise ValueError(f"probability of {box} has shape {probability.shape[1:]}, wanted {have.shape} with its halo")
     missing = [(h - f, g - e) for f, h, e, g in zip(full.start, have.start, have.stop, full.stop, strict=True)]
     padded = np.pad(probability, [(0, 0), *missing], mode="edge")
-    level = _smooth(padded[0], knobs.smooth)
-    inside = level if knobs.contour == 0 else _smooth(_less_contour(padded, round(knobs.contour * 256)), knobs.smooth)
     near = full.grow(tuple(-p for p in knobs.smooth))
-    mask = level >= mask_level(knobs.threshold)
-    real = near.clip(shape).inside(near)
-    squared = _squared_distance(mask, real, knobs.distance)
-    out = _compose(inside, mask, squared, knobs.distance)
-    out = out[box.grow(1).inside(near)]
+    out = _heights(padded, near.clip(shape).inside(near), knobs, around)[box.grow(1).inside(near)]
     keep = box.grow(1).clip(shape).inside(box.grow(1))
     framed = np.full(out.shape, OUTSIDE, np.int32)
     framed[keep] = out[keep]
     return framed
+
+
+def _heights(probability: np.ndarray, real: tuple, knobs: Fragments, around: Metric) -> np.ndarray:
+    """Heights where the filter fits; ``real`` is the part of them that lies in the volume."""
+    level = _smooth(probability[0], knobs.smooth)
+    mask = level >= mask_level(knobs.threshold)
+    most = around.cap**2
+    if knobs.height == "contour":
+        return _compose(_smooth(255 - probability[1], knobs.smooth), _squared_distance(mask, real, around), mask, TOP, most)
+    if knobs.height == "head":
+        return _compose(_smooth(probability[2], knobs.smooth), _squared_distance(mask, real, around), mask, TOP, most)
+    inside = level
+    if knobs.contour:
+        inside = _smooth(_less_contour(probability, round(knobs.contour * 256)), knobs.smooth)
+    if knobs.height == "distance":
+        body = mask & (inside >= mask_level(knobs.threshold))
+        return _compose(_squared_distance(body, real, around), inside, mask, most, TOP)
+    return _compose(inside, _squared_distance(mask, real, around), mask, TOP, most)
 
 
 def _less_contour(probability: np.ndarray, weight: int) -> np.ndarray:
@@ -195,27 +275,29 @@ def _scale(sums, shift):
     return out
 
 
-def _squared_distance(mask: np.ndarray, real: tuple, cap: int) -> np.ndarray:
-    """Squared distance (voxels) of each masked voxel to the nearest voxel of the volume outside the mask, at most cap**2.
+def _squared_distance(body: np.ndarray, real: tuple, around: Metric) -> np.ndarray:
+    """Squared distance of each voxel of ``body`` to the nearest voxel of the volume outside it, at most cap**2; uint16.
 
-    Exact where ``cap`` voxels lie around it. Three passes of lower envelopes over a window of ``cap``, as in Felzenszwalb
-    and Huttenlocher, "Distance transforms of sampled functions", 2012, whose general case a cap makes needless.
+    Exact where `Metric.reach` voxels lie around it. Three passes of lower envelopes over a window of the cap, as in
+    Felzenszwalb and Huttenlocher, "Distance transforms of sampled functions", 2012, whose general case a cap makes
+    needless.
     """
-    if cap == 0:
-        return np.zeros(mask.shape, np.uint16)
-    background = np.zeros(mask.shape, np.bool_)
-    background[real] = ~mask[real]
-    along_x = _runs(background, mask, cap)
-    z, y, x = mask.shape
-    along_y = np.empty(mask.shape, np.uint16)
-    _envelope(along_x, mask.reshape(z, y, x), along_y, cap)
+    if around.cap == 0:
+        return np.zeros(body.shape, np.uint16)
+    background = np.zeros(body.shape, np.bool_)
+    background[real] = ~body[real]
+    (edge_z, edge_y, edge_x), cap = around.edges, around.cap
+    along_x = _runs(background, edge_x, cap)
+    z, y, x = body.shape
+    along_y = np.empty(body.shape, np.uint16)
+    _envelope(along_x, body, along_y, edge_y, cap)
     along_z = np.empty((1, z, y * x), np.uint16)
-    _envelope(along_y.reshape(1, z, y * x), mask.reshape(1, z, y * x), along_z, cap)
-    return along_z.reshape(mask.shape)
+    _envelope(along_y.reshape(1, z, y * x), body.reshape(1, z, y * x), along_z, edge_z, cap)
+    return along_z.reshape(body.shape)
 
 
 @njit(cache=True, nogil=True)
-def _runs(background, mask, cap):
+def _runs(background, edge, cap):
     """Squared distance along x to the background, at most cap**2; 0 on the background."""
     nz, ny, nx = background.shape
     out = np.empty(background.shape, np.uint16)
@@ -223,43 +305,43 @@ def _runs(background, mask, cap):
         for y in range(ny):
             gap = cap
             for x in range(nx):
-                gap = 0 if background[z, y, x] else min(gap + 1, cap)
+                gap = 0 if background[z, y, x] else min(gap + edge, cap)
                 out[z, y, x] = gap
             gap = cap
             for x in range(nx - 1, -1, -1):
-                gap = 0 if background[z, y, x] else min(gap + 1, cap)
+                gap = 0 if background[z, y, x] else min(gap + edge, cap)
                 near = min(gap, np.int64(out[z, y, x]))
                 out[z, y, x] = near * near
     return out
 
 
 @njit(cache=True, nogil=True)
-def _envelope(field, mask, out, cap):
-    """min over d of field[j + d] + d * d along the middle axis, |d| < cap, for masked voxels; others are copied."""
+def _envelope(field, body, out, edge, cap):
+    """min over d of field[j + d] + (d * edge)**2 along the middle axis, within the cap, in the body; else a copy."""
     outer, length, stride = field.shape
     for i in range(outer):
         for j in range(length):
             for k in range(stride):
                 best = np.int64(field[i, j, k])
-                if mask[i, j, k]:
-                    d = 1
-                    while d < cap and d * d < best:
+                if body[i, j, k]:
+                    d, far = 1, edge
+                    while far < cap and far * far < best:
                         if j >= d:
-                            best = min(best, np.int64(field[i, j - d, k]) + d * d)
+                            best = min(best, np.int64(field[i, j - d, k]) + far * far)
                         if j + d < length:
-                            best = min(best, np.int64(field[i, j + d, k]) + d * d)
+                            best = min(best, np.int64(field[i, j + d, k]) + far * far)
                         d += 1
+                        far += edge
                 out[i, j, k] = best
 
 
 @njit(cache=True, nogil=True)
-def _compose(inside, mask, squared, cap):
-    """Height: probability first, distance to the mask's border second."""
+def _compose(first, second, mask, most_first, most_second):
+    """Height: low where ``first`` is high, and among equals where ``second`` is high."""
     out = np.empty(mask.shape, np.int32)
-    p, m, d, o = inside.ravel(), mask.ravel(), squared.ravel(), out.ravel()
-    most = cap * cap
+    p, q, m, o = first.ravel(), second.ravel(), mask.ravel(), out.ravel()
     for i in range(m.size):
-        o[i] = (TOP - np.int32(p[i])) * (most + 1) + (most - np.int32(d[i])) if m[i] else OUTSIDE
+        o[i] = (most_first - np.int32(p[i])) * (most_second + 1) + (most_second - np.int32(q[i])) if m[i] else OUTSIDE
     return out
 
 

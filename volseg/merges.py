@@ -25,7 +25,7 @@ from numba import njit
 from volseg.box import Triple
 from volseg.config import Fragments
 from volseg.decide import APART, SEED, SHALLOW, UNSEEDED, Rules, agglomerate, borders, forest, ranked
-from volseg.fragments import TOP, probability_of
+from volseg.fragments import Nm3, depth_height, probability_of
 from volseg.stitch import Basins, add_up, least
 
 MOST = 100_000  # rows
@@ -149,11 +149,11 @@ def table(
 ) -> dict[str, np.ndarray]:
     """Columns of the table of merges.
 
-    ``z y x`` is the saddle's voxel. Probabilities are what heights are made of: smoothed, less the contour.
+    ``z y x`` is the saddle's voxel. Probabilities are what heights are made of (`fragments.probability_of`).
     ``contact_faces`` counts voxel faces; ``contact_um2`` takes the mean face of a voxel where voxels are no cubes.
     ``voxels_a`` and ``voxels_b`` are, of a join, its two parts at that step, the larger first.
     """
-    step = (knobs.distance**2 + 1) * TOP
+    step = depth_height(1.0, knobs, voxel_size_nm)
     z, y, x = np.unravel_index(rows["at"], shape)
     face_um2 = sum(np.prod(np.delete(voxel_size_nm, i)) for i in range(3)) / 3 * 1e-6
     mean = np.where(rows["area"] > 0, rows["height"] / np.maximum(1, rows["area"]), rows["saddle"])
@@ -161,8 +161,8 @@ def table(
         "kind": np.array(KINDS)[rows["kind"]],
         "rule": np.array(RULES)[rows["rule"]],
         "margin": rows["margin"] / step,
-        "saddle_probability": probability_of(rows["saddle"], knobs),
-        "mean_probability": probability_of(mean, knobs),
+        "saddle_probability": probability_of(rows["saddle"], knobs, voxel_size_nm),
+        "mean_probability": probability_of(mean, knobs, voxel_size_nm),
         "contact_faces": rows["area"],
         "contact_um2": rows["area"] * face_um2,
         "label_a": rows["label"][:, 0],
@@ -174,7 +174,7 @@ def table(
     }
 
 
-def confidence(basins: Basins, label: np.ndarray, knobs: Fragments) -> np.ndarray:
+def confidence(basins: Basins, label: np.ndarray, knobs: Fragments, voxel_size_nm: Nm3 | None = None) -> np.ndarray:
     """For labels 1..n the probability at the object's deepest point, less that of its lowest saddle to another object.
 
     An object that touches no other has the whole of it.
@@ -184,5 +184,5 @@ def confidence(basins: Basins, label: np.ndarray, knobs: Fragments) -> np.ndarra
     low, high, *_, row = _between(basins, label)
     saddle = np.minimum(*(least(basins.edges["high"][row], end, size) for end in (low, high)))
     known = saddle < np.iinfo(np.int64).max
-    to = np.where(known, probability_of(np.where(known, saddle, 0), knobs), 0.0)
-    return (probability_of(deepest, knobs) - to)[1:]
+    to = np.where(known, probability_of(np.where(known, saddle, 0), knobs, voxel_size_nm), 0.0)
+    return (probability_of(deepest, knobs, voxel_size_nm) - to)[1:]

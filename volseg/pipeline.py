@@ -96,6 +96,10 @@ class Run:
         return tiles.grid(self.shape[1:], self.config.predict.tile, self.config.predict.overlap)
 
     @property
+    def metric(self) -> basins.Metric:
+        return basins.metric(self.config.fragments, self.voxel_size_nm)
+
+    @property
     def levels(self) -> list[tuple[Triple, Triple]]:
         return pyramid.levels(self.shape, self.voxel_size_nm, self.config.output.levels)
 
@@ -110,7 +114,7 @@ class Run:
         if self.taken:
             roles = [(channel.name, channel.source is not None, channel.inverted) for channel in self.taken]
             first = _hash(self.checksum, self.shape, roles, self.predict_block, c.output.chunk)
-        fragments = _hash(first, c.fragments.model_dump(), self.block, basins.EDGE.names)
+        fragments = _hash(first, c.fragments.model_dump(), asdict(self.metric), self.block, basins.EDGE.names)
         stitched = _hash(fragments, c.stitch.model_dump())
         levels = {f"pyramid{k}": _hash(stitched, k, *self.levels) for k in range(1, len(self.levels))}
         return {self.first: first, "fragments": fragments, "faces": fragments, "stitch": stitched,
@@ -237,11 +241,11 @@ def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
     """Basins of block ``i`` are stored, with the table of how they touch."""
     box = run.grid[i]
     knobs = run.config.fragments
-    have = box.grow(basins.halo(knobs)).clip(run.shape)
+    have = box.grow(basins.halo(knobs, run.voxel_size_nm)).clip(run.shape)
     with cluster.timed(seconds, "read"):
         probability = np.asarray(volume.open_array(run.out, "0")[(slice(None), *have.slices)])
     with cluster.timed(seconds, "basins"):
-        height = basins.heights(probability, box, run.shape, knobs)
+        height = basins.heights(probability, box, run.shape, knobs, run.voxel_size_nm)
         mass = np.ascontiguousarray(probability[0][box.inside(have)])
         region, table = basins.fragments(height, mass, box, run.shape, knobs.connectivity)
     with cluster.timed(seconds, "write"):
@@ -267,7 +271,8 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
     found = int(label.max(initial=0))
     with cluster.timed(seconds, "write"):
         _save(run.out, "work/basins.npz", **asdict(whole), label=label)
-        told = {"rows": merges.merges(whole, rule, label), "confidence": merges.confidence(whole, label, run.config.fragments)}
+        sure = merges.confidence(whole, label, run.config.fragments, run.voxel_size_nm)
+        told = {"rows": merges.merges(whole, rule, label), "confidence": sure}
         volume.remove(f"{run.out}/work/merges")
         _save(run.out, f"work/merges/{run.keys['stitch']}.npz", **told)
         dtype = label_dtype(found)
@@ -489,6 +494,7 @@ def _go(
     run: Run, out: str, start: float, show: Show, prepare: Callable[[], None], *, light: bool = False
 ) -> Summary:
     """Once there are workers: the run's folder, everything in it that is not done yet, and its final name."""
+    _check_channels(run)
     gpus = 0 if light or run.taken else forward.gpus()
     with cluster.connect(run.config.cluster, gpus, light=light) as client:
         prepare()
@@ -496,6 +502,16 @@ def _go(
             show.say(f"dashboard {link}")
         seconds = {"start": time.perf_counter() - start, **_stages(client, run, show)}
     return _finish(run, out, seconds, start)
+
+
+def _check_channels(run: Run) -> None:
+    """Refuses to follow a channel that the run does not have."""
+    lacking = {channel.name for channel in run.taken if channel.source is None} | ({"distance"} - set(run.heads))
+    height = run.config.fragments.height
+    need = {"contour": "contour", "head": "distance"}.get(height)
+    if need in lacking:
+        raise UserError(f"fragments.height = {height!r} follows a channel of {need}, which this run lacks: take another height, "
+                        "or probabilities that hold one")  # fmt: skip
 
 
 def _stored(out: str, recompute: bool) -> Run:

@@ -74,12 +74,17 @@ class Stored:
     def rules(self) -> Rules:
         return rules(self.config, self.voxel_size_nm)
 
+    @property
+    def halo(self) -> Triple:
+        """Voxels around a box that its heights need."""
+        return fragments.halo(self.config.fragments, self.voxel_size_nm)
+
     def probability(self, box: Box) -> np.ndarray:
         """Stored probabilities (uint8; channels, z, y, x) of ``box`` with the halo that heights need, cut to the volume."""
-        return _read(self.path, "0", box.grow(fragments.halo(self.config.fragments)).clip(self.shape))
+        return _read(self.path, "0", box.grow(self.halo).clip(self.shape))
 
     def heights(self, probability: np.ndarray, box: Box) -> np.ndarray:
-        return fragments.heights(probability, box, self.shape, self.config.fragments)
+        return fragments.heights(probability, box, self.shape, self.config.fragments, self.voxel_size_nm)
 
     def regions(self, height: np.ndarray, mass: np.ndarray, box: Box) -> tuple[np.ndarray, fragments.Table]:
         return fragments.fragments(height, mass, box, self.shape, self.config.fragments.connectivity)
@@ -211,7 +216,7 @@ def check(stored: Stored, box: Box) -> dict:
 
 
 def _core(probability: np.ndarray, box: Box, stored: Stored) -> np.ndarray:
-    have = box.grow(fragments.halo(stored.config.fragments)).clip(stored.shape)
+    have = box.grow(stored.halo).clip(stored.shape)
     return np.ascontiguousarray(probability[box.inside(have)])
 
 
@@ -222,7 +227,7 @@ def _first(wrong: np.ndarray, box: Box) -> list[int]:
 
 def _heights_differ(stored: Stored, box: Box, probability: np.ndarray, height: np.ndarray) -> np.ndarray:
     """Which voxels of ``box`` have another height when the box is cut into thin pieces."""
-    halo = fragments.halo(stored.config.fragments)
+    halo = stored.halo
     have = box.grow(halo).clip(stored.shape)
     out = np.zeros(box.shape, bool)
     for part in Blocks(box.shape, (5 + halo[0], 31 + halo[1], box.shape[2])):
@@ -460,7 +465,7 @@ def _measured(
 
 def other_block(stored: Stored) -> Triple:
     """A block shape that is not the run's on any axis where there is a choice, and fits no shard or tile."""
-    halo = fragments.halo(stored.config.fragments)
+    halo = stored.halo
     wanted = [min(c + 2 * h, n // 2 + 1) for c, h, n in zip((37, 101, 127), halo, stored.shape, strict=True)]
     return tuple(max(1, w - (w == b)) for w, b in zip(wanted, stored.block, strict=True))
 
