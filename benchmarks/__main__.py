@@ -130,6 +130,21 @@ def instances(
     bench.measure(run, sections, repeats)
 
 
+@app.command()
+def heights(
+    run: Annotated[str, typer.Argument(help="A finished run.")],
+    truth: Annotated[str, typer.Argument(help="Its true labels.")],
+    box: Annotated[str, typer.Option(help="Part that is scored.")] = "140:165,0:768,0:1024",
+    calibrate: Annotated[str, typer.Option(help="Part on which seeds and sizes are chosen.")] = "120:140,0:768,0:1024",
+    of: Annotated[Pair | None, typer.Option(help="RUN TRUTH that --calibrate is a part of, if another.")] = None,
+    name: Annotated[str, typer.Option(help="Rows go to results/heights-NAME.json.")] = "epfl",
+) -> None:
+    """What the watershed should follow: fragments.height on stored probabilities, each calibrated on another part."""
+    from benchmarks import heights as bench
+
+    bench.measure(run, truth, box, (*(of or (run, truth)), calibrate), name)
+
+
 @app.command("io")
 def stores(repeats: Annotated[int, typer.Option(min=1)] = 5) -> None:
     """Reading and writing shards, with zarr's codecs and with zarrs, on disk and in a store 30 ms away."""

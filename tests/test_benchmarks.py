@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import exact, instances, io, labels, report, scaling, trial
+from benchmarks import exact, heights, instances, io, labels, report, scaling, trial
 from benchmarks.__main__ import app
 from volseg import volume
 
@@ -70,7 +70,19 @@ def test_many_empty_blocks_are_counted(monkeypatch, tmp_path):
     assert rows[-1]["blocks"] == 500
 
 
-@pytest.mark.parametrize("name", ["backends", "epfl", "exact", "labels", "folds", "throughput", "instances", "io", "scaling"])
+def test_every_height_that_the_channels_allow_is_scored(image, reference, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(heights, "SEEDS", (0.3, 0.6))
+    truth = f"{image}/labels/truth"
+    heights.measure(reference, truth, "0:10,0:150,0:170", (reference, truth, "10:22,0:150,0:170"), "synth")
+    rows = json.loads((tmp_path / "heights-synth.json").read_text())["rows"]
+    assert [row["height"] for row in rows] == [name for name in heights.HEIGHTS if name != "head"]
+    assert all(0 < row["IoU"] <= 1 and row["objects"] > 3 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "name", ["backends", "epfl", "exact", "labels", "folds", "throughput", "instances", "heights", "io", "scaling"]
+)
 def test_every_benchmark_explains_itself(name):
     done = CliRunner().invoke(app, [name, "--help"])
     assert done.exit_code == 0

@@ -14,7 +14,7 @@ from volseg import volume
 from volseg.box import Box
 from volseg.config import UserError
 from volseg.evaluate import COMPONENTS, STORED, _block, evaluate, table
-from volseg.metrics import Contingency, foreground, instances
+from volseg.metrics import Contingency, foreground, instances, pairs, touching
 
 SHAPE = (8, 24, 32)
 
@@ -66,6 +66,18 @@ def test_chunks_and_formats_do_not_change_the_scores(tmp_path, truth, chunk):
     counts = Contingency.of(labels(), labels(5))
     assert found["foreground"] == foreground(counts)
     assert found["instances"] == instances(counts)
+
+
+def test_touching_objects_of_an_instance_truth_are_scored_in_any_blocks(tmp_path, monkeypatch):
+    both = labels()
+    both[:, 6:8] = both[:, 5:6]  # those of the first row reach the ones below
+    truth, pred = write_tif(tmp_path / "truth.tif", both), write_tif(tmp_path / "pred.tif", labels(5))
+    found = evaluate(pred, truth)["touching"]
+    assert found == pairs(Contingency.of(both, labels(5)), touching(both))
+    assert found["pairs"] == 3
+    monkeypatch.setattr("volseg.evaluate.BLOCK_VOXELS", 100)
+    assert evaluate(pred, truth)["touching"] == found
+    assert "touching" not in evaluate(pred, write_zarr(tmp_path / "mask.zarr", both > 0, SHAPE))
 
 
 def test_small_blocks_do_not_change_the_scores(tmp_path, truth, monkeypatch):

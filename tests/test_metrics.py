@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import combinations
 from math import log2
 
 import numpy as np
@@ -24,7 +25,7 @@ from torchmetrics.classification import (
 from torchmetrics.detection import PanopticQuality
 
 from volseg.box import Blocks
-from volseg.metrics import SLAB, Contingency, foreground, instances
+from volseg.metrics import NEAR, SLAB, Contingency, foreground, instances, pairs, touching
 
 unhurried = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 SHAPES = hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=6)
@@ -355,3 +356,34 @@ def test_objects_where_the_truth_has_none_are_all_wrong():
     assert (voxels["iou"], voxels["precision"], voxels["recall"]) == (0.0, 0.0, 1.0)
     assert (found["precision"], found["recall"], found["f1"], found["sa50"]) == (0.0, 1.0, 0.0, 0.0)
     assert (found["missed"], found["spurious"], found["voi_merge"], found["rand_error"]) == (0, 1, 0.0, 0.0)
+
+
+def test_objects_touch_up_to_one_voxel_apart():
+    """By hand: 1 and 2 share a face, 2 and 3 an edge, 3 and 4 have one voxel between them, 4 and 5 two."""
+    plane = np.array([[1, 2, 0, 0, 0, 0, 0, 0, 0], [0, 0, 3, 0, 4, 0, 0, 5, 0]])
+    assert touching(plane[None]).tolist() == [[1, 2], [2, 3], [3, 4]]
+
+
+@unhurried
+@given(labels=hnp.arrays(np.uint64, SHAPES, elements=st.sampled_from([0, 0, 0, 1, 2, 2**63])), data=st.data())
+def test_touching_objects_are_those_of_a_search_of_all_voxels_in_any_cutting(labels, data):
+    places = [(tuple(at), int(labels[tuple(at)])) for at in np.argwhere(labels)]
+    want = {tuple(sorted((i, j))) for (a, i), (b, j) in combinations(places, 2)
+            if i != j and sum((m - n) ** 2 for m, n in zip(a, b, strict=True)) <= NEAR**2}  # fmt: skip
+    assert touching(labels).tolist() == [list(pair) for pair in sorted(want)]
+    block = tuple(data.draw(st.integers(1, n)) for n in labels.shape)
+    parts = [touching(labels[box.grow(NEAR).clip(labels.shape).slices]) for box in Blocks(labels.shape, block)]
+    np.testing.assert_array_equal(np.unique(np.concatenate(parts), axis=0), touching(labels))
+
+
+def test_pairs_told_apart_by_hand():
+    """Ten voxels each: 1 and 2 found, 3 and 4 merged, 5 found and 6 cut in two halves."""
+    truth = np.repeat([1, 2, 3, 4, 5, 6], 10)
+    pred = np.repeat([1, 2, 3, 5, 6, 7], [10, 10, 20, 10, 5, 5])
+    near = np.array([[1, 2], [2, 6], [3, 4], [5, 6]], np.uint64)
+    found = pairs(Contingency.of(truth, pred), near)
+    assert found == {"pairs": 4, "separated": 1, "pair_recall": 0.25, "pairs_merged": 1, "split_share": 1 / 6}
+    assert pairs(Contingency.of(truth, pred), near, 0.4)["separated"] == 3  # then a half is a match
+    assert pairs(Contingency.of(truth[:25], pred[:25]), near)["pairs"] == 1  # of objects in the table alone
+    nothing = pairs(Contingency.empty(), near)
+    assert (nothing["pairs"], nothing["pair_recall"], nothing["split_share"]) == (0, 1.0, 0.0)

@@ -12,7 +12,7 @@ from skimage.measure import label
 from volseg import volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import UserError
-from volseg.metrics import Contingency, check_threshold, foreground, instances
+from volseg.metrics import NEAR, Contingency, check_threshold, foreground, instances, pairs, touching
 
 INSTANCES = "labels/instances/0"  # where a run keeps its labels
 BLOCK_VOXELS = 1 << 24  # voxels of each volume in memory at once
@@ -125,6 +125,12 @@ def _count(read_truth: Read, read_pred: Read, boxes: list[Box]) -> Contingency:
     return sum((Contingency.of(read_truth(box), read_pred(box)) for box in boxes), Contingency.empty())
 
 
+def touching_in(read: Read, boxes: list[Box], box: Box) -> np.ndarray:
+    """The pairs of objects that touch in ``box`` (see `metrics.touching`), read in parts that make it up."""
+    found = [touching(read(part.grow(NEAR).intersect(box))) for part in boxes]
+    return np.unique(np.concatenate([np.empty((0, 2), np.uint64), *found]), axis=0)
+
+
 def _is_binary(ids: np.ndarray, counts: np.ndarray) -> bool:
     """Whether rows of ids and voxels are those of a mask: one value besides 0, or 8 bits that are almost all 1 and 255.
 
@@ -151,7 +157,8 @@ def evaluate(pred: str, truth: str, *, box: Box | None = None, iou: float = 0.5)
 
     Keys: ``pred``, ``truth`` (paths), ``box`` (evaluated voxels), ``voxels``, ``pred_instances``, ``truth_instances``
     (where the objects come from), ``foreground`` and ``instances`` (see :mod:`volseg.metrics`; ``iou`` is the threshold
-    of the object scores, 0 <= iou < 1).
+    of the object scores, 0 <= iou < 1). Where the truth holds instances, ``touching`` says how those that touch were
+    told apart (`metrics.pairs`).
 
     **Volumes.** Anything :func:`volseg.volume.open` reads, of whole numbers, 0 background. Of a run folder, and of any
     group that has it, ``labels/instances/0`` is taken.
@@ -193,7 +200,7 @@ def evaluate(pred: str, truth: str, *, box: Box | None = None, iou: float = 0.5)
         "truth_instances": COMPONENTS if masks["truth"] else STORED,
         "foreground": foreground(counts),
         "instances": instances(counts, iou),
-    }
+    } | ({} if masks["truth"] else {"touching": pairs(counts, touching_in(truth_side.read, boxes, box), iou)})
 
 
 def truth_in(path: str, shape: Triple, box: Box) -> Read:

@@ -254,8 +254,8 @@ def _cut(slab: Slab, knobs: Fragments) -> tuple[stitch.Basins, metrics.Contingen
     """The basins of a slab, as a run of one block would cut them, and how they (from 1) overlap true objects."""
     shape = slab.labels.shape
     box = Box.whole(shape)
-    height = basins.heights(slab.chance, box, shape, knobs)
-    region, table = basins.fragments(height, np.ascontiguousarray(slab.chance[0]), box, shape)
+    height = basins.heights(slab.chance, box, shape, knobs, slab.voxel_size_nm)
+    region, table = basins.fragments(height, np.ascontiguousarray(slab.chance[0]), box, shape, knobs.connectivity)
     nothing = stitch.Links(np.empty((0, 2), np.int64), np.empty(0, basins.EDGE))
     whole, (basin,) = stitch.gather([table], [nothing])
     valid = slab.labels != UNLABELLED

@@ -9,6 +9,7 @@ otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -17,6 +18,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from volseg.config import UserError
 
 SLAB = 1 << 18  # voxels compared at once, so that the comparison stays in the processor's cache
+NEAR = 2  # voxels between the centres of two voxels whose objects touch, at most
 TENTH = 10  # an overlap counts towards splits and mergers where it is more than one tenth of an object
 
 
@@ -181,19 +183,19 @@ def _assign(truth: np.ndarray, pred: np.ndarray, iou: np.ndarray) -> np.ndarray:
     return min_weight_full_bipartite_matching(graph, maximize=True)[1][r] == c
 
 
-def _matched_iou(overlaps: _Overlaps, threshold: float) -> np.ndarray:
-    """IoU of each matched pair: those above the threshold, each object in one pair at most."""
+def _matched(overlaps: _Overlaps, threshold: float) -> np.ndarray:
+    """Which pairs are matched: those whose IoU is above the threshold, each object in one pair at most."""
     iou = overlaps.iou
     above = iou > threshold
     if threshold < 0.5:  # from one half upwards no object can be in two such pairs
         above[above] = _assign(overlaps.truth[above], overlaps.pred[above], iou[above])
-    return iou[above]
+    return above
 
 
 def _detection(overlaps: _Overlaps, threshold: float) -> dict:
     """Object scores at one IoU threshold; see :func:`instances`."""
     truths, preds = overlaps.truth_voxels.size, overlaps.pred_voxels.size
-    iou = _matched_iou(overlaps, threshold)
+    iou = overlaps.iou[_matched(overlaps, threshold)]
     hits, sum_iou = iou.size, float(iou.sum())
     return {
         "precision": _ratio(hits, preds),
@@ -208,7 +210,7 @@ def _detection(overlaps: _Overlaps, threshold: float) -> dict:
 
 def _segmentation_accuracy(overlaps: _Overlaps, threshold: float) -> float:
     """TP / (TP + FP + FN) at one IoU threshold."""
-    hits = _matched_iou(overlaps, threshold).size
+    hits = int(np.count_nonzero(_matched(overlaps, threshold)))
     return _ratio(hits, overlaps.truth_voxels.size + overlaps.pred_voxels.size - hits)
 
 
@@ -302,3 +304,65 @@ def instances(table: Contingency, iou: float = 0.5) -> dict:
         "pred_objects": int(overlaps.pred_voxels.size),
         **_faults(overlaps),
     }
+
+
+# ---------------------------------------------------------------- objects that touch
+
+
+def touching(labels: np.ndarray) -> np.ndarray:
+    """Pairs ``a < b`` of labels (uint64, n x 2, sorted) with voxels at most `NEAR` apart, between centres.
+
+    So two objects touch when they share a voxel face, edge or corner, or one voxel lies between them. The pairs of a
+    volume are those of its blocks, each grown by `NEAR`, in any cutting.
+
+    >>> touching(np.array([[[5, 5, 0, 3, 0, 0, 9]]])).tolist()
+    [[3, 5]]
+    """
+    padded = np.pad(_ids(labels, "labels").astype(np.uint64), NEAR)
+    flat, at = padded.ravel(), np.flatnonzero(padded)
+    here, found = flat[at], [np.empty((0, 2), np.uint64)]
+    for step in _steps(padded.shape):
+        there = flat[at + step]
+        apart = (there != here) & (there > 0)
+        found.append(np.unique(np.sort(np.stack([here[apart], there[apart]], axis=1), axis=1), axis=0))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _steps(shape: tuple[int, int, int]) -> list[int]:
+    """The ways, in the linear index of an array of that shape, from a voxel to those ahead of it that are `NEAR`."""
+    ways = product(range(-NEAR, NEAR + 1), repeat=3)
+    return [int(np.dot(way, (shape[1] * shape[2], shape[2], 1)))
+            for way in ways if way > (0, 0, 0) and np.dot(way, way) <= NEAR**2]  # fmt: skip
+
+
+def pairs(table: Contingency, near: np.ndarray, iou: float = 0.5) -> dict:
+    """How true objects that touch were told apart. ``near`` are their ids, as `touching` gives them.
+
+    - ``pairs``: how many of ``near`` the table holds; ``separated``: those of which both objects are matched, as in
+      `instances`, and so by different pred objects; ``pair_recall``: their share.
+    - ``pairs_merged``: those of which one pred object holds more than a tenth of the voxels of both.
+    - ``split_share``: of all true objects, touching or not, the share that `instances` counts as ``split``.
+
+    Raises UserError for ``iou`` outside its range.
+    """
+    check_threshold(iou)
+    overlaps = _overlaps(table)
+    truth_ids = np.unique(table.truth[table.truth > 0])
+    number = np.searchsorted(truth_ids, near[np.isin(near, truth_ids).all(axis=1)])
+    matched = np.zeros(truth_ids.size, bool)
+    matched[overlaps.truth[_matched(overlaps, iou)]] = True
+    separated = int(matched[number].all(axis=1).sum())
+    return {
+        "pairs": len(number),
+        "separated": separated,
+        "pair_recall": _ratio(separated, len(number)),
+        "pairs_merged": sum(_share_a_holder(overlaps, a, b) for a, b in number.tolist()),
+        "split_share": _faults(overlaps)["split"] / truth_ids.size if truth_ids.size else 0.0,
+    }
+
+
+def _share_a_holder(overlaps: _Overlaps, a: int, b: int) -> bool:
+    """Whether one pred object holds more than a tenth of both true objects (numbers in the lists)."""
+    holds = TENTH * overlaps.both > overlaps.truth_voxels[overlaps.truth]
+    of_a, of_b = (overlaps.pred[holds & (overlaps.truth == n)] for n in (a, b))
+    return bool(np.isin(of_a, of_b).any())

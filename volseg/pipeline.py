@@ -510,8 +510,8 @@ def _check_channels(run: Run) -> None:
     height = run.config.fragments.height
     need = {"contour": "contour", "head": "distance"}.get(height)
     if need in lacking:
-        raise UserError(f"fragments.height = {height!r} follows a channel of {need}, which this run lacks: take another height, "
-                        "or probabilities that hold one")  # fmt: skip
+        raise UserError(f"fragments.height = {height!r} follows a channel of {need}, which this run lacks: take another "
+                        "height, or probabilities that hold one")  # fmt: skip
 
 
 def _stored(out: str, recompute: bool) -> Run:
