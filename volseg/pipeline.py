@@ -855,9 +855,11 @@ def _finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summ
     _write_table(run.out, "objects", columns)
     if told:
         _write_table(run.out, "merges", merges.table(told["rows"], run.config.fragments, run.shape, run.voxel_size_nm))
-    volume.write_bytes(run.out, "tables/volumes.png", view.volumes(columns))
     labels = volume.open(run.out, dataset="labels/instances/0")
-    volume.write_bytes(run.out, "overlay.png", view.overlay(run.source, labels, columns))
+    with ThreadPoolExecutor(1) as beside:
+        histogram = beside.submit(view.volumes, columns)
+        volume.write_bytes(run.out, "overlay.png", view.overlay(run.source, labels, columns))
+        volume.write_bytes(run.out, "tables/volumes.png", histogram.result())
     volume.set_group_attributes(
         run.out, "", volume.ome_multiscales("probability", "czyx", [("0", run.voxel_size_nm)])
     )

@@ -22,7 +22,7 @@ def overlay(source: Volume, labels: Volume, columns: dict[str, np.ndarray]) -> b
     """
     rows = [_pair(source, labels, center) for center in _centers(source.shape, columns)]
     file = io.BytesIO()
-    Image.fromarray(np.concatenate(rows, axis=0)).save(file, "PNG", optimize=True)
+    Image.fromarray(np.concatenate(rows, axis=0)).save(file, "PNG", compress_level=3)
     return file.getvalue()
 
 
@@ -55,12 +55,14 @@ def grey(plane: np.ndarray) -> np.ndarray:
 
 def paint(image: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """A grey plane (uint8) with its objects tinted and outlined, RGB. An id has the same colour in every picture."""
-    hue = (ids.astype(np.uint64) * np.uint64(0x9E3779B1) % np.uint64(1 << 32)).astype(np.float64) / (1 << 32)
+    names, index = np.unique(ids, return_inverse=True)
+    hue = (names.astype(np.uint64) * np.uint64(0x9E3779B1) % np.uint64(1 << 32)).astype(np.float64) / (1 << 32)
     colour = 255 * hsv2rgb(np.stack([hue, np.full_like(hue, 0.75), np.ones_like(hue)], axis=-1))
-    share = np.where(ids > 0, 0.3, 0.0)
-    share[find_boundaries(ids, mode="inner")] = 1.0
-    grey = np.repeat(image[..., None].astype(float), 3, axis=-1)
-    return np.uint8(grey * (1 - share[..., None]) + colour * share[..., None])
+    out = np.repeat(image[..., None], 3, axis=-1)
+    inside, edge = ids > 0, find_boundaries(ids, mode="inner")
+    of = colour[index.reshape(ids.shape)[inside]]
+    out[inside] = np.where(edge[inside][:, None], of, 0.7 * image[inside][:, None] + 0.3 * of)
+    return out
 
 
 def volumes(columns: dict[str, np.ndarray]) -> bytes:
