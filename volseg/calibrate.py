@@ -123,8 +123,12 @@ def into_model(path: Path, row: dict, run: pipeline.Run) -> None:
 
 
 def table(rows: list[dict], most: int = 10) -> str:
-    """The best candidates as plain text, and the run's own settings and the defaults if they are not among them."""
-    shown = rows[:most] + [row for row in rows[most:] if row["own"] or row["default"]]
+    """The best candidates as plain text, the first of those that score alike; the run's own settings and the defaults."""
+    first: dict[tuple, dict] = {}
+    for row in rows:
+        first.setdefault(tuple(row[name] for name in ("iou", *SCORES)), row)
+    best = list(first.values())[:most]
+    shown = best + [row for row in rows if (row["own"] or row["default"]) and row not in best]
     marks = {"own": "the run's own", "default": "the defaults"}
     names = [name for name in rows[0] if name not in marks]
     lines = ["  ".join(f"{name:>11}" for name in names)]
