@@ -174,5 +174,21 @@ def scaling(
         raise typer.BadParameter(f"{what!r} is none of volumes, workers, blocks")
 
 
+@app.command()
+def planes(
+    image: Annotated[str, typer.Option(help="Isotropic stack.")] = f"{EPFL}/training.tif",
+    truth: Annotated[str, typer.Option(help="Its labels.")] = f"{EPFL}/training_groundtruth.tif",
+    crop: Annotated[str, typer.Option(help="Part that is segmented.")] = "116:165,0:768,0:1024",
+    choose: Annotated[tuple[int, int], typer.Option(help="Sections on which the decision is chosen.")] = (120, 140),
+    test: Annotated[tuple[int, int], typer.Option(help="Sections that are scored.")] = (140, 165),
+    out: Annotated[str, typer.Option(help="Folder of the runs.")] = "runs/planes",
+    sets: Annotated[list[str] | None, typer.Option("--set", help="A setting for every run.")] = None,
+) -> None:
+    """Scores and cost of test-time flips and of passes over xy, xz and yz planes."""
+    from benchmarks import planes as bench
+
+    bench.measure(image, truth, crop, choose, test, out, sets or [])
+
+
 if __name__ == "__main__":
     app()

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import exact, heights, instances, io, labels, report, scaling, trial
+from benchmarks import exact, heights, instances, io, labels, planes, report, scaling, trial
 from benchmarks.__main__ import app
 from volseg import volume
+from volseg.box import Box
 
 
 def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, tmp_path, capsys):
@@ -80,8 +81,15 @@ def test_every_height_that_the_channels_allow_is_scored(image, reference, monkey
     assert all(0 < row["IoU"] <= 1 and row["objects"] > 3 for row in rows)
 
 
+def test_looks_are_scored_where_nothing_was_chosen(reference, image):
+    chosen, tested = Box((0, 0, 0), (10, 150, 170)), Box((10, 0, 0), (22, 150, 170))
+    row = planes.scores(reference, f"{image}/labels/truth", chosen, tested)
+    assert row["IoU"] > 0.5
+    assert row["threshold"] in planes.THRESHOLDS
+
+
 @pytest.mark.parametrize(
-    "name", ["backends", "epfl", "exact", "labels", "folds", "throughput", "instances", "heights", "io", "scaling"]
+    "name", ["backends", "epfl", "exact", "labels", "folds", "throughput", "instances", "heights", "io", "scaling", "planes"]
 )
 def test_every_benchmark_explains_itself(name):
     done = CliRunner().invoke(app, [name, "--help"])

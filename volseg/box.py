@@ -10,6 +10,20 @@ from math import prod
 Triple = tuple[int, int, int]
 
 
+def turned(triple: Triple, axes: Triple) -> Triple:
+    """``triple`` with its axes in another order, as `numpy.transpose` takes them; `back` of ``axes`` undoes it."""
+    return tuple(triple[a] for a in axes)
+
+
+def back(axes: Triple) -> Triple:
+    """The order of axes that undoes ``axes``.
+
+    >>> turned(turned((5, 6, 7), (2, 0, 1)), back((2, 0, 1)))
+    (5, 6, 7)
+    """
+    return tuple(axes.index(k) for k in range(3))
+
+
 @dataclass(frozen=True, order=True)
 class Box:
     """The voxels with ``start <= index < stop``, z y x.
@@ -81,6 +95,14 @@ class Box:
             tuple(a + o for a, o in zip(self.start, offset, strict=True)),
             tuple(b + o for b, o in zip(self.stop, offset, strict=True)),
         )
+
+    def turned(self, axes: Triple) -> Box:
+        """This box with its axes in another order.
+
+        >>> str(Box((0, 2, 4), (1, 3, 5)).turned((2, 0, 1)))
+        '4:5,0:1,2:3'
+        """
+        return Box(turned(self.start, axes), turned(self.stop, axes))
 
     def inside(self, outer: Box) -> tuple[slice, slice, slice]:
         """Slices that cut this box out of an array that holds ``outer``."""

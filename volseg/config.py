@@ -42,12 +42,20 @@ class Predict(Section):
     tile: Annotated[int, Field(ge=32)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
     overlap: Count = 64  # voxels shared by neighbouring tiles
     batch: Count = 0  # tiles in one forward pass; 0 takes what is fastest on a GPU, and 1 on a CPU
+    tta: Literal[1, 4, 8] = 1  # ways to lay a tile that are averaged: 4 flips it, 8 also transposes it
+    planes: tuple[Literal["xy", "xz", "yz"], ...] = ("xy",)  # passes over the volume that are averaged
     normalize: Literal["volume", "model"] = "volume"  # mean and deviation from the volume, or from the training data
 
     @model_validator(mode="after")
     def _room_between_overlaps(self) -> Predict:
         if self.overlap > self.tile // 32 * 16:
             raise ValueError(f"overlap {self.overlap} is more than half of a tile of {self.tile // 32 * 32}")
+        return self
+
+    @model_validator(mode="after")
+    def _each_plane_once(self) -> Predict:
+        if not self.planes or len(set(self.planes)) < len(self.planes):
+            raise ValueError(f"planes {list(self.planes)} must name each plane once; use ['xy'] or ['xy', 'xz', 'yz']")
         return self
 
 

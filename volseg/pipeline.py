@@ -1,6 +1,6 @@
 """Read this first: the path of a voxel, one function per stage.
 
-    predict    tiles of one block -> blended uint8 probabilities
+    predict    tiles of one block -> blended uint8 probabilities; of several planes, the mean of what each pass stored
     take       instead of predict: one block of probabilities that another network made -> uint8
     fragments  probabilities -> basins of one block, and a table of how they touch
     faces      a block's exits and crossing edges come to name its neighbours' basins
@@ -31,7 +31,7 @@ import numpy as np
 
 from volseg import cluster, foreign, forward, merges, model, objects, probe, pyramid, stitch, tiles, volume
 from volseg import fragments as basins
-from volseg.box import Blocks, Box, Triple
+from volseg.box import Blocks, Box, Triple, back, turned
 from volseg.config import Config, UserError
 from volseg.decide import decide, label_dtype, rules
 from volseg.grey import normalisation
@@ -39,7 +39,9 @@ from volseg.grey import normalisation
 CHANNELS = ("mask", "contour")
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
 LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
+SLAB_VOXELS = 1 << 27  # voxels up to which predict's blocks grow to the source's chunks
 IO_THREADS = 16  # small objects read or written at once
+ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which other planes look like xy planes
 FREE = ("out", "config.cluster.", "config.output.keep_work", "engine.why")  # parts of a description that decide no byte
 
 
@@ -92,8 +94,20 @@ class Run:
         return Blocks(self.shape, self.block)
 
     @property
-    def tile_grid(self) -> tiles.Grid:
-        return tiles.grid(self.shape[1:], self.config.predict.tile, self.config.predict.overlap)
+    def passes(self) -> dict[str, str]:
+        """The plane that each stage before `predict` looks at; none where `predict` itself looks at the one there is."""
+        planes = self.config.predict.planes
+        return {} if planes == ("xy",) or self.taken else {f"predict-{plane}": plane for plane in planes}
+
+    def pass_grid(self, plane: str) -> Blocks:
+        """The blocks of a pass over several planes: deep across its planes, as `blocks` chooses those of xy planes."""
+        axes = tiles.PLANES[plane]
+        slab = turned(slabs(turned(self.shape, axes), self.source.chunk[axes[0]]), back(axes))
+        return Blocks(self.shape, _fit(self.config.blocks.shape or slab, self.shape))
+
+    def tile_grid(self, plane: str) -> tiles.Grid:
+        """The tiles of every section of a pass: a function of the volume's shape."""
+        return tiles.grid(turned(self.shape, tiles.PLANES[plane])[1:], self.config.predict.tile, self.config.predict.overlap)
 
     @property
     def metric(self) -> basins.Metric:
@@ -109,15 +123,16 @@ class Run:
         c = self.config
         first = _hash(
             self.checksum, self.shape, self.model_sha256, self.mean, self.std, _bits(self.engine), self.predict_block,
-            c.predict.tile, c.predict.overlap, c.predict.batch, c.output.chunk,
+            c.predict.tile, c.predict.overlap, c.predict.batch, c.predict.tta, sorted(c.predict.planes), c.output.chunk,
         )  # fmt: skip
         if self.taken:
             roles = [(channel.name, channel.source is not None, channel.inverted) for channel in self.taken]
             first = _hash(self.checksum, self.shape, roles, self.predict_block, c.output.chunk)
+        passes = {stage: _hash(first, stage, self.pass_grid(plane).block) for stage, plane in self.passes.items()}
         fragments = _hash(first, c.fragments.model_dump(), asdict(self.metric), self.block, basins.EDGE.names)
         stitched = _hash(fragments, c.stitch.model_dump())
         levels = {f"pyramid{k}": _hash(stitched, k, *self.levels) for k in range(1, len(self.levels))}
-        return {self.first: first, "fragments": fragments, "faces": fragments, "stitch": stitched,
+        return {**passes, self.first: first, "fragments": fragments, "faces": fragments, "stitch": stitched,
                 "relabel": stitched, **levels}  # fmt: skip
 
     @cached_property
@@ -154,78 +169,124 @@ def _bits(engine: dict) -> dict:
     return {name: value for name, value in engine.items() if name != "why"}
 
 
-def blocks(shape: Triple, wanted: Triple | None) -> tuple[Triple, Triple]:
-    """The blocks of `predict` and of the stages after it: functions of the volume's shape, or the shape asked for.
+def blocks(shape: Triple, wanted: Triple | None, chunk: int = 1) -> tuple[Triple, Triple]:
+    """The blocks of `predict` and of the stages after it: those that suit the volume, or the shape asked for.
 
-    Predict takes slabs of whole planes, which need no tile twice; only planes of more than 2**28 voxels are cut into
-    strips. The other stages take the same slabs where these are deep, else blocks of about `BLOCK_VOXELS`.
+    Predict takes `slabs`. The other stages take the same where these are deep, else blocks of about `BLOCK_VOXELS`.
+    ``chunk`` is how many sections of the source are stored together.
     """
     if wanted:
         block = _fit(wanted, shape)
         if prod(n + 2 for n in block) >= 1 << 31:
             raise UserError(f"blocks.shape = {list(block)} is too large to number its voxels; use less than 2**31 voxels")
         return block, block
-    z, y, x = shape
-    target = min(BLOCK_VOXELS, max(1 << 20, prod(shape) // 16))
-    depth = min(z, max(target // (y * x), 4 if y * x <= 1 << 26 else 1))
-    strips = -(-depth * y * x // (1 << 28))
-    slab = (depth, -(-y // strips), x)
+    slab = slabs(shape, chunk)
+    depth, (z, y, x), target = slab[0], shape, _target(shape)
     if depth >= min(z, 8) and (depth + 8) * y * x <= 1 << 26:  # the other stages read a halo too
         return slab, slab
     side = min(512, max(y, x))
     return slab, _fit((max(16, target // side**2), side, side), shape)
 
 
+def slabs(shape: Triple, chunk: int = 1) -> Triple:
+    """Blocks of whole planes, which need no tile twice; only planes of more than 2**28 voxels are cut into strips.
+
+    A chunk of the source, ``chunk`` sections deep, is read by one block, or by few, where that leaves 16 blocks or more
+    and no more than `SLAB_VOXELS` in each.
+
+    >>> slabs((1024, 1024, 1024)), slabs((1024, 1024, 1024), 64), slabs((1024, 4096, 4096)), slabs((1024, 4096, 4096), 32)
+    ((16, 1024, 1024), (64, 1024, 1024), (4, 4096, 4096), (8, 4096, 4096))
+    """
+    z, y, x = shape
+    depth = min(z, max(_target(shape) // (y * x), 4 if y * x <= 1 << 26 else 1))
+    if chunk < depth < z:
+        depth -= depth % chunk
+    parts = (chunk // k for k in (1, 2, 4, 8, 16, 32, 64) if chunk % k == 0)
+    depth = next((d for d in parts if d > depth and 16 * d <= z and d * y * x <= SLAB_VOXELS), depth)
+    strips = -(-depth * y * x // (1 << 28))
+    return depth, -(-y // strips), x
+
+
+def _target(shape: Triple) -> int:
+    """Voxels of a block: there shall be 16 blocks or more."""
+    return min(BLOCK_VOXELS, max(1 << 20, prod(shape) // 16))
+
+
 # ---------------------------------------------------------------- stages, one block each; these run on workers
 
 
 def predict(run: Run, i: int, seconds: dict[str, float]) -> None:
-    """Probabilities of block ``i`` are stored: every tile that meets it, blended in raster order, as uint8."""
+    """Probabilities of block ``i`` are stored: those of its xy planes, or the mean of what several passes stored."""
     box = run.predict_grid[i]
-    around = run.sections // 2
-    y, x = box.slices[1:]
-    grid = run.tile_grid
-    meeting = grid.meeting(y, x)
-    with cluster.timed(seconds, "read"):
-        slab, origin = _slab(run, box, meeting)
-    out = np.empty((len(run.heads), *box.shape), np.uint8)
-
-    def batches() -> Iterator[tuple[list, np.ndarray]]:
-        todo = [(z, tile) for z in range(*box.slices[0].indices(run.shape[0])) for tile in meeting]
-        size = run.batch
-        for first in range(0, len(todo), size):
-            keys = todo[first : first + size]
-            batch = np.zeros((size, run.sections, *grid.size), np.float32)
-            for row, (z, tile) in zip(batch, keys, strict=False):
-                sections = np.clip(np.arange(z - around, z + around + 1), 0, run.shape[0] - 1) - origin[0]
-                place = tuple(
-                    slice(s.start - o, s.stop - o) for s, o in zip(grid.place(tile), origin[1:], strict=True)
-                )
-                tile_of_image = tiles.cut(slab[sections], *place).astype(np.float32)
-                row[:] = (tile_of_image - np.float32(run.mean)) * np.float32(1 / run.std)
-            yield keys, batch
-
-    blend = None
-    with cluster.timed(seconds, "infer"):
-        network = _network(run.out, run.id)
-        for keys, probability in forward.stream(network, batches(), threads=_threads(run)):
-            for (z, tile), one in zip(keys, probability, strict=False):
-                blend = tiles.Blend(len(run.heads), grid, y, x) if tile == meeting[0] else blend
-                blend.add(tile, one)
-                if tile == meeting[-1]:
-                    out[:, z - box.start[0]] = blend.quantise()
+    if run.passes:
+        with cluster.timed(seconds, "read"):
+            stored = [np.asarray(volume.open_array(run.out, f"work/{s}")[(slice(None), *box.slices)]) for s in run.passes]
+        with cluster.timed(seconds, "average"):
+            out = tiles.mean_of_passes(stored)
+    else:
+        out = _probabilities(run, "xy", box, seconds)
     with cluster.timed(seconds, "write"):
         volume.write(volume.open_array(run.out, "0"), box, out)
 
 
-def _slab(run: Run, box: Box, meeting: list[tuple[int, int]]) -> tuple[np.ndarray, Triple]:
-    """Source voxels under the tiles of a block, with neighbouring sections, and where the array starts."""
-    around = run.sections // 2
-    places = [run.tile_grid.place(tile) for tile in meeting]
-    start = (box.start[0] - around, min(p[0].start for p in places), min(p[1].start for p in places))
-    stop = (box.stop[0] + around, max(p[0].stop for p in places), max(p[1].stop for p in places))
-    need = Box(start, stop).clip(run.shape)
-    return run.source.read(need), need.start
+def predict_plane(run: Run, i: int, seconds: dict[str, float], stage: str) -> None:
+    """Probabilities of block ``i`` of one pass are stored in the work folder."""
+    plane = run.passes[stage]
+    box = run.pass_grid(plane)[i]
+    out = _probabilities(run, plane, box, seconds)
+    with cluster.timed(seconds, "write"):
+        volume.write(volume.open_array(run.out, f"work/{stage}"), box, out)
+
+
+def _probabilities(run: Run, plane: str, box: Box, seconds: dict[str, float]) -> np.ndarray:
+    """Probabilities of ``box``, uint8, channels z y x: every tile that meets it, blended section by section in raster order.
+
+    Everything but the result has its axes in the order of the pass: sections, rows, columns.
+    """
+    axes, grid = tiles.PLANES[plane], run.tile_grid(plane)
+    out = np.empty((len(run.heads), *box.shape), np.uint8)
+    first, y, x = box.turned(axes).slices
+    sections = out.transpose(0, *(1 + a for a in axes))
+    meeting = grid.meeting(y, x)
+    with cluster.timed(seconds, "read"):
+        tile_at = _reader(run, plane, box, meeting)
+
+    def batches() -> Iterator[tuple[list, np.ndarray]]:
+        todo = [(z, tile) for z in range(first.start, first.stop) for tile in meeting]
+        size = run.batch
+        for at in range(0, len(todo), size):
+            batch = np.zeros((size, run.sections, *grid.size), np.float32)
+            for row, key in zip(batch, todo[at : at + size], strict=False):
+                row[:] = (tile_at(*key).astype(np.float32) - np.float32(run.mean)) * np.float32(1 / run.std)
+            yield todo[at : at + size], batch
+
+    blend = None
+    with cluster.timed(seconds, "infer"):
+        for keys, probability in forward.stream(_network(run, grid.size), batches(), threads=_threads(run)):
+            for (z, tile), one in zip(keys, probability, strict=False):
+                blend = tiles.Blend(len(run.heads), grid, y, x) if tile == meeting[0] else blend
+                blend.add(tile, one)
+                if tile == meeting[-1]:
+                    sections[:, z - first.start] = blend.quantise()
+    return out
+
+
+def _reader(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> Callable[[int, tuple[int, int]], np.ndarray]:
+    """What gives a tile of a section of ``box``, with neighbouring sections; the source under them all was read at once."""
+    axes, grid, around = tiles.PLANES[plane], run.tile_grid(plane), run.sections // 2
+    places = [grid.place(tile) for tile in meeting]
+    seen = box.turned(axes)
+    start = (seen.start[0] - around, min(p[0].start for p in places), min(p[1].start for p in places))
+    stop = (seen.stop[0] + around, max(p[0].stop for p in places), max(p[1].stop for p in places))
+    need = Box(start, stop).clip(turned(run.shape, axes))
+    slab = np.ascontiguousarray(run.source.read(need.turned(back(axes))).transpose(axes))
+
+    def tile_at(z: int, tile: tuple[int, int]) -> np.ndarray:
+        near = np.clip(np.arange(z - around, z + around + 1), 0, run.shape[axes[0]] - 1) - need.start[0]
+        y, x = (slice(s.start - o, s.stop - o) for s, o in zip(grid.place(tile), need.start[1:], strict=True))
+        return tiles.cut(slab[near], y, x)
+
+    return tile_at
 
 
 def take(run: Run, i: int, seconds: dict[str, float]) -> None:
@@ -332,6 +393,8 @@ def work(out: str, key: str, stage: str, i: int) -> dict:
     start = time.perf_counter()
     if stage.startswith("pyramid"):
         facts = coarser(run, i, seconds, int(stage.removeprefix("pyramid")))
+    elif stage in run.passes:
+        facts = predict_plane(run, i, seconds, stage)
     else:
         facts = STAGES[stage](run, i, seconds)
     seconds["all"] = time.perf_counter() - start
@@ -344,9 +407,18 @@ def _run(out: str, key: str) -> Run:
     return replace(Run.from_json(json.loads(volume.read_bytes(out, "work/run.json"))), out=out)
 
 
-@lru_cache(maxsize=1)
-def _network(out: str, key: str) -> forward.Forward:
-    """The network of a run, once for each worker process."""
+def _network(run: Run, size: tuple[int, int]) -> forward.Forward:
+    """The network for tiles of one size, its mean over the ways that ``predict.tta`` lays them."""
+    ways = tiles.turns(run.config.predict.tta)
+    loaded = {s: _loaded(run.out, run.id, s) for s in dict.fromkeys((size, size[::-1]) if len(ways) == 8 else (size,))}
+    if len(ways) == 1:
+        return loaded[size]
+    return lambda batch: tiles.mean_of_turns(lambda turned: loaded[turned.shape[2:]](turned), batch, ways)
+
+
+@lru_cache(maxsize=2)  # tiles, and tiles on their side
+def _loaded(out: str, key: str, size: tuple[int, int]) -> forward.Forward:
+    """The network of a run for tiles of one size, once for each worker process."""
     run = _run(out, key)
     here = forward.describe(run.engine["backend"], run.engine["precision"])
     if _bits({**run.engine, **here}) != _bits(run.engine):
@@ -354,7 +426,7 @@ def _network(out: str, key: str) -> forward.Forward:
             f"this worker would run {here}, the run was begun with {_bits(run.engine)}; their bits differ, "
             "so they cannot share it"
         )
-    shape = (run.batch, run.sections, *run.tile_grid.size)
+    shape = (run.batch, run.sections, *size)
     return forward.load(
         volume.read_bytes(out, "work/model.bin"),
         run.engine["backend"],
@@ -603,7 +675,9 @@ def _describe(source: volume.Volume, config: Config, out: str) -> Run:
         raise UserError(f"{path} has heads {card['heads']}; the watershed wants {list(CHANNELS)}: train such a model")
     if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
         raise UserError(f"{source.path} holds {source.dtype}; inference wants grey values")
-    slab, block = blocks(source.shape, config.blocks.shape)
+    voxel_size_nm = source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0))
+    _refuse_anisotropic(config.predict.planes, voxel_size_nm)
+    slab, block = blocks(source.shape, config.blocks.shape, source.chunk[0])
     of_model = config.predict.normalize == "model"
     mean, std = (card["mean"], card["std"]) if of_model else normalisation(source.shape, source.read)
     engine = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
@@ -616,7 +690,7 @@ def _describe(source: volume.Volume, config: Config, out: str) -> Run:
         sections=card["sections"],
         mean=mean,
         std=std,
-        voxel_size_nm=source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0)),
+        voxel_size_nm=voxel_size_nm,
         checksum=source.checksum(),
         engine=engine,
         predict_block=slab,
@@ -704,6 +778,14 @@ def normalised_tile(
     return (cut - np.float32(norm[0])) * np.float32(1 / norm[1])
 
 
+def _refuse_anisotropic(planes: tuple[str, ...], voxel_size_nm: tuple[float, float, float]) -> None:
+    """Refuses planes in which the network would see objects stretched."""
+    if planes != ("xy",) and max(voxel_size_nm) > ISOTROPIC * min(voxel_size_nm):
+        size = " x ".join(f"{n:g}" for n in voxel_size_nm)
+        raise UserError(f"predict.planes = {list(planes)} wants voxels about as long along z as in the plane, these are {size} "
+                        "nm: use predict.planes = ['xy'], or correct input.voxel_size_nm")  # fmt: skip
+
+
 def _absolute(path: str) -> str:
     return path if volume.is_remote(path) else str(Path(path).resolve())
 
@@ -725,6 +807,13 @@ def _begin(run: Run, overwrite: bool) -> None:
         run.out, "0", shape=(lead, *run.shape), dtype="uint8", chunk=(1, *run.config.output.chunk),
         shard=(lead, *_shard(run.predict_block, run.shape, run.config.output.chunk)), axes="czyx",
     )  # fmt: skip
+    for stage, plane in run.passes.items():
+        block = run.pass_grid(plane).block
+        chunk = _fit(run.config.output.chunk, run.predict_block)
+        volume.create_array(
+            run.out, f"work/{stage}", shape=(lead, *run.shape), dtype="uint8", chunk=(1, *chunk),
+            shard=(lead, *_shard(block, run.shape, chunk)), axes="czyx",
+        )  # fmt: skip
     _create_fragments(run)
     if not run.taken:
         path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
@@ -771,17 +860,28 @@ def _origin(run: Run) -> str:
     """Where a run's probabilities come from."""
     if run.taken:
         return "; ".join(map(str, run.taken))
-    grid = run.tile_grid
+    knobs = run.config.predict
+    grids = {plane: run.tile_grid(plane) for plane in knobs.planes}
+    sizes = ", ".join(f"{g.size[0]} x {g.size[1]}" + f" ({plane})" * bool(run.passes) for plane, g in grids.items())
+    laid = f" laid in {knobs.tta} ways" * (knobs.tta > 1)
     return (
         f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']} ({run.engine.get('why', 'as begun')})\n"
-        f"tiles of {grid.size[0]} x {grid.size[1]}, {redundancy(run):.2f} voxels inferred for each one wanted"
+        f"tiles of {sizes}{laid}, {redundancy(run):.2f} voxels inferred for each one wanted"
     )
 
 
 def redundancy(run: Run) -> float:
-    """Voxels inferred for each voxel wanted: tiles share voxels, and blocks share tiles."""
+    """Voxels inferred for each voxel wanted: tiles share voxels, blocks share tiles, and planes and turns come on top."""
+    passes = {plane: run.pass_grid(plane) for plane in run.passes.values()} or {"xy": run.predict_grid}
+    return run.config.predict.tta * sum(_redundancy(run, plane, grid) for plane, grid in passes.items())
+
+
+def _redundancy(run: Run, plane: str, grid: Blocks) -> float:
+    """Voxels inferred for each voxel in one pass over the volume."""
+    axes, laid = tiles.PLANES[plane][1:], run.tile_grid(plane)
     inferred = 1.0
-    for axis, length, block in zip((run.tile_grid.y, run.tile_grid.x), run.shape[1:], run.predict_block[1:], strict=True):
+    for k, axis in zip(axes, (laid.y, laid.x), strict=True):
+        length, block = run.shape[k], grid.block[k]
         starts = range(0, length, block)
         inferred *= axis.size * sum(len(axis.meeting(a, min(a + block, length))) for a in starts) / length
     return inferred
@@ -790,10 +890,16 @@ def redundancy(run: Run) -> float:
 def _stages(client: Any, run: Run, show: Show) -> dict[str, float]:
     """Runs every stage after another over the blocks that no marker covers; seconds of each."""
     seconds: dict[str, float] = {}
+    predicted = len(cluster.marked(run.out, run.first, run.keys[run.first])) == len(run.predict_grid)
+    for stage, plane in {} if predicted else run.passes.items():
+        with cluster.timed(seconds, stage):
+            _stage(client, run, stage, run.pass_grid(plane), show)
     for stage in (run.first, "fragments", "faces", "stitch"):
         grid = {run.first: run.predict_grid, "stitch": Blocks(run.shape, run.shape)}.get(stage, run.grid)
         with cluster.timed(seconds, stage):
             _stage(client, run, stage, grid, show)
+        if stage == run.first:
+            _drop_passes(run)
     _create_labels(run)
     with cluster.timed(seconds, "relabel"):
         _stage(client, run, "relabel", run.grid, show)
@@ -801,6 +907,12 @@ def _stages(client: Any, run: Run, show: Show) -> dict[str, float]:
         with cluster.timed(seconds, "pyramid"):
             _stage(client, run, f"pyramid{level}", Blocks(shape, _fit(run.block, shape)), show)
     return seconds
+
+
+def _drop_passes(run: Run) -> None:
+    """What the passes stored is gone: its mean is in place."""
+    for stage in run.passes:
+        volume.remove(f"{run.out}/work/{stage}")
 
 
 def _stage(client: Any, run: Run, stage: str, grid: Blocks, show: Show) -> None:

@@ -1,15 +1,19 @@
 """The tile grid and its blend. Both belong to the volume: they are functions of its plane's shape alone.
 
 A tile is one section of the volume (with its neighbouring sections as channels) cut to a size that the network takes.
+Sections may lie along any axis: a pass over xz planes is a pass over the volume with y and z exchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
 MULTIPLE = 32  # the encoder halves a tile five times
+PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
 
 
 @dataclass(frozen=True)
@@ -129,3 +133,53 @@ class Blend:
         """The blended probabilities as uint8, 255 for 1; halves round up."""
         blended = self.total / self.weight
         return np.floor(np.clip(blended, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- several looks at one voxel
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One of the eight ways to lay a tile: transposed or not, then flipped along rows and columns or not."""
+
+    transpose: bool = False
+    flip_y: bool = False
+    flip_x: bool = False
+
+    def apply(self, tiles: np.ndarray) -> np.ndarray:
+        """``tiles`` (..., y, x) laid this way, as a view."""
+        return self._flip(tiles.swapaxes(-1, -2) if self.transpose else tiles)
+
+    def undo(self, tiles: np.ndarray) -> np.ndarray:
+        """What `apply` was given, as a view."""
+        tiles = self._flip(tiles)
+        return tiles.swapaxes(-1, -2) if self.transpose else tiles
+
+    def _flip(self, tiles: np.ndarray) -> np.ndarray:
+        return tiles[..., :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
+
+
+def turns(count: int) -> list[Turn]:
+    """``count`` ways to lay a tile, always in this order: 1 as it is, 4 with its flips, 8 with those of its transpose."""
+    return [Turn(*way) for way in product((False, True), repeat=3)][:count]
+
+
+def mean_of_turns(forward: Callable[[np.ndarray], np.ndarray], batch: np.ndarray, ways: Sequence[Turn]) -> np.ndarray:
+    """The mean of ``forward`` over a batch (B, sections, y, x) laid in each of the ``ways``, each result laid back.
+
+    Float32, added up in the order of ``ways``; their number is a power of two, so the division is exact.
+    """
+    total = np.float32(0)
+    for way in ways:
+        total = total + way.undo(forward(np.ascontiguousarray(way.apply(batch))))
+    return total * np.float32(1 / len(ways))
+
+
+def mean_of_passes(stored: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of uint8 arrays, rounded to the nearest; halves round up. Integers throughout.
+
+    >>> mean_of_passes([np.uint8([0, 255]), np.uint8([0, 255]), np.uint8([1, 253])]).tolist()
+    [0, 254]
+    """
+    total = sum(part.astype(np.uint16) for part in stored)
+    return ((2 * total + len(stored)) // (2 * len(stored))).astype(np.uint8)

@@ -1,0 +1,117 @@
+"""What several looks at a voxel are worth: flips of a tile, and passes over xy, xz and yz planes.
+
+Each way predicts one crop as `volseg infer` does. Its threshold, seed level and least size are chosen on some sections, its
+scores taken on others.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+from benchmarks import report
+from volseg import evaluate, fragments, model, pipeline, volume
+from volseg.box import Blocks, Box
+from volseg.calibrate import SEEDS, SIZES
+from volseg.config import Config, Fragments, load
+from volseg.decide import decide, rules
+from volseg.metrics import Contingency, foreground, instances
+from volseg.stitch import Basins, gather, link
+
+THREE = 'predict.planes=["xy","xz","yz"]'
+WAYS = {"plain": (), "tta 4": ("predict.tta=4",), "planes 3": (THREE,), "tta 8": ("predict.tta=8",),
+        "planes 3, tta 4": (THREE, "predict.tta=4")}  # fmt: skip
+Sections = tuple[int, int]
+THRESHOLDS = tuple(round(0.3 + 0.02 * k, 2) for k in range(21))
+
+
+def measure(image: str, truth: str, crop: str, choose: Sections, test: Sections, out: str, sets: list[str]) -> None:
+    """One row for each of `WAYS`; what is chosen and tested are sections of ``image``. Kept after each run."""
+    box = Box.parse(crop)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in (("image", image), ("truth", truth)):
+        tifffile.imwrite(folder / f"{name}.tif", volume.open(path).read(box), photometric="minisblack")
+    chosen, tested = (Box((a - box.start[0], 0, 0), (b - box.start[0], *box.shape[1:])) for a, b in (choose, test))
+    rows = []
+    for way, changes in WAYS.items():
+        run = str(folder / f"{way.replace(', ', '-').replace(' ', '')}.volseg.zarr")
+        seconds = _predict(str(folder / "image.tif"), run, (*changes, *sets))
+        plain = rows[0]["CPU s"] if rows else seconds
+        rows.append({"way": way, "CPU s": seconds, "cost": round(seconds / plain, 1), "crop": crop,
+                     **scores(run, str(folder / "truth.tif"), chosen, tested)})  # fmt: skip
+        report.keep("planes", rows)
+
+
+def _predict(image: str, run: str, sets: tuple[str, ...]) -> float:
+    """The probabilities of ``image`` are those of a new run; processor seconds, which other work does not change much.
+
+    The stages of `volseg infer` up to the probabilities, block after block in this process: the rest is the same for all.
+    """
+    volume.remove(run)
+    config = load(sets=sets, base=model.load_card(model.shipped())["decode"])
+    told = pipeline._describe(volume.open(image), config, run)
+    pipeline._begin(told, overwrite=True)
+    grids = {**{stage: told.pass_grid(plane) for stage, plane in told.passes.items()}, "predict": told.predict_grid}
+    start = time.process_time()
+    for stage, grid in grids.items():
+        for i in range(len(grid)):
+            pipeline.work(run, told.id, stage, i)
+    return round(time.process_time() - start, 1)
+
+
+def scores(run: str, truth: str, chosen: Box, tested: Box) -> dict:
+    """Scores on ``tested`` with the threshold of the best IoU and the decision of the best PQ on ``chosen``."""
+    facts = json.loads(Path(run, "work/run.json").read_text())
+    config, nm = Config(**facts["config"]), tuple(facts["voxel_size_nm"])
+    probability = np.asarray(volume.open_array(run, "0")[:])
+    true = {part: evaluate.truth_in(truth, probability.shape[1:], part)(part) for part in (chosen, tested)}
+    knobs = config.fragments.model_copy(update={"threshold": threshold(probability, config.fragments, chosen, true[chosen])})
+    basins, basin = cut(probability, knobs, nm)
+    tables = {part: Contingency.of(labels, basin[part.slices]) for part, labels in true.items()}
+
+    def labelled(seed: float, least: int, part: Box) -> Contingency:
+        stitch = config.stitch.model_copy(update={"seed": seed, "min_voxels": least})
+        both = config.model_copy(update={"fragments": knobs, "stitch": stitch})
+        return tables[part].renamed(np.r_[0, decide(basins, rules(both, nm))])
+
+    own = config.stitch
+    ways = [(own.seed, own.min_voxels), *product(SEEDS, SIZES)]
+    seed, least = max(ways, key=lambda way: instances(labelled(*way, chosen))["pq"])
+    found = instances(table := labelled(seed, least, tested))
+    return {
+        "IoU": round(foreground(table)["iou"], 4),
+        **{name: round(found[name], 4) for name in ("pq", "sa50", "voi_split", "voi_merge")},
+        "threshold": knobs.threshold, "seed": seed, "min_voxels": least,
+        "PQ where chosen": round(instances(labelled(seed, least, chosen))["pq"], 4),
+    }  # fmt: skip
+
+
+def threshold(probability: np.ndarray, knobs: Fragments, part: Box, truth: np.ndarray) -> float:
+    """The threshold of smoothed mask probability with the best foreground IoU in ``part``."""
+    only_mask = knobs.model_copy(update={
+        "height": "probability", "contour": 0.0, "distance": 0, "distance_nm": 0.0, "threshold": THRESHOLDS[0],
+    })  # fmt: skip
+    shape = probability.shape[1:]
+    height = fragments.heights(probability, Box.whole(shape), shape, only_mask)[1:-1, 1:-1, 1:-1][part.slices]
+
+    def iou(share: float) -> float:
+        mask = height <= fragments.seed_height(share, only_mask)
+        return np.count_nonzero(mask & (truth > 0)) / max(1, np.count_nonzero(mask | (truth > 0)))
+
+    return max(THRESHOLDS, key=iou)
+
+
+def cut(probability: np.ndarray, knobs: Fragments, voxel_size_nm: fragments.Nm3) -> tuple[Basins, np.ndarray]:
+    """Basins of a volume in memory, and for each voxel 1 + the number of its basin (0: none)."""
+    shape = probability.shape[1:]
+    box = Box.whole(shape)
+    height = fragments.heights(probability, box, shape, knobs, voxel_size_nm)
+    region, table = fragments.fragments(height, probability[0], box, shape, knobs.connectivity)
+    basins, (number,) = gather([table], [link(0, lambda _: table, Blocks(shape, shape))])
+    return basins, (np.r_[-1, number] + 1)[region]
