@@ -116,7 +116,9 @@ def of_vnc(folder: str, sections: int) -> None:
             out = f"{place}/{i}.volseg.zarr"
             line = [sys.executable, "-m", "volseg", "segment", path, "--mask-channel=0", "--contour-channel=1", "--out", out,
                     f"--set=blocks.shape={list(block)}", *(f"--set={text}" for text in VNC)]  # fmt: skip
-            subprocess.run(line, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            done = subprocess.run(line, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(line)}: {done.stderr}")
             labels = volume.open(out)
             rows.append({
                 "blocks": " x ".join(map(str, block)),
