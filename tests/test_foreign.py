@@ -248,6 +248,18 @@ def test_a_taken_run_is_decided_anew_and_recomputed_like_any_other(reference, tm
         pipeline.segment(out, with_sets("probabilities.mask_channel=1"), show=Quiet())
 
 
+def test_a_distance_that_was_taken_can_be_the_height(reference, tmp_path):
+    """The mask given as the distance cuts objects as the mask alone does, in any blocks."""
+    roles = {"probabilities": {**BOTH["probabilities"], "distance_channel": 0}}
+    for name, block in (("whole", SHAPE), ("cut", (9, 75, 170))):
+        head = settings(**roles, fragments={"height": "head"}, blocks={"shape": block})
+        take_here(f"{reference}/0", tmp_path / name, head)
+    take_here(f"{reference}/0", tmp_path / "mask", settings(**BOTH, fragments={"contour": 0.0}))
+    assert digest(tmp_path / "whole") == digest(tmp_path / "cut") == digest(tmp_path / "mask")
+    with pytest.raises(UserError, match="head"):
+        take(f"{reference}/0", tmp_path / "none", **BOTH, fragments={"height": "head"})
+
+
 def test_a_killed_take_goes_on(reference, tmp_path):
     out = tmp_path / "run.volseg.zarr"
     own = settings(**LIGHT)

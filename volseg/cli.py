@@ -167,7 +167,7 @@ def segment(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_PROBABILITIES", help="A run, or a volume of probabilities.")],
     mask_channel: _channel("mask", "may be left out where there is one channel") = None,
     contour_channel: _channel("contour", "without one the height is the mask's alone") = None,
-    distance_channel: _channel("distance", "stored with the run") = None,
+    distance_channel: _channel("distance", "for fragments.height = head") = None,
     contour: Annotated[str, typer.Option("--contour", metavar="PATH", help="A volume of its own with the contour.")] = "",
     distance: Annotated[str, typer.Option("--distance", metavar="PATH", help="The same with the distance.")] = "",
     inverted: Annotated[
