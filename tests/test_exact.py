@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
@@ -10,15 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from volseg import tree
 from volseg.box import Blocks, Box
 from volseg.config import Fragments, UserError
 from volseg.decide import ANY, Rules, decide
 from volseg.fragments import OUTSIDE, fragments, halo, heights, metric, seed_height
-from volseg.stitch import gather, link
+from volseg.stitch import by_key, gather, link, order
 
 
-def blockwise(height, rules, block, *, order=None, repeat=(), connectivity=6):
-    """Labels of a height field cut into blocks, done in any order, some of them twice."""
+def cut(height, block, *, order=None, repeat=(), connectivity=6):
+    """The grid, regions, tables and links of a height field cut into blocks, done in any order, some of them twice."""
     grid = Blocks(height.shape, block)
     padded = np.pad(height, 1, constant_values=OUTSIDE)
     done = {}
@@ -28,25 +30,60 @@ def blockwise(height, rules, block, *, order=None, repeat=(), connectivity=6):
         done[i] = fragments(padded[frame], np.ones(box.shape, np.uint8), box, height.shape, connectivity)
     tables = [done[i][1] for i in range(len(grid))]
     links = [link(i, lambda j: tables[j], grid) for i in range(len(grid))]
+    return grid, [done[i][0] for i in range(len(grid))], tables, links
+
+
+def paint(grid, regions, ids):
+    """The labels of the volume, from those of each block's regions."""
+    out = np.zeros(grid.shape, np.uint32)
+    for box, region, of_region in zip(grid, regions, ids, strict=True):
+        out[box.slices] = np.r_[0, of_region][region]
+    return out
+
+
+def blockwise(height, rules, block, **how):
+    """Labels by one union-find over the tables of all blocks."""
+    grid, regions, tables, links = cut(height, block, **how)
     basins, basin_of = gather(tables, links)
     label = decide(basins, rules)
-    out = np.zeros(height.shape, np.uint32)
-    for i, box in enumerate(grid):
-        out[box.slices] = np.r_[0, label[basin_of[i]]][done[i][0]]
-    return out
+    return paint(grid, regions, [label[basin] for basin in basin_of])
+
+
+def treewise(height, rules, block, *, connectivity=6, shuffle=None, **how):
+    """Labels by `tree`, the parts of each level in any order and some of them twice."""
+    grid, regions, tables, links = cut(height, block, connectivity=connectivity, **how)
+    graphs, done, fates = {}, {}, {}
+    for step in range(tree.top(grid) + 1):
+        parts = list(range(len(tree.parts(grid, step))))
+        for n in [*shuffle.permutation(parts), *shuffle.choice(parts, 2)] if shuffle else parts:
+            if step == 0:
+                graph = tree.leaf(n, tables[n], {j: links[j] for j in tree.near(grid, n, connectivity)})
+            else:
+                graph = tree.join([graphs[step - 1, c] for c in tree.children(grid, step, n)], grid, step, n)
+            graphs[step, n], done[step, n], fates[step, n] = tree.contract(graph, rules.seed_height)
+    assert graphs[tree.top(grid), 0].depth.size == 0
+    return paint(grid, regions, handed_down(grid, rules, graphs, done, fates))
+
+
+def handed_down(grid, rules, graphs, done, fates):
+    """The labels of each block's regions."""
+    keep = {part: tree.kept(finished, rules) for part, finished in done.items()}
+    ranks = dict(zip(done, tree.ranks([done[part].first[keep[part]] for part in done]), strict=True))
+    above = {(tree.top(grid), 0): np.empty(0, np.int64)}
+    for step in range(tree.top(grid), -1, -1):
+        for n in range(len(tree.parts(grid, step))):
+            finished = np.zeros(keep[step, n].size, np.int64)
+            finished[keep[step, n]] = ranks[step, n] + 1
+            label = tree.named(fates[step, n], above.pop((step, n)), finished)
+            below = tree.children(grid, step, n) if step else [n]
+            sizes = [graphs[step - 1, c].depth.size for c in below] if step else [label.size]
+            above.update({(step - 1, c): share for c, share in zip(below, np.split(label, np.cumsum(sizes)[:-1]), strict=True)})
+    return [above[-1, n] for n in range(len(grid))]
 
 
 def basins_of(height, block, connectivity=6):
     """The volume's basins, found in blocks of that shape."""
-    grid = Blocks(height.shape, block)
-    padded = np.pad(height, 1, constant_values=OUTSIDE)
-    frames = [box.grow(1).shift((1, 1, 1)).slices for box in grid]
-    ones = [np.ones(box.shape, np.uint8) for box in grid]
-    tables = [
-        fragments(padded[f], mass, box, height.shape, connectivity)[1]
-        for f, mass, box in zip(frames, ones, grid, strict=True)
-    ]
-    return gather(tables, [link(i, lambda j: tables[j], grid) for i in range(len(grid))])[0]
+    return gather(*cut(height, block, connectivity=connectivity)[2:])[0]
 
 
 def brute_force(height, rules, connectivity=6):
@@ -167,6 +204,44 @@ def test_every_cutting_gives_the_brute_force_forest(connectivity, field, data):
     want = brute_force(height, rules, connectivity)
     found = blockwise(height, rules, block, order=order, repeat=repeat, connectivity=connectivity)
     np.testing.assert_array_equal(found, want)
+
+
+@settings(max_examples=250, deadline=None)
+@given(field=fields(), data=st.data())
+def test_a_tree_of_blocks_gives_what_one_union_find_does(field, data):
+    height, level = field
+    block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
+    count = len(Blocks(height.shape, block))
+    how = {
+        "order": data.draw(st.permutations(range(count))),
+        "repeat": data.draw(st.lists(st.integers(0, count - 1), max_size=3)),
+        "connectivity": data.draw(st.sampled_from([6, 26])),
+    }
+    rules = replace(data.draw(all_rules(level)), depth=0, join_height=-1, fill_voxels=0)
+    found = treewise(height, rules, block, shuffle=np.random.default_rng(data.draw(st.integers(0, 99))), **how)
+    np.testing.assert_array_equal(found, blockwise(height, rules, block, **how))
+    np.testing.assert_array_equal(found, brute_force(height, rules, how["connectivity"]))
+
+
+def test_only_what_outer_faces_leave_open_goes_up():
+    """By hand, in two blocks: of a valley at 0 and three hills, only the one that crosses the face, and its way to 0."""
+    height = row(0, 8, 5, 7, 3, 6, 2)
+    grid, _, tables, links = cut(height, (1, 1, 4))
+    up, finished, _ = tree.contract(tree.leaf(0, tables[0], dict(enumerate(links))), 0)
+    assert (up.depth.size, up.inner.size, finished.depth.size) == (2, 1, 0)
+    up, finished, _ = tree.contract(tree.leaf(1, tables[1], dict(enumerate(links))), 0)
+    assert (up.depth.size, up.inner.size, finished.depth.size) == (1, 0, 0)
+    assert tree.top(grid) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([0, 1, 7, 40_000]), high=st.sampled_from([1, 3, 1 << 20]))
+def test_orders_are_those_of_numpy(seed, size, high):
+    rng = np.random.default_rng(seed)
+    columns = [rng.integers(0, h, size).astype(t) - h // 2 for h, t in [(high, "i4"), (1 << 40, "i8"), (9, "i4"), (2, "i8")]]
+    np.testing.assert_array_equal(order(*columns), np.lexsort(columns[::-1]))
+    columns[1] = rng.integers(0, 1 + size // 3, size)
+    np.testing.assert_array_equal(by_key(*columns), np.lexsort(columns[::-1]))
 
 
 @pytest.mark.parametrize("connectivity", [6, 26])

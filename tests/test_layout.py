@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
     {"box", "config", "prefork"},
-    {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "decide", "merges", "objects", "metrics",
+    {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "decide", "tree", "merges", "objects", "metrics",
      "synth"},
     {"volume", "model"},
     {"pyramid", "samples", "forward", "cluster", "foreign"},
@@ -29,9 +29,10 @@ MAY = {
     "zarr": {"volume"},
 }
 # Inside one rank: stitch reads the tables that fragments writes, decide what stitch gathers, merges tells what was decided,
-# and a run ends with its picture.
+# tree decides likewise, and a run ends with its picture.
 SAME_RANK = {("stitch", "fragments"), ("decide", "stitch"), ("decide", "fragments"),
              ("merges", "decide"), ("merges", "fragments"), ("merges", "stitch"),
+             ("tree", "decide"), ("tree", "fragments"), ("tree", "stitch"),
              ("pipeline", "view"), ("pipeline", "probe"), ("__main__", "cli")}  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import pandas
 import pytest
 import zarr
 
-from volseg import cluster, model, pipeline, volume
+from volseg import calibrate, cluster, model, pipeline, volume
 from volseg.box import Box
 from volseg.config import Cluster, UserError, load
 from volseg.synth import synth
@@ -295,6 +295,35 @@ def test_deciding_anew_gives_what_a_new_run_would(image, reference, finished, tm
 def test_other_blocks_from_stored_probabilities_change_nothing(reference, finished):
     pipeline.segment(finished, with_sets("blocks.shape=[9, 50, 71]"), show=Quiet())
     assert digest(finished) == digest(reference)
+
+
+class Stops(Quiet):
+    """Ends the run where a stage would begin."""
+
+    def stage(self, name, voxels, done):
+        if name == "names1":
+            raise KeyboardInterrupt
+        return super().stage(name, voxels, done)
+
+
+def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, reference, finished):
+    change = with_sets("blocks.shape=[9, 50, 71]", "stitch.reduce=tree")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.segment(finished, change, show=Stops())
+    show = Quiet()
+    pipeline.segment(finished, change, show=show)
+    assert digest(finished) == digest(reference)
+    voxels = np.prod(SHAPE)
+    assert [show.stages[name][0] for name in ("tree0", "tree2", "number", "names2", "names1")] == [voxels] * 4 + [0]
+    assert not Path(finished, "work/tree").exists()
+    with pytest.raises(UserError, match=r"--set stitch\.reduce=flat"):
+        calibrate.calibrate(finished, f"{image}/labels/truth")
+    show = Quiet()
+    pipeline.segment(finished, with_sets("stitch.reduce=flat"), show=show)
+    assert digest(finished) == digest(reference)
+    assert show.stages["stitch"][0] == 0
+    assert show.stages["relabel"][0] == voxels
+    assert calibrate.calibrate(finished, f"{image}/labels/truth")
 
 
 def test_a_cleaned_run_is_decided_anew_only_when_asked(reference, finished):

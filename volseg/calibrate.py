@@ -59,7 +59,10 @@ def candidates(own: Stitch) -> list[Stitch]:
 def _overlap(run: str, truth: str, box: Box | None) -> tuple[pipeline.Run, stitch.Basins, Contingency]:
     """The run, its basins, and how basins (numbered from 1) overlap true objects in ``box``."""
     if not volume.exists(f"{run}/work/basins.npz"):
-        raise UserError(f"{run} has no basins to decide on: give a finished run with its work folder, not a cleaned one")
+        raise UserError(
+            f"{run} has no basins to decide on: give a finished run with its work folder, not cleaned nor stitched by a "
+            f"tree (volseg segment {run} --set stitch.reduce=flat makes them in one process)"
+        )
     old = stored_run(run)
     box = box or Box.whole(old.shape)
     if not box.voxels or box.clip(old.shape) != box:

@@ -107,6 +107,17 @@ class Stitch(Section):
     min_volume_nm3: Annotated[float, Field(ge=0)] = 0.0  # so are those of less than this volume
     max_voxels: Count = 0  # larger objects are dropped; 0: none
     fill_holes_voxels: Count = 0  # dropped pieces up to this size that touch one object only become part of it
+    reduce: Literal["auto", "flat", "tree"] = "auto"  # one process, or a tree of blocks beyond its memory; same labels
+
+    @model_validator(mode="after")
+    def _tree_can(self) -> Stitch:
+        if self.reduce == "tree" and (needs := self.needs_all()):
+            raise ValueError(f"{needs[0]} needs all edges in one process; set it to 0, or reduce to 'flat' or 'auto'")
+        return self
+
+    def needs_all(self) -> list[str]:
+        """The rules in use that cannot be decided in parts of the volume."""
+        return [name for name in ("persistence", "join_mean", "fill_holes_voxels") if getattr(self, name)]
 
 
 class Output(Section):

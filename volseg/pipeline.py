@@ -4,7 +4,7 @@
     take       instead of predict: one block of probabilities that another network made -> uint8
     fragments  probabilities -> basins of one block, and a table of how they touch
     faces      a block's exits and crossing edges come to name its neighbours' basins
-    stitch     all tables -> the label of every basin
+    stitch     all tables -> the label of every basin; beyond one memory by `tree`, `number` and `names`
     relabel    basins -> labels of one block, and sums for the object table
     pyramid    labels -> the next coarser level of one block
 
@@ -18,8 +18,9 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib import metadata
@@ -29,7 +30,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from volseg import cluster, foreign, forward, merges, model, objects, probe, pyramid, stitch, tiles, volume
+from volseg import cluster, foreign, forward, merges, model, objects, probe, pyramid, stitch, tiles, tree, volume
 from volseg import fragments as basins
 from volseg.box import Blocks, Box, Triple, back, turned
 from volseg.config import Config, UserError
@@ -42,7 +43,9 @@ LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
 SLAB_VOXELS = 1 << 27  # voxels up to which predict's blocks grow to the source's chunks
 IO_THREADS = 16  # small objects read or written at once
 ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which other planes look like xy planes
-FREE = ("out", "config.cluster.", "config.output.keep_work", "engine.why")  # parts of a description that decide no byte
+FLAT_EDGES = 50_000_000  # edges that one process stitches unless it is told otherwise
+EDGE_BYTES = 100  # that stitching takes in memory for each of them, as benchmarks/README.md measures
+FREE = ("out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why")  # decide no byte
 
 
 # ---------------------------------------------------------------- the run as plain data
@@ -130,10 +133,11 @@ class Run:
             first = _hash(self.checksum, self.shape, roles, self.predict_block, c.output.chunk)
         passes = {stage: _hash(first, stage, self.pass_grid(plane).block) for stage, plane in self.passes.items()}
         fragments = _hash(first, c.fragments.model_dump(), asdict(self.metric), self.block, basins.EDGE.names)
-        stitched = _hash(fragments, c.stitch.model_dump())
+        stitched = _hash(fragments, c.stitch.model_dump(exclude={"reduce"}))
         levels = {f"pyramid{k}": _hash(stitched, k, *self.levels) for k in range(1, len(self.levels))}
+        steps = [f"{stage}{k}" for stage in ("tree", "names") for k in range(tree.top(self.grid) + 1)]
         return {**passes, self.first: first, "fragments": fragments, "faces": fragments, "stitch": stitched,
-                "relabel": stitched, **levels}  # fmt: skip
+                **dict.fromkeys([*steps, "number"], stitched), "relabel": stitched, **levels}  # fmt: skip
 
     @cached_property
     def id(self) -> str:
@@ -314,21 +318,25 @@ def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
         _save(run.out, f"work/tables/{i}.npz", **asdict(table))
 
 
-def faces(run: Run, i: int, seconds: dict[str, float]) -> None:
-    """The `stitch.Links` of block ``i`` are stored."""
-    found = stitch.link(i, lru_cache(lambda j: basins.Table(**_load(run.out, f"work/tables/{j}.npz"))), run.grid)
+def faces(run: Run, i: int, seconds: dict[str, float]) -> dict:
+    """The `stitch.Links` of block ``i`` are stored; returns how many edges the block has."""
+    table_of = lru_cache(lambda j: basins.Table(**_load(run.out, f"work/tables/{j}.npz")))
+    found = stitch.link(i, table_of, run.grid)
     _save(run.out, f"work/links/{i}.npz", **asdict(found))
+    return {"edges": int(table_of(i).edges.size + found.edges.size)}
 
 
 def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
     """The label of every region of every block is stored; returns how many objects there are."""
     count = len(run.grid)
-    with cluster.timed(seconds, "read"):
-        tables = [basins.Table(**t) for t in _load_all(run.out, "tables", count, skip=("crossing", "face_at", "face_of"))]
-        links = [stitch.Links(**l) for l in _load_all(run.out, "links", count)]
-    whole, basin_of = stitch.gather(tables, links)
-    rule = rules(run.config, run.voxel_size_nm)
-    label = decide(whole, rule)
+    every = range(count)
+    with cluster.timed(seconds, "gather"):
+        tables = _each(run.out, [f"work/tables/{i}.npz" for i in every], skip=("crossing", "face_at", "face_of"))
+        links = _each(run.out, [f"work/links/{i}.npz" for i in every])
+        whole, basin_of = stitch.gather((basins.Table(**t) for t in tables), (stitch.Links(**l) for l in links))
+    with cluster.timed(seconds, "decide"):
+        rule = rules(run.config, run.voxel_size_nm)
+        label = decide(whole, rule)
     found = int(label.max(initial=0))
     with cluster.timed(seconds, "write"):
         _save(run.out, "work/basins.npz", **asdict(whole), label=label)
@@ -343,8 +351,82 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
             _save(run.out, f"work/labels/{i}.npz", label=ids, basin=basin_of[i])
 
         with ThreadPoolExecutor(IO_THREADS) as pool:
-            list(pool.map(save, range(count)))
+            list(pool.map(save, every))
     return {"objects": found, "basins": int(label.size), "edges": int(whole.edges.size)}
+
+
+def contracted(run: Run, n: int, seconds: dict[str, float], level: int) -> dict:
+    """Part ``n`` of that level is contracted: what goes up is stored, what became of the rest, and what it finished."""
+    with cluster.timed(seconds, "read"):
+        if level == 0:
+            table = basins.Table(**_load(run.out, f"work/tables/{n}.npz"))
+            near = tree.near(run.grid, n, run.config.fragments.connectivity)
+            links = zip(near, _each(run.out, [f"work/links/{j}.npz" for j in near]), strict=True)
+            graph, sizes = tree.leaf(n, table, {j: stitch.Links(**l) for j, l in links}), []
+        else:
+            below = tree.children(run.grid, level, n)
+            graphs = [tree.Graph(**g) for g in _each(run.out, [f"work/tree/{level - 1}/up/{c}.npz" for c in below])]
+            graph, sizes = tree.join(graphs, run.grid, level, n), [g.depth.size for g in graphs]
+    with cluster.timed(seconds, "contract"):
+        deciding = rules(run.config, run.voxel_size_nm)
+        up, finished, fate = tree.contract(graph, deciding.seed_height)
+        kept = tree.kept(finished, deciding)
+    with cluster.timed(seconds, "write"):
+        _save(run.out, f"work/tree/{level}/up/{n}.npz", **asdict(up))
+        _save(run.out, f"work/tree/{level}/fate/{n}.npz", fate=fate, kept=kept, sizes=np.array(sizes, np.int64))
+        _save(run.out, f"work/tree/{level}/first/{n}.npz", first=finished.first[kept])
+    return {"components": int(fate.size), "up": int(up.depth.size), "rows": int(up.inner.size + up.outer.size)}
+
+
+def numbered(run: Run, layer: int, seconds: dict[str, float]) -> dict:
+    """The ranks of all objects whose first voxel lies in that layer of blocks are stored; returns how many they are."""
+    box = _layers(run)[layer]
+    begin, end = (z * run.shape[1] * run.shape[2] for z in (box.start[0], box.stop[0]))
+    places = [(k, n) for k in range(tree.top(run.grid) + 1) for n in tree.parts(run.grid, k).meeting(box)]
+    stored = _each(run.out, [f"work/tree/{k}/first/{n}.npz" for k, n in places])
+    firsts = [first[slice(*np.searchsorted(first, (begin, end)))] for first in (s["first"] for s in stored)]
+    some = [(place, rank) for place, rank in zip(places, tree.ranks(firsts), strict=True) if rank.size]
+
+    def save(item: tuple[tuple[int, int], np.ndarray]) -> None:
+        (k, n), rank = item
+        _save(run.out, f"work/tree/{k}/rank/{n}-{layer}.npz", rank=rank)
+
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        list(pool.map(save, some))
+    return {"layer": layer, "objects": sum(rank.size for _, rank in some)}
+
+
+def _layers(run: Run) -> Blocks:
+    """The volume cut into layers one block thick: objects are numbered by the raster order of their first voxels."""
+    return Blocks(run.shape, (run.block[0], *run.shape[1:]))
+
+
+def named(run: Run, n: int, seconds: dict[str, float], level: int) -> None:
+    """The labels of all components that part ``n`` of that level was given are stored, for each part that gave them."""
+    fate = _load(run.out, f"work/tree/{level}/fate/{n}.npz")
+    before = _load(run.out, "work/tree/before.npz")["before"]
+    above = np.empty(0, np.int64)
+    if level < tree.top(run.grid):
+        above = _load(run.out, f"work/tree/{level}/label/{n}.npz")["label"]
+    finished = np.zeros(fate["kept"].size, np.int64)
+    finished[fate["kept"]] = _own_labels(run, n, level, before)
+    label = tree.named(fate["fate"], above, finished)
+    if level == 0:
+        _save(run.out, f"work/labels/{n}.npz", label=np.r_[0, label].astype(label_dtype(int(before[-1]))))
+        return
+    shares = np.split(label, np.cumsum(fate["sizes"])[:-1])
+    for child, share in zip(tree.children(run.grid, level, n), shares, strict=True):
+        _save(run.out, f"work/tree/{level - 1}/label/{child}.npz", label=share)
+
+
+def _own_labels(run: Run, n: int, level: int, before: np.ndarray) -> np.ndarray:
+    """Labels of the objects that a part finished, ascending; ``before`` counts the objects of all layers before each."""
+    first = _load(run.out, f"work/tree/{level}/first/{n}.npz")["first"]
+    layers = np.unique(first // (run.shape[1] * run.shape[2] * run.block[0]))
+    ranks = _each(run.out, [f"work/tree/{level}/rank/{n}-{layer}.npz" for layer in layers])
+    return np.concatenate(
+        [np.empty(0, np.int64), *(before[layer] + r["rank"] + 1 for layer, r in zip(layers, ranks, strict=True))]
+    )
 
 
 def relabel(run: Run, i: int, seconds: dict[str, float]) -> None:
@@ -382,8 +464,10 @@ def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> None:
 
 
 STAGES: dict[str, Callable] = {
-    "predict": predict, "take": take, "fragments": fragments, "faces": faces, "stitch": stitched, "relabel": relabel,
+    "predict": predict, "take": take, "fragments": fragments, "faces": faces, "stitch": stitched, "number": numbered,
+    "relabel": relabel,
 }  # fmt: skip
+OF_LEVEL: dict[str, Callable] = {"tree": contracted, "names": named, "pyramid": coarser}
 
 
 def work(out: str, key: str, stage: str, i: int) -> dict:
@@ -391,12 +475,13 @@ def work(out: str, key: str, stage: str, i: int) -> dict:
     run = _run(out, key)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    if stage.startswith("pyramid"):
-        facts = coarser(run, i, seconds, int(stage.removeprefix("pyramid")))
-    elif stage in run.passes:
+    if stage in run.passes:
         facts = predict_plane(run, i, seconds, stage)
-    else:
+    elif stage in STAGES:
         facts = STAGES[stage](run, i, seconds)
+    else:
+        name = stage.rstrip("0123456789")
+        facts = OF_LEVEL[name](run, i, seconds, int(stage.removeprefix(name)))
     seconds["all"] = time.perf_counter() - start
     return cluster.mark(out, stage, run.keys[stage], i, {"seconds": seconds, **(facts or {})})
 
@@ -454,10 +539,16 @@ def _load(out: str, key: str, skip: tuple[str, ...] = ()) -> dict[str, np.ndarra
         return {name: np.empty(0) if name in skip else stored[name] for name in stored.files}
 
 
-def _load_all(out: str, folder: str, count: int, skip: tuple[str, ...] = ()) -> list[dict[str, np.ndarray]]:
-    """What each of ``count`` blocks saved in a folder of ``work``, read side by side: an object store answers slowly."""
+def _each(out: str, keys: Iterable[str], skip: tuple[str, ...] = ()) -> Iterator[dict[str, np.ndarray]]:
+    """What is saved under each key, some of them read ahead side by side: an object store answers slowly."""
+    waiting: deque[Future] = deque()
     with ThreadPoolExecutor(IO_THREADS) as pool:
-        return list(pool.map(lambda i: _load(out, f"work/{folder}/{i}.npz", skip), range(count)))
+        for key in keys:
+            waiting.append(pool.submit(_load, out, key, skip))
+            if len(waiting) >= 2 * IO_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _shard(block: Triple, shape: Triple, chunk: Triple) -> Triple:
@@ -894,12 +985,13 @@ def _stages(client: Any, run: Run, show: Show) -> dict[str, float]:
     for stage, plane in {} if predicted else run.passes.items():
         with cluster.timed(seconds, stage):
             _stage(client, run, stage, run.pass_grid(plane), show)
-    for stage in (run.first, "fragments", "faces", "stitch"):
-        grid = {run.first: run.predict_grid, "stitch": Blocks(run.shape, run.shape)}.get(stage, run.grid)
+    for stage in (run.first, "fragments", "faces"):
         with cluster.timed(seconds, stage):
-            _stage(client, run, stage, grid, show)
+            _stage(client, run, stage, run.predict_grid if stage == run.first else run.grid, show)
         if stage == run.first:
             _drop_passes(run)
+    with cluster.timed(seconds, "stitch"):
+        _stitch(client, run, show)
     _create_labels(run)
     with cluster.timed(seconds, "relabel"):
         _stage(client, run, "relabel", run.grid, show)
@@ -913,6 +1005,44 @@ def _drop_passes(run: Run) -> None:
     """What the passes stored is gone: its mean is in place."""
     for stage in run.passes:
         volume.remove(f"{run.out}/work/{stage}")
+
+
+def _stitch(client: Any, run: Run, show: Show) -> None:
+    """Every block has its id map: by one process, or in a tree where that would not hold all edges."""
+    lacks = run.config.stitch.reduce == "flat" and not volume.exists(f"{run.out}/work/basins.npz")
+    if lacks:  # a tree has made the labels, but not what is asked for
+        volume.remove(f"{run.out}/work/markers/stitch")
+    if cluster.marked(run.out, "stitch", run.keys["stitch"]):
+        return
+    if _fits_one_process(run):
+        _stage(client, run, "stitch", Blocks(run.shape, run.shape), show)
+        return
+    volume.remove(f"{run.out}/work/basins.npz")
+    levels = range(tree.top(run.grid) + 1)
+    for level in levels:
+        _stage(client, run, f"tree{level}", tree.parts(run.grid, level), show)
+    _stage(client, run, "number", _layers(run), show)
+    receipts = cluster.receipts(run.out, "number", run.keys["number"])
+    counts = [receipt["objects"] for receipt in sorted(receipts, key=lambda receipt: receipt["layer"])]
+    _save(run.out, "work/tree/before.npz", before=np.cumsum([0, *counts]))
+    for level in reversed(levels):
+        _stage(client, run, f"names{level}", tree.parts(run.grid, level), show)
+    cluster.mark(run.out, "stitch", run.keys["stitch"], 0, {"seconds": {}, "objects": sum(counts)})
+    volume.remove(f"{run.out}/work/tree")
+
+
+def _fits_one_process(run: Run) -> bool:
+    """Whether `stitched` is to be used: as told, else by the number of edges."""
+    if run.config.stitch.reduce != "auto":
+        return run.config.stitch.reduce == "flat"
+    receipts = cluster.receipts(run.out, "faces", run.keys["faces"])
+    edges = sum(receipt.get("edges", 0) for receipt in receipts)
+    if edges > FLAT_EDGES and (needs := run.config.stitch.needs_all()):
+        raise UserError(
+            f"stitch.{needs[0]} needs all {edges} edges in one process, about {edges * EDGE_BYTES / 1e9:.0f} GB: set it to "
+            "0, or stitch.reduce to 'flat' where a worker has as much"
+        )
+    return edges <= FLAT_EDGES
 
 
 def _stage(client: Any, run: Run, stage: str, grid: Blocks, show: Show) -> None:
@@ -959,7 +1089,8 @@ def _finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summ
     """Table, picture and description are written, and the run takes its final name."""
     from volseg import view
 
-    parts = [objects.Sums(**part) for part in _load_all(run.out, "objects", len(run.grid))]
+    sums = _each(run.out, [f"work/objects/{i}.npz" for i in range(len(run.grid))])
+    parts = [objects.Sums(**part) for part in sums]
     for stale in ("review", "tables/merges.parquet", "tables/merges.csv"):
         volume.remove(f"{run.out}/{stale}")
     told = _told(run)
