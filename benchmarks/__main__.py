@@ -55,6 +55,20 @@ def exact(
         bench.of_volume(volume, sections)
 
 
+@app.command()
+def stitch(
+    edges: Annotated[float, typer.Option(help="Edges of the volume that is stitched flat; 0 leaves that out.")] = 1e8,
+    simulate: Annotated[float, typer.Option(help="Voxels of the volume that is stitched in a tree; 0: not.")] = 1e12,
+    run: Annotated[str, typer.Option(help="A finished run, whose probabilities are the pattern.")] = "runs/epfl.volseg.zarr",
+    block: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a block, z y x.")] = (64, 64, 64),
+    most: Annotated[tuple[int, int, int], typer.Option(help="Most voxels of the run that are taken.")] = (128, 256, 512),
+) -> None:
+    """Seconds and memory of stitching edge tables with the statistics of real blocks, in one process and in a tree."""
+    from benchmarks import stitch as bench
+
+    bench.measure(edges, simulate, run, block, most)
+
+
 Pair = tuple[str, str]
 Changes = Annotated[list[str] | None, typer.Option("--train-set", metavar="KEY=VALUE", help="Change of the recipe.")]
 Decoding = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="As for volseg infer.")]

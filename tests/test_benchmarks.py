@@ -1,12 +1,13 @@
 """Benchmarks run, on small volumes."""
 
 import json
+from math import prod
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import exact, heights, instances, io, labels, planes, report, scaling, trial
+from benchmarks import exact, heights, instances, io, labels, planes, report, scaling, stitch, trial
 from benchmarks.__main__ import app
 from volseg import volume
 from volseg.box import Box
@@ -95,3 +96,16 @@ def test_every_benchmark_explains_itself(name):
     done = CliRunner().invoke(app, [name, "--help"])
     assert done.exit_code == 0
     assert "Usage" in done.output
+
+
+def test_a_volume_made_of_moved_tables_is_stitched_flat_and_in_a_tree(reference):
+    pattern = stitch.cut(reference, (8, 16, 16), (16, 32, 64))
+    assert pattern.counts == (4, 4, 8)
+    counts = stitch.volume_of(pattern, 3 * pattern.edges)
+    assert prod(counts) >= 3 * len(pattern.tables)
+    row = stitch.flat(pattern, counts)
+    assert row["edges"] > 2 * pattern.edges
+    assert row["objects"] > 0
+    rows = stitch.levels(pattern, 64 * 8 * 16 * 16)
+    assert [r["parts"] for r in rows] == [64, 8, 1]
+    assert rows[-1]["go up"] == 0 < rows[-1]["finished"]
