@@ -132,7 +132,9 @@ def test_ctrl_c_ends_a_run_in_one_line(tables, tmp_path):
     text = [f"{key} = {json.dumps(value)}" for key, value in knobs.items()]
     text = ["[train]", *text, "[[train.data]]", *(f"{key} = {json.dumps(value)}" for key, value in data.items())]
     (tmp_path / "train.toml").write_text("\n".join(text))
-    command = [sys.executable, "-u", "-m", "volseg", "train", str(tmp_path / "train.toml")]
+    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background may be deaf
+    code = f"{hearing}; from volseg.__main__ import main; main()"
+    command = [sys.executable, "-u", "-c", code, "train", str(tmp_path / "train.toml")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("step 4/"):
