@@ -230,7 +230,7 @@ def test_the_report_is_two_columns_and_the_dict_is_json(truth):
     found = evaluate(truth, truth)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     lines = table(found).splitlines()
-    assert len(lines) == 6 + 1 + len(found["foreground"]) + 1 + len(found["instances"])
+    assert len(lines) == 6 + sum(1 + len(found[part]) for part in ("foreground", "instances", "touching"))
     columns = [line.split(maxsplit=1) for line in lines]
     for row in (["truth", truth], ["iou", "1.0000"], ["truth_objects", "9"], ["foreground"], ["instances"]):
         assert row in columns

@@ -40,7 +40,7 @@ def main() -> None:
         typer.echo(f"volseg: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
     except OSError as error:
-        typer.echo(f"volseg: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+        typer.echo(f"volseg: {error.filename or 'the system'}: {error.strerror or error or type(error).__name__}", err=True)
         sys.exit(2)
 
 
