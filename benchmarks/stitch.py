@@ -147,56 +147,92 @@ def _moved_graph(pattern: Pattern, graph: tree.Graph, by: Triple) -> tree.Graph:
 # ---------------------------------------------------------------- flat
 
 
-def volume_of(pattern: Pattern, edges: int) -> Triple:
-    """Blocks along each axis of whole periods with at least so many edges."""
+def times(pattern: Pattern, edges: int) -> Triple:
+    """Periods along each axis of a volume with at least so many edges."""
     periods = ceil(edges / pattern.edges)
     side = max(1, round(periods ** (1 / 3)))
-    times = (side, side, ceil(periods / side**2))
-    return tuple(c * n for c, n in zip(pattern.counts, times, strict=True))
+    return side, side, ceil(periods / side**2)
 
 
-def blocks_of(pattern: Pattern, counts: Triple) -> Iterator[tuple[fragments.Table, stitch.Links]]:
-    """Tables and links of a volume of so many blocks, one after another, named in its own order of blocks.
+def blocks_of(pattern: Pattern, repeats: Triple) -> Iterator[tuple[fragments.Table, stitch.Links]]:
+    """Tables and links of a volume of so many periods: blocks are numbered one period after another.
 
     What leads out of the volume is left out.
     """
-    for coords in product(*map(range, counts)):
-        i = pattern.grid.index(tuple(pattern.origin + c for c in coords))
-        links = _moved_links(pattern, i)
-        (a, here), (b, there) = (_renamed(pattern, links.edges[end], counts) for end in "ab")
-        edges = links.edges[here & there]
-        edges["a"], edges["b"] = a[here & there], b[here & there]
-        (start, _), (end, inside) = (_renamed(pattern, names, counts) for names in links.drains.T)
-        yield _moved_table(pattern, i), stitch.Links(np.stack([start, end], axis=1)[inside], edges)
+    number = {base: k for k, base in enumerate(pattern.tables)}
+    tables, links = list(pattern.tables.values()), [pattern.links[base] for base in number]
+    first, first_cuts = _stacked([t.first for t in tables])
+    inner, inner_cuts = _stacked([t.edges for t in tables])
+    edges, edge_cuts = _stacked([l.edges for l in links])
+    drains, drain_cuts = _stacked([l.drains for l in links])
+    a, start = (_relative(pattern, names, number)[1] for names in (edges["a"], drains[:, 0]))
+    (b_way, b), (end_way, end) = (_relative(pattern, names, number) for names in (edges["b"], drains[:, 1]))
+    for at in product(*map(range, repeats)):
+        far = _voxels(pattern, tuple(n * c for n, c in zip(at, pattern.counts, strict=True)))
+        near = _periods_around(at, repeats)
+        block = near * len(tables) << 32
+        own = block[13]
+        rows = _shifted(edges, far, 0, ())
+        rows["a"], rows["b"] = a + own, b + block[b_way]
+        pairs = np.stack([start + own, end + block[end_way]], axis=1)
+        inside = np.split(near[b_way] >= 0, edge_cuts), np.split(near[end_way] >= 0, drain_cuts)
+        parts = (np.split(first + far, first_cuts), np.split(_shifted(inner, far, 0, ()), inner_cuts),
+                 np.split(rows, edge_cuts), np.split(pairs, drain_cuts), *inside)  # fmt: skip
+        for table, begin, within, over, drain, stays, flows in zip(tables, *parts, strict=True):
+            yield replace(table, first=begin, edges=within), stitch.Links(drain[flows], over[stays])
 
 
-def _renamed(pattern: Pattern, names: np.ndarray, counts: Triple) -> tuple[np.ndarray, np.ndarray]:
-    """The names in a volume of so many blocks that begins at the pattern's origin, and which of them lie in it."""
-    place = [p - pattern.origin for p in np.unravel_index(names >> 32, pattern.grid.counts)]
-    inside = np.all([(p >= 0) & (p < n) for p, n in zip(place, counts, strict=True)], axis=0)
-    block = (place[0] * counts[1] + place[1]) * counts[2] + place[2]
-    return (block.astype(np.int64) << 32) | (names & stitch.LOCAL), inside
+def _stacked(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The parts in one array, and where it is to be cut into them again."""
+    return np.concatenate(parts), np.cumsum([part.shape[0] for part in parts])[:-1]
 
 
-def flat(pattern: Pattern, counts: Triple) -> dict:
-    """One row: what `gather` and `decide` take for a volume of so many blocks, all in this process."""
-    clock = _Clock()
-    regions = edges = 0
-    for table, links in blocks_of(pattern, counts):
-        regions, edges = regions + table.root.size, edges + table.edges.size + links.edges.size
-    drawing = clock.lap()
-    pairs = blocks_of(pattern, counts)
-    tables, links = _unzipped(pairs)
+def _relative(pattern: Pattern, names: np.ndarray, number: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """For each name the period that it lies in (0..26, 13 is the pattern's own), and its name within a period."""
+    blocks, place = np.unique(names >> 32, return_inverse=True)
+    found = [pattern.base(int(block)) for block in blocks]
+    ways = [sum((n // c + 1) * 3**k for n, c, k in zip(by, pattern.counts, (2, 1, 0), strict=True)) for _, by in found]
+    own = np.array([number[base] for base, _ in found], np.int64)
+    return np.array(ways, np.int64)[place], (own[place] << 32) | (names & stitch.LOCAL)
+
+
+def _periods_around(at: Triple, repeats: Triple) -> np.ndarray:
+    """The numbers of a period and its neighbours in a volume of so many periods, below 0 for those outside it."""
+    out = np.full(27, -1, np.int64)
+    for k, way in enumerate(product((-1, 0, 1), repeat=3)):
+        z, y, x = (a + w for a, w in zip(at, way, strict=True))
+        if 0 <= z < repeats[0] and 0 <= y < repeats[1] and 0 <= x < repeats[2]:
+            out[k] = (z * repeats[1] + y) * repeats[2] + x
+    return out
+
+
+def flat(pattern: Pattern, repeats: Triple) -> dict:
+    """One row: what `gather` and `decide` take for a volume of so many periods, all in this process.
+
+    The time to draw the tables is left out, as is that to read them where they are stored.
+    """
+    clock, drawing, counts = _Clock(), _Clock(), np.zeros(2, np.int64)
+    tables, links = _unzipped(_counted(blocks_of(pattern, repeats), drawing, counts))
     basins, _ = stitch.gather(tables, links)
-    gathering = clock.lap()
+    gathered = clock.lap()
     label = decide(basins, pattern.rules)
-    deciding = clock.lap()
+    decided = clock.lap()
     return {
-        "edges": edges, "regions": regions, "basins": label.size, "objects": int(label.max(initial=0)),
-        "gather s": round(gathering[0] - drawing[0], 1), "decide s": round(deciding[0], 1),
-        "of cpu s": round(gathering[1] - drawing[1] + deciding[1], 1),
-        "peak GB": round(cluster.peak_bytes() / 1e9, 2), "bytes per edge": round(cluster.peak_bytes() / max(1, edges)),
+        "edges": int(counts[1]), "regions": int(counts[0]), "basins": label.size, "objects": int(label.max(initial=0)),
+        "gather s": round(gathered[0] - drawing.total[0], 1), "decide s": round(decided[0], 1),
+        "cpu s of both": round(gathered[1] - drawing.total[1] + decided[1], 1), "drawing s": round(drawing.total[0], 1),
+        "peak GB": round(cluster.peak_bytes() / 1e9, 2), "bytes per edge": round(cluster.peak_bytes() / max(1, counts[1])),
     }  # fmt: skip
+
+
+def _counted(pairs: Iterator[tuple], clock: _Clock, counts: np.ndarray) -> Iterator[tuple]:
+    """The pairs; ``counts`` has their regions and edges, ``clock.total`` the time that they took to make."""
+    clock.lap()
+    for table, links in pairs:
+        clock.add()
+        counts += (table.root.size, table.edges.size + links.edges.size)
+        yield table, links
+        clock.lap()
 
 
 def _unzipped(pairs: Iterator[tuple]) -> tuple[Iterator, Iterator]:
@@ -219,12 +255,17 @@ class _Clock:
     """Laps of wall-clock and CPU seconds; on a shared machine the second says more."""
 
     def __init__(self) -> None:
-        self.last = time.perf_counter(), time.process_time()
+        self.last, self.total = (time.perf_counter(), time.process_time()), (0.0, 0.0)
 
     def lap(self) -> tuple[float, float]:
         now = time.perf_counter(), time.process_time()
         before, self.last = self.last, now
         return now[0] - before[0], now[1] - before[1]
+
+    def add(self) -> None:
+        """The lap is part of the total."""
+        wall, cpu = self.lap()
+        self.total = self.total[0] + wall, self.total[1] + cpu
 
 
 # ---------------------------------------------------------------- tree
@@ -328,10 +369,9 @@ def measure(
     if simulate:
         report.keep("stitch-tree", levels(pattern, simulate))
     if edges:
-        warm = volume_of(pattern, 1)
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own: its peak is that of the work
-            pool.apply(flat, (pattern, warm))
-            report.keep("stitch-flat", [pool.apply(flat, (pattern, volume_of(pattern, int(edges))))])
+            pool.apply(flat, (pattern, (1, 1, 1)))
+            report.keep("stitch-flat", [pool.apply(flat, (pattern, times(pattern, int(edges))))])
 
 
 if __name__ == "__main__":
