@@ -43,8 +43,8 @@ LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
 SLAB_VOXELS = 1 << 27  # voxels up to which predict's blocks grow to the source's chunks
 IO_THREADS = 16  # small objects read or written at once
 ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which other planes look like xy planes
-FLAT_EDGES = 50_000_000  # edges that one process stitches unless it is told otherwise
-EDGE_BYTES = 100  # that stitching takes in memory for each of them, as benchmarks/README.md measures
+FLAT_EDGES = 50_000_000  # edges that one process stitches unless it is told otherwise: about 4 GB
+EDGE_BYTES = 80  # that stitching takes in memory for each of them, as benchmarks/README.md measures
 FREE = ("out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why")  # decide no byte
 
 
