@@ -334,6 +334,16 @@ def test_a_cleaned_run_is_decided_anew_only_when_asked(reference, finished):
     assert digest(finished) == digest(reference)
 
 
+def test_a_run_of_another_version_is_decided_anew_only_when_asked(reference, finished):
+    before = Path(finished, "work/run.json").read_text()
+    key = json.loads(before)["keys"]["predict"]
+    Path(finished, "work/run.json").write_text(before.replace(key, "0123456789abcdef"))
+    with pytest.raises(UserError, match="another version of volseg"):
+        pipeline.segment(finished, with_sets("stitch.seed=0.9"), show=Quiet())
+    pipeline.segment(finished, with_sets(), recompute=True, show=Quiet())
+    assert digest(finished) == digest(reference)
+
+
 def test_deciding_anew_refuses_what_needs_the_network(reference, finished, tmp_path):
     with pytest.raises(UserError, match="cannot change input, predict"):
         pipeline.segment(finished, with_sets("predict.batch=2"), show=Quiet())

@@ -686,7 +686,17 @@ def _stored(out: str, recompute: bool) -> Run:
         if not recompute:
             raise UserError(f"the work folder of {out} was cleaned: its basins must be made anew; add --recompute")
         _rebuild_work(out)
-    return Run.from_json(json.loads(volume.read_bytes(where, "work/run.json")))
+    plain = json.loads(volume.read_bytes(where, "work/run.json"))
+    run = Run.from_json(plain)
+    if plain["keys"].get(run.first) != run.keys[run.first]:
+        if not recompute or where != out:
+            raise UserError(
+                f"{where} was made by another version of volseg, which may have predicted otherwise: make it anew with "
+                "volseg infer --overwrite, or keep a finished run's probabilities as they are with --recompute"
+            )
+        volume.remove(f"{out}/work")
+        _rebuild_work(out)
+    return run
 
 
 def _demote(out: str) -> None:
