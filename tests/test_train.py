@@ -300,28 +300,6 @@ def test_a_batch_that_does_not_fit_is_cut_and_steps_the_same(tables, tmp_path):
     assert int(voxels.sum()) == patches[1][:, 2].sum()
 
 
-LIMITED = """
-import json, pathlib, resource, sys, torch
-from volseg.config import resolve
-from volseg.train import train
-torch.set_num_threads(1)
-size = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2_000_000_000
-resource.setrlimit(resource.RLIMIT_AS, (size, size))
-train(resolve(("test", json.loads(sys.argv[1]))))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
-def test_a_run_in_too_small_a_memory_goes_on_in_parts_or_says_what_to_change(tables, tmp_path):
-    text = json.dumps({"train": {**tables, "out": str(tmp_path), "batch": 32, "patch": 192, "steps": 1}})
-    run = subprocess.run([sys.executable, "-c", LIMITED, text], capture_output=True, text=True)
-    assert "a batch does not fit the memory: at most" in run.stdout
-    if run.returncode:  # what a failed attempt leaves behind may be in the way of one patch too
-        assert "set a smaller train.patch than 192" in run.stderr
-    else:
-        assert (tmp_path / "model.safetensors").exists()
-
-
 def test_a_patch_that_does_not_fit_is_refused(tables, tmp_path):
     knobs = config_of(tables, tmp_path, batch=1).train
     network = Small()
