@@ -193,6 +193,7 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
             "ENABLE_CPU_PINNING": False,  # or every worker process would sit on the first core
         },
     )
+    ov.Tensor(np.zeros(1, np.float32))  # two threads that make the process's first tensor at once wait for each other forever
     mine = threading.local()
 
     def forward(batch: np.ndarray) -> np.ndarray:
