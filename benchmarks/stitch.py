@@ -20,7 +20,6 @@ from functools import lru_cache
 from itertools import product
 from math import ceil, prod
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import typer
@@ -355,13 +354,7 @@ def _peak(build: object, pattern: Pattern) -> int:
 # ---------------------------------------------------------------- command
 
 
-def measure(
-    edges: Annotated[float, typer.Option(help="Edges of the volume that is stitched flat; 0 leaves that out.")] = 1e8,
-    simulate: Annotated[float, typer.Option(help="Voxels of the volume that is stitched in a tree; 0: not.")] = 1e12,
-    run: Annotated[str, typer.Option(help="A finished run, whose probabilities are the pattern.")] = "runs/epfl.volseg.zarr",
-    block: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a block, z y x.")] = (64, 64, 64),
-    most: Annotated[tuple[int, int, int], typer.Option(help="Most voxels of the run that are taken.")] = (128, 256, 512),
-) -> None:
+def measure(edges: float, simulate: float, run: str, block: Triple, most: Triple) -> None:
     """Seconds and memory of stitching edge tables with the statistics of real blocks, in one process and in a tree."""
     begin = time.perf_counter()
     pattern = cut(run, block, most)
@@ -375,4 +368,6 @@ def measure(
 
 
 if __name__ == "__main__":
-    typer.run(measure)
+    from benchmarks.__main__ import stitch
+
+    typer.run(stitch)
