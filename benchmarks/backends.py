@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report
-from volseg import forward, model, pipeline, probe, tiles, volume
+from volseg import describe, forward, model, probe, tiles, volume
 from volseg.config import Config, Predict
 from volseg.grey import normalisation
 
@@ -25,7 +25,7 @@ def measure(image: str, model_file: str, threads: tuple[int, ...], repeats: int)
     grid = tiles.grid(source.shape[1:], Config().predict.tile, Config().predict.overlap)
     first = source.shape[0] - PLANES
     batch = np.stack([
-        pipeline.normalised_tile(source, z, grid.place((0, 0)), card["sections"], norm)
+        describe.normalised_tile(source, z, grid.place((0, 0)), card["sections"], norm)
         for z in range(first, source.shape[0])
     ])  # fmt: skip
     rows = [

@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 
 from benchmarks import report
-from volseg import evaluate, fragments, model, pipeline, volume
+from volseg import describe, evaluate, folder, fragments, model, pipeline, volume
 from volseg.box import Blocks, Box
 from volseg.calibrate import SEEDS, SIZES
 from volseg.config import Config, Fragments, load
@@ -55,8 +55,8 @@ def _predict(image: str, run: str, sets: tuple[str, ...]) -> float:
     """
     volume.remove(run)
     config = load(sets=sets, base=model.load_card(model.shipped())["decode"])
-    told = pipeline._describe(volume.open(image), config, run)
-    pipeline._begin(told, overwrite=True)
+    told = describe.from_image(volume.open(image), config, run)
+    folder.begin(told, overwrite=True)
     grids = {**{stage: told.pass_grid(plane) for stage, plane in told.passes.items()}, "predict": told.predict_grid}
     start = time.process_time()
     for stage, grid in grids.items():

@@ -23,10 +23,10 @@ def shared_data() -> Path:
 def image(tmp_path_factory):
     """A synthetic volume with objects on every kind of block border. Tests must not change it."""
     from tests.test_pipeline import SHAPE, Quiet
-    from volseg import pipeline
+    from volseg import launch
 
     path = str(tmp_path_factory.mktemp("image") / "em.zarr")
-    pipeline.synthesise(path, SHAPE, (22, 75, 170), seed=12, overwrite=False, show=Quiet())
+    launch.synthesise(path, SHAPE, (22, 75, 170), seed=12, overwrite=False, show=Quiet())
     return path
 
 
@@ -34,10 +34,10 @@ def image(tmp_path_factory):
 def reference(image, tmp_path_factory):
     """A run of it in one block on one worker. Tests must not change it."""
     from tests.test_pipeline import Quiet, settings
-    from volseg import pipeline
+    from volseg import launch
 
     out = str(tmp_path_factory.mktemp("reference") / "run.volseg.zarr")
-    pipeline.infer(image, out, settings(cluster={"workers": 1}), overwrite=False, show=Quiet())
+    launch.infer(image, out, settings(cluster={"workers": 1}), overwrite=False, show=Quiet())
     return out
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.test_pipeline import Quiet
-from volseg import calibrate, model, pipeline
+from volseg import calibrate, launch, model
 from volseg.config import UserError, load
 from volseg.evaluate import evaluate
 from volseg.metrics import Contingency
@@ -20,7 +20,7 @@ def test_a_candidates_score_is_the_score_of_its_labels(image, reference, tmp_pat
     joined = next(row for row in rows if row["persistence"] and row["join_mean"] and row["pq"] != rows[0]["pq"])
     for row in (rows[0], joined, rows[-1]):
         sets = [f"stitch.{name}={row[name]}" for name in calibrate.KNOBS]
-        pipeline.segment(
+        launch.segment(
             run, lambda c, sets=sets: load(sets=sets, base=c.model_dump(mode="json", exclude={"train"})), show=Quiet()
         )
         scores = evaluate(run, truth)

@@ -19,8 +19,8 @@ from PIL import Image
 from benchmarks import exact
 from tests.test_cli import run  # noqa: F401
 from tests.test_pipeline import SHAPE, Quiet, digest, settings, wait_for_markers, with_sets
-from volseg import foreign, objects, pipeline, pyramid, volume
-from volseg.box import Blocks, Box
+from volseg import describe, folder, foreign, launch, objects, pipeline, pyramid, volume
+from volseg.box import Box
 from volseg.config import Probabilities, UserError, load
 from volseg.verify import verify
 
@@ -31,14 +31,14 @@ BOTH = {"probabilities": {"mask_channel": 0, "contour_channel": 1}}
 def take(path, out, *, show=None, **sections):
     """A finished run of the probabilities at ``path``, decided as the reference is."""
     config = settings(**{**LIGHT, **sections})
-    return pipeline.segment_probabilities(str(path), str(out), config, overwrite=False, show=show or Quiet())
+    return launch.segment_probabilities(str(path), str(out), config, overwrite=False, show=show or Quiet())
 
 
 def begun(path, out, config):
     """A run of the probabilities at ``path`` of which nothing is done."""
     channels = foreign.channels(str(path), config.probabilities, dataset="", voxel_size_nm=config.input.voxel_size_nm)
-    made = pipeline._describe_taken(channels, config, str(out))
-    pipeline._begin(made, overwrite=True)
+    made = describe.from_probabilities(channels, config, str(out))
+    folder.begin(made, overwrite=True)
     return made
 
 
@@ -47,10 +47,9 @@ def do(made, *stages):
     for stage in stages:
         grid = {made.first: made.predict_grid, "stitch": [0]}.get(stage, made.grid)
         if stage.startswith("pyramid"):
-            shape = made.levels[int(stage.removeprefix("pyramid"))][0]
-            grid = Blocks(shape, pipeline._fit(made.block, shape))
+            grid = made.level_grid(int(stage.removeprefix("pyramid")))
         if stage == "relabel":
-            pipeline._create_labels(made)
+            folder.create_labels(made)
         for i in range(len(grid)):
             pipeline.work(made.out, made.id, stage, i)
 
@@ -59,7 +58,7 @@ def take_here(path, out, config):
     """A finished run of the probabilities at ``path``, without workers."""
     made = begun(path, out, config)
     do(made, *(stage for stage in made.keys if not stage.startswith(("tree", "names", "number"))))  # one process stitches
-    return pipeline._finish(made, made.out, {}, 0.0)
+    return launch.finish(made, made.out, {}, 0.0)
 
 
 def stored(path, out, block=None, **knobs):
@@ -239,13 +238,13 @@ def test_a_taken_run_is_decided_anew_and_recomputed_like_any_other(reference, tm
     shutil.rmtree(f"{out}/work")
     back = with_sets(f"stitch.seed={settings().stitch.seed}", "stitch.min_voxels=100", "blocks.shape=[9, 50, 71]")
     with pytest.raises(UserError, match="--recompute"):
-        pipeline.segment(out, back, show=Quiet())
+        launch.segment(out, back, show=Quiet())
     show = Quiet()
-    pipeline.segment(out, back, recompute=True, show=show)
+    launch.segment(out, back, recompute=True, show=show)
     assert digest(out) == digest(reference)
     assert show.stages["take"] == [np.prod(SHAPE)]
     with pytest.raises(UserError, match=r"cannot change .*probabilities"):
-        pipeline.segment(out, with_sets("probabilities.mask_channel=1"), show=Quiet())
+        launch.segment(out, with_sets("probabilities.mask_channel=1"), show=Quiet())
 
 
 def test_a_distance_that_was_taken_can_be_the_height(reference, tmp_path):
@@ -307,12 +306,12 @@ def test_other_options_on_an_unfinished_run_are_refused(probabilities, tmp_path)
     stored(tmp_path / "p.zarr", tmp_path / "out.partial", mask_channel=0)
     config = load(base={"probabilities": {"mask_channel": 1}})
     with pytest.raises(UserError, match=r"probabilities.mask_channel = 0, this one 1"):
-        pipeline.segment_probabilities(str(tmp_path / "p.zarr"), str(tmp_path / "out"), config, overwrite=False, show=Quiet())
+        launch.segment_probabilities(str(tmp_path / "p.zarr"), str(tmp_path / "out"), config, overwrite=False, show=Quiet())
 
 
 def test_labels_of_64_bits_go_all_the_way(monkeypatch, reference, tmp_path):
     """As if there were more than 2**32 objects."""
-    for module in ("pipeline", "verify"):
+    for module in ("pipeline", "folder", "verify"):
         monkeypatch.setattr(f"volseg.{module}.label_dtype", lambda objects: "uint64")
     config = settings(**BOTH, blocks={"shape": (11, 75, 170)})
     labels = volume.open(take_here(f"{reference}/0", tmp_path / "run.volseg.zarr", config).labels)

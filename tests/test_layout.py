@@ -14,9 +14,11 @@ RANKS = [
     {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "decide", "tree", "merges", "objects", "metrics",
      "synth"},
     {"volume", "model"},
-    {"pyramid", "samples", "forward", "cluster", "foreign"},
-    {"probe", "pipeline", "evaluate", "view", "heldout", "checkpoint"},
-    {"calibrate", "verify", "quantise", "report", "review"},
+    {"pyramid", "samples", "forward", "cluster", "foreign", "store"},
+    {"run"},
+    {"probe", "pipeline", "folder", "evaluate", "view", "heldout", "checkpoint"},
+    {"describe", "flow"},
+    {"launch", "calibrate", "verify", "quantise", "report", "review"},
     {"train"},
     {"tune"},
     {"cli", "__init__", "__main__"},
@@ -29,11 +31,11 @@ MAY = {
     "zarr": {"volume"},
 }
 # Inside one rank: stitch reads the tables that fragments writes, decide what stitch gathers, merges tells what was decided,
-# tree decides likewise, and a run ends with its picture.
+# tree decides likewise.
 SAME_RANK = {("stitch", "fragments"), ("decide", "stitch"), ("decide", "fragments"),
              ("merges", "decide"), ("merges", "fragments"), ("merges", "stitch"),
              ("tree", "decide"), ("tree", "fragments"), ("tree", "stitch"),
-             ("pipeline", "view"), ("pipeline", "probe"), ("__main__", "cli")}  # fmt: skip
+             ("__main__", "cli")}  # fmt: skip
 
 
 def imports(path):

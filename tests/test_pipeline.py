@@ -16,7 +16,7 @@ import pandas
 import pytest
 import zarr
 
-from volseg import calibrate, cluster, model, pipeline, volume
+from volseg import calibrate, cluster, describe, flow, folder, launch, model, pipeline, volume
 from volseg.box import Box
 from volseg.config import Cluster, UserError, load
 from volseg.synth import synth
@@ -55,7 +55,7 @@ def digest(out):
 @pytest.mark.parametrize(("block", "workers"), [((7, 64, 64), 2), ((22, 37, 101), 1), ((5, 150, 170), 2)])
 def test_labels_do_not_depend_on_blocks_or_workers(image, reference, tmp_path, block, workers):
     out = str(tmp_path / "run.volseg.zarr")
-    summary = pipeline.infer(
+    summary = launch.infer(
         image, out, settings(blocks={"shape": block}, cluster={"workers": workers}), overwrite=False, show=Quiet()
     )
     assert summary.objects > 3
@@ -126,31 +126,31 @@ def test_an_unfinished_run_of_other_settings_is_refused(image, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     config = settings()
     source = volume.open(image)
-    pipeline._begin(pipeline._describe(source, config, f"{out}.partial"), overwrite=False)
+    folder.begin(describe.from_image(source, config, f"{out}.partial"), overwrite=False)
     with pytest.raises(UserError, match=r"fragments\.threshold = 0\.\d+, this one 0\.123.*--overwrite"):
-        pipeline.infer(image, out, settings(fragments={"threshold": 0.123}), overwrite=False, show=Quiet())
+        launch.infer(image, out, settings(fragments={"threshold": 0.123}), overwrite=False, show=Quiet())
     with pytest.raises(UserError, match=r"backend = 'auto', this one 'onnx'"):
-        pipeline.infer(image, out, settings(predict={"backend": "onnx"}), overwrite=False, show=Quiet())
+        launch.infer(image, out, settings(predict={"backend": "onnx"}), overwrite=False, show=Quiet())
 
 
 def test_a_stopped_run_is_kept_even_with_overwrite(image, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
-    run = pipeline._describe(volume.open(image), settings(), f"{out}.partial")
-    pipeline._begin(run, overwrite=False)
+    run = describe.from_image(volume.open(image), settings(), f"{out}.partial")
+    folder.begin(run, overwrite=False)
     volume.write_bytes(run.out, "work/markers/predict/0-test.json", b"{}")
-    pipeline._begin(run, overwrite=True)
+    folder.begin(run, overwrite=True)
     assert volume.exists(f"{run.out}/work/markers/predict/0-test.json")
-    other = pipeline._describe(volume.open(image), settings(fragments={"threshold": 0.123}), f"{out}.partial")
-    pipeline._begin(other, overwrite=True)
+    other = describe.from_image(volume.open(image), settings(fragments={"threshold": 0.123}), f"{out}.partial")
+    folder.begin(other, overwrite=True)
     assert not volume.exists(f"{run.out}/work/markers/predict/0-test.json")
 
 
 def test_half_made_label_arrays_are_made_again(image, tmp_path):
-    run = pipeline._describe(volume.open(image), settings(), str(tmp_path / "run.partial"))
-    pipeline._begin(run, overwrite=False)
+    run = describe.from_image(volume.open(image), settings(), str(tmp_path / "run.partial"))
+    folder.begin(run, overwrite=False)
     volume.create_array(run.out, "labels/instances/0", shape=SHAPE, dtype="uint8", chunk=SHAPE, shard=SHAPE)
-    pipeline._create_labels(run)
-    pipeline._create_labels(run)
+    folder.create_labels(run)
+    folder.create_labels(run)
     made = zarr.open_group(run.out, mode="r")["labels/instances"]
     assert sorted(made.keys()) == [str(level) for level in range(len(run.levels))]
     assert made["0"].dtype == np.uint32
@@ -163,7 +163,7 @@ def test_what_no_run_made_is_never_replaced(image, tmp_path, where):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/precious").write_text("kept")
     with pytest.raises(UserError, match=r"would replace the volume|not a volseg run"):
-        pipeline.infer(
+        launch.infer(
             str(tmp_path / "em.zarr"), str(tmp_path / where), settings(), overwrite=True, show=Quiet()
         )  # fmt: skip
     assert (tmp_path / "em.zarr/0").exists()
@@ -173,14 +173,14 @@ def test_what_no_run_made_is_never_replaced(image, tmp_path, where):
 def test_a_bucket_that_holds_other_things_is_left_alone(bucket, image):
     volume.write_bytes(f"{bucket}/shared", "precious", b"kept")
     with pytest.raises(UserError, match="not a volseg run"):
-        pipeline.infer(image, f"{bucket}/shared", settings(), overwrite=True, show=Quiet())
+        launch.infer(image, f"{bucket}/shared", settings(), overwrite=True, show=Quiet())
     assert volume.read_bytes(f"{bucket}/shared", "precious") == b"kept"
 
 
 def test_a_worker_of_another_kind_is_refused(image, tmp_path):
-    run = pipeline._describe(volume.open(image), settings(), str(tmp_path / "run.partial"))
+    run = describe.from_image(volume.open(image), settings(), str(tmp_path / "run.partial"))
     foreign = replace(run, engine={**run.engine, "processor": "abacus"})
-    pipeline._begin(foreign, overwrite=False)
+    folder.begin(foreign, overwrite=False)
     with pytest.raises(UserError, match=r"abacus.*bits differ"):
         pipeline.work(foreign.out, foreign.id, "predict", 0)
 
@@ -194,7 +194,7 @@ def test_a_damaged_chunk_ends_the_run_in_one_line(image, reference, tmp_path):
     out = tmp_path / "run.volseg.zarr"
     checked = settings(blocks={"shape": (22, 75, 170)}, cluster={"workers": 1, "tries": 2}, predict={"tile": 64})
     with pytest.raises(UserError, match=r"cannot read .* damaged"):
-        pipeline.infer(str(broken), str(out), checked, overwrite=False, show=Quiet())
+        launch.infer(str(broken), str(out), checked, overwrite=False, show=Quiet())
     assert not out.exists()
 
 
@@ -203,15 +203,15 @@ def test_a_block_that_cannot_be_read_leaves_a_run_that_can_go_on(image, referenc
     config = settings(blocks={"shape": (11, 150, 170)}, cluster={"workers": 1, "tries": 1})
     copy = tmp_path / "em.zarr"
     shutil.copytree(image, copy)
-    run = pipeline._describe(volume.open(str(copy)), config, f"{out}.partial")
-    pipeline._begin(run, overwrite=False)
+    run = describe.from_image(volume.open(str(copy)), config, f"{out}.partial")
+    folder.begin(run, overwrite=False)
     shard = next(copy.glob("0/c/0/1/*"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    with cluster.connect(config.cluster) as client, pytest.raises(pipeline.Incomplete, match="block 0:11,0:150,0:170"):
-        pipeline._stage(client, run, "predict", run.predict_grid, Quiet())
+    with cluster.connect(config.cluster) as client, pytest.raises(flow.Incomplete, match="block 0:11,0:150,0:170"):
+        flow.run_stage(client, run, "predict", run.predict_grid, Quiet())
     shard.write_bytes(whole)
-    pipeline.infer(str(copy), str(out), config, overwrite=False, show=Quiet())
+    launch.infer(str(copy), str(out), config, overwrite=False, show=Quiet())
     assert digest(out) == digest(reference)
 
 
@@ -246,7 +246,7 @@ def test_the_table_counts_the_labels(reference):
 
 def test_synthetic_volumes_do_not_see_the_blocks(tmp_path):
     for name, block in (("a", (20, 40, 50)), ("b", (7, 16, 33))):
-        pipeline.synthesise(str(tmp_path / name), (20, 40, 50), block, seed=3, overwrite=False, show=Quiet())
+        launch.synthesise(str(tmp_path / name), (20, 40, 50), block, seed=3, overwrite=False, show=Quiet())
     want = synth(Box.whole((20, 40, 50)), seed=3)
     for name in "ab":
         for array, part in zip(("0", "labels/truth/0"), want, strict=True):
@@ -259,10 +259,10 @@ def test_a_run_from_and_to_an_object_store(bucket, image, reference):
         if path.is_file():
             volume.write_bytes(em, str(path.relative_to(image)), path.read_bytes())
     config = settings(cluster={"workers": 1})
-    pipeline.infer(em, out, config, overwrite=False, show=Quiet())
+    launch.infer(em, out, config, overwrite=False, show=Quiet())
     assert digest(out) == digest(reference)
     with pytest.raises(UserError, match="exists"):
-        pipeline.infer(em, out, config, overwrite=False, show=Quiet())
+        launch.infer(em, out, config, overwrite=False, show=Quiet())
 
 
 def with_sets(*sets):
@@ -279,21 +279,21 @@ def finished(reference, tmp_path):
 def test_deciding_anew_gives_what_a_new_run_would(image, reference, finished, tmp_path):
     fresh = str(tmp_path / "fresh.volseg.zarr")
     other = {"stitch": {"seed": 0.95, "min_voxels": 3000}, "cluster": {"workers": 1}}
-    pipeline.infer(image, fresh, settings(**other), overwrite=False, show=Quiet())
+    launch.infer(image, fresh, settings(**other), overwrite=False, show=Quiet())
     show = Quiet()
     change = with_sets("stitch.seed=0.95", "stitch.min_voxels=3000")
-    summary = pipeline.segment(finished, change, show=show)
+    summary = launch.segment(finished, change, show=show)
     assert digest(finished) == digest(fresh) != digest(reference)
     assert show.stages["predict"][0] == show.stages["fragments"][0] == np.prod(SHAPE)
     assert show.stages["relabel"][0] == 0
     assert summary.objects == len(pandas.read_parquet(f"{finished}/tables/objects.parquet"))
     back = with_sets(f"stitch.seed={settings().stitch.seed}", "stitch.min_voxels=100")
-    pipeline.segment(finished, back, show=Quiet())
+    launch.segment(finished, back, show=Quiet())
     assert digest(finished) == digest(reference)
 
 
 def test_other_blocks_from_stored_probabilities_change_nothing(reference, finished):
-    pipeline.segment(finished, with_sets("blocks.shape=[9, 50, 71]"), show=Quiet())
+    launch.segment(finished, with_sets("blocks.shape=[9, 50, 71]"), show=Quiet())
     assert digest(finished) == digest(reference)
 
 
@@ -309,9 +309,9 @@ class Stops(Quiet):
 def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, reference, finished):
     change = with_sets("blocks.shape=[9, 50, 71]", "stitch.reduce=tree")
     with pytest.raises(KeyboardInterrupt):
-        pipeline.segment(finished, change, show=Stops())
+        launch.segment(finished, change, show=Stops())
     show = Quiet()
-    pipeline.segment(finished, change, show=show)
+    launch.segment(finished, change, show=show)
     assert digest(finished) == digest(reference)
     voxels = np.prod(SHAPE)
     assert [show.stages[name][0] for name in ("tree0", "tree2", "number", "names2", "names1")] == [voxels] * 4 + [0]
@@ -319,7 +319,7 @@ def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, ref
     with pytest.raises(UserError, match=r"--set stitch\.reduce=flat"):
         calibrate.calibrate(finished, f"{image}/labels/truth")
     show = Quiet()
-    pipeline.segment(finished, with_sets("stitch.reduce=flat"), show=show)
+    launch.segment(finished, with_sets("stitch.reduce=flat"), show=show)
     assert digest(finished) == digest(reference)
     assert show.stages["stitch"][0] == 0
     assert show.stages["relabel"][0] == voxels
@@ -329,8 +329,8 @@ def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, ref
 def test_a_cleaned_run_is_decided_anew_only_when_asked(reference, finished):
     shutil.rmtree(f"{finished}/work")
     with pytest.raises(UserError, match="--recompute"):
-        pipeline.segment(finished, with_sets("stitch.seed=0.9"), show=Quiet())
-    pipeline.segment(finished, with_sets(), recompute=True, show=Quiet())
+        launch.segment(finished, with_sets("stitch.seed=0.9"), show=Quiet())
+    launch.segment(finished, with_sets(), recompute=True, show=Quiet())
     assert digest(finished) == digest(reference)
 
 
@@ -339,20 +339,20 @@ def test_a_run_of_another_version_is_decided_anew_only_when_asked(reference, fin
     key = json.loads(before)["keys"]["predict"]
     Path(finished, "work/run.json").write_text(before.replace(key, "0123456789abcdef"))
     with pytest.raises(UserError, match="another version of volseg"):
-        pipeline.segment(finished, with_sets("stitch.seed=0.9"), show=Quiet())
-    pipeline.segment(finished, with_sets(), recompute=True, show=Quiet())
+        launch.segment(finished, with_sets("stitch.seed=0.9"), show=Quiet())
+    launch.segment(finished, with_sets(), recompute=True, show=Quiet())
     assert digest(finished) == digest(reference)
 
 
 def test_deciding_anew_refuses_what_needs_the_network(reference, finished, tmp_path):
     with pytest.raises(UserError, match="cannot change input, predict"):
-        pipeline.segment(finished, with_sets("predict.batch=2"), show=Quiet())
+        launch.segment(finished, with_sets("predict.batch=2"), show=Quiet())
     with pytest.raises(UserError, match="follows a channel of distance"):
-        pipeline.segment(finished, with_sets("fragments.height=head"), show=Quiet())
+        launch.segment(finished, with_sets("fragments.height=head"), show=Quiet())
     assert Path(finished, "run.json").exists()
     assert digest(finished) == digest(reference)
     with pytest.raises(UserError, match="not a volseg run"):
-        pipeline.segment(str(tmp_path / "absent"), with_sets(), show=Quiet())
+        launch.segment(str(tmp_path / "absent"), with_sets(), show=Quiet())
 
 
 def double(out, key, stage, item):

@@ -12,9 +12,10 @@ import torch
 import zarr
 
 from tests.test_pipeline import Quiet, digest, settings
-from volseg import model, pipeline, tiles, volume
+from volseg import describe, folder, launch, model, pipeline, tiles, volume
 from volseg.box import Blocks, Box
 from volseg.config import UserError
+from volseg.run import SLAB_VOXELS, redundancy, slabs
 from volseg.synth import synth
 
 SHAPE = (8, 16, 70)
@@ -26,7 +27,7 @@ LOOKS = {"predict": {"planes": ("xy", "xz", "yz"), "tta": 4, "tile": 64, "overla
 def small(tmp_path_factory):
     """A synthetic volume with axes shorter than the shortest tile. Tests must not change it."""
     path = str(tmp_path_factory.mktemp("image") / "em.zarr")
-    pipeline.synthesise(path, SHAPE, SHAPE, seed=12, overwrite=False, show=Quiet())
+    launch.synthesise(path, SHAPE, SHAPE, seed=12, overwrite=False, show=Quiet())
     return path
 
 
@@ -34,7 +35,7 @@ def small(tmp_path_factory):
 def seen(small, tmp_path_factory):
     """A run of it with every look there is, in the blocks that volseg chooses. Tests must not change it."""
     out = str(tmp_path_factory.mktemp("seen") / "run.volseg.zarr")
-    pipeline.infer(small, out, settings(**LOOKS, cluster={"workers": 1}), overwrite=False, show=Quiet())
+    launch.infer(small, out, settings(**LOOKS, cluster={"workers": 1}), overwrite=False, show=Quiet())
     return out
 
 
@@ -52,7 +53,7 @@ def in_order(run, stage, grid, order):
 def test_several_looks_do_not_depend_on_blocks_or_workers(small, seen, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     config = settings(**LOOKS, blocks={"shape": (5, 9, 70)}, cluster={"workers": 2})
-    pipeline.infer(small, out, config, overwrite=False, show=Quiet())
+    launch.infer(small, out, config, overwrite=False, show=Quiet())
     assert stored(out) == stored(seen)
 
 
@@ -60,15 +61,15 @@ def test_a_stopped_run_of_several_planes_goes_on_where_it_was(small, seen, tmp_p
     """Killed in the passes, then while their mean was taken; some tasks are done twice and in another order."""
     out = str(tmp_path / "run.volseg.zarr")
     config = settings(**LOOKS, blocks={"shape": (4, 16, 70)}, cluster={"workers": 1})
-    run = pipeline._describe(volume.open(small), config, f"{out}.partial")
-    pipeline._begin(run, overwrite=False)
+    run = describe.from_image(volume.open(small), config, f"{out}.partial")
+    folder.begin(run, overwrite=False)
     in_order(run, "predict-xz", run.pass_grid("xz"), (1, 0, 1))
     for stage, plane in run.passes.items():
         grid = run.pass_grid(plane)
         in_order(run, stage, grid, reversed(range(len(grid))))
     in_order(run, "predict", run.predict_grid, (2, 0, 2))
     show = Quiet()
-    pipeline.infer(small, out, config, overwrite=False, show=show)
+    launch.infer(small, out, config, overwrite=False, show=show)
     assert [show.stages[stage][0] for stage in run.passes] == [np.prod(SHAPE)] * 3
     assert 0 < show.stages["predict"][0] < np.prod(SHAPE)
     assert not any(Path(out, "work", stage).exists() for stage in run.passes)
@@ -79,7 +80,7 @@ def test_passes_are_not_made_again_once_their_mean_is_there(seen, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     shutil.copytree(seen, out)
     show = Quiet()
-    pipeline.segment(out, lambda config: config.model_copy(update={"blocks": config.blocks.model_copy(
+    launch.segment(out, lambda config: config.model_copy(update={"blocks": config.blocks.model_copy(
         update={"shape": (8, 9, 70)})}), show=show)  # fmt: skip
     assert not any(stage.startswith("predict-") for stage in show.stages)
     assert digest(out) == digest(seen)
@@ -121,8 +122,8 @@ def test_stored_probabilities_are_the_mean_of_whole_plane_forwards(looks, ways, 
     volume.write(volume.open_array(tmp_path, "em.zarr"), Box.whole(image.shape), image)
     config = settings(predict={"tile": 1280, "precision": "fp32", "normalize": "volume", **looks},
                       blocks={"shape": (7, 13, 25)})  # fmt: skip
-    run = pipeline._describe(volume.open(path), config, str(tmp_path / "run.partial"))
-    pipeline._begin(run, overwrite=False)
+    run = describe.from_image(volume.open(path), config, str(tmp_path / "run.partial"))
+    folder.begin(run, overwrite=False)
     for stage, plane in run.passes.items():
         in_order(run, stage, run.pass_grid(plane), range(len(run.pass_grid(plane))))
     in_order(run, "predict", run.predict_grid, range(len(run.predict_grid)))
@@ -152,8 +153,8 @@ def test_the_mean_of_passes_is_rounded_once():
 def test_planes_need_voxels_about_as_long_as_wide(small, tmp_path):
     config = settings(**LOOKS, input={"voxel_size_nm": (50, 5, 4)})
     with pytest.raises(UserError, match=r"these are 50 x 5 x 4 nm: use predict\.planes = \['xy'\], or correct input"):
-        pipeline._describe(volume.open(small, voxel_size_nm=(50, 5, 4)), config, str(tmp_path))
-    pipeline._describe(volume.open(small, voxel_size_nm=(6, 5, 4)), config, str(tmp_path))
+        describe.from_image(volume.open(small, voxel_size_nm=(50, 5, 4)), config, str(tmp_path))
+    describe.from_image(volume.open(small, voxel_size_nm=(6, 5, 4)), config, str(tmp_path))
 
 
 @pytest.mark.parametrize("planes", [[], ["xy", "xy"], ["zx"]])
@@ -163,18 +164,18 @@ def test_planes_that_make_no_sense_are_refused(planes):
 
 
 def test_the_headline_counts_every_look(small):
-    run = pipeline._describe(volume.open(small), settings(**LOOKS), "out")
+    run = describe.from_image(volume.open(small), settings(**LOOKS), "out")
     grid = {plane: run.tile_grid(plane).size for plane in run.passes.values()}
     assert grid == {"xy": (32, 64), "xz": (32, 64), "yz": (32, 32)}
     one = {"xy": 32 * 2 * 64 / (16 * 70), "xz": 32 * 2 * 64 / (8 * 70), "yz": 32 * 32 / (8 * 16)}
-    assert pipeline.redundancy(run) == pytest.approx(4 * sum(one.values()))
-    said = pipeline._headline(run)
+    assert redundancy(run) == pytest.approx(4 * sum(one.values()))
+    said = describe.headline(run)
     assert "32 x 64 (xy), 32 x 64 (xz), 32 x 32 (yz) laid in 4 ways" in said
 
 
 @pytest.mark.parametrize("plane", tiles.PLANES)
 def test_a_pass_has_blocks_that_are_deep_across_its_planes(small, plane):
-    run = pipeline._describe(volume.open(small), settings(**LOOKS), "out")
+    run = describe.from_image(volume.open(small), settings(**LOOKS), "out")
     block = run.pass_grid(plane).block
     across = tiles.PLANES[plane][0]
     assert all(block[k] == SHAPE[k] for k in range(3) if k != across)
@@ -184,9 +185,9 @@ def test_a_pass_has_blocks_that_are_deep_across_its_planes(small, plane):
 @pytest.mark.parametrize("chunk", [1, 3, 16, 22, 64, 100, 512])
 @pytest.mark.parametrize("shape", [(1000, 900, 1100), (5000, 4096, 4096), (22, 150, 170), (300, 20000, 20000)])
 def test_slabs_hold_chunks_of_the_source_whole_where_they_fit(shape, chunk):
-    depth, y, x = pipeline.slabs(shape, chunk)
+    depth, y, x = slabs(shape, chunk)
     assert depth * y * x <= 1 << 28
-    if chunk * shape[1] * shape[2] <= pipeline.SLAB_VOXELS and 16 * chunk <= shape[0]:
+    if chunk * shape[1] * shape[2] <= SLAB_VOXELS and 16 * chunk <= shape[0]:
         assert (depth % chunk, y, x) == (0, *shape[1:])
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.test_pipeline import settings
-from volseg import forward, model, pipeline, probe, volume
+from volseg import describe, folder, forward, model, probe, volume
 from volseg.config import Predict, UserError
 from volseg.probe import Row
 
@@ -13,7 +13,7 @@ BOTH = [("openvino", "fp32"), ("onnx", "fp32")]
 
 @pytest.fixture(scope="module")
 def tiles(image):
-    return pipeline.sample_tiles(volume.open(image), 3, settings(), (128.0, 40.0))[:2, :, :64, :96]
+    return describe.sample_tiles(volume.open(image), 3, settings(), (128.0, 40.0))[:2, :, :64, :96]
 
 
 def test_the_fastest_that_is_close_is_taken():
@@ -78,18 +78,18 @@ def test_a_probe_that_breaks_says_so(tiles, tmp_path):
 
 def test_a_run_that_was_begun_stays_with_its_choice(image, tmp_path):
     out = str(tmp_path / "run.partial")
-    begun = pipeline._describe(volume.open(image), settings(predict={"backend": "onnx"}), out)
+    begun = describe.from_image(volume.open(image), settings(predict={"backend": "onnx"}), out)
     begun.engine["why"] = "of that day"
-    pipeline._begin(begun, overwrite=False)
-    again = pipeline._describe(volume.open(image), settings(predict={"backend": "onnx"}), out)
+    folder.begin(begun, overwrite=False)
+    again = describe.from_image(volume.open(image), settings(predict={"backend": "onnx"}), out)
     assert again.engine["why"] == "of that day"
-    assert not pipeline._changed(again)
-    assert pipeline._describe(volume.open(image), settings(), out).engine["backend"] != "onnx"
+    assert not folder.changed(again)
+    assert describe.from_image(volume.open(image), settings(), out).engine["backend"] != "onnx"
 
 
 def test_a_batch_that_is_chosen_is_part_of_what_decides_the_bits(image, tmp_path):
     runs = [
-        pipeline._describe(volume.open(image), settings(predict={"batch": n, "backend": "onnx"}), str(tmp_path / "run"))
+        describe.from_image(volume.open(image), settings(predict={"batch": n, "backend": "onnx"}), str(tmp_path / "run"))
         for n in (0, 1, 2)
     ]
     assert [run.batch for run in runs] == [1, 1, 2]

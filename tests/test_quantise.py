@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.test_pipeline import Quiet, settings
-from volseg import forward, model, pipeline, quantise, volume
+from volseg import describe, folder, forward, launch, model, pipeline, quantise, volume
 from volseg.config import UserError
 from volseg.grey import normalisation
 
@@ -71,9 +71,9 @@ def test_blocks_change_no_probability_in_int8(image, quantised, tmp_path):
     stored = []
     for block in ((22, 150, 170), (5, 64, 101)):
         config = settings(predict={"model": str(quantised), "precision": "int8"}, blocks={"shape": block})
-        run = pipeline._describe(volume.open(image), config, str(tmp_path / f"{block[0]}.partial"))
+        run = describe.from_image(volume.open(image), config, str(tmp_path / f"{block[0]}.partial"))
         assert run.engine["precision"] == "int8"
-        pipeline._begin(run, overwrite=False)
+        folder.begin(run, overwrite=False)
         for i in range(len(run.predict_grid)):
             pipeline.work(run.out, run.id, "predict", i)
         stored.append(volume.open_array(run.out, "0")[:])
@@ -83,10 +83,10 @@ def test_blocks_change_no_probability_in_int8(image, quantised, tmp_path):
 def test_a_run_begun_in_int8_goes_on_in_no_other_precision(image, quantised, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     config = settings(predict={"model": str(quantised), "precision": "int8"})
-    pipeline._begin(pipeline._describe(volume.open(image), config, f"{out}.partial"), overwrite=False)
+    folder.begin(describe.from_image(volume.open(image), config, f"{out}.partial"), overwrite=False)
     other = settings(predict={"model": str(quantised), "precision": "fp32"})
     with pytest.raises(UserError, match=r"precision = 'int8', this one 'fp32'"):
-        pipeline.infer(image, out, other, overwrite=False, show=Quiet())
+        launch.infer(image, out, other, overwrite=False, show=Quiet())
 
 
 def test_a_model_without_the_form_is_refused(quantised, tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.test_pipeline import SHAPE, Quiet, settings
-from volseg import fragments, pipeline, stitch, verify, volume
+from volseg import fragments, launch, stitch, verify, volume
 from volseg.box import Blocks, Box
 from volseg.config import UserError, load
 from volseg.decide import Rules, forest
@@ -26,9 +26,9 @@ BLOCK = (11, 75, 85)
 def run(tmp_path_factory):
     """A run in eight blocks, with objects on their faces."""
     folder = tmp_path_factory.mktemp("verify")
-    pipeline.synthesise(f"{folder}/em.zarr", SHAPE, (22, 75, 170), seed=12, overwrite=False, show=Quiet())
+    launch.synthesise(f"{folder}/em.zarr", SHAPE, (22, 75, 170), seed=12, overwrite=False, show=Quiet())
     config = settings(blocks={"shape": BLOCK}, cluster={"workers": 1})
-    pipeline.infer(f"{folder}/em.zarr", f"{folder}/run.volseg.zarr", config, overwrite=False, show=Quiet())
+    launch.infer(f"{folder}/em.zarr", f"{folder}/run.volseg.zarr", config, overwrite=False, show=Quiet())
     return f"{folder}/run.volseg.zarr"
 
 
@@ -58,7 +58,7 @@ def test_a_sound_run_is_equal_in_every_check(run):
 
 def test_a_run_on_a_grid_of_26_neighbours_that_follows_distance_is_equal_in_every_check(copy):
     knobs = {"connectivity": 26, "height": "distance", "distance_nm": 40}
-    pipeline.segment(str(copy), lambda _: settings(fragments=knobs, blocks={"shape": BLOCK}), show=Quiet())
+    launch.segment(str(copy), lambda _: settings(fragments=knobs, blocks={"shape": BLOCK}), show=Quiet())
     stored = verify.load(str(copy))
     assert stored.config.fragments.connectivity == 26
     result = verify.verify(str(copy))
@@ -72,7 +72,7 @@ def test_a_run_under_every_rule_is_equal_too(copy):
     rules = ["persistence=0.02", "join_mean=0.5", "fill_holes_voxels=3000", "max_voxels=60000"]
     change = [f"stitch.{rule}" for rule in (*rules, "min_volume_nm3=3e5", "seed=0.93")]
     before = len(verify.load(str(copy)).table)
-    pipeline.segment(
+    launch.segment(
         str(copy), lambda c: load(sets=change, base=c.model_dump(mode="json", exclude={"train"})), show=Quiet()
     )
     result = verify.verify(str(copy))

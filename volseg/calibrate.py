@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg import evaluate, model, pipeline, stitch, volume
+from volseg import evaluate, model, stitch, volume
 from volseg.box import Box
 from volseg.config import Stitch, UserError
 from volseg.decide import Rules, components, labels, rules
 from volseg.fragments import EDGE
 from volseg.metrics import Contingency, foreground, instances
+from volseg.run import Run
 
 SEEDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
 DEPTHS = (0.0, 0.02, 0.05, 0.1)
@@ -56,7 +57,7 @@ def candidates(own: Stitch) -> list[Stitch]:
     return list(dict.fromkeys([own, Stitch(), *tried]))
 
 
-def _overlap(run: str, truth: str, box: Box | None) -> tuple[pipeline.Run, stitch.Basins, Contingency]:
+def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins, Contingency]:
     """The run, its basins, and how basins (numbered from 1) overlap true objects in ``box``."""
     if not volume.exists(f"{run}/work/basins.npz"):
         raise UserError(
@@ -80,9 +81,9 @@ def _overlap(run: str, truth: str, box: Box | None) -> tuple[pipeline.Run, stitc
     return old, stitch.Basins(**{name: stored[name] for name in stitch.Basins.__dataclass_fields__}), total
 
 
-def stored_run(run: str) -> pipeline.Run:
+def stored_run(run: str) -> Run:
     """The description of a run that has its work folder."""
-    return pipeline.Run.from_json(json.loads(volume.read_bytes(run, "work/run.json")))
+    return Run.from_json(json.loads(volume.read_bytes(run, "work/run.json")))
 
 
 def _stored(run: str, key: str) -> dict[str, np.ndarray]:
@@ -90,7 +91,7 @@ def _stored(run: str, key: str) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def _rows(run: pipeline.Run, basins: stitch.Basins, overlap: Contingency, tried: list[Stitch]) -> Iterator[dict]:
+def _rows(run: Run, basins: stitch.Basins, overlap: Contingency, tried: list[Stitch]) -> Iterator[dict]:
     """A row for each candidate. Those that differ in sizes alone share components; those that decide alike, a score."""
     joined: dict[Rules, np.ndarray] = {}
     scored: dict[bytes, dict] = {}
@@ -112,7 +113,7 @@ def _scores(table: Contingency) -> dict:
     return {"iou": foreground(table)["iou"], **{name: found[name] for name in SCORES}}
 
 
-def into_model(path: Path, row: dict, run: pipeline.Run) -> None:
+def into_model(path: Path, row: dict, run: Run) -> None:
     """The model file's own settings are those of ``row``, with the run's fragments; its weights are left as they are."""
     from safetensors.numpy import load_file, save_file
 

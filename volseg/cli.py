@@ -150,10 +150,10 @@ def infer(
     settings = load(config, [*(sets or ()), *flags], base=card["decode"])
     _expect_workers(settings)
 
-    from volseg import pipeline
+    from volseg import launch
 
     where = (out or default_out(volume)).rstrip("/")
-    _run(lambda show: pipeline.infer(volume, where, settings, overwrite=overwrite, show=show))
+    _run(lambda show: launch.infer(volume, where, settings, overwrite=overwrite, show=show))
 
 
 def _channel(name: str, more: str) -> Any:
@@ -202,14 +202,14 @@ def segment(
     }
     flags = [f"{name}={_toml(value)}" for name, value in given.items() if value is not None]
     settings = load(config, [*(sets or ()), *flags])
-    from volseg import pipeline
+    from volseg import folder, launch
 
     path = path.rstrip("/")
-    if not pipeline.is_run(path):
+    if not folder.is_run(path):
         where = (out or default_out(path)).rstrip("/")
         if recompute:
             raise UserError(f"{path} is not a volseg run: --recompute is for a run whose work folder was cleaned")
-        _run(lambda show: pipeline.segment_probabilities(path, where, settings, overwrite=overwrite, show=show))
+        _run(lambda show: launch.segment_probabilities(path, where, settings, overwrite=overwrite, show=show))
         return
     if out or overwrite:
         raise UserError(f"{path} is a run and is decided anew in place; leave out --out and --overwrite, or give {path}/0 "
@@ -218,7 +218,7 @@ def segment(
     def change(old: Config) -> Config:
         return load(config, [*(sets or ()), *flags], base=old.model_dump(mode="json", exclude={"train"}))
 
-    _run(lambda show: pipeline.segment(path, change, recompute=recompute, show=show))
+    _run(lambda show: launch.segment(path, change, recompute=recompute, show=show))
 
 
 @app.command()
@@ -234,7 +234,7 @@ def calibrate(
     """
     region = _box(box)
     from volseg import calibrate as search
-    from volseg import pipeline
+    from volseg import launch
 
     rows = search.calibrate(run.rstrip("/"), truth, box=region)
     typer.echo(search.table(rows))
@@ -254,7 +254,7 @@ def calibrate(
         def change(settings: Config) -> Config:
             return load(sets=sets, base=settings.model_dump(mode="json", exclude={"train"}))
 
-        _run(lambda show: pipeline.segment(run.rstrip("/"), change, show=show))
+        _run(lambda show: launch.segment(run.rstrip("/"), change, show=show))
 
 
 @app.command()
@@ -391,9 +391,9 @@ def backends(
 ) -> None:
     """Try every backend and precision that this machine has on a volume: speed, and distance from float32."""
     settings = load(config, [*(sets or ()), *[f"predict.model={_toml(model)}"] * bool(model)])
-    from volseg import pipeline, probe
+    from volseg import describe, probe
 
-    rows = pipeline.try_backends(volume, settings)
+    rows = describe.try_backends(volume, settings)
     typer.echo(f"{probe.table(rows)}\nfastest  {probe.fastest(rows).name}")
 
 
@@ -441,13 +441,13 @@ def synth(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a synthetic EM volume with exact instance labels."""
-    from volseg import pipeline
+    from volseg import launch
 
     sizes = _triple(shape, "--shape"), _triple(block, "--block")
     show = Terminal()
     finished = False
     try:
-        pipeline.synthesise(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, show=show)
+        launch.synthesise(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, show=show)
         finished = True
     finally:
         show.stop(finished=finished)

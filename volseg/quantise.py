@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg import evaluate, forward, model, pipeline, tiles, volume
+from volseg import describe, evaluate, forward, model, tiles, volume
 from volseg import fragments as basins
 from volseg.box import Box
 from volseg.config import Predict, UserError, load
@@ -59,7 +59,7 @@ def _grid(source: volume.Volume) -> tiles.Grid:
 
 def _tile(source: volume.Volume, z: int, tile: tuple[int, int], channels: int, norm: tuple[float, float]) -> np.ndarray:
     """One tile of a section, (1, sections, Y, X) float32."""
-    return pipeline.normalised_tile(source, z, _grid(source).place(tile), channels, norm)[None]
+    return describe.normalised_tile(source, z, _grid(source).place(tile), channels, norm)[None]
 
 
 def _form(path: Path, batches: list[np.ndarray]) -> bytes:

@@ -17,10 +17,11 @@ import pandas
 from PIL import Image, ImageDraw
 from skimage.segmentation import find_boundaries
 
-from volseg import merges, pipeline, view, volume
+from volseg import merges, view, volume
 from volseg.box import Box
 from volseg.config import UserError
 from volseg.decide import Rules, agglomerate, borders, forest, ranked, rules
+from volseg.run import Run
 from volseg.stitch import Basins
 
 HALF = 96  # voxels around the saddle
@@ -35,7 +36,7 @@ class Reviewed:
     """A run whose decisions can be told: its description, table of merges, their rows, and its basins (None: cleaned)."""
 
     path: str
-    run: pipeline.Run
+    run: Run
     table: pandas.DataFrame
     rows: np.ndarray | None
     basins: Basins | None
@@ -63,7 +64,7 @@ def load(path: str) -> Reviewed:
         raise UserError(f"{path} is no finished run: it holds no run.json; give the --out of a finished volseg infer")
     if not volume.exists(f"{path}/tables/merges.parquet"):
         raise UserError(f"{path} has no table of merges: volseg segment {path} writes it, unless stitch runs as a tree")
-    run = pipeline.Run.from_json(json.loads(volume.read_bytes(path, "run.json")))
+    run = Run.from_json(json.loads(volume.read_bytes(path, "run.json")))
     table = pandas.read_parquet(io.BytesIO(volume.read_bytes(path, "tables/merges.parquet")))
     key = f"work/merges/{run.keys['stitch']}.npz"
     if not volume.exists(f"{path}/{key}"):

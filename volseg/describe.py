@@ -1,0 +1,182 @@
+"""A run described before it begins: every choice that its settings leave open is made, and said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from volseg import folder, foreign, forward, model, probe, tiles, volume
+from volseg.box import Box
+from volseg.config import Config, UserError
+from volseg.grey import normalisation
+from volseg.run import Run, blocks, redundancy
+
+CHANNELS = ("mask", "contour")
+ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which other planes look like xy planes
+
+
+def from_image(source: volume.Volume, config: Config, out: str) -> Run:
+    """The run as plain data, every choice made."""
+    path = Path(config.predict.model) if config.predict.model else model.shipped()
+    card = model.load_card(path)
+    if tuple(card["heads"]) != CHANNELS:
+        raise UserError(f"{path} has heads {card['heads']}; the watershed wants {list(CHANNELS)}: train such a model")
+    if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
+        raise UserError(f"{source.path} holds {source.dtype}; inference wants grey values")
+    voxel_size_nm = source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0))
+    _refuse_anisotropic(config.predict.planes, voxel_size_nm)
+    slab, block = blocks(source.shape, config.blocks.shape, source.chunk[0])
+    of_model = config.predict.normalize == "model"
+    mean, std = (card["mean"], card["std"]) if of_model else normalisation(source.shape, source.read)
+    engine = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
+    return Run(
+        out=out,
+        source=replace(source, path=folder.absolute(source.path)),
+        config=config,
+        model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        heads=tuple(card["heads"]),
+        sections=card["sections"],
+        mean=mean,
+        std=std,
+        voxel_size_nm=voxel_size_nm,
+        checksum=source.checksum(),
+        engine=engine,
+        predict_block=slab,
+        block=block,
+    )
+
+
+def from_probabilities(taken: tuple[foreign.Channel, ...], config: Config, out: str) -> Run:
+    """The run of probabilities made elsewhere as plain data, every choice made."""
+    sources = [channel.source for channel in taken if channel.source]
+    slab, block = blocks(sources[0].shape, config.blocks.shape)
+    return Run(
+        out=out,
+        source=sources[0],
+        config=config,
+        heads=tuple(channel.name for channel in taken),
+        voxel_size_nm=next((s.voxel_size_nm for s in sources if s.voxel_size_nm), (1.0, 1.0, 1.0)),
+        checksum=foreign.checksum(taken),
+        predict_block=slab,
+        block=block,
+        taken=taken,
+    )
+
+
+def check_channels(run: Run) -> None:
+    """Refuses to follow a channel that the run does not have."""
+    lacking = {channel.name for channel in run.taken if channel.source is None} | ({"distance"} - set(run.heads))
+    height = run.config.fragments.height
+    need = {"contour": "contour", "head": "distance"}.get(height)
+    if need in lacking:
+        raise UserError(f"fragments.height = {height!r} follows a channel of {need}, which this run lacks: take another "
+                        "height, or probabilities that hold one")  # fmt: skip
+
+
+def _refuse_anisotropic(planes: tuple[str, ...], voxel_size_nm: tuple[float, float, float]) -> None:
+    """Refuses planes in which the network would see objects stretched."""
+    if planes != ("xy",) and max(voxel_size_nm) > ISOTROPIC * min(voxel_size_nm):
+        size = " x ".join(f"{n:g}" for n in voxel_size_nm)
+        raise UserError(f"predict.planes = {list(planes)} wants voxels about as long along z as in the plane, these are {size} "
+                        "nm: use predict.planes = ['xy'], or correct input.voxel_size_nm")  # fmt: skip
+
+
+def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std: float) -> dict:
+    """What a new run computes with, and why."""
+    card = model.load_card(path)
+    choice = probe.choose(
+        config.predict, path, forward.int8_allowed(card), prod(source.shape),
+        lambda: sample_tiles(source, card["sections"], config, (mean, std)),
+    )  # fmt: skip
+    if choice.precision == "int8":
+        model.quantised(path)
+    return {**forward.describe(choice.backend, choice.precision), "batch": choice.batch, "why": choice.why}
+
+
+def _begun_engine(out: str, config: Config, path: Path) -> dict:
+    """What the run begun at ``out`` computes with, if its settings left the choice open as these do; else nothing.
+
+    A restart must not choose anew: timing is noisy, and another choice has other bits.
+    """
+    if not volume.exists(f"{out}/work/run.json"):
+        return {}
+    old = json.loads(volume.read_bytes(out, "work/run.json"))
+    same_model = old.get("model_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
+    if not same_model or old["config"]["predict"] != config.predict.model_dump(mode="json"):
+        return {}
+    here = forward.describe(old["engine"]["backend"], old["engine"]["precision"])
+    return {**old["engine"], **here}
+
+
+def try_backends(path: str, config: Config) -> list[probe.Row]:
+    """Speed and distance from float32 of every backend and precision that could run the volume at ``path`` here."""
+    source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+    file = Path(config.predict.model) if config.predict.model else model.shipped()
+    card = model.load_card(file)
+    batch = sample_tiles(source, card["sections"], config, normalisation(source.shape, source.read))
+    return probe.measure(file, probe.candidates(config.predict, model.INT8 in card), config.predict.batch, batch)
+
+
+def sample_tiles(source: volume.Volume, sections: int, config: Config, norm: tuple[float, float]) -> np.ndarray:
+    """A few tiles of a volume, spread over its depth, as the network takes them: (4, sections, Y, X) float32.
+
+    On a CPU, whose speed hardly depends on their size, they are at most 512 wide.
+    """
+    longest = config.predict.tile if forward.gpus() else min(512, config.predict.tile)
+    grid = tiles.grid(source.shape[1:], longest, 0)
+    places = grid.meeting(*(slice(0, n) for n in source.shape[1:]))
+    depths = [(2 * k + 1) * source.shape[0] // 8 for k in range(4)]
+    return np.stack([
+        normalised_tile(source, z, grid.place(places[(2 * k + 1) * len(places) // 8]), sections, norm)
+        for k, z in enumerate(depths)
+    ])  # fmt: skip
+
+
+def normalised_tile(
+    source: volume.Volume, z: int, place: tuple[slice, slice], sections: int, norm: tuple[float, float]
+) -> np.ndarray:
+    """A tile of section ``z`` with its neighbours as the network takes it, (sections, Y, X) float32."""
+    near = np.clip(np.arange(z - sections // 2, z + sections // 2 + 1), 0, source.shape[0] - 1)
+    y, x = place
+    start, stop = (y.start, x.start), (min(y.stop, source.shape[1]), min(x.stop, source.shape[2]))
+    planes = np.concatenate([source.read(Box((int(k), *start), (int(k) + 1, *stop))) for k in near])
+    cut = tiles.cut(planes, slice(0, y.stop - y.start), slice(0, x.stop - x.start)).astype(np.float32)
+    return (cut - np.float32(norm[0])) * np.float32(1 / norm[1])
+
+
+# ---------------------------------------------------------------- in words
+
+
+def headline(run: Run) -> str:
+    z, y, x = run.shape
+    return (
+        f"{run.source.path}: {z} x {y} x {x} {run.source.dtype}, voxels of "
+        f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm{_assumed(run)}\n"
+        f"{_origin(run)}, {len(run.grid)} block(s) of {' x '.join(map(str, run.block))}"
+    )
+
+
+def _assumed(run: Run) -> str:
+    """A warning where no file says how large a voxel is."""
+    if any(source and source.voxel_size_nm for source in (run.source, *(channel.source for channel in run.taken))):
+        return ""
+    return " (assumed, the volume does not say: --set input.voxel_size_nm=[z, y, x])"
+
+
+def _origin(run: Run) -> str:
+    """Where a run's probabilities come from."""
+    if run.taken:
+        return "; ".join(map(str, run.taken))
+    knobs = run.config.predict
+    grids = {plane: run.tile_grid(plane) for plane in knobs.planes}
+    sizes = ", ".join(f"{g.size[0]} x {g.size[1]}" + f" ({plane})" * bool(run.passes) for plane, g in grids.items())
+    laid = f" laid in {knobs.tta} ways" * (knobs.tta > 1)
+    return (
+        f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']} ({run.engine.get('why', 'as begun')})\n"
+        f"tiles of {sizes}{laid}, {redundancy(run):.2f} voxels inferred for each one wanted"
+    )

@@ -1,0 +1,225 @@
+"""What runs where a command was given: a run from its description to its final name."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import metadata
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from volseg import cluster, describe, flow, folder, foreign, forward, merges, objects, store, volume
+from volseg.box import Blocks, Box, Triple
+from volseg.config import Config, UserError
+from volseg.flow import Show
+from volseg.run import Run, blocks, fit
+
+LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run has to say. Seconds are wall-clock; bytes are the most one process held."""
+
+    out: str
+    objects: int
+    voxels: int
+    seconds: dict[str, float]
+    worker_peak_bytes: int
+    client_peak_bytes: int
+    labels: str
+    table: str
+    picture: str
+
+
+def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -> Summary:
+    """Labels, object table, pyramid and picture of the volume at ``path`` are in the OME-Zarr group ``out``.
+
+    A run that was stopped goes on where it was, if nothing that determines its output has changed. The group has its
+    final name only once it is whole (on object stores, which cannot rename, once ``run.json`` is there). Raises
+    `UserError` for a bad volume or model, an existing output, or a changed configuration; `Incomplete` when blocks failed.
+    """
+    start = time.perf_counter()
+    source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+    out = folder.absolute(out)
+    folder.make_room([source], out, overwrite)
+    run = describe.from_image(source, config, folder.partial(out))
+    show.say(describe.headline(run))
+    return _go(run, out, start, show, lambda: folder.begin(run, overwrite))
+
+
+def segment_probabilities(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -> Summary:
+    """The OME-Zarr group ``out`` is what `infer` makes, from probabilities that another network stored at ``path``.
+
+    ``config.probabilities`` says which of its channels is the mask, and what else there is. In all else, a run like any
+    other. Raises as `infer` does, and for values that are no probabilities: in patches before anything is made, in each
+    block as it is read.
+    """
+    start = time.perf_counter()
+    of = config.input
+    taken = foreign.channels(path, config.probabilities, dataset=of.dataset, voxel_size_nm=of.voxel_size_nm)
+    out = folder.absolute(out)
+    folder.make_room([channel.source for channel in taken if channel.source], out, overwrite)
+    for note in foreign.look(taken):
+        show.say(note)
+    run = describe.from_probabilities(taken, config, folder.partial(out))
+    show.say(describe.headline(run))
+    return _go(run, out, start, show, lambda: folder.begin(run, overwrite))
+
+
+def segment(path: str, change: Callable[[Config], Config], *, recompute: bool = False, show: Show) -> Summary:
+    """The labels of the finished run at ``path`` are those of its changed settings, from its stored probabilities.
+
+    Only what depends on the change is done again: with another ``stitch``, no basin. While that lasts the run lies at its
+    unfinished name, and a stopped `segment` goes on when it is given again. ``recompute`` allows to make basins anew where
+    the work folder was cleaned. Raises `UserError` for what is no run, or a change of what `predict` depends on.
+    """
+    start = time.perf_counter()
+    out = folder.absolute(path)
+    old = folder.stored(out, recompute)
+    config = change(old.config)
+    block = old.block if config.blocks == old.config.blocks else blocks(old.shape, config.blocks.shape)[1]
+    run = replace(old, out=folder.partial(out), config=config, block=block)
+    fixed = ("input", "predict", "probabilities")
+    if run.keys[run.first] != old.keys[run.first] or any(getattr(config, s) != getattr(old.config, s) for s in fixed):
+        raise UserError(f"volseg segment cannot change {', '.join(fixed)} or output.chunk of a run; make it anew for that, "
+                        "with --overwrite")  # fmt: skip
+
+    def prepare() -> None:
+        folder.demote(out)
+        folder.adopt(run)
+
+    return _go(run, out, start, show, prepare, light=prod(run.shape) <= LIGHT)
+
+
+def _go(
+    run: Run, out: str, start: float, show: Show, prepare: Callable[[], None], *, light: bool = False
+) -> Summary:
+    """Once there are workers: the run's folder, everything in it that is not done yet, and its final name."""
+    describe.check_channels(run)
+    gpus = 0 if light or run.taken else forward.gpus()
+    with cluster.connect(run.config.cluster, gpus, light=light) as client:
+        prepare()
+        if (link := cluster.dashboard(client)) and not light:
+            show.say(f"dashboard {link}")
+        seconds = {"start": time.perf_counter() - start, **flow.stages(client, run, show)}
+    return finish(run, out, seconds, start)
+
+
+def finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summary:
+    """Table, picture and description are written, and the run takes its final name."""
+    from volseg import view
+
+    sums = store.each(run.out, [f"work/objects/{i}.npz" for i in range(len(run.grid))])
+    parts = [objects.Sums(**part) for part in sums]
+    for stale in ("review", "tables/merges.parquet", "tables/merges.csv"):
+        volume.remove(f"{run.out}/{stale}")
+    told = _told(run)
+    columns = objects.table(objects.merge(parts), run.shape, run.voxel_size_nm, told.get("confidence"))
+    _write_table(run.out, "objects", columns)
+    if told:
+        _write_table(run.out, "merges", merges.table(told["rows"], run.config.fragments, run.shape, run.voxel_size_nm))
+    labels = volume.open(run.out, dataset="labels/instances/0")
+    with ThreadPoolExecutor(1) as beside:
+        histogram = beside.submit(view.volumes, columns)
+        volume.write_bytes(run.out, "overlay.png", view.overlay(run.source, labels, columns))
+        volume.write_bytes(run.out, "tables/volumes.png", histogram.result())
+    volume.set_group_attributes(
+        run.out, "", volume.ome_multiscales("probability", "czyx", [("0", run.voxel_size_nm)])
+    )
+    receipts = [r for stage in run.keys for r in cluster.receipts(run.out, stage, run.keys[stage])]
+    seconds = {**seconds, "total": time.perf_counter() - start}
+    facts = {
+        **run.to_json(),
+        "out": out,
+        "objects": int(columns["id"].size),
+        "seconds": seconds,
+        "worker_seconds": _add_up(r["seconds"] for r in receipts),
+        "peak_bytes": {"worker": max(r["peak_bytes"] for r in receipts), "client": cluster.peak_bytes()},
+        "versions": {name: metadata.version(name) for name in ("volseg", "zarr", "zarrs", "dask", "numba", "numpy")},
+    }
+    volume.write_bytes(run.out, "run.json", json.dumps(facts, indent=1).encode())
+    if run.out != out:
+        volume.remove(out)
+        volume.move(run.out, out)
+    if not run.config.output.keep_work:
+        volume.remove(f"{out}/work")
+    return Summary(
+        out=out,
+        objects=facts["objects"],
+        voxels=prod(run.shape),
+        seconds=seconds,
+        worker_peak_bytes=facts["peak_bytes"]["worker"],
+        client_peak_bytes=facts["peak_bytes"]["client"],
+        labels=f"{out}/labels/instances",
+        table=f"{out}/tables/objects.parquet",
+        picture=f"{out}/overlay.png",
+    )
+
+
+def _told(run: Run) -> dict[str, np.ndarray]:
+    """What `stitched` told of its decisions; nothing where it ran as a tree."""
+    key = f"work/merges/{run.keys['stitch']}.npz"
+    return store.load(run.out, key) if volume.exists(f"{run.out}/{key}") else {}
+
+
+def _write_table(out: str, name: str, columns: dict[str, np.ndarray]) -> None:
+    """``tables/<name>`` of the run holds the columns as Parquet and as CSV."""
+    import pandas
+
+    file, frame = io.BytesIO(), pandas.DataFrame(columns)
+    frame.to_parquet(file, index=False)
+    volume.write_bytes(out, f"tables/{name}.parquet", file.getvalue())
+    volume.write_bytes(out, f"tables/{name}.csv", frame.to_csv(index=False).encode())
+
+
+def _add_up(rows: Any) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+# ---------------------------------------------------------------- synthetic volumes
+
+
+def synthesise(out: str, shape: Triple, block: Triple, *, seed: int, overwrite: bool, show: Show) -> None:
+    """A synthetic EM volume with its exact labels is at ``out`` (OME-Zarr: array ``0``, and ``labels/truth/0``).
+
+    Any block shape gives the same voxels. Voxels are 5 nm along each axis.
+    """
+    from volseg.synth import synth
+
+    if volume.exists(out) and not overwrite:
+        raise UserError(f"output {out} exists; give another path, or --overwrite to replace it")
+    if volume.exists(out) and not volume.exists(f"{out}/labels/truth/zarr.json"):
+        raise UserError(f"output {out} exists and volseg synth did not make it, so it is left alone; give another path")
+    partial = folder.partial(out)
+    volume.remove(partial)
+    grid = Blocks(shape, fit(block, shape))
+    dtype = synth(Box((0, 0, 0), (1, 1, 1)), seed=seed)[1].dtype
+    for group in ("", "/labels", "/labels/truth"):
+        volume.create_group(f"{partial}{group}")
+    for name, kind in (("0", "uint8"), ("labels/truth/0", dtype)):
+        volume.create_array(partial, name, shape=shape, dtype=kind, chunk=(32, 256, 256), shard=grid.block, axes="zyx")
+    nm = (5.0, 5.0, 5.0)
+    volume.set_group_attributes(partial, "", volume.ome_multiscales("synthetic EM", "zyx", [("0", nm)]))
+    volume.set_group_attributes(partial, "labels", {"ome": {"version": "0.5", "labels": ["truth"]}})
+    truth = volume.ome_multiscales("truth", "zyx", [("0", nm)], source="../../")
+    volume.set_group_attributes(partial, "labels/truth", truth)
+    advance = show.stage("synth", prod(shape), 0)
+    for box in grid:
+        image, labels = synth(box, seed=seed)
+        volume.write(volume.open_array(partial, "0"), box, image)
+        volume.write(volume.open_array(partial, "labels/truth/0"), box, labels)
+        advance(box.voxels)
+    if partial != out:
+        volume.remove(out)
+        volume.move(partial, out)

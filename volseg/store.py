@@ -1,0 +1,38 @@
+"""Small tables in a run's folder: named arrays under one key, written as npz."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from volseg import volume
+
+IO_THREADS = 16  # small objects read or written at once
+
+
+def save(out: str, key: str, **arrays: np.ndarray) -> None:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    volume.write_bytes(out, key, file.getvalue())
+
+
+def load(out: str, key: str, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """The arrays saved under ``key``; those to ``skip`` come empty."""
+    with np.load(io.BytesIO(volume.read_bytes(out, key))) as stored:  # allow_pickle is off
+        return {name: np.empty(0) if name in skip else stored[name] for name in stored.files}
+
+
+def each(out: str, keys: Iterable[str], skip: tuple[str, ...] = ()) -> Iterator[dict[str, np.ndarray]]:
+    """What is saved under each key, some of them read ahead side by side: an object store answers slowly."""
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        for key in keys:
+            waiting.append(pool.submit(load, out, key, skip))
+            if len(waiting) >= 2 * IO_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
