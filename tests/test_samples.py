@@ -234,3 +234,17 @@ def test_each_augmentation_changes_patches(tmp_path, bars, kind):
     plain = [batch(sources, knobs, step)[0] for step in range(3)]
     other = [batch(sources, knobs.model_copy(update={"augment": (kind,)}), step)[0] for step in range(3)]
     assert not all(np.array_equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+def test_a_wall_in_the_plane_is_contour_and_counts_more(tmp_path):
+    label = np.zeros((12, 96, 96), np.uint8)
+    label[:6, 20:80, 20:80] = 1
+    label[6:, 20:80, 20:80] = 2
+    knobs = _write(tmp_path, label * 90, label, voxel_size_nm=(5, 5, 5))
+    (source,) = sources = load_sources(knobs)
+    assert set(source.meetings[:, 0]) == {4, 5, 6, 7}
+    targets = np.concatenate([batch(sources, knobs, step)[1] for step in range(6)])
+    assert set(np.unique(targets[:, 2])) == {1, knobs.contact_weight}
+    assert targets[:, 1][targets[:, 2] > 1].all()
+    (source,) = load_sources(_write(tmp_path, label * 90, label, voxel_size_nm=(50, 5, 5)))
+    assert not source.touching.any()

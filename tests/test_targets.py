@@ -7,7 +7,7 @@ from scipy import ndimage
 from volseg import volume
 from volseg.box import Box
 from volseg.config import UserError
-from volseg.targets import UNLABELLED, describe, mask_and_contour, normalise_labels, parse_sections
+from volseg.targets import UNLABELLED, contacts, describe, mask_and_contour, normalise_labels, parse_sections
 
 
 @pytest.fixture
@@ -155,3 +155,32 @@ def test_many_objects_on_full_sections_need_no_advice():
 def test_unlabelled_voxels_count_neither_way():
     labels = np.array([[[1, 0, UNLABELLED, UNLABELLED]]], np.uint32)
     assert describe(labels, [0])["foreground"] == 0.5
+
+
+def test_contacts_are_where_two_objects_are_that_near():
+    labels = ndimage.zoom(np.random.default_rng(0).integers(0, 3, (3, 4, 4)), 3, order=0).astype(np.uint32)
+    for across in (False, True):
+        found = contacts(labels, 2, across)
+        for at in np.ndindex(labels.shape):
+            assert found[at] == _meets(labels, at, across), at
+
+
+def _meets(labels, at, across):
+    """Whether ``at`` or a voxel that shares a face with it shares a face with another object."""
+    steps = [s for s in np.vstack([np.eye(3, dtype=int), -np.eye(3, dtype=int)]) if across or not s[0]]
+    return any(
+        _value(labels, near) and _value(labels, far) not in (0, _value(labels, near))
+        for near in [np.array(at), *(np.array(at) + s for s in steps)]
+        for far in [near + s for s in steps]
+    )
+
+
+def _value(labels, at):
+    inside = (at >= 0).all() and (at < labels.shape).all()
+    return labels[tuple(at)] if inside else 0
+
+
+def test_nobody_touches_what_nobody_annotated():
+    labels = np.full((1, 1, 4), UNLABELLED)
+    labels[..., :2] = 1
+    assert not contacts(labels, 2, across=True).any()

@@ -172,6 +172,7 @@ class Train(Section):
     focal_scale: Annotated[float, Field(gt=0)] = 4.0
     contour_weight: Annotated[float, Field(ge=0)] = 0.5
     contour_width: Size = 2  # voxels on each side of an object's border, in the plane
+    contact_weight: Annotated[int, Field(ge=1, le=255)] = 4  # of the contour's voxels where two objects touch
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
     augment: tuple[Literal["flip", "affine", "elastic", "grey", "neighbours"], ...] = (
         "flip", "affine", "elastic", "grey", "neighbours",

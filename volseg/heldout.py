@@ -90,7 +90,8 @@ def plane_targets(source: Source, z: int, knobs: Train) -> tuple[torch.Tensor, t
     """Aims and weights of a whole section, both (2, Y, X) float32: mask and contour."""
     labels = source.labels[z]
     valid = labels != UNLABELLED
-    aims = np.stack(mask_and_contour(np.where(valid, labels, 0), knobs.contour_width))
+    mask, contour = mask_and_contour(np.where(valid, labels, 0), knobs.contour_width)
+    aims = np.stack([mask, contour | source.touching[z]])
     return torch.from_numpy(aims).float(), torch.from_numpy(valid).float().expand(2, -1, -1)
 
 

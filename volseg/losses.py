@@ -11,7 +11,7 @@ from volseg.config import Train
 def loss_of(logits: torch.Tensor, aims: torch.Tensor, weights: torch.Tensor, knobs: Train) -> torch.Tensor:
     """Pixel loss plus Dice on the mask, and ``contour_weight`` times the same on the contour.
 
-    All are (B, 2, Y, X), mask and contour; ``aims`` and ``weights`` are 0 or 1.
+    All are (B, 2, Y, X), mask and contour; ``aims`` are 0 or 1, ``weights`` at least 0.
     """
     pixel = focal if knobs.loss == "focal" else cross_entropy
     scale = knobs.focal_scale if knobs.loss == "focal" else 1.0
@@ -23,7 +23,7 @@ def loss_of(logits: torch.Tensor, aims: torch.Tensor, weights: torch.Tensor, kno
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean binary cross-entropy where ``weight`` is 1."""
+    """Mean binary cross-entropy, by ``weight``."""
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return (loss * weight).sum() / weight.sum().clamp(min=1)
 

@@ -17,11 +17,13 @@ from volseg import volume
 from volseg.box import Box
 from volseg.config import Train, TrainData, UserError
 from volseg.grey import normalisation
-from volseg.synth import synth
-from volseg.targets import UNLABELLED, mask_and_contour, normalise_labels, parse_sections
+from volseg.synth import VOXEL_SIZE_NM, synth
+from volseg.targets import UNLABELLED, contacts, mask_and_contour, normalise_labels, parse_sections
 
 KEPT_SPOTS = 200_000  # foreground positions remembered per volume
 FOREGROUND = 0.5  # share of patches centred near an object
+CONTACT = 0.4  # share of these centred near a contact of two objects, where there is one
+ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which contacts are looked for across sections
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,8 @@ class Source:
     held: tuple[int, ...]
     free: tuple[int, ...]  # sections whose labels, if there are any, were not read
     spots: np.ndarray  # (n, 3) positions in objects on the sections to learn from
+    touching: np.ndarray  # bool (z, y, x): near where two objects touch
+    meetings: np.ndarray  # (n, 3) positions of such voxels on the sections to learn from
     mean: float
     std: float
     share: float
@@ -85,9 +89,16 @@ def _load(data: TrainData, knobs: Train, where: str) -> Source:
     found = (_synthesise if made else _read)(data, first, annotated)
     learn, held, free = (tuple(z - first for z in sections) for sections in (learn, held, free))
     spots = _spots(found["labels"], list(learn), where)
+    touching = contacts(found["labels"], knobs.contour_width, _isotropic(found["voxel_size_nm"]))
     return Source(
-        first=first, learn=learn, held=held, free=free, spots=spots, share=data.share, depth=depth, **found
+        first=first, learn=learn, held=held, free=free, spots=spots, share=data.share, depth=depth, touching=touching,
+        meetings=_positions(np.flatnonzero(touching[list(learn)]), learn, touching.shape), **found,
     )  # fmt: skip
+
+
+def _isotropic(voxel_size_nm: tuple[float, float, float] | None) -> bool:
+    """Whether sections lie about as close as voxels do; where nobody says, they do not."""
+    return voxel_size_nm is not None and max(voxel_size_nm) <= ISOTROPIC * min(voxel_size_nm)
 
 
 def _free(data: TrainData, learn: list[int], held: list[int], around: int, depth: int) -> list[int]:
@@ -107,7 +118,7 @@ def _synthesise(data: TrainData, first: int, annotated: np.ndarray) -> dict:
     name = f"synth {data.synth_seed}"
     return {
         "name": name, "image": image, "labels": labels, "mean": mean, "std": std, "kind": "instances",
-        "voxel_size_nm": data.voxel_size_nm, "checksum": _digest(image, labels),
+        "voxel_size_nm": data.voxel_size_nm or VOXEL_SIZE_NM, "checksum": _digest(image, labels),
     }  # fmt: skip
 
 
@@ -162,8 +173,13 @@ def _spots(labels: np.ndarray, learn: list[int], where: str) -> np.ndarray:
         raise UserError(f"{where}: no labelled voxel on the {len(learn)} sections to learn from; check label and train")
     if found.size == np.count_nonzero(chosen != UNLABELLED):
         raise UserError(f"{where}: every annotated voxel is in an object; give labels with background 0")
-    found = found[:: -(-found.size // KEPT_SPOTS)]
-    z, y, x = np.unravel_index(found, chosen.shape)
+    return _positions(found, learn, labels.shape)
+
+
+def _positions(found: np.ndarray, learn: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+    """Up to :data:`KEPT_SPOTS` (z, y, x) of flat positions within the sections ``learn`` of a volume, evenly spread."""
+    found = found[:: max(1, -(-found.size // KEPT_SPOTS))]
+    z, y, x = np.unravel_index(found, (len(learn), *shape[1:]))
     return np.stack([np.asarray(learn)[z], y, x], axis=1).astype(np.int32)
 
 
@@ -177,7 +193,8 @@ def context(z: int, sections: int, depth: int) -> np.ndarray:
 
 
 def batch(sources: list[Source], knobs: Train, step: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """Images (B, sections, P, P) float32 and targets (B, 3, P, P) uint8: mask, contour, and 1 where the loss counts.
+    """Images (B, sections, P, P) float32 and targets (B, 3, P, P) uint8: mask, contour, and how much the
+    loss counts: 0 where nobody annotated, ``contact_weight`` where objects touch, else 1.
 
     Depends on the knobs and ``step`` alone, so that a resumed run sees what an uninterrupted one would have. ``part`` of
     the batch is made.
@@ -240,8 +257,8 @@ def sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tup
     planes, offsets, blurred = _disturb_neighbours(planes, knobs, rng)
     ys, xs = _grid(knobs, rng)
     raw = _resample(source.image, planes, ys + y, xs + x, offsets)
-    labels = _nearest(source.labels[z], ys + y, xs + x)
-    return _changed(raw, source, blurred, knobs, rng), _targets(labels, knobs.contour_width)
+    labels, touching = (_nearest(volume[z], ys + y, xs + x) for volume in (source.labels, source.touching))
+    return _changed(raw, source, blurred, knobs, rng), _targets(labels, touching, knobs)
 
 
 def unlabelled_sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -275,20 +292,22 @@ def _changed(
     return _intensity(image, rng) if "grey" in knobs.augment else image
 
 
-def _targets(labels: np.ndarray, width: int) -> np.ndarray:
+def _targets(labels: np.ndarray, touching: np.ndarray, knobs: Train) -> np.ndarray:
     """Mask, contour and weight (3, P, P) uint8; the weight is 0 on unlabelled voxels and where they hide a border."""
     missing = labels == UNLABELLED
-    mask, contour = mask_and_contour(np.where(missing, np.uint32(0), labels), width)
-    if missing.any() and width:
-        missing = ndimage.binary_dilation(missing, iterations=width)
-    return np.stack([mask, contour, (~missing).view(np.uint8)])
+    mask, contour = mask_and_contour(np.where(missing, np.uint32(0), labels), knobs.contour_width)
+    if missing.any() and knobs.contour_width:
+        missing = ndimage.binary_dilation(missing, iterations=knobs.contour_width)
+    weight = np.where(touching, knobs.contact_weight, 1) * ~missing
+    return np.stack([mask, contour | touching, weight.astype(np.uint8)])
 
 
 def _position(source: Source, patch: int, rng: np.random.Generator) -> tuple[int, float, float]:
-    """A patch's section and centre: near an object for half of them, else anywhere; moved inside if it sticks out."""
+    """A patch's section and centre: near an object or a contact for half of them, else anywhere; moved inside."""
     plane = source.image.shape[1:]
     if rng.random() < FOREGROUND:
-        z, *centre = source.spots[rng.integers(len(source.spots))] + [0, *rng.integers(-patch // 3, patch // 3 + 1, 2)]
+        spots = source.meetings if len(source.meetings) and rng.random() < CONTACT else source.spots
+        z, *centre = spots[rng.integers(len(spots))] + [0, *rng.integers(-patch // 3, patch // 3 + 1, 2)]
     else:
         z, centre = source.learn[rng.integers(len(source.learn))], [rng.uniform(0, n) for n in plane]
     return int(z), *_inside(source, patch, centre)

@@ -36,6 +36,7 @@ FIELDS = 3 + len(SMOOTH)
 GRAINS = ((4, 20.0), (9, 24.0))  # spacing and gray of the texture's octaves
 SHOT = 8.5 / 37837.0  # gray of the noise over the deviation of `_white_row`
 ROUND = 14.0  # two walls that differ in distance by less than this meet in a rounded corner
+VOXEL_SIZE_NM = (5.0, 5.0, 5.0)
 MARGIN = 6.0  # between a mitochondrion and the middle of the walls around it
 SLACK = 16.0  # between a mitochondrion and the lattice planes beyond which bricks do not look for its site
 SLIMMEST = 13.0  # no mitochondrion has a lesser radius

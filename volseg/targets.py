@@ -106,6 +106,30 @@ def _mark_steps(labels: np.ndarray, marked: np.ndarray) -> None:
         there[:-1] |= step
 
 
+def contacts(labels: np.ndarray, width: int, across: bool) -> np.ndarray:
+    """bool, as ``labels`` (z, y, x): voxels at most ``width`` from where two objects touch.
+
+    ``across`` looks along z too, so that a wall in the plane counts, which no section shows as a line; for sections that
+    lie as close as voxels do. Otherwise an object's next section would count as its neighbour's.
+
+    >>> contacts(np.array([[[1, 1, 1, 0]], [[1, 1, 2, 2]]]), 1, across=True)[:, 0].astype(int).tolist()
+    [[0, 0, 1, 0], [0, 1, 1, 0]]
+    """
+    touching = np.zeros(labels.shape, bool)
+    objects = np.where(labels == UNLABELLED, 0, labels)
+    for axis in range(0 if across else 1, 3):
+        here, there = np.moveaxis(objects, axis, 0), np.moveaxis(touching, axis, 0)
+        wall = (here[1:] != here[:-1]) & (here[1:] != 0) & (here[:-1] != 0)
+        there[1:] |= wall
+        there[:-1] |= wall
+    if width > 1 and touching.any():
+        reach = np.arange(1 - width, width)
+        z = reach if across else np.zeros(1, int)
+        ball = z[:, None, None] ** 2 + reach[:, None] ** 2 + reach**2 <= (width - 1) ** 2
+        touching = ndimage.binary_dilation(touching, ball)
+    return touching
+
+
 def parse_sections(parts: Iterable[str | int], depth: int) -> list[int]:
     """The sections named by numbers and ``start:stop`` ranges, sorted, each once; refuses those outside ``0:depth``.
 

@@ -205,7 +205,7 @@ def _material(
     device = next(state.network.parameters()).device
     images, targets, *unlabelled = (torch.from_numpy(array).to(device) for array in patches)
     targets = targets.float()
-    aims, weights, annotated = targets[:, :2], targets[:, 2:].expand(-1, 2, -1, -1), len(images)
+    aims, weights, annotated = targets[:, :2], torch.stack([(targets[:, 2] > 0).float(), targets[:, 2]], 1), len(images)
     if unlabelled and len(unlabelled[0]):
         clean, changed = unlabelled
         annotated -= len(changed)
