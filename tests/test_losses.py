@@ -31,3 +31,12 @@ def test_unlabelled_voxels_do_not_enter_the_loss(loss):
     aims, weights = (torch.rand(2, 1, 2, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.5).float()
     other = torch.where(weights > 0, logits, 9.0)
     torch.testing.assert_close(loss_of(logits, aims, weights, knobs), loss_of(other, aims, weights, knobs))
+
+
+def test_a_heavy_voxel_counts_as_so_many():
+    """Dice stays between 0 and 1, and equals that of an image where the heavy voxel is there three times."""
+    logits, target = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[1.0, 1.0, 0.0]])
+    many = [0, 0, 0, 1, 2]
+    heavy = dice(logits, target, torch.tensor([[3.0, 1.0, 1.0]]))
+    assert heavy == pytest.approx(float(dice(logits[:, many], target[:, many], torch.ones(1, 5))))
+    assert 0 <= heavy <= 1

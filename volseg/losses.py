@@ -39,9 +39,9 @@ def focal(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, gamm
 
 def dice(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """1 minus the soft Dice overlap of the whole batch; 0 where both are empty (Milletari et al., arXiv 1606.04797)."""
-    chance = logits.sigmoid() * weight
-    target = target * weight
-    return 1 - (2 * (chance * target).sum() + 1) / (chance.sum() + target.sum() + 1)
+    chance = logits.sigmoid()
+    both, either = (chance * target * weight).sum(), ((chance + target) * weight).sum()
+    return 1 - (2 * both + 1) / (either + 1)
 
 
 def counts(found: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
