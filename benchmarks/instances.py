@@ -20,7 +20,7 @@ from benchmarks.repeat import alone
 from volseg import fragments, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
-from volseg.decide import Rules, decide, find
+from volseg.decide import Rules, decide
 from volseg.synth import synth
 
 SIDES = (256, 128, 64, 32)  # of the blocks, voxels; cut to the volume
@@ -150,9 +150,9 @@ def per_block(probability: np.ndarray, side: int, *, shrink: bool) -> int:
         last += count
     parent = np.arange(last + 1)
     for a, b in _touching(out, grid.block, shrink):
-        p, q = find(parent, a), find(parent, b)
+        p, q = stitch.find(parent, a), stitch.find(parent, b)
         parent[max(p, q)] = min(p, q)
-    return _counted(np.array([find(parent, i) for i in range(last + 1)])[out])
+    return _counted(np.array([stitch.find(parent, i) for i in range(last + 1)])[out])
 
 
 def _touching(labels: np.ndarray, block: Triple, shrink: bool) -> Iterator[np.ndarray]:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
-from volseg import tree
+from volseg import tree, voids
 from volseg.box import Blocks, Box
 from volseg.config import Fragments, UserError
 from volseg.decide import ANY, Rules, decide
@@ -42,11 +43,18 @@ def paint(grid, regions, ids):
 
 
 def blockwise(height, rules, block, **how):
-    """Labels by one union-find over the tables of all blocks."""
+    """Labels by one union-find over the tables of all blocks; where holes are filled, of their voids too."""
     grid, regions, tables, links = cut(height, block, **how)
     basins, basin_of = gather(tables, links)
-    label = decide(basins, rules)
-    return paint(grid, regions, [label[basin] for basin in basin_of])
+    if not rules.fill_voxels:
+        label = decide(basins, rules)
+        return paint(grid, regions, [label[basin] for basin in basin_of])
+    parts = [voids.describe(region, box, height.shape) for region, box in zip(regions, grid, strict=True)]
+    meets = [voids.meet(i, parts.__getitem__, grid) for i in range(len(grid))]
+    whole, void_of = voids.gather(parts, meets, basin_of)
+    label, count = decide(basins, rules, whole), basins.depth.size
+    places = [np.r_[basin, count + void] for basin, void in zip(basin_of, void_of, strict=True)]
+    return paint(grid, map(voids.places, regions), [label[place] for place in places])
 
 
 def treewise(height, rules, block, *, connectivity=6, shuffle=None, **how):
@@ -110,7 +118,7 @@ def brute_force(height, rules, connectivity=6):
     ]:
         _, p, q = min(pairs)
         join(object_of[p], object_of[q])
-    return numbered(flat, object_of, dropped_and_filled(flat, object_of, edges, rules)).reshape(height.shape)
+    return numbered(flat, object_of, dropped_and_filled(height, object_of, edges, rules)).reshape(height.shape)
 
 
 def contacts(height, connectivity=6):
@@ -133,29 +141,47 @@ def borders(object_of, faces, flat):
     return [(Fraction(sum(h), len(h)), object_of[p[0]], object_of[p[1]]) for p, h in found.items() if len(p) == 2]
 
 
-def dropped_and_filled(flat, object_of, edges, rules):
+def dropped_and_filled(height, object_of, edges, rules):
     """Voxels that are in no object; those of filled holes have come to their object in ``object_of``."""
-    dropped = {
+    flat = height.ravel()
+    empty = {
         v for v, o in object_of.items()
         if len(o) < rules.min_voxels or not (rules.keep_unseeded or min(flat[list(o)]) <= rules.seed_height)
     }  # fmt: skip
-    left = set(dropped)
+    fill(object_of, empty, edges, rules.fill_voxels)
+    outside = set(np.flatnonzero(flat == OUTSIDE).tolist())
+    empty |= outside
+    faces = [pair for pair in contacts(np.zeros_like(height)) if outside & set(pair)]
+    fill(object_of, empty, [*edges, *faces], rules.fill_voxels, outside & border(height.shape))
+    return empty | {v for v, o in object_of.items() if len(o) > rules.max_voxels}
+
+
+def fill(object_of, empty, edges, most, open_voxels=frozenset()):
+    """Connected parts of ``empty`` become part of the one object that they touch."""
+    near = {v: set() for v in empty}
+    for u, v in [*edges, *((v, u) for u, v in edges)]:
+        near.get(u, set()).add(v)
+    left = set(empty)
     while left:
-        hole, rim = {left.pop()}, set()
-        grown = -1
-        while grown != len(hole):
-            grown = len(hole)
-            for u, v in [*edges, *((v, u) for u, v in edges)]:
-                if u in hole:
-                    (hole if v in dropped else rim).add(v)
+        hole, todo, rim = set(), {left.pop()}, set()
+        while todo:
+            v = todo.pop()
+            hole.add(v)
+            todo |= (near[v] & empty) - hole
+            rim |= near[v] - empty
         left -= hole
         around = {min(object_of[v]) for v in rim}
-        if len(around) == 1 and len(hole) <= rules.fill_voxels:
-            dropped -= hole
+        if len(around) == 1 and len(hole) <= most and not hole & open_voxels:
             whole = object_of[around.pop()] | hole
             object_of.update(dict.fromkeys(whole, whole))
-            left -= hole
-    return dropped | {v for v, o in object_of.items() if len(o) > rules.max_voxels}
+            empty -= hole
+
+
+def border(shape):
+    """Linear indices of the voxels on the border of a volume."""
+    inner = np.ones([n - 2 for n in shape], bool) if min(shape) > 2 else np.zeros((0, 0, 0), bool)
+    whole = np.pad(inner, 1) if inner.size else np.zeros(shape, bool)
+    return set(np.flatnonzero(~whole).tolist())
 
 
 def numbered(flat, object_of, dropped):
@@ -220,6 +246,60 @@ def test_a_tree_of_blocks_gives_what_one_union_find_does(field, data):
     found = treewise(height, rules, block, shuffle=np.random.default_rng(data.draw(st.integers(0, 99))), **how)
     np.testing.assert_array_equal(found, blockwise(height, rules, block, **how))
     np.testing.assert_array_equal(found, brute_force(height, rules, how["connectivity"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.tuples(*[st.integers(3, 10)] * 3),
+    share=st.sampled_from([0.2, 0.35, 0.5, 0.65]),
+    most=st.sampled_from([1, 3, 10, 200]),
+    size=st.integers(0, 6),
+    data=st.data(),
+)
+def test_what_scipy_calls_a_hole_is_filled(seed, shape, share, most, size, data):
+    """Where every masked voxel is a seed, objects are `ndimage.label` of the mask, and holes those of what is left."""
+    mask = np.random.default_rng(seed).random(shape) > share
+    thin = data.draw(st.integers(0, 2))
+    block = tuple(data.draw(st.integers(1 if axis == thin else 1 + n // 3, n)) for axis, n in enumerate(shape))
+    height = np.where(mask, 0, OUTSIDE).astype(np.int32)
+    found = blockwise(height, Rules(0, min_voxels=size, fill_voxels=most), block)
+    np.testing.assert_array_equal(found, scipy_filled(mask, size, most))
+
+
+def scipy_filled(mask, size, most):
+    """Labels by scipy alone: small components are dropped, then small holes of one object filled, pieces of mask first."""
+    label, count = ndimage.label(mask)
+    label[np.bincount(label.ravel(), minlength=count + 1)[label] < size] = 0
+    for within in (mask, np.ones_like(mask)):
+        holes, count = ndimage.label((label == 0) & within)
+        frame = np.pad(np.zeros([n - 2 for n in mask.shape], bool), 1, constant_values=True) & ~mask
+        filled = label.copy()
+        for n in range(1, count + 1):
+            hole = holes == n
+            around = np.setdiff1d(label[ndimage.binary_dilation(hole)], 0)
+            if around.size == 1 and hole.sum() <= most and not (hole & frame).any():
+                filled[hole] = around[0]
+        label = filled
+    _, first, number = np.unique(label[label > 0], return_index=True, return_inverse=True)
+    out = np.zeros(mask.shape, np.uint32)
+    out[label > 0] = 1 + np.argsort(np.argsort(first))[number]
+    return out
+
+
+def test_a_cavity_is_filled_only_inside_one_object():
+    """By hand, four shells around one voxel: two whole ones, one with a leak by a face, one with a leak by an edge."""
+    height = np.full((3, 3, 15), OUTSIDE, np.int32)
+    for x in (0, 4, 8, 12):
+        height[:, :, x : x + 3] = 0
+        height[1, 1, x + 1] = OUTSIDE
+    height[1, 1, 10] = OUTSIDE  # by a face
+    height[1, 0, 12] = OUTSIDE  # by an edge: paths of background go through faces alone
+    for block in ((3, 3, 15), (1, 2, 5)):
+        found = blockwise(height, Rules(0, fill_voxels=1), block)
+        assert found[1, 1, [1, 5, 9, 13]].tolist() == [1, 2, 0, 4]
+        assert found.max() == 4
+    assert not blockwise(height, Rules(0), (3, 3, 15))[1, 1, 1]
 
 
 def test_only_what_outer_faces_leave_open_goes_up():
@@ -353,8 +433,6 @@ def test_heights_do_not_see_the_blocks(seed, smooth, height, distance, contour, 
 
 def test_heights_are_what_their_definition_says():
     """Against scipy: the smoothed value rounded down, and the exact distance transform."""
-    from scipy import ndimage
-
     rng = np.random.default_rng(5)
     shape = (9, 14, 17)
     smooth = ndimage.gaussian_filter(rng.random(shape), 2)
@@ -375,16 +453,12 @@ def test_heights_are_what_their_definition_says():
 
 def blobs(seed, shape):
     """A smooth random field, 0..255."""
-    from scipy import ndimage
-
     field = ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), 2)
     return np.uint8(255 * (field - field.min()) / np.ptp(field))
 
 
 @pytest.mark.parametrize("voxel_size_nm", [(5.0, 5.0, 5.0), (50.0, 4.6, 4.6), (4.0, 7.3, 11.0)])
 def test_distances_in_nm_are_those_of_scipy(voxel_size_nm):
-    from scipy import ndimage
-
     mask = blobs(6, (9, 24, 27))
     knobs = Fragments(smooth=(0, 0, 0), distance_nm=45, threshold=0.4)
     around = metric(knobs, voxel_size_nm)

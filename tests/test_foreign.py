@@ -57,7 +57,8 @@ def do(made, *stages):
 def take_here(path, out, config):
     """A finished run of the probabilities at ``path``, without workers."""
     made = begun(path, out, config)
-    do(made, *(stage for stage in made.keys if not stage.startswith(("tree", "names", "number"))))  # one process stitches
+    without = ("tree", "names", "number", "borders", "voids", "rims")  # one process stitches, and no hole is filled
+    do(made, *(stage for stage in made.keys if not stage.startswith(without)))
     return launch.finish(made, made.out, {}, 0.0)
 
 

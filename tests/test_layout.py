@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
     {"box", "config", "prefork"},
-    {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "decide", "tree", "merges", "objects", "metrics",
-     "synth"},
+    {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "voids", "decide", "tree", "merges", "objects",
+     "metrics", "synth"},
     {"volume", "model"},
     {"pyramid", "samples", "forward", "cluster", "foreign", "store"},
     {"run"},
@@ -30,9 +30,9 @@ MAY = {
     "distributed": {"cluster"},
     "zarr": {"volume"},
 }
-# Inside one rank: stitch reads the tables that fragments writes, decide what stitch gathers, merges tells what was decided,
-# tree decides likewise.
-SAME_RANK = {("stitch", "fragments"), ("decide", "stitch"), ("decide", "fragments"),
+# Inside one rank: stitch reads the tables that fragments writes, decide what stitch and voids gather, merges tells what was
+# decided, tree decides likewise.
+SAME_RANK = {("stitch", "fragments"), ("voids", "stitch"), ("decide", "stitch"), ("decide", "fragments"), ("decide", "voids"),
              ("merges", "decide"), ("merges", "fragments"), ("merges", "stitch"),
              ("tree", "decide"), ("tree", "fragments"), ("tree", "stitch"),
              ("__main__", "cli")}  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg import evaluate, model, stitch, volume
+from volseg import evaluate, model, stitch, voids, volume
 from volseg.box import Box
 from volseg.config import Stitch, UserError
 from volseg.decide import Rules, components, labels, rules
@@ -39,9 +39,9 @@ def calibrate(run: str, truth: str, *, box: Box | None = None) -> list[dict]:
     defaults are among them, marked by ``own`` and ``default``. Raises `UserError` for what is no run, a cleaned run, or a
     truth that does not fit.
     """
-    old, basins, overlap = _overlap(run, truth, box)
+    old, basins, outside, overlap = _overlap(run, truth, box)
     own = old.config.stitch
-    rows = list(_rows(old, basins, overlap, candidates(own)))
+    rows = list(_rows(old, basins, outside, overlap, candidates(own)))
 
     def order(row: dict) -> tuple:
         away = (abs(row[name] - getattr(own, name)) for name in KNOBS)
@@ -57,8 +57,10 @@ def candidates(own: Stitch) -> list[Stitch]:
     return list(dict.fromkeys([own, Stitch(), *tried]))
 
 
-def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins, Contingency]:
-    """The run, its basins, and how basins (numbered from 1) overlap true objects in ``box``."""
+def _overlap(
+    run: str, truth: str, box: Box | None
+) -> tuple[Run, stitch.Basins, voids.Voids | None, Contingency]:
+    """The run, its basins, where holes are filled its voids, and how these (from 1) overlap true objects in ``box``."""
     if not volume.exists(f"{run}/work/basins.npz"):
         raise UserError(
             f"{run} has no basins to decide on: give a finished run with its work folder, not cleaned nor stitched by a "
@@ -69,16 +71,26 @@ def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins,
     if not box.voxels or box.clip(old.shape) != box:
         raise UserError(f"box {box} is empty or leaves the run of shape {old.shape} (z y x); give one inside it")
     read = evaluate.truth_in(truth, old.shape, box)
+    stored = _stored(run, "work/basins.npz")
+    if stored["edges"].dtype != EDGE or (old.fills and not volume.exists(f"{run}/work/voids.npz")):
+        raise UserError(f"the basins of {run} are of an earlier volseg: make them anew with volseg segment {run}")
+    basins = stitch.Basins(**{name: stored[name] for name in stitch.Basins.__dataclass_fields__})
     total = Contingency.empty()
     for i in old.grid.meeting(box):
         part = old.grid[i].intersect(box)
-        basin = np.r_[-1, _stored(run, f"work/labels/{i}.npz")["basin"]] + 1
-        region = np.asarray(volume.open_array(run, "work/fragments")[part.slices])
-        total += Contingency.of(read(part), basin[region])
-    stored = _stored(run, "work/basins.npz")
-    if stored["edges"].dtype != EDGE:
-        raise UserError(f"the basins of {run} are of an earlier volseg: make them anew with volseg segment {run}")
-    return old, stitch.Basins(**{name: stored[name] for name in stitch.Basins.__dataclass_fields__}), total
+        total += Contingency.of(read(part), _numbered(run, old, i, part, basins.depth.size))
+    outside = voids.Voids(**_stored(run, "work/voids.npz")) if old.fills else None
+    return old, basins, outside, total
+
+
+def _numbered(path: str, run: Run, i: int, part: Box, basins: int) -> np.ndarray:
+    """The basin (from 1) of each voxel of a part of block ``i``, 0 outside the mask; where holes are filled, there its void,
+    numbered after the ``basins``."""
+    regions, of = volume.open_array(path, "work/fragments"), _stored(path, f"work/labels/{i}.npz")
+    if not run.fills:
+        return np.r_[0, 1 + of["basin"]][np.asarray(regions[part.slices])]
+    place = voids.places(np.asarray(regions[run.grid[i].slices]))[part.inside(run.grid[i])]
+    return np.r_[0, 1 + of["basin"], 1 + basins + of["void"]][place]
 
 
 def stored_run(run: str) -> Run:
@@ -91,7 +103,9 @@ def _stored(run: str, key: str) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def _rows(run: Run, basins: stitch.Basins, overlap: Contingency, tried: list[Stitch]) -> Iterator[dict]:
+def _rows(
+    run: Run, basins: stitch.Basins, outside: voids.Voids | None, overlap: Contingency, tried: list[Stitch]
+) -> Iterator[dict]:
     """A row for each candidate. Those that differ in sizes alone share components; those that decide alike, a score."""
     joined: dict[Rules, np.ndarray] = {}
     scored: dict[bytes, dict] = {}
@@ -100,7 +114,7 @@ def _rows(run: Run, basins: stitch.Basins, overlap: Contingency, tried: list[Sti
         joins = Rules(rule.seed_height, rule.depth, rule.join_height)
         if joins not in joined:
             joined = {joins: components(basins, joins)}
-        label = labels(basins, rule, joined[joins])
+        label = labels(basins, rule, joined[joins], outside)
         key = label.tobytes()
         if key not in scored:
             scored[key] = _scores(overlap.renamed(np.r_[0, label]))

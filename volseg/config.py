@@ -106,7 +106,7 @@ class Stitch(Section):
     min_voxels: Count = 500  # smaller objects are dropped
     min_volume_nm3: Annotated[float, Field(ge=0)] = 0.0  # so are those of less than this volume
     max_voxels: Count = 0  # larger objects are dropped; 0: none
-    fill_holes_voxels: Count = 0  # dropped pieces up to this size that touch one object only become part of it
+    fill_holes_voxels: Count = 0  # cavities and dropped pieces up to this size become part of the one object they touch
     reduce: Literal["auto", "flat", "tree"] = "auto"  # one process, or a tree of blocks beyond its memory; same labels
 
     @model_validator(mode="after")

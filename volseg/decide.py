@@ -10,7 +10,9 @@ most one side holds a seed. What comes out is the minimum spanning forest rooted
    that mean is low enough; borders of what has joined are added up.
 3. too small, or without a seed: dropped.
 4. holes: dropped components that touch each other are one hole; a hole that is small enough and touches exactly one of
-   the kept components joins it.
+   the kept components joins it. Then the same again with the background in it: a hole is now what has no object, dropped
+   or outside the mask, connected by voxel faces (or as the mask is, inside the mask), and its background may not reach
+   the volume's border. So a cavity that one object encloses becomes part of it.
 5. too large: dropped.
 
 All arithmetic is on integers, and ties go to the earlier first voxel, so no cutting into blocks changes anything.
@@ -28,7 +30,8 @@ from numba import njit
 
 from volseg.config import Config
 from volseg.fragments import depth_height, seed_height
-from volseg.stitch import Basins, add_up, least
+from volseg.stitch import Basins, add_up, find, least
+from volseg.voids import Voids, united
 
 ANY = np.iinfo(np.int64).max  # no greatest size
 SEED, UNSEEDED, SHALLOW, APART = 1, 2, 3, 4  # what `forest` did at an edge: why it joined, or that it did not
@@ -75,9 +78,10 @@ def rules(config: Config, voxel_size_nm: tuple[float, float, float]) -> Rules:
     )
 
 
-def decide(basins: Basins, rules: Rules) -> np.ndarray:
-    """The label of each basin: 1..n in the raster order of each object's first voxel, 0 for what is dropped."""
-    return labels(basins, rules, components(basins, rules))
+def decide(basins: Basins, rules: Rules, voids: Voids | None = None) -> np.ndarray:
+    """The label of each basin, then of each void: 1..n in the raster order of each object's first voxel, 0 for what is
+    dropped or stays background. Without ``voids`` only holes inside the mask can be filled."""
+    return labels(basins, rules, components(basins, rules), voids)
 
 
 def components(basins: Basins, rules: Rules) -> np.ndarray:
@@ -94,19 +98,15 @@ def components(basins: Basins, rules: Rules) -> np.ndarray:
     return into[group]
 
 
-def labels(basins: Basins, rules: Rules, component: np.ndarray) -> np.ndarray:
-    """The label of each basin once components are known."""
+def labels(basins: Basins, rules: Rules, component: np.ndarray, voids: Voids | None = None) -> np.ndarray:
+    """The label of each basin, then of each void, once components are known."""
     group, first = ranked(component, basins.first)
     voxels = add_up(basins.voxels, group, first.size)
     keep = voxels >= rules.min_voxels
     if not rules.keep_unseeded:
         keep &= least(basins.depth.astype(np.int64), group, first.size) <= rules.seed_height
-    if rules.fill_voxels and not keep.all():
-        component = _filled(basins.edges, group, keep, voxels, rules.fill_voxels)[group]
-        keep = keep[component]
-        group, first = ranked(component, basins.first)
-        voxels = add_up(basins.voxels, group, first.size)
-        keep = least(~keep, group, first.size) == 0
+    if voids is not None or (rules.fill_voxels and not keep.all()):
+        group, voxels, keep = _without_holes(basins, group, keep, voxels, rules.fill_voxels, voids)
     keep &= voxels <= rules.max_voxels
     return np.where(keep, np.cumsum(keep), 0)[group]
 
@@ -161,15 +161,6 @@ def forest(a, b, saddle, depth, level, persistence):
     for i in range(parent.size):
         parent[i] = find(parent, i)
     return parent, did
-
-
-@njit(cache=True)
-def find(parent, i):
-    """The root of ``i``, halving the path on the way (Tarjan and van Leeuwen 1984)."""
-    while parent[i] != i:
-        parent[i] = parent[parent[i]]
-        i = parent[i]
-    return i
 
 
 # ---------------------------------------------------------------- means
@@ -246,17 +237,41 @@ def _within_reach(low, high, area, height, row, limit):
 # ---------------------------------------------------------------- holes
 
 
-def _filled(edges: np.ndarray, group: np.ndarray, keep: np.ndarray, voxels: np.ndarray, most: int) -> np.ndarray:
-    """The group that each group is part of once holes are filled."""
+def _without_holes(
+    basins: Basins, group: np.ndarray, keep: np.ndarray, voxels: np.ndarray, most: int, voids: Voids | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Once holes are filled: the group of each basin and then of each void, the groups' voxels and which are kept."""
+    count = keep.size
+    part = _filled(basins.edges, group, keep, voxels, most)
+    component, first, sizes = part[group], basins.first, basins.voxels
+    if voids is not None:
+        part = _filled(basins.edges, component, keep, add_up(voxels, part, count), most, voids)
+        component = np.r_[part[component], part[count:]]
+        first, sizes = np.r_[first, voids.first], np.r_[sizes, voids.voxels]
+        keep = np.r_[keep, np.zeros(voids.voxels.size, bool)]
+    place, first = ranked(component, first)
+    kept = np.zeros(first.size, bool)
+    kept[place] = keep[component]
+    return place, add_up(sizes, place, first.size), kept
+
+
+def _filled(
+    edges: np.ndarray, group: np.ndarray, keep: np.ndarray, voxels: np.ndarray, most: int, voids: Voids | None = None
+) -> np.ndarray:
+    """The group that each group, and after them each void, is part of once holes are filled."""
     low, high, *_ = borders(edges, group)
+    shut = np.ones(keep.size, bool)
+    if voids is not None:
+        low, high = np.r_[low, group[voids.rim[:, 1]]], np.r_[high, keep.size + voids.rim[:, 0]]
+        keep, voxels, shut = np.r_[keep, np.zeros_like(voids.open)], np.r_[voxels, voids.voxels], np.r_[shut, ~voids.open]
     dropped = ~keep[low] & ~keep[high]
-    zero = np.zeros(np.count_nonzero(dropped), np.int64)
-    hole, _ = forest(low[dropped], high[dropped], zero, np.zeros(keep.size, np.int64), 0, 0)
+    hole = united(low[dropped], high[dropped], keep.size)
     rim = keep[low] != keep[high]
     inside, around = np.where(keep[low], high, low)[rim], np.where(keep[low], low, high)[rim]
     pairs = np.unique(np.stack([hole[inside], around]), axis=1)
     holes, touched = np.unique(pairs[0], return_counts=True)
-    only = holes[(touched == 1) & (add_up(voxels, hole, keep.size)[holes] <= most)]
+    small = (add_up(voxels, hole, keep.size) <= most) & (least(shut, hole, keep.size) == 1)
+    only = holes[(touched == 1) & small[holes]]
     into = np.arange(keep.size)
     into[only] = pairs[1][np.searchsorted(pairs[0], only)]
     return into[hole]

@@ -62,6 +62,8 @@ def _stitch(client: Any, run: Run, show: Show) -> None:
     if cluster.marked(run.out, "stitch", run.keys["stitch"]):
         return
     if _fits_one_process(run):
+        for stage in ("voids", "rims") if run.fills else ():
+            run_stage(client, run, stage, run.grid, show)
         run_stage(client, run, "stitch", Blocks(run.shape, run.shape), show)
         return
     volume.remove(f"{run.out}/work/basins.npz")

@@ -4,6 +4,7 @@
     take       instead of predict: one block of probabilities that another network made -> uint8
     fragments  probabilities -> basins of one block, and a table of how they touch
     faces      a block's exits and crossing edges come to name its neighbours' basins
+    voids      where holes are filled: pieces of background of one block; `rims`: what they touch over its faces
     stitch     all tables -> the label of every basin; beyond one memory by `tree`, `number` and `names`
     relabel    basins -> labels of one block, and sums for the object table
     pyramid    labels -> the next coarser level of one block
@@ -26,7 +27,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from volseg import cluster, forward, merges, objects, pyramid, stitch, store, tiles, tree, volume
+from volseg import cluster, forward, merges, objects, pyramid, stitch, store, tiles, tree, voids, volume
 from volseg import fragments as basins
 from volseg.box import Box, back, turned
 from volseg.config import UserError
@@ -141,17 +142,31 @@ def faces(run: Run, i: int, seconds: dict[str, float]) -> dict:
     return {"edges": int(table_of(i).edges.size + found.edges.size)}
 
 
+def found_voids(run: Run, i: int, seconds: dict[str, float]) -> None:
+    """The `voids.Table` of block ``i`` is stored."""
+    region = np.asarray(volume.open_array(run.out, "work/fragments")[run.grid[i].slices])
+    with cluster.timed(seconds, "voids"):
+        table = voids.describe(region, run.grid[i], run.shape)
+    store.save(run.out, f"work/voids/{i}.npz", **asdict(table))
+
+
+def rims(run: Run, i: int, seconds: dict[str, float]) -> None:
+    """What the voids of block ``i`` touch over its far faces, and what lies there touches voids, is stored."""
+    table_of = lru_cache(lambda j: voids.Table(**store.load(run.out, f"work/voids/{j}.npz")))
+    store.save(run.out, f"work/rims/{i}.npz", pairs=voids.meet(i, table_of, run.grid))
+
+
 def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
-    """The label of every region of every block is stored; returns how many objects there are."""
-    count = len(run.grid)
-    every = range(count)
+    """The label of every region of every block is stored, and of its voids; returns how many objects there are."""
+    every = range(len(run.grid))
     with cluster.timed(seconds, "gather"):
         tables = store.each(run.out, [f"work/tables/{i}.npz" for i in every], skip=("crossing", "face_at", "face_of"))
         links = store.each(run.out, [f"work/links/{i}.npz" for i in every])
         whole, basin_of = stitch.gather((basins.Table(**t) for t in tables), (stitch.Links(**l) for l in links))
+        outside, void_of = _gathered_voids(run, basin_of)
     with cluster.timed(seconds, "decide"):
         rule = rules(run.config, run.voxel_size_nm)
-        label = decide(whole, rule)
+        label, of_void = np.split(decide(whole, rule, outside), [whole.depth.size])
     found = int(label.max(initial=0))
     with cluster.timed(seconds, "write"):
         store.save(run.out, "work/basins.npz", **asdict(whole), label=label)
@@ -162,12 +177,23 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
         dtype = label_dtype(found)
 
         def save(i: int) -> None:
-            ids = np.r_[0, label[basin_of[i]]].astype(dtype)
-            store.save(run.out, f"work/labels/{i}.npz", label=ids, basin=basin_of[i])
+            ids = np.r_[0, label[basin_of[i]], of_void[void_of[i]]].astype(dtype)
+            store.save(run.out, f"work/labels/{i}.npz", label=ids, basin=basin_of[i], void=void_of[i])
 
         with ThreadPoolExecutor(store.IO_THREADS) as pool:
             list(pool.map(save, every))
     return {"objects": found, "basins": int(label.size), "edges": int(whole.edges.size)}
+
+
+def _gathered_voids(run: Run, basin_of: list[np.ndarray]) -> tuple[voids.Voids | None, list[np.ndarray]]:
+    """The volume's voids, stored for `calibrate`, and the void of each of a block's voids; none where no hole is filled."""
+    if not run.fills:
+        return None, [np.empty(0, np.int64)] * len(run.grid)
+    tables = store.each(run.out, [f"work/voids/{i}.npz" for i in range(len(run.grid))], skip=("start", "place"))
+    meets = store.each(run.out, [f"work/rims/{i}.npz" for i in range(len(run.grid))])
+    whole, void_of = voids.gather((voids.Table(**t) for t in tables), (met["pairs"] for met in meets), basin_of)
+    store.save(run.out, "work/voids.npz", **asdict(whole))
+    return whole, void_of
 
 
 def contracted(run: Run, n: int, seconds: dict[str, float], level: int) -> dict:
@@ -248,9 +274,10 @@ def relabel(run: Run, i: int, seconds: dict[str, float]) -> None:
         label = store.load(run.out, f"work/labels/{i}.npz")["label"]
         behind = [_behind(run, i, axis) for axis in range(3)]
     with cluster.timed(seconds, "measure"):
-        sums = objects.measure(region, label, mass, box, behind)
+        place = voids.places(region) if run.fills else region
+        sums = objects.measure(place, label, mass, box, behind)
     with cluster.timed(seconds, "write"):
-        volume.write(volume.open_array(run.out, "labels/instances/0"), box, label[region])
+        volume.write(volume.open_array(run.out, "labels/instances/0"), box, label[place])
         store.save(run.out, f"work/objects/{i}.npz", **asdict(sums))
 
 
@@ -259,8 +286,10 @@ def _behind(run: Run, i: int, axis: int) -> np.ndarray | None:
     if run.grid[i].stop[axis] == run.shape[axis]:
         return None
     j = run.grid.index(tuple(c + (k == axis) for k, c in enumerate(run.grid.coords(i))))
-    table = store.load(run.out, f"work/tables/{j}.npz", skip=("edges", "crossing"))
     label = store.load(run.out, f"work/labels/{j}.npz")["label"]
+    if run.fills:
+        return label[voids.plane(voids.Table(**store.load(run.out, f"work/voids/{j}.npz")), run.grid[j], 2 * axis)]
+    table = store.load(run.out, f"work/tables/{j}.npz", skip=("edges", "crossing"))
     return objects.near_face(table["face_at"], label[table["face_of"]], run.grid[j], run.shape, axis)
 
 
@@ -274,8 +303,8 @@ def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> None:
 
 
 STAGES: dict[str, Callable] = {
-    "predict": predict, "take": take, "fragments": fragments, "faces": faces, "stitch": stitched, "number": numbered,
-    "relabel": relabel,
+    "predict": predict, "take": take, "fragments": fragments, "faces": faces, "voids": found_voids, "rims": rims,
+    "stitch": stitched, "number": numbered, "relabel": relabel,
 }  # fmt: skip
 
 

@@ -90,6 +90,11 @@ class Run:
         return Blocks(shape, fit(self.block, shape))
 
     @property
+    def fills(self) -> bool:
+        """Whether holes are filled, so that background has to be looked at."""
+        return self.config.stitch.fill_holes_voxels > 0
+
+    @property
     def metric(self) -> basins.Metric:
         return basins.metric(self.config.fragments, self.voxel_size_nm)
 
@@ -110,11 +115,12 @@ class Run:
             first = _hash(self.checksum, self.shape, roles, self.predict_block, c.output.chunk)
         passes = {stage: _hash(first, stage, self.pass_grid(plane).block) for stage, plane in self.passes.items()}
         fragments = _hash(first, c.fragments.model_dump(), asdict(self.metric), self.block, basins.EDGE.names)
+        voids = _hash(fragments, "voids")
         stitched = _hash(fragments, c.stitch.model_dump(exclude={"reduce"}))
         levels = {f"pyramid{k}": _hash(stitched, k, *self.levels) for k in range(1, len(self.levels))}
         steps = [f"{stage}{k}" for stage in ("tree", "names") for k in range(tree.top(self.grid) + 1)]
-        return {**passes, self.first: first, "fragments": fragments, "faces": fragments, "stitch": stitched,
-                **dict.fromkeys([*steps, "number"], stitched), "relabel": stitched, **levels}  # fmt: skip
+        return {**passes, self.first: first, "fragments": fragments, "faces": fragments, "voids": voids, "rims": voids,
+                "stitch": stitched, **dict.fromkeys([*steps, "number"], stitched), "relabel": stitched, **levels}  # fmt: skip
 
     @cached_property
     def id(self) -> str:

@@ -26,9 +26,9 @@ import numpy as np
 from numba import njit
 
 from volseg.box import Blocks
-from volseg.decide import Rules, find
+from volseg.decide import Rules
 from volseg.fragments import EDGE, KEY, Table
-from volseg.stitch import LOCAL, Links, add_up, by_key, least, order
+from volseg.stitch import LOCAL, Links, add_up, by_key, find, least, order
 
 _SADDLE = [(key, EDGE[key]) for key in KEY]
 INNER = np.dtype([("a", np.int64), ("b", np.int64), *_SADDLE])

@@ -6,7 +6,7 @@ lies around it, is checked there, in voxels that are wrong:
     heights  cut into thin pieces, the heights are those of the box in one piece
     basins   each voxel's stored basin is that of the voxel it descends to, and a minimum's is its own (needs ``work``)
     ids      labels are the stored id map applied to the stored regions (needs ``work``)
-    mask     no label outside the mask
+    mask     no label outside the mask, but in voids that one object encloses, where holes are filled
     rule     one label per basin; basins that the forest must join, in any surroundings, have one label; an object that
              lies whole in the box is kept or dropped by its size and seed, is alone with its id, and ids are in raster order
     table    objects whole in the box have exactly the table's row; parts of others stay inside its bounding box
@@ -30,10 +30,10 @@ import numpy as np
 import pandas
 from numba import njit
 
-from volseg import fragments, stitch, volume
+from volseg import fragments, stitch, voids, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
-from volseg.decide import ANY, Rules, decide, find, label_dtype, rules
+from volseg.decide import ANY, Rules, decide, label_dtype, rules
 
 BOX = (64, 256, 256)  # voxels checked at once
 WHOLE = 64 << 20  # voxels up to which a volume is labelled anew
@@ -75,6 +75,10 @@ class Stored:
         return rules(self.config, self.voxel_size_nm)
 
     @property
+    def fills(self) -> bool:
+        return self.rules.fill_voxels > 0
+
+    @property
     def halo(self) -> Triple:
         """Voxels around a box that its heights need."""
         return fragments.halo(self.config.fragments, self.voxel_size_nm)
@@ -102,14 +106,15 @@ def load(run: str) -> Stored:
         raise UserError(f"{run} is no run of this volseg: its run.json does not describe one; run volseg infer again") from None
     labels = volume.open(run, dataset="labels/instances/0")
     table = pandas.read_parquet(io.BytesIO(_bytes(run, "tables/objects.parquet")))
-    return Stored(run, config, block, slab, labels, table, voxel_size_nm, _lack(run, len(Blocks(labels.shape, block))))
+    lack = _lack(run, len(Blocks(labels.shape, block)), config.stitch.fill_holes_voxels > 0)
+    return Stored(run, config, block, slab, labels, table, voxel_size_nm, lack)
 
 
-def _lack(run: str, blocks: int) -> str:
+def _lack(run: str, blocks: int, fills: bool) -> str:
     """What keeps the basins of a run from being read; ``""`` for nothing."""
     if not volume.exists(f"{run}/work/fragments"):
         return "the run's work folder was cleaned: stored basins and id maps cannot be checked, the rest is"
-    for name in ("tables", "links", "labels"):
+    for name in ("tables", "links", "labels", *(("voids", "rims") if fills else ())):
         have = len([key for key in volume.list_keys(run, f"work/{name}") if key.endswith(".npz")])
         if have < blocks:
             return f"work/{name} holds {have} of {blocks} blocks: stored basins and id maps cannot be checked, the rest is"
@@ -203,7 +208,7 @@ def check(stored: Stored, box: Box) -> dict:
     wrong, joins, whole = _against_rule(stored, box, region, table, label)
     masks = {
         "heights": _heights_differ(stored, box, probability, height),
-        "mask": (label != 0) & (region == 0),
+        "mask": _against_voids(stored, box, region, label) if stored.fills else (label != 0) & (region == 0),
         "rule": wrong,
         "table": _against_table(stored, box, label, mass),
     }
@@ -269,11 +274,13 @@ def _stored_basins(stored: Stored, box: Box) -> tuple[np.ndarray, np.ndarray]:
     root, mapped = np.empty(box.shape, np.int64), np.empty(box.shape, np.int64)
     for j in grid.meeting(box):
         part = grid[j].intersect(box).inside(box)
-        used, place = np.unique(region[part], return_inverse=True)
-        place = place.reshape(region[part].shape)
-        root[part] = _minima(j, used.astype(np.int64), table_of, drains_of)[place]
-        ids = _arrays(run, f"work/labels/{j}.npz")["label"].astype(np.int64)
-        mapped[part] = np.where(used < ids.size, ids[np.minimum(used, ids.size - 1)], -2)[place]
+        used, at = np.unique(region[part], return_inverse=True)
+        root[part] = _minima(j, used.astype(np.int64), table_of, drains_of)[at.reshape(region[part].shape)]
+        place = region[part]
+        if stored.fills:
+            place = voids.places(_read(run, "work/fragments", grid[j]))[grid[j].intersect(box).inside(grid[j])]
+        ids = np.r_[_arrays(run, f"work/labels/{j}.npz")["label"].astype(np.int64), -2]
+        mapped[part] = ids[np.minimum(place, ids.size - 1)]
     return root, mapped
 
 
@@ -342,13 +349,16 @@ def _against_rule(
     voxels = np.bincount(root, weights=table.voxels, minlength=size).astype(np.int64)[root]
     large = (voxels >= rules.min_voxels) & (seeded[root] | rules.keep_unseeded)
     whole = whole[root]
-    large &= (rules.max_voxels == ANY) | (whole & (voxels <= rules.max_voxels))
+    large &= (rules.max_voxels == ANY) | (whole & (voxels <= rules.max_voxels) & (not stored.fills))
     given = of_region[1:]
     bad = given != given[root]
     bad |= large & (given == 0)
-    bad |= whole & ~large & (given != 0)
-    bad |= whole & (given != 0) & _shared(given, root)
-    bad |= _out_of_order(given, root, whole, table.first)
+    if stored.fills:  # what is dropped may lie in a hole, and a hole in the first corner begin before its object
+        bad |= _out_of_order(given, root, whole & large & any(box.start), table.first)
+    else:
+        bad |= whole & ~large & (given != 0)
+        bad |= whole & (given != 0) & _shared(given, root)
+        bad |= _out_of_order(given, root, whole, table.first)
     mask = (region != 0) & (np.r_[False, bad][region] | (label != of_region[region]))
     return mask, joins, int(np.count_nonzero(whole & large & (root == np.arange(size))))
 
@@ -378,7 +388,7 @@ def _sure(a, b, saddle, depth, outward, level, persistence, alone):
     parent, deepest, seeded = np.arange(depth.size), depth.astype(np.int64), depth <= level
     whole = ~outward
     for e in range(a.size):
-        p, q = find(parent, a[e]), find(parent, b[e])
+        p, q = stitch.find(parent, a[e]), stitch.find(parent, b[e])
         if p == q:
             continue
         free = (not seeded[p] and not outward[p]) or (not seeded[q] and not outward[q])
@@ -395,7 +405,7 @@ def _sure(a, b, saddle, depth, outward, level, persistence, alone):
         elif alone or saddle[e] - max(deepest[p], deepest[q]) < persistence:
             whole[p] = whole[q] = False
     for i in range(parent.size):
-        parent[i] = find(parent, i)
+        parent[i] = stitch.find(parent, i)
     return parent, seeded, whole
 
 
@@ -415,6 +425,27 @@ def _out_of_order(given: np.ndarray, root: np.ndarray, whole: np.ndarray, first:
     ids = given[tops].astype(np.int64)
     late = tops[1:][ids[1:] <= np.maximum.accumulate(ids)[:-1]]
     return np.isin(root, late)
+
+
+def _against_voids(stored: Stored, box: Box, region: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Which voxels outside the mask have a label that they cannot have, or lack the one they must have.
+
+    A void has one label. With one, it is small, reaches no border of the volume and touches nothing of another label.
+    A void that lies whole in the box, is like that and touches one label alone, has it.
+    """
+    table, place = voids.describe(region, box, stored.shape), voids.places(region)
+    regions, count = int(table.regions), table.voxels.size
+    given = np.zeros(regions + 1 + count, np.int64)
+    given[place.ravel()[::-1]] = label.ravel()[::-1]
+    number, touched = table.rim[:, 0] - regions - 1, given[table.rim[:, 1]]
+    low = stitch.least(touched, number, count)
+    same = low == -stitch.least(-touched, number, count)
+    whole = np.ones(given.size, bool)
+    whole[table.place] = False
+    fit = ~table.open & (table.voxels <= stored.rules.fill_voxels) & same
+    own = given[regions + 1 :]
+    bad = np.where(own > 0, ~fit | (own != low), whole[regions + 1 :] & fit & (low > 0))
+    return (region == 0) & (np.r_[np.zeros(regions + 1, bool), bad][place] | (label != given[place]))
 
 
 # ---------------------------------------------------------------- the object table
@@ -475,11 +506,15 @@ def recut(stored: Stored, block: Triple) -> dict:
     grid = Blocks(stored.shape, block)
     regions, tables = zip(*(_fragments(stored, box) for box in grid), strict=True)
     links = [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))]
-    ids = _ids(stored, tables, links)
+    parts, meets = [], []
+    if stored.fills:
+        parts = [voids.describe(region, box, stored.shape) for region, box in zip(regions, grid, strict=True)]
+        meets = [voids.meet(i, parts.__getitem__, grid) for i in range(len(grid))]
+    ids = _ids(stored, tables, links, parts, meets)
     found = max(int(of_block.max()) for of_block in ids)
     wrong, first = 0, None
     for box, region, of_block in zip(grid, regions, ids, strict=True):
-        differs = of_block[region] != stored.labels.read(box).astype(np.int64)
+        differs = of_block[voids.places(region) if stored.fills else region] != stored.labels.read(box).astype(np.int64)
         wrong += int(np.count_nonzero(differs))
         first = first or (_first(differs, box) if differs.any() else None)
     if stored.labels.dtype != label_dtype(found):
@@ -487,11 +522,21 @@ def recut(stored: Stored, block: Triple) -> dict:
     return {"block": list(block), "blocks": len(grid), "objects": found, "wrong": wrong, "first": first}
 
 
-def _ids(stored: Stored, tables: Sequence[fragments.Table], links: Sequence[stitch.Links]) -> list[np.ndarray]:
-    """For each block the label of region 0 (none), 1, 2, ..."""
+def _ids(
+    stored: Stored,
+    tables: Sequence[fragments.Table],
+    links: Sequence[stitch.Links],
+    parts: Sequence[voids.Table],
+    meets: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """For each block the label of region 0 (none), 1, 2, ... and then of its voids; of these ``parts`` and ``meets`` tell."""
     basins, basin_of = stitch.gather(tables, links)
-    label = decide(basins, stored.rules)
-    return [np.r_[0, label[basin]] for basin in basin_of]
+    if not stored.fills:
+        label = decide(basins, stored.rules)
+        return [np.r_[0, label[basin]] for basin in basin_of]
+    outside, void_of = voids.gather(parts, meets, basin_of)
+    label, of_void = np.split(decide(basins, stored.rules, outside), [basins.depth.size])
+    return [np.r_[0, label[basin], of_void[void]] for basin, void in zip(basin_of, void_of, strict=True)]
 
 
 def _fragments(stored: Stored, box: Box) -> tuple[np.ndarray, fragments.Table]:
@@ -513,11 +558,14 @@ def rejoin(stored: Stored) -> dict | None:
         if rows > ROWS:
             return None
     regions = sum(table.root.size for table in tables)
-    astray = sum(_astray(link, tables) for link in links)
+    each = range(len(stored.grid)) if stored.fills else ()
+    parts = [voids.Table(**_arrays(stored.path, f"work/voids/{i}.npz")) for i in each]
+    meets = [_arrays(stored.path, f"work/rims/{i}.npz")["pairs"] for i in each]
+    astray = sum(_astray(link, tables) for link in links) + _voids_astray(parts, meets, tables)
     if astray:
         return {"regions": regions, "wrong": astray}
     wrong = 0
-    for i, wanted in enumerate(_ids(stored, tables, links)):
+    for i, wanted in enumerate(_ids(stored, tables, links, parts, meets)):
         have = _arrays(stored.path, f"work/labels/{i}.npz")["label"].astype(np.int64)
         wrong += int(np.count_nonzero(have != wanted)) if have.size == wanted.size else wanted.size
     return {"regions": regions, "wrong": wrong}
@@ -530,6 +578,18 @@ def _astray(link: stitch.Links, tables: list[fragments.Table]) -> int:
     lower = (low < depth) | ((low == depth) & ((at < root) | ((at == root) & ~leaves)))
     ends = [_rows(link.edges[end], table_of)[0] for end in "ab"]
     return int(np.count_nonzero(~(known & there & lower)) + np.count_nonzero(~(ends[0] & ends[1])))
+
+
+def _voids_astray(parts: list[voids.Table], meets: list[np.ndarray], tables: list[fragments.Table]) -> int:
+    """How many tables of voids count other regions than there are, and how many contacts name a place that no table has."""
+    if not parts:
+        return 0
+    last = np.array([table.root.size + part.voxels.size for part, table in zip(parts, tables, strict=True)])
+    other = sum(int(part.regions) != table.root.size for part, table in zip(parts, tables, strict=True))
+    names = np.concatenate([np.empty((0, 2), np.int64), *meets, *(stitch.name(i, p.rim) for i, p in enumerate(parts))])
+    block, place = names >> 32, names & stitch.LOCAL
+    known = (block >= 0) & (block < len(parts)) & (place > 0) & (place <= last[np.clip(block, 0, len(parts) - 1)])
+    return other + int(np.count_nonzero(~known.all(axis=1)))
 
 
 # ---------------------------------------------------------------- seams
