@@ -1,6 +1,7 @@
 """The proofreading queue: every join and border that counts, with its margin, whatever the blocks."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.test_exact import all_rules, basins_of, fields, row
+from tests.test_exact import all_rules, basins_of, cut, fields, row
 from volseg import cli, merges, review, volume
 from volseg.box import Box
 from volseg.config import Fragments, UserError
 from volseg.decide import Rules, decide
+from volseg.stitch import gather
 
 VALLEYS = row(4, 6, 5, 1, 0, 9, 1)
 
@@ -32,6 +34,26 @@ def test_the_table_does_not_see_the_blocks(field, data):
     rules = data.draw(all_rules(level))
     block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
     np.testing.assert_array_equal(told(height, rules, block), told(height, rules, height.shape))
+
+
+@settings(max_examples=40, deadline=None)
+@given(field=fields(), connectivity=st.sampled_from([6, 26]), data=st.data())
+def test_borders_and_confidence_need_no_basins_of_the_volume(connectivity, field, data):
+    height, level = field
+    rules = replace(data.draw(all_rules(level)), depth=0, join_height=-1, fill_voxels=0)
+    block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
+    _, _, tables, links = cut(height, block, connectivity=connectivity)
+    basins, basin_of = gather(tables, links)
+    label = decide(basins, rules)
+    parts = [merges.met(i, table, links[i], lambda j: label[basin_of[j]]) for i, table in enumerate(tables)]
+    graph = merges.graph(parts)
+    each = np.arange(1, 1 + graph.depth.size)
+    names = [name for name in merges.ROW.names if name != "edge"]
+    flat = merges.merges(basins, rules, label)
+    np.testing.assert_array_equal(merges.merges(graph, rules, each)[names], flat[flat["kind"] == 1][names])
+    np.testing.assert_array_equal(
+        merges.confidence(graph, each, Fragments()), merges.confidence(basins, label, Fragments())
+    )
 
 
 @pytest.mark.parametrize(

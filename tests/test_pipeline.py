@@ -16,7 +16,7 @@ import pandas
 import pytest
 import zarr
 
-from volseg import calibrate, cluster, describe, flow, folder, launch, model, pipeline, volume
+from volseg import calibrate, cluster, describe, flow, folder, launch, model, pipeline, review, verify, volume
 from volseg.box import Box
 from volseg.config import Cluster, UserError, load
 from volseg.synth import synth
@@ -316,6 +316,16 @@ def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, ref
     voxels = np.prod(SHAPE)
     assert [show.stages[name][0] for name in ("tree0", "tree2", "number", "names2", "names1")] == [voxels] * 4 + [0]
     assert not Path(finished, "work/tree").exists()
+    assert any("joins need all edges" in said for said in show.said)
+    made, flat = (pandas.read_parquet(f"{out}/tables/objects.parquet") for out in (finished, reference))
+    pandas.testing.assert_frame_equal(made, flat, check_exact=True)
+    made, flat = (pandas.read_parquet(f"{out}/tables/merges.parquet") for out in (finished, reference))
+    borders = flat[flat["kind"] == "border"].reset_index(drop=True)
+    pandas.testing.assert_frame_equal(made, borders, check_exact=True)
+    assert review.review(str(finished), 3)["picture"].size == min(3, len(borders))
+    result = verify.verify(str(finished))
+    assert result["ok"], verify.table(result)
+    assert result["joined"]["wrong"] == 0
     with pytest.raises(UserError, match=r"--set stitch\.reduce=flat"):
         calibrate.calibrate(finished, f"{image}/labels/truth")
     show = Quiet()

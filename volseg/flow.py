@@ -76,6 +76,8 @@ def _stitch(client: Any, run: Run, show: Show) -> None:
     store.save(run.out, "work/tree/before.npz", before=np.cumsum([0, *counts]))
     for level in reversed(levels):
         run_stage(client, run, f"names{level}", tree.parts(run.grid, level), show)
+    run_stage(client, run, "borders", run.grid, show)
+    show.say("stitched as a tree: tables/merges lists borders only; joins need all edges in one process, stitch.reduce=flat")
     cluster.mark(run.out, "stitch", run.keys["stitch"], 0, {"seconds": {}, "objects": sum(counts)})
     volume.remove(f"{run.out}/work/tree")
 

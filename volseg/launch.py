@@ -17,6 +17,7 @@ import numpy as np
 from volseg import cluster, describe, flow, folder, foreign, forward, merges, objects, store, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
+from volseg.decide import rules
 from volseg.flow import Show
 from volseg.run import Run, blocks, fit
 
@@ -121,10 +122,9 @@ def finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summa
     for stale in ("review", "tables/merges.parquet", "tables/merges.csv"):
         volume.remove(f"{run.out}/{stale}")
     told = _told(run)
-    columns = objects.table(objects.merge(parts), run.shape, run.voxel_size_nm, told.get("confidence"))
+    columns = objects.table(objects.merge(parts), run.shape, run.voxel_size_nm, told["confidence"])
     _write_table(run.out, "objects", columns)
-    if told:
-        _write_table(run.out, "merges", merges.table(told["rows"], run.config.fragments, run.shape, run.voxel_size_nm))
+    _write_table(run.out, "merges", merges.table(told["rows"], run.config.fragments, run.shape, run.voxel_size_nm))
     labels = volume.open(run.out, dataset="labels/instances/0")
     with ThreadPoolExecutor(1) as beside:
         histogram = beside.submit(view.volumes, columns)
@@ -164,9 +164,15 @@ def finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summa
 
 
 def _told(run: Run) -> dict[str, np.ndarray]:
-    """What `stitched` told of its decisions; nothing where it ran as a tree."""
+    """What `stitched` told of its decisions; where a tree stitched, what all blocks tell of the objects' borders."""
     key = f"work/merges/{run.keys['stitch']}.npz"
-    return store.load(run.out, key) if volume.exists(f"{run.out}/{key}") else {}
+    if volume.exists(f"{run.out}/{key}"):
+        return store.load(run.out, key)
+    parts = store.each(run.out, [f"work/borders/{i}.npz" for i in range(len(run.grid))])
+    graph = merges.graph(merges.Part(**part) for part in parts)
+    label = np.arange(1, 1 + graph.depth.size)
+    sure = merges.confidence(graph, label, run.config.fragments, run.voxel_size_nm)
+    return {"rows": merges.merges(graph, rules(run.config, run.voxel_size_nm), label), "confidence": sure}
 
 
 def _write_table(out: str, name: str, columns: dict[str, np.ndarray]) -> None:

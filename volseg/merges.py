@@ -15,9 +15,15 @@ interior makes one. ``rule`` says which number decided:
     mean         the whole border's mean probability, against ``stitch.join_mean``
 
 A join by several rules has the greatest margin of them, a border that several rules could join the smallest.
+
+Where a tree stitched, no process knows the order of joins inside an object, so borders alone are listed: `met` finds them
+in each block's tables, and `graph` makes of them what the above takes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
@@ -25,8 +31,8 @@ from numba import njit
 from volseg.box import Triple
 from volseg.config import Fragments
 from volseg.decide import APART, SEED, SHALLOW, UNSEEDED, Rules, agglomerate, borders, forest, ranked
-from volseg.fragments import Nm3, depth_height, probability_of
-from volseg.stitch import Basins, add_up, least
+from volseg.fragments import EDGE, KEY, Nm3, Table, depth_height, probability_of
+from volseg.stitch import LOCAL, Basins, Links, add_up, by_key, least, lowest
 
 MOST = 100_000  # rows
 MEAN = APART  # after the codes of `forest`
@@ -139,6 +145,53 @@ def _rows(basins: Basins, at: np.ndarray, kind: str, label: np.ndarray) -> np.nd
     rows["area"], rows["height"] = edges["area"], edges["height"]
     rows["label"] = np.stack([label[edges["a"]], label[edges["b"]]], axis=1)
     return rows
+
+
+# ---------------------------------------------------------------- without the basins of the volume
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a block says of objects once they are labelled.
+
+    label, depth, voxels   each label there is, its lowest height and its voxels in the block
+    edges                  EDGE rows between labels, one for each pair
+    """
+
+    label: np.ndarray
+    depth: np.ndarray
+    voxels: np.ndarray
+    edges: np.ndarray
+
+
+def met(i: int, table: Table, links: Links, label_of: Callable[[int], np.ndarray]) -> Part:
+    """The `Part` of block ``i``. ``label_of`` gives the labels (int64) of regions 1, 2, .. of ``i`` and of blocks ahead."""
+    edges = np.concatenate([table.edges, links.edges])
+    here, ahead = slice(table.edges.size), links.edges["b"] >> 32
+    edges["a"] = label_of(i)[(edges["a"] & LOCAL) - 1]
+    edges["b"][here] = label_of(i)[table.edges["b"] - 1]
+    for j in np.unique(ahead):
+        there = table.edges.size + np.flatnonzero(ahead == j)
+        edges["b"][there] = label_of(int(j))[(edges["b"][there] & LOCAL) - 1]
+    edges = edges[(edges["a"] != edges["b"]) & (edges["a"] > 0) & (edges["b"] > 0)]
+    edges["a"], edges["b"] = np.minimum(edges["a"], edges["b"]), np.maximum(edges["a"], edges["b"])
+    ids, of = np.unique(label_of(i), return_inverse=True)
+    own = ids > 0
+    depth = least(table.depth.astype(np.int64), of, ids.size)[own]
+    return Part(ids[own], depth, add_up(table.voxels, of, ids.size)[own], lowest(edges))
+
+
+def graph(parts: Iterable[Part]) -> Basins:
+    """The objects 1..n of the volume and their borders, each object as one basin; first voxels and masses are left 0."""
+    parts = list(parts)
+    label = np.concatenate([part.label for part in parts]) - 1
+    count = int(label.max(initial=-1)) + 1
+    edges = lowest(np.concatenate([np.empty(0, EDGE), *(part.edges for part in parts)]))
+    edges = edges[by_key(*(edges[key] for key in KEY))]
+    edges["a"], edges["b"] = edges["a"] - 1, edges["b"] - 1
+    depth = least(np.concatenate([part.depth for part in parts]), label, count).astype(np.int32)
+    voxels = add_up(np.concatenate([part.voxels for part in parts]), label, count)
+    return Basins(depth, voxels, np.zeros(count, np.int64), np.zeros(count, np.int64), edges)
 
 
 # ---------------------------------------------------------------- what is told

@@ -265,6 +265,14 @@ def _own_labels(run: Run, n: int, level: int, before: np.ndarray) -> np.ndarray:
     )
 
 
+def borders(run: Run, i: int, seconds: dict[str, float]) -> None:
+    """Where a tree stitched: which objects meet in block ``i`` and over its far faces, and how, is stored."""
+    label_of = lru_cache(lambda j: store.load(run.out, f"work/labels/{j}.npz")["label"][1:].astype(np.int64))
+    table = basins.Table(**store.load(run.out, f"work/tables/{i}.npz", skip=("crossing", "face_at", "face_of")))
+    links = stitch.Links(**store.load(run.out, f"work/links/{i}.npz"))
+    store.save(run.out, f"work/borders/{i}.npz", **asdict(merges.met(i, table, links, label_of)))
+
+
 def relabel(run: Run, i: int, seconds: dict[str, float]) -> None:
     """Labels of block ``i`` are stored, and its sums for the object table."""
     box = run.grid[i]
@@ -304,7 +312,7 @@ def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> None:
 
 STAGES: dict[str, Callable] = {
     "predict": predict, "take": take, "fragments": fragments, "faces": faces, "voids": found_voids, "rims": rims,
-    "stitch": stitched, "number": numbered, "relabel": relabel,
+    "stitch": stitched, "number": numbered, "borders": borders, "relabel": relabel,
 }  # fmt: skip
 
 

@@ -119,8 +119,9 @@ class Run:
         stitched = _hash(fragments, c.stitch.model_dump(exclude={"reduce"}))
         levels = {f"pyramid{k}": _hash(stitched, k, *self.levels) for k in range(1, len(self.levels))}
         steps = [f"{stage}{k}" for stage in ("tree", "names") for k in range(tree.top(self.grid) + 1)]
+        deciding = dict.fromkeys(["stitch", *steps, "number", "borders", "relabel"], stitched)
         return {**passes, self.first: first, "fragments": fragments, "faces": fragments, "voids": voids, "rims": voids,
-                "stitch": stitched, **dict.fromkeys([*steps, "number"], stitched), "relabel": stitched, **levels}  # fmt: skip
+                **deciding, **levels}  # fmt: skip
 
     @cached_property
     def id(self) -> str:
