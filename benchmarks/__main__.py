@@ -118,6 +118,25 @@ def folds(
 
 
 @app.command()
+def ablations(
+    data: Annotated[Pair, typer.Option(help="IMAGE LABEL.")] = (f"{EPFL}/training.tif", f"{EPFL}/training_groundtruth.tif"),
+    sections: Annotated[int, typer.Option(help="How many are learnt from, evenly spaced.")] = 12,
+    learn: Annotated[str, typer.Option(metavar="START:STOP", help="Where these lie.")] = "0:119",
+    hold: Annotated[str, typer.Option(metavar="START:STOP", help="Sections that choose the threshold.")] = "120:130",
+    test: Annotated[str, typer.Option(metavar="START:STOP", help="Sections that are scored.")] = "140:165",
+    seeds: Annotated[int, typer.Option(min=1)] = 1,
+    recipe: Annotated[str, typer.Option("--config", help="TOML file whose [train] table is the recipe.")] = "configs/few.toml",
+    only: Annotated[list[str] | None, typer.Option(help="Names of the changes to measure; all.")] = None,
+    out: Annotated[str, typer.Option(help="Folder of models and runs; what is done there is kept.")] = "runs/ablations",
+    train_sets: Changes = None,
+) -> None:
+    """What each part of the training recipe is worth: one thing changed at a time, on the same held-out sections."""
+    from benchmarks import ablations as bench
+
+    bench.measure(data, sections, learn, hold, test, seeds, recipe, tuple(only or ()), out, tuple(train_sets or ()))
+
+
+@app.command()
 def throughput(
     image: Annotated[str, typer.Option(help="Any volume.")] = f"{EPFL}/training.tif",
     sections: Annotated[int, typer.Option(help="How many of its last sections volseg predicts.")] = 48,

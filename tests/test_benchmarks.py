@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import exact, heights, instances, io, labels, planes, report, scaling, stitch, trial
+from benchmarks import ablations, exact, heights, instances, io, labels, planes, report, scaling, stitch, trial
 from benchmarks.__main__ import app
 from volseg import volume
 from volseg.box import Box
@@ -40,6 +40,20 @@ def test_a_trial_trains_infers_and_scores_on_other_sections(image, monkeypatch, 
     assert "lr = 1e-4" in (tmp_path / "out" / "n2-seed0" / "train.toml").read_text()
     for name in ("labels.png", "sections.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
+
+
+def test_an_ablation_changes_one_thing(image, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(ablations, "TRAINED", {"the recipe": ("sections = 1",), "not asked for": ()})
+    monkeypatch.setattr(ablations, "DECODED", {"threshold 0.5": ("fragments.threshold=0.5",)})
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[train]\npatch = 64\nbatch = 2\nsteps = 2\nevery = 2\n")
+    pair = (image, f"{image}/labels/truth")
+    ablations.measure(pair, 2, "0:10", "10:12", "14:22", 1, str(recipe), ("the recipe",), str(tmp_path / "out"), ())
+    rows = json.loads((tmp_path / "results" / "ablations.json").read_text())["rows"]
+    assert [row["change"] for row in rows] == ["the recipe", "threshold 0.5"]
+    assert "sections = 1" in (tmp_path / "out" / "the-recipe-seed0" / "train.toml").read_text()
+    assert all(0 <= row["IoU"] <= 1 for row in rows)
 
 
 def test_volseg_finds_as_many_objects_at_every_block_size_as_one_watershed_of_the_whole(reference):
