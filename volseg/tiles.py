@@ -130,9 +130,12 @@ class Blend:
         self.weight[target] += weight
 
     def quantise(self) -> np.ndarray:
-        """The blended probabilities as uint8, 255 for 1; halves round up."""
-        blended = self.total / self.weight
-        return np.floor(np.clip(blended, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+        """The blended probabilities as uint8, 255 for 1; halves round up. Uses up the sums."""
+        blended = np.divide(self.total, self.weight, out=self.total)
+        np.clip(blended, 0, 1, out=blended)
+        blended *= np.float32(255)
+        blended += np.float32(0.5)
+        return blended.astype(np.uint8)
 
 
 # ---------------------------------------------------------------- several looks at one voxel
