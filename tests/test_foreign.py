@@ -42,15 +42,15 @@ def begun(path, out, config):
     return made
 
 
-def do(made, *stages):
-    """The stages of a run, block after block in this process."""
+def do(made, *stages, some=None):
+    """The stages of a run, block after block in this process; ``some`` of the blocks or all."""
     for stage in stages:
         grid = {made.first: made.predict_grid, "stitch": [0]}.get(stage, made.grid)
         if stage.startswith("pyramid"):
             grid = made.level_grid(int(stage.removeprefix("pyramid")))
         if stage == "relabel":
             folder.create_labels(made)
-        for i in range(len(grid)):
+        for i in range(len(grid)) if some is None else some:
             pipeline.work(made.out, made.id, stage, i)
 
 

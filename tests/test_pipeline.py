@@ -300,8 +300,12 @@ def test_other_blocks_from_stored_probabilities_change_nothing(reference, finish
 class Stops(Quiet):
     """Ends the run where a stage would begin."""
 
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
     def stage(self, name, voxels, done):
-        if name == "names1":
+        if name == self.at:
             raise KeyboardInterrupt
         return super().stage(name, voxels, done)
 
@@ -309,7 +313,7 @@ class Stops(Quiet):
 def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, reference, finished):
     change = with_sets("blocks.shape=[9, 50, 71]", "stitch.reduce=tree")
     with pytest.raises(KeyboardInterrupt):
-        launch.segment(finished, change, show=Stops())
+        launch.segment(finished, change, show=Stops("names1"))
     show = Quiet()
     launch.segment(finished, change, show=show)
     assert digest(finished) == digest(reference)

@@ -14,6 +14,12 @@ from volseg.run import Run, fit, shard
 FREE = ("out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why")  # decide no byte
 
 
+def _remove_labels(out: str) -> None:
+    """No labels are left, nor what says that there are some."""
+    for name in ("work/labels.json", "work/stamps", "labels"):
+        volume.remove(f"{out}/{name}")
+
+
 def partial(out: str) -> str:
     """Where a run lies until it is whole."""
     return out if volume.is_remote(out) else f"{out}.partial"
@@ -87,11 +93,12 @@ def _create_fragments(run: Run) -> None:
 
 
 def create_labels(run: Run) -> None:
-    """The label arrays exist, wide enough for the number of objects."""
-    if volume.exists(f"{run.out}/work/labels.json"):  # written last
-        return
-    volume.remove(f"{run.out}/labels")
+    """The label arrays exist, wide enough for the number of objects; those that are so already are kept as they are."""
     found = max((receipt["objects"] for receipt in cluster.receipts(run.out, "stitch", run.keys["stitch"])), default=0)
+    made = f"{run.out}/work/labels.json"  # written last
+    if volume.exists(made) and json.loads(volume.read_bytes(run.out, "work/labels.json")).get("dtype") == label_dtype(found):
+        return
+    _remove_labels(run.out)
     for level, (shape, _) in enumerate(run.levels):
         volume.create_array(
             run.out, f"labels/instances/{level}", shape=shape, dtype=label_dtype(found),
@@ -105,7 +112,7 @@ def create_labels(run: Run) -> None:
         "labels/instances",
         volume.ome_multiscales("instances", "zyx", [(str(k), s) for k, s in enumerate(sizes)], source="../../"),
     )
-    volume.write_bytes(run.out, "work/labels.json", json.dumps({"objects": found}).encode())
+    volume.write_bytes(run.out, "work/labels.json", json.dumps({"dtype": label_dtype(found)}).encode())
 
 
 def drop_passes(run: Run) -> None:
@@ -178,10 +185,9 @@ def adopt(run: Run) -> None:
     for stage in {*old.keys, *run.keys}:
         if old.keys.get(stage) != run.keys.get(stage):
             volume.remove(f"{run.out}/work/markers/{stage}")
-    if (old.keys["relabel"], old.levels) != (run.keys["relabel"], run.levels):
-        volume.remove(f"{run.out}/work/labels.json")
-        volume.remove(f"{run.out}/labels")
+    if (old.keys["fragments"], old.block, old.levels) != (run.keys["fragments"], run.block, run.levels):
         volume.remove(f"{run.out}/work/markers/relabel")
+        _remove_labels(run.out)
     if old.block != run.block:
         volume.remove(f"{run.out}/work/fragments")
         _create_fragments(run)

@@ -18,6 +18,7 @@ from its start to its end.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -273,20 +274,58 @@ def borders(run: Run, i: int, seconds: dict[str, float]) -> None:
     store.save(run.out, f"work/borders/{i}.npz", **asdict(merges.met(i, table, links, label_of)))
 
 
-def relabel(run: Run, i: int, seconds: dict[str, float]) -> None:
-    """Labels of block ``i`` are stored, and its sums for the object table."""
+def relabel(run: Run, i: int, seconds: dict[str, float]) -> dict:
+    """Labels of block ``i`` are stored, and its sums for the object table; kept where its id map gives what it has."""
     box = run.grid[i]
     with cluster.timed(seconds, "read"):
-        region = np.asarray(volume.open_array(run.out, "work/fragments")[box.slices])
-        mass = np.asarray(volume.open_array(run.out, "0")[(0, *box.slices)])
         label = store.load(run.out, f"work/labels/{i}.npz")["label"]
         behind = [_behind(run, i, axis) for axis in range(3)]
-    with cluster.timed(seconds, "measure"):
-        place = voids.places(region) if run.fills else region
-        sums = objects.measure(place, label, mass, box, behind)
-    with cluster.timed(seconds, "write"):
-        volume.write(volume.open_array(run.out, "labels/instances/0"), box, label[place])
-        store.save(run.out, f"work/objects/{i}.npz", **asdict(sums))
+    stamp = _stamp(run.keys["fragments"], label, *behind)
+
+    def make() -> None:
+        with cluster.timed(seconds, "read"):
+            region = np.asarray(volume.open_array(run.out, "work/fragments")[box.slices])
+            mass = np.asarray(volume.open_array(run.out, "0")[(0, *box.slices)])
+        with cluster.timed(seconds, "measure"):
+            place = voids.places(region) if run.fills else region
+            sums = objects.measure(place, label, mass, box, behind)
+        with cluster.timed(seconds, "write"):
+            volume.write(volume.open_array(run.out, "labels/instances/0"), box, label[place])
+            store.save(run.out, f"work/objects/{i}.npz", **asdict(sums))
+
+    return _unless_kept(run, "relabel", i, stamp, make)
+
+
+def _unless_kept(run: Run, stage: str, i: int, stamp: str, make: Callable[[], None]) -> dict:
+    """What ``make`` stores of block ``i`` is there; it is not called where it stored the same before, as ``stamp`` says.
+
+    Labels are written over those of earlier settings, so a block has no stamp from before its first byte to after its last.
+    An empty stamp is never the same.
+    """
+    key = f"work/stamps/{stage}/{i}"
+    kept = stamp != "" and _read_stamp(run, stage, i) == stamp
+    if not kept:
+        volume.write_bytes(run.out, key, b"")
+        make()
+        volume.write_bytes(run.out, key, stamp.encode())
+    return {"kept": kept}
+
+
+def _read_stamp(run: Run, stage: str, i: int) -> str:
+    try:
+        return volume.read_bytes(run.out, f"work/stamps/{stage}/{i}").decode()
+    except FileNotFoundError:
+        return ""
+
+
+def _stamp(*parts: str | np.ndarray | None) -> str:
+    """A hash of all these."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(f"{part.dtype}{part.shape}".encode() if isinstance(part, np.ndarray) else f"{part}.".encode())
+        if isinstance(part, np.ndarray):
+            found.update(np.ascontiguousarray(part))
+    return found.hexdigest()
 
 
 def _behind(run: Run, i: int, axis: int) -> np.ndarray | None:
@@ -301,13 +340,19 @@ def _behind(run: Run, i: int, axis: int) -> np.ndarray | None:
     return objects.near_face(table["face_at"], label[table["face_of"]], run.grid[j], run.shape, axis)
 
 
-def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> None:
-    """Block ``i`` of a pyramid level is stored, made from the level above."""
-    factor = run.levels[level][1]
-    above = volume.open_array(run.out, f"labels/instances/{level - 1}")
+def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> dict:
+    """Block ``i`` of a pyramid level is stored, made from the level above; kept where nothing of that has changed."""
+    (above, _), (_, factor) = run.levels[level - 1], run.levels[level]
     box = run.level_grid(level)[i]
-    parent = np.asarray(above[pyramid.parent_box(box, factor, run.levels[level - 1][0]).slices])
-    volume.write(volume.open_array(run.out, f"labels/instances/{level}"), box, pyramid.downsample(parent, factor))
+    parent = pyramid.parent_box(box, factor, above)
+    stage = f"pyramid{level - 1}" if level > 1 else "relabel"
+    stamps = [_read_stamp(run, stage, j) for j in run.level_grid(level - 1).meeting(parent)]
+
+    def make() -> None:
+        finer = np.asarray(volume.open_array(run.out, f"labels/instances/{level - 1}")[parent.slices])
+        volume.write(volume.open_array(run.out, f"labels/instances/{level}"), box, pyramid.downsample(finer, factor))
+
+    return _unless_kept(run, f"pyramid{level}", i, _stamp(*stamps) if all(stamps) else "", make)
 
 
 STAGES: dict[str, Callable] = {
