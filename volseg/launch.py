@@ -177,12 +177,15 @@ def _told(run: Run) -> dict[str, np.ndarray]:
 
 def _write_table(out: str, name: str, columns: dict[str, np.ndarray]) -> None:
     """``tables/<name>`` of the run holds the columns as Parquet and as CSV."""
-    import pandas
+    import pyarrow
+    from pyarrow import csv, parquet
 
-    file, frame = io.BytesIO(), pandas.DataFrame(columns)
-    frame.to_parquet(file, index=False)
+    file, rows, whole = io.BytesIO(), io.BytesIO(), pyarrow.table(columns)
+    parquet.write_table(whole, file)
     volume.write_bytes(out, f"tables/{name}.parquet", file.getvalue())
-    volume.write_bytes(out, f"tables/{name}.csv", frame.to_csv(index=False).encode())
+    rows.write(f"{','.join(columns)}\n".encode())
+    csv.write_csv(whole, rows, csv.WriteOptions(include_header=False, quoting_style="none"))
+    volume.write_bytes(out, f"tables/{name}.csv", rows.getvalue())
 
 
 def _add_up(rows: Any) -> dict[str, float]:

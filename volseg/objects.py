@@ -120,13 +120,16 @@ def _add(region, number, mass, origin, size):
                     x += 1
                     continue
                 begin, end, n = x, min(nx, x + RUN), number[r]
+                low, run = np.uint8(255), np.int64(0)
                 while x < end and row[x] == r:
+                    low = min(low, mass[z, y, x])
+                    run += mass[z, y, x]
                     x += 1
                 if n == 0:
                     continue
                 voxels[n] += x - begin
-                least[n] = min(least[n], mass[z, y, begin:x].min())
-                total[n] += _total(mass[z, y, begin:x])
+                least[n] = min(least[n], low)
+                total[n] += run
                 joined[n, 2] += x - begin - 1
                 if x < nx:
                     joined[n, 2] += _meet(r, row[x : x + 1], number, pairs)
@@ -140,14 +143,6 @@ def _add(region, number, mass, origin, size):
     for i, pair in enumerate(pairs):
         found[i] = pair
     return voxels, total, least, sums, moment, start, stop, joined, found[found > 0]
-
-
-@njit(cache=True, nogil=True)
-def _total(run):
-    total = np.int64(0)
-    for value in run:
-        total += value
-    return total
 
 
 @njit(cache=True, nogil=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas
 from PIL import Image, ImageDraw
-from skimage.segmentation import find_boundaries
 
 from volseg import merges, view, volume
 from volseg.box import Box
@@ -63,7 +62,7 @@ def load(path: str) -> Reviewed:
     if not volume.exists(f"{path}/run.json"):
         raise UserError(f"{path} is no finished run: it holds no run.json; give the --out of a finished volseg infer")
     if not volume.exists(f"{path}/tables/merges.parquet"):
-        raise UserError(f"{path} has no table of merges: volseg segment {path} writes it, unless stitch runs as a tree")
+        raise UserError(f"{path} has no table of merges: volseg segment {path} writes it")
     run = Run.from_json(json.loads(volume.read_bytes(path, "run.json")))
     table = pandas.read_parquet(io.BytesIO(volume.read_bytes(path, "tables/merges.parquet")))
     key = f"work/merges/{run.keys['stitch']}.npz"
@@ -136,7 +135,7 @@ def _panel(image: np.ndarray, ids: np.ndarray, at: tuple[int, int]) -> np.ndarra
     """A section with two objects tinted and outlined, enlarged, a cross on the saddle and a bright line around."""
     image, ids = (np.kron(plane, np.ones((ZOOM, ZOOM), plane.dtype)) for plane in (image, ids))
     share = np.where(ids > 0, 0.3, 0.0)
-    share[find_boundaries(ids, mode="inner")] = 1.0
+    share[view.outline(ids)] = 1.0
     rgb = np.uint8(image[..., None] * (1 - share[..., None]) + COLOURS[ids] * share[..., None])
     panel = Image.fromarray(rgb)
     y, x = (ZOOM * n + ZOOM // 2 for n in at)

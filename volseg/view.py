@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import colorsys
 import io
+from itertools import pairwise
 
 import numpy as np
-from PIL import Image
-from skimage.color import hsv2rgb
-from skimage.segmentation import find_boundaries
+from PIL import Image, ImageDraw, ImageFont
 
 from volseg.box import Box
 from volseg.volume import Volume
 
 EDGE = 1024  # longest edge of one panel, voxels
+BINS = 30  # of the histogram
 
 
 def overlay(source: Volume, labels: Volume, columns: dict[str, np.ndarray]) -> bytes:
@@ -22,7 +23,7 @@ def overlay(source: Volume, labels: Volume, columns: dict[str, np.ndarray]) -> b
     """
     rows = [_pair(source, labels, center) for center in _centers(source.shape, columns)]
     file = io.BytesIO()
-    Image.fromarray(np.concatenate(rows, axis=0)).save(file, "PNG", compress_level=3)
+    Image.fromarray(np.concatenate(rows, axis=0)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -57,24 +58,70 @@ def paint(image: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """A grey plane (uint8) with its objects tinted and outlined, RGB. An id has the same colour in every picture."""
     names, index = np.unique(ids, return_inverse=True)
     hue = (names.astype(np.uint64) * np.uint64(0x9E3779B1) % np.uint64(1 << 32)).astype(np.float64) / (1 << 32)
-    colour = 255 * hsv2rgb(np.stack([hue, np.full_like(hue, 0.75), np.ones_like(hue)], axis=-1))
+    colour = 255 * np.array([colorsys.hsv_to_rgb(h, 0.75, 1.0) for h in hue])
     out = np.repeat(image[..., None], 3, axis=-1)
-    inside, edge = ids > 0, find_boundaries(ids, mode="inner")
+    inside, edge = ids > 0, outline(ids)
     of = colour[index.reshape(ids.shape)[inside]]
     out[inside] = np.where(edge[inside][:, None], of, 0.7 * image[inside][:, None] + 0.3 * of)
     return out
 
 
-def volumes(columns: dict[str, np.ndarray]) -> bytes:
-    """A PNG of the histogram of the objects' volumes, on a logarithmic axis. ``columns`` is the object table."""
-    from matplotlib.figure import Figure
+def outline(ids: np.ndarray) -> np.ndarray:
+    """Which pixels of objects have a neighbour, by a side, of another id.
 
+    >>> outline(np.array([[0, 1, 1, 1, 2]])).tolist()
+    [[False, True, False, True, True]]
+    """
+    edge = np.zeros(ids.shape, bool)
+    for axis in range(2):
+        near, far = (np.moveaxis(plane, axis, 0) for plane in (ids, edge))
+        apart = near[1:] != near[:-1]
+        far[1:] |= apart
+        far[:-1] |= apart
+    return edge & (ids > 0)
+
+
+# ---------------------------------------------------------------- the histogram
+
+
+def volumes(columns: dict[str, np.ndarray]) -> bytes:
+    """A PNG of the histogram of the objects' volumes, on a logarithmic axis. ``columns`` is the object table.
+
+    Drawn here, since to load a library of plots takes longer than to decide a run anew.
+    """
     of = columns["volume_um3"]
-    figure = Figure(figsize=(4.8, 3.2), layout="tight")
-    axes = figure.subplots()
-    if of.size:
-        axes.hist(of, bins=np.geomspace(of.min() * 0.9, of.max() * 1.1, 31))
-    axes.set(xscale="log", xlabel="volume (µm³)", ylabel="objects", title=f"{of.size} objects")
+    low, high = (np.log10(of.min() * 0.9), np.log10(of.max() * 1.1)) if of.size else (-1.0, 1.0)
+    counts, _ = np.histogram(np.log10(of), np.linspace(low, high, BINS + 1))
+    most = max(1, int(counts.max()))
+    picture = Image.new("RGB", (640, 420), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    left, top, right, bottom = 64, 40, 620, 350
+    edges = np.linspace(left, right, BINS + 1).round().astype(int)
+    for count, (begin, end) in zip(counts, pairwise(edges), strict=True):
+        if count:
+            draw.rectangle((begin, bottom - round((bottom - top) * count / most), end - 1, bottom), fill="#1f77b4")
+    draw.rectangle((left, top, right, bottom), outline="black")
+    for count in sorted({0, most // 2, most}):
+        y = bottom - round((bottom - top) * count / most)
+        draw.line((left - 5, y, left, y), fill="black")
+        draw.text((left - 9, y), str(count), "black", font, anchor="rm")
+    for value in _ticks(low, high):
+        x = left + round((right - left) * (np.log10(value) - low) / (high - low))
+        draw.line((x, bottom, x, bottom + 5), fill="black")
+        draw.text((x, bottom + 9), f"{value:g}", "black", font, anchor="mt")
+    draw.text(((left + right) // 2, top - 10), f"{of.size} objects", "black", font, anchor="mb")
+    draw.text(((left + right) // 2, bottom + 34), "volume (um^3)", "black", font, anchor="mt")
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    picture.save(file, "PNG")
     return file.getvalue()
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from 10**low to 10**high: powers of ten, with their doubles and fives where these are few.
+
+    >>> _ticks(-0.1, 1.1)
+    [1.0, 2.0, 5.0, 10.0]
+    """
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    each = [step * 10.0**power for power in range(int(np.floor(low)), int(np.ceil(high)) + 1) for step in steps]
+    return [value for value in each if low <= np.log10(value) <= high]
