@@ -77,6 +77,15 @@ def test_back_and_forth_with_stops_between_gives_what_a_fresh_run_has(mask, tmp_
     assert same(out, mask, tmp_path, "stitch.min_voxels=1000000")
 
 
+def test_labels_that_an_earlier_volseg_began_are_made_anew(mask, tmp_path):
+    """It did not write down their type."""
+    out = str(tmp_path / "run.volseg.zarr")
+    take_here(mask, out, load(sets=PLAIN))
+    volume.write_bytes(out, "work/labels.json", b'{"objects": 3}')
+    launch.segment(out, sets("stitch.reduce=flat"), show=Quiet())  # decides no byte, so no key changes
+    assert same(out, mask, tmp_path)
+
+
 def labels(out):
     return volume.open(out, dataset="labels/instances/0").read(Box.whole(SHAPE))
 

@@ -14,10 +14,11 @@ from volseg.run import Run, fit, shard
 FREE = ("out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why")  # decide no byte
 
 
-def _remove_labels(out: str) -> None:
+def _remove_labels(run: Run) -> None:
     """No labels are left, nor what says that there are some."""
-    for name in ("work/labels.json", "work/stamps", "labels"):
-        volume.remove(f"{out}/{name}")
+    stages = [stage for stage in run.keys if stage == "relabel" or stage.startswith("pyramid")]
+    for name in (*(f"work/markers/{stage}" for stage in stages), "work/labels.json", "work/stamps", "labels"):
+        volume.remove(f"{run.out}/{name}")
 
 
 def partial(out: str) -> str:
@@ -98,7 +99,7 @@ def create_labels(run: Run) -> None:
     made = f"{run.out}/work/labels.json"  # written last
     if volume.exists(made) and json.loads(volume.read_bytes(run.out, "work/labels.json")).get("dtype") == label_dtype(found):
         return
-    _remove_labels(run.out)
+    _remove_labels(run)
     for level, (shape, _) in enumerate(run.levels):
         volume.create_array(
             run.out, f"labels/instances/{level}", shape=shape, dtype=label_dtype(found),
@@ -186,8 +187,7 @@ def adopt(run: Run) -> None:
         if old.keys.get(stage) != run.keys.get(stage):
             volume.remove(f"{run.out}/work/markers/{stage}")
     if (old.keys["fragments"], old.block, old.levels) != (run.keys["fragments"], run.block, run.levels):
-        volume.remove(f"{run.out}/work/markers/relabel")
-        _remove_labels(run.out)
+        _remove_labels(run)
     if old.block != run.block:
         volume.remove(f"{run.out}/work/fragments")
         _create_fragments(run)
