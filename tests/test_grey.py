@@ -26,3 +26,8 @@ def test_patches_are_spread_over_a_large_plane():
     image = np.arange(1, 31, dtype=np.uint16)[:, None, None] * np.ones((1, 8, 8), np.uint16)
     mean, _ = _of(image)
     assert mean == pytest.approx(15.5, abs=0.5)
+
+
+def test_counted_greys_give_the_sums_bit_for_bit():
+    image = np.random.default_rng(0).integers(0, 256, (9, 70, 80), np.uint8)
+    assert _of(image) == _of(image.astype(np.uint16))
