@@ -59,10 +59,14 @@ def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: t
 
 
 def _predict(path: Path, out: Path, sets: tuple[str, ...]) -> float:
-    """Seconds of the predict stage of one run, the workers' start not counted, their loading of the network counted."""
+    """Seconds of the predict stage of one run as a worker spends them on average: other stages run beside it.
+
+    The workers' start is not counted, their loading of the network is.
+    """
     line = [sys.executable, "-m", "volseg", "infer", str(path), "--out", str(out), "--overwrite"]
     subprocess.run([*line, *(part for text in sets for part in ("--set", text))], check=True, stderr=subprocess.DEVNULL)
-    return json.loads((out / "run.json").read_text())["seconds"]["predict"]
+    facts = json.loads((out / "run.json").read_text())
+    return sum(facts["worker_seconds"]["predict"].values()) / facts["workers"]
 
 
 def _normalised(image: np.ndarray, run: dict) -> np.ndarray:

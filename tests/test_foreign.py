@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks import exact
 from tests.test_cli import run  # noqa: F401
 from tests.test_pipeline import SHAPE, Quiet, digest, settings, wait_for_markers, with_sets
-from volseg import describe, folder, foreign, launch, objects, pipeline, pyramid, volume
+from volseg import describe, flow, folder, foreign, launch, objects, pipeline, pyramid, volume
 from volseg.box import Box
 from volseg.config import Probabilities, UserError, load
 from volseg.verify import verify
@@ -45,12 +45,9 @@ def begun(path, out, config):
 def do(made, *stages, some=None):
     """The stages of a run, block after block in this process; ``some`` of the blocks or all."""
     for stage in stages:
-        grid = {made.first: made.predict_grid, "stitch": [0]}.get(stage, made.grid)
-        if stage.startswith("pyramid"):
-            grid = made.level_grid(int(stage.removeprefix("pyramid")))
         if stage == "relabel":
             folder.create_labels(made)
-        for i in range(len(grid)) if some is None else some:
+        for i in range(len(made.grid_of(stage))) if some is None else some:
             pipeline.work(made.out, made.id, stage, i)
 
 
@@ -59,7 +56,7 @@ def take_here(path, out, config):
     made = begun(path, out, config)
     without = ("tree", "names", "number", "borders", "voids", "rims")  # one process stitches, and no hole is filled
     do(made, *(stage for stage in made.keys if not stage.startswith(without)))
-    return launch.finish(made, made.out, {}, 0.0)
+    return launch.finish(made, made.out, flow.Ledger(), 0.0, 0.0)
 
 
 def stored(path, out, block=None, **knobs):

@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
     {"box", "config", "prefork"},
     {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "voids", "decide", "tree", "merges", "objects",
-     "metrics", "synth"},
+     "metrics", "ready", "synth"},
     {"volume", "model"},
-    {"pyramid", "samples", "forward", "cluster", "foreign", "store"},
-    {"run"},
+    {"pyramid", "samples", "forward", "foreign", "store"},
+    {"run", "cluster"},
     {"probe", "pipeline", "folder", "evaluate", "view", "heldout", "checkpoint"},
     {"describe", "flow"},
     {"launch", "calibrate", "verify", "quantise", "report", "review"},

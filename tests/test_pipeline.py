@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,7 +210,7 @@ def test_a_block_that_cannot_be_read_leaves_a_run_that_can_go_on(image, referenc
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
     with cluster.connect(config.cluster) as client, pytest.raises(flow.Incomplete, match="block 0:11,0:150,0:170"):
-        flow.run_stage(client, run, "predict", run.predict_grid, Quiet())
+        flow.run_stage(client, run, "predict", Quiet(), flow.Ledger())
     shard.write_bytes(whole)
     launch.infer(str(copy), str(out), config, overwrite=False, show=Quiet())
     assert digest(out) == digest(reference)
@@ -389,16 +390,21 @@ def together(stage, item):
     return f"{stage} {item}"
 
 
-def test_an_end_brings_in_what_it_makes_possible():
-    ended = []
+def test_the_loop_asks_again_for_what_is_not_there_yet():
+    ended, waiting = [], deque()
+
+    def items():
+        first = iter(("first", i) for i in range(20))
+        while True:
+            yield waiting.popleft() if waiting else next(first, None)
 
     def done(item, result):
         ended.append(result)
-        stage, i = item
-        return [("second", i)] if stage == "first" else []
+        if item[0] == "first":
+            waiting.append(("second", item[1]))
 
     with cluster.connect(Cluster(workers=1, dashboard="")) as client:
-        failures = cluster.run(client, together, [("first", i) for i in range(20)], window=2, done=done)
+        failures = cluster.run(client, together, items(), window=2, done=done)
     assert not failures
     assert sorted(ended) == sorted(f"{stage} {i}" for stage in ("first", "second") for i in range(20))
     assert ended.index("second 0") < ended.index("first 19")

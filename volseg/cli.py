@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml"
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 INTERRUPTED = 130  # exit code after Ctrl-C
+EVERY = 10  # seconds between lines of progress where there is no terminal
 
 
 def main() -> None:
@@ -48,19 +49,24 @@ def main() -> None:
 
 
 class Terminal:
-    """Progress of a run: a bar for each stage in a terminal, else a line when a stage starts to be slow and at its end."""
+    """Progress of a run, several stages at once: bars in a terminal, else a line now and then and at a stage's end."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.live: Any = None
-        self.close: Callable[[], None] = lambda: None
+        self.open: dict[str, Progressed] = {}
+        self.told = time.monotonic()
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
-        self.close()
-        return self._bar(name, voxels, done) if self.console.is_terminal else self._lines(name, voxels, done)
+        if self.console.is_terminal:
+            return self._bar(name, voxels, done)
+        self.open[name] = Progressed(name, voxels, done)
+        if done >= voxels:
+            self._tell(name, 0)
+        return lambda n: self._tell(name, n)
 
     def _bar(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
         from rich.progress import (
@@ -85,40 +91,38 @@ class Terminal:
             )  # fmt: skip
             self.live.start()
         task = self.live.add_task(name, total=voxels, completed=done)
-
-        def close() -> None:
-            self.live.update(task, completed=voxels)
-
-        self.close = close
         return lambda n: self.live.advance(task, n)
 
-    def _lines(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
-        start = told = time.monotonic()
-        state = {"done": done, "told": told}
+    def _tell(self, name: str, voxels: int) -> None:
+        """A line of a stage that is done; else, if the last line is `EVERY` seconds old, one of all that are under way."""
+        now, stage = time.monotonic(), self.open[name]
+        stage.done += voxels
+        if stage.done >= stage.voxels:
+            self.say(self.open.pop(name).line(now))
+        elif now - self.told > EVERY:
+            self.say("; ".join(stage.line(now) for stage in self.open.values() if stage.done > stage.before))
+        else:
+            return
+        self.told = now
 
-        def line(now: float) -> None:
-            took = max(now - start, 1e-9)
-            speed = (state["done"] - done) / took
-            left = (voxels - state["done"]) / speed if speed else 0
-            self.say(f"{name:10} {100 * state['done'] / voxels:3.0f} %  {speed / 1e6:.2f} Mvoxel/s, {left:.0f} s left")
-
-        def advance(n: int) -> None:
-            state["done"] += n
-            now = time.monotonic()
-            if now - state["told"] > 10 and state["done"] < voxels:
-                state["told"] = now
-                line(now)
-
-        self.close = lambda: line(time.monotonic())
-        return advance
-
-    def stop(self, *, finished: bool) -> None:
-        """Ends the bars; the last stage counts as done when ``finished``."""
-        if finished:
-            self.close()
-        self.close = lambda: None
+    def stop(self) -> None:
+        """Ends the bars."""
         if self.live is not None:
             self.live.stop()
+
+
+class Progressed:
+    """How far a stage has come."""
+
+    def __init__(self, name: str, voxels: int, done: int) -> None:
+        self.name, self.voxels, self.done = name, voxels, done
+        self.before, self.start = done, time.monotonic()
+
+    def line(self, now: float) -> str:
+        """Its name, share, speed and the time that it still takes."""
+        speed = (self.done - self.before) / max(now - self.start, 1e-9)
+        left = f", {(self.voxels - self.done) / speed:.0f} s left" if speed and self.done < self.voxels else ""
+        return f"{self.name:10} {100 * self.done / self.voxels:3.0f} %  {speed / 1e6:.2f} Mvoxel/s{left}"
 
 
 # ---------------------------------------------------------------- commands
@@ -303,15 +307,13 @@ def _expect_workers(settings: Config) -> None:
 def _run(start: Callable[[Terminal], Any]) -> None:
     """Shows the progress of a run, and what came of it."""
     show = Terminal()
-    finished = False
     try:
         summary = start(show)
-        finished = True
     except KeyboardInterrupt:
         typer.echo("volseg: stopped; what is done is kept, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
     finally:
-        show.stop(finished=finished)
+        show.stop()
     _conclude(summary)
 
 
@@ -333,17 +335,38 @@ def default_out(volume: str) -> str:
 
 
 def _conclude(summary: Any) -> None:
-    total = summary.seconds["total"]
-    phases = ", ".join(f"{name} {took:.1f}" for name, took in summary.seconds.items() if name != "total")
     if not summary.objects:
         typer.echo("no object: no voxel reached fragments.threshold, or none of what did holds a seed of stitch.seed")
     typer.echo(f"{summary.objects} objects in {summary.voxels / 1e6:.1f} million voxels")
-    typer.echo(f"took {total:.1f} s ({summary.voxels / 1e6 / total:.2f} Mvoxel/s): {phases}")
+    for line in _spent(summary):
+        typer.echo(line)
     typer.echo(
         f"peak memory {summary.worker_peak_bytes / 2**30:.2f} GiB in the largest worker, "
         f"{summary.client_peak_bytes / 2**30:.2f} GiB in this process"
     )
     typer.echo(f"labels   {summary.labels}\ntable    {summary.table}\npicture  {summary.picture}")
+
+
+def _spent(summary: Any) -> list[str]:
+    """Where the time went: by stage as the clock ran, and as shares of what all workers spent."""
+    total = summary.seconds["total"]
+    stages = ", ".join(f"{name} {took:.1f}" for name, took in summary.seconds.items() if name != "total")
+    lines = [f"took {total:.1f} s ({summary.voxels / 1e6 / total:.2f} Mvoxel/s): {stages}; stages run side by side"]
+    spent = sum(sum(phases.values()) for phases in summary.busy.values())
+    if spent:
+        lines.append(f"workers  {spent:.1f} s: {', '.join(_shares(summary.busy, spent))}")
+    if summary.device_share:
+        lines.append(f"device   computed in {100 * summary.device_share:.0f} % of predict; "
+                     f"{summary.queue:.1f} blocks waited for a worker on average")  # fmt: skip
+    return lines
+
+
+def _shares(busy: dict[str, dict[str, float]], spent: float) -> Iterator[str]:
+    """``predict 80 % (infer 70, blend 5, ...)`` for each stage: the phases of at least one per cent."""
+    for stage, phases in busy.items():
+        parts = sorted(((100 * took / spent, name) for name, took in phases.items()), reverse=True)
+        large = ", ".join(f"{name} {share:.0f}" for share, name in parts if share >= 1)
+        yield f"{stage} {sum(share for share, _ in parts):.0f} %" + f" ({large})" * bool(large)
 
 
 @app.command()
@@ -445,12 +468,10 @@ def synth(
 
     sizes = _triple(shape, "--shape"), _triple(block, "--block")
     show = Terminal()
-    finished = False
     try:
         launch.synthesise(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, show=show)
-        finished = True
     finally:
-        show.stop(finished=finished)
+        show.stop()
     typer.echo(f"image    {out}\ntruth    {out.rstrip('/')}/labels/truth")
 
 

@@ -127,7 +127,8 @@ class Output(Section):
 
 
 class Cluster(Section):
-    workers: Count = 0  # processes; 0 takes one per GPU, else one per core up to 8
+    workers: Count = 0  # processes that infer; 0 takes one per GPU, else one per core up to 8
+    cpu_workers: Count = 0  # processes beside those of GPUs, for all else; 0 takes one per other core up to 8
     scheduler: str = ""  # tcp://host:port of a running Dask scheduler; "" starts a local cluster
     tries: Size = 3  # how often a block is tried before it is given up
     window: Count = 0  # blocks in flight; 0 takes three per worker thread

@@ -14,6 +14,7 @@ import platform
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -295,6 +296,28 @@ def _cuda(network: torch.nn.Module, kind: torch.dtype, device: torch.device) -> 
 
 
 # ---------------------------------------------------------------- stream
+
+
+class Busy:
+    """``forward`` that counts the ``seconds`` in which it was under way in at least one thread."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        self.seconds, self.running, self.since = 0.0, 0, 0.0
+        self.lock = threading.Lock()
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        self._step(1)
+        try:
+            return self.forward(batch)
+        finally:
+            self._step(-1)
+
+    def _step(self, change: int) -> None:
+        with self.lock:
+            now = time.perf_counter()
+            self.seconds += (now - self.since) * (self.running > 0)
+            self.since, self.running = now, self.running + change
 
 
 def stream(forward: Forward, batches: Iterable[tuple[Any, np.ndarray]], threads: int) -> Iterator[tuple[Any, np.ndarray]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import metadata
+from importlib import import_module, metadata
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -26,12 +26,19 @@ LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run has to say. Seconds are wall-clock; bytes are the most one process held."""
+    """What a finished run has to say of the command that finished it; bytes are the most one process held.
+
+    ``seconds`` are wall-clock: of a stage from its first block handed out to its last one's end. Stages run side by side,
+    so they add up to more than the total. ``busy``: by stage, the seconds of each phase, of all workers together.
+    """
 
     out: str
     objects: int
     voxels: int
     seconds: dict[str, float]
+    busy: dict[str, dict[str, float]]
+    device_share: float
+    queue: float
     worker_peak_bytes: int
     client_peak_bytes: int
     labels: str
@@ -104,19 +111,31 @@ def _go(
 ) -> Summary:
     """Once there are workers: the run's folder, everything in it that is not done yet, and its final name."""
     describe.check_channels(run)
-    gpus = 0 if light or run.taken else forward.gpus()
+    gpus = forward.gpus() if run.engine.get("device") == "cuda" and not light else 0
     with cluster.connect(run.config.cluster, gpus, light=light) as client:
         prepare()
         if (link := cluster.dashboard(client)) and not light:
             show.say(f"dashboard {link}")
-        seconds = {"start": time.perf_counter() - start, **flow.stages(client, run, show)}
-    return finish(run, out, seconds, start)
+        threading.Thread(target=_load_ahead, daemon=True).start()
+        started = time.perf_counter()
+        ledger = flow.stages(client, run, show)
+    return finish(run, out, ledger, start, started)
 
 
-def finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summary:
-    """Table, picture and description are written, and the run takes its final name."""
+def _load_ahead() -> None:
+    """What `finish` needs is imported, while the workers are busy."""
+    for name in ("volseg.view", "pyarrow.csv", "pyarrow.parquet"):
+        import_module(name)
+
+
+def finish(run: Run, out: str, ledger: flow.Ledger, start: float, started: float) -> Summary:
+    """Table, picture and description are written, and the run takes its final name.
+
+    The command was given at ``start``, its first stage began at ``started``.
+    """
     from volseg import view
 
+    ending = time.perf_counter()
     sums = store.each(run.out, [f"work/objects/{i}.npz" for i in range(len(run.grid))])
     parts = [objects.Sums(**part) for part in sums]
     for stale in ("review", "tables/merges.parquet", "tables/merges.csv"):
@@ -133,15 +152,18 @@ def finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summa
     volume.set_group_attributes(
         run.out, "", volume.ome_multiscales("probability", "czyx", [("0", run.voxel_size_nm)])
     )
-    receipts = [r for stage in run.keys for r in cluster.receipts(run.out, stage, run.keys[stage])]
-    seconds = {**seconds, "total": time.perf_counter() - start}
+    now = time.perf_counter()
+    seconds = {"start": started - start, **ledger.seconds, "finish": now - ending, "total": now - start}
     facts = {
         **run.to_json(),
         "out": out,
         "objects": int(columns["id"].size),
         "seconds": seconds,
-        "worker_seconds": _add_up(r["seconds"] for r in receipts),
-        "peak_bytes": {"worker": max(r["peak_bytes"] for r in receipts), "client": cluster.peak_bytes()},
+        "worker_seconds": ledger.busy,
+        "device_share": ledger.device_share,
+        "queue": ledger.queue,
+        "workers": ledger.devices,
+        "peak_bytes": {"worker": ledger.peak_bytes, "client": cluster.peak_bytes()},
         "versions": {name: metadata.version(name) for name in ("volseg", "zarr", "zarrs", "dask", "numba", "numpy")},
     }
     volume.write_bytes(run.out, "run.json", json.dumps(facts, indent=1).encode())
@@ -155,6 +177,9 @@ def finish(run: Run, out: str, seconds: dict[str, float], start: float) -> Summa
         objects=facts["objects"],
         voxels=prod(run.shape),
         seconds=seconds,
+        busy=ledger.busy,
+        device_share=ledger.device_share,
+        queue=ledger.queue,
         worker_peak_bytes=facts["peak_bytes"]["worker"],
         client_peak_bytes=facts["peak_bytes"]["client"],
         labels=f"{out}/labels/instances",
@@ -186,14 +211,6 @@ def _write_table(out: str, name: str, columns: dict[str, np.ndarray]) -> None:
     rows.write(f"{','.join(columns)}\n".encode())
     csv.write_csv(whole, rows, csv.WriteOptions(include_header=False, quoting_style="none"))
     volume.write_bytes(out, f"tables/{name}.csv", rows.getvalue())
-
-
-def _add_up(rows: Any) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for row in rows:
-        for name, value in row.items():
-            total[name] = total.get(name, 0.0) + value
-    return total
 
 
 # ---------------------------------------------------------------- synthetic volumes

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 
@@ -33,36 +35,41 @@ from volseg import fragments as basins
 from volseg.box import Box, back, turned
 from volseg.config import UserError
 from volseg.decide import decide, label_dtype, rules
-from volseg.run import Run, bits
+from volseg.run import Run, bits, level_of
+
+INFERS = threading.Lock()  # held by the task of this process that infers, while others read and write
 
 
-def predict(run: Run, i: int, seconds: dict[str, float]) -> None:
+def predict(run: Run, i: int, seconds: dict[str, float]) -> dict:
     """Probabilities of block ``i`` are stored: those of its xy planes, or the mean of what several passes stored."""
     box = run.predict_grid[i]
     if run.passes:
         with cluster.timed(seconds, "read"):
             stored = [np.asarray(volume.open_array(run.out, f"work/{s}")[(slice(None), *box.slices)]) for s in run.passes]
         with cluster.timed(seconds, "average"):
-            out = tiles.mean_of_passes(stored)
+            out, facts = tiles.mean_of_passes(stored), {}
     else:
-        out = _probabilities(run, "xy", box, seconds)
+        out, facts = _probabilities(run, "xy", box, seconds)
     with cluster.timed(seconds, "write"):
         volume.write(volume.open_array(run.out, "0"), box, out)
+    return facts
 
 
-def predict_plane(run: Run, i: int, seconds: dict[str, float], stage: str) -> None:
+def predict_plane(run: Run, i: int, seconds: dict[str, float], stage: str) -> dict:
     """Probabilities of block ``i`` of one pass are stored in the work folder."""
     plane = run.passes[stage]
     box = run.pass_grid(plane)[i]
-    out = _probabilities(run, plane, box, seconds)
+    out, facts = _probabilities(run, plane, box, seconds)
     with cluster.timed(seconds, "write"):
         volume.write(volume.open_array(run.out, f"work/{stage}"), box, out)
+    return facts
 
 
-def _probabilities(run: Run, plane: str, box: Box, seconds: dict[str, float]) -> np.ndarray:
+def _probabilities(run: Run, plane: str, box: Box, seconds: dict[str, float]) -> tuple[np.ndarray, dict]:
     """Probabilities of ``box``, uint8, channels z y x: every tile that meets it, blended section by section in raster order.
 
-    Everything but the result has its axes in the order of the pass: sections, rows, columns.
+    Everything but the result has its axes in the order of the pass: sections, rows, columns. With it come the seconds in
+    which the device computed.
     """
     axes, grid = tiles.PLANES[plane], run.tile_grid(plane)
     out = np.empty((len(run.heads), *box.shape), np.uint8)
@@ -82,14 +89,28 @@ def _probabilities(run: Run, plane: str, box: Box, seconds: dict[str, float]) ->
             yield todo[at : at + size], batch
 
     blend = None
-    with cluster.timed(seconds, "infer"):
-        for keys, probability in forward.stream(_network(run, grid.size), batches(), threads=_threads(run)):
-            for (z, tile), one in zip(keys, probability, strict=False):
-                blend = tiles.Blend(len(run.heads), grid, y, x) if tile == meeting[0] else blend
-                blend.add(tile, one)
-                if tile == meeting[-1]:
-                    sections[:, z - first.start] = blend.quantise()
-    return out
+    with _device(seconds), cluster.timed(seconds, "infer"):
+        with cluster.timed(seconds, "load"):
+            network = forward.Busy(_network(run, grid.size))
+        for keys, probability in forward.stream(network, cluster.timed_each(seconds, "cut", batches()), threads=_threads(run)):
+            with cluster.timed(seconds, "blend"):
+                for (z, tile), one in zip(keys, probability, strict=False):
+                    blend = tiles.Blend(len(run.heads), grid, y, x) if tile == meeting[0] else blend
+                    blend.add(tile, one)
+                    if tile == meeting[-1]:
+                        sections[:, z - first.start] = blend.quantise()
+    return out, {"device": network.seconds}
+
+
+@contextmanager
+def _device(seconds: dict[str, float]) -> Iterator[None]:
+    """Inside, no other task of this process infers."""
+    with cluster.timed(seconds, "wait"):
+        INFERS.acquire()
+    try:
+        yield
+    finally:
+        INFERS.release()
 
 
 def _reader(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> Callable[[int, tuple[int, int]], np.ndarray]:
@@ -137,9 +158,16 @@ def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
 
 def faces(run: Run, i: int, seconds: dict[str, float]) -> dict:
     """The `stitch.Links` of block ``i`` are stored; returns how many edges the block has."""
-    table_of = lru_cache(lambda j: basins.Table(**store.load(run.out, f"work/tables/{j}.npz")))
-    found = stitch.link(i, table_of, run.grid)
-    store.save(run.out, f"work/links/{i}.npz", **asdict(found))
+
+    @lru_cache
+    def table_of(j: int) -> basins.Table:
+        with cluster.timed(seconds, "read"):
+            return basins.Table(**store.load(run.out, f"work/tables/{j}.npz"))
+
+    with cluster.timed(seconds, "link"):
+        found = stitch.link(i, table_of, run.grid)
+    with cluster.timed(seconds, "write"):
+        store.save(run.out, f"work/links/{i}.npz", **asdict(found))
     return {"edges": int(table_of(i).edges.size + found.edges.size)}
 
 
@@ -369,8 +397,12 @@ def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> dict:
     stamps = [_read_stamp(run, stage, j) for j in run.level_grid(level - 1).meeting(parent)]
 
     def make() -> None:
-        finer = np.asarray(volume.open_array(run.out, f"labels/instances/{level - 1}")[parent.slices])
-        volume.write(volume.open_array(run.out, f"labels/instances/{level}"), box, pyramid.downsample(finer, factor))
+        with cluster.timed(seconds, "read"):
+            finer = np.asarray(volume.open_array(run.out, f"labels/instances/{level - 1}")[parent.slices])
+        with cluster.timed(seconds, "downsample"):
+            coarse = pyramid.downsample(finer, factor)
+        with cluster.timed(seconds, "write"):
+            volume.write(volume.open_array(run.out, f"labels/instances/{level}"), box, coarse)
 
     return _unless_kept(run, f"pyramid{level}", i, _stamp(*stamps) if all(stamps) else "", make)
 
@@ -394,10 +426,12 @@ def work(out: str, key: str, stage: str, i: int) -> dict:
     elif stage in STAGES:
         facts = STAGES[stage](run, i, seconds)
     else:
-        name = stage.rstrip("0123456789")
-        facts = OF_LEVEL[name](run, i, seconds, int(stage.removeprefix(name)))
-    seconds["all"] = time.perf_counter() - start
-    return cluster.mark(out, stage, run.keys[stage], i, {"seconds": seconds, **(facts or {})})
+        name, level = level_of(stage)
+        facts = OF_LEVEL[name](run, i, seconds, level)
+    seconds["other"] = time.perf_counter() - start - sum(seconds.values())
+    receipt = {"voxels": run.grid_of(stage)[i].voxels, "seconds": seconds, **(facts or {})}
+    cluster.count(stage, receipt)
+    return cluster.mark(out, stage, run.keys[stage], i, receipt)
 
 
 @lru_cache(maxsize=2)

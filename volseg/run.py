@@ -89,6 +89,19 @@ class Run:
         shape = self.levels[level][0]
         return Blocks(shape, fit(self.block, shape))
 
+    def grid_of(self, stage: str) -> Blocks:
+        """The blocks that a stage goes through."""
+        name, level = level_of(stage)
+        if stage in self.passes:
+            return self.pass_grid(self.passes[stage])
+        if name in ("tree", "names"):
+            return tree.parts(self.grid, level)
+        if name == "pyramid":
+            return self.level_grid(level)
+        return {self.first: self.predict_grid, "stitch": Blocks(self.shape, self.shape), "number": self.layers}.get(
+            stage, self.grid
+        )
+
     @property
     def fills(self) -> bool:
         """Whether holes are filled, so that background has to be looked at."""
@@ -150,6 +163,16 @@ def _tuples(value: Any) -> Any:
 
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def level_of(stage: str) -> tuple[str, int]:
+    """A stage's name without its level, and the level.
+
+    >>> level_of("pyramid2"), level_of("relabel")
+    (('pyramid', 2), ('relabel', 0))
+    """
+    name = stage.rstrip("0123456789")
+    return name, int(stage.removeprefix(name) or 0)
 
 
 def bits(engine: dict) -> dict:

@@ -1,11 +1,12 @@
-"""Small tables in a run's folder: named arrays under one key, written as npz."""
+"""Small tables in a run's folder: named arrays under one key, written as npz; many are read side by side."""
 
 from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +28,16 @@ def load(out: str, key: str, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray
 
 
 def each(out: str, keys: Iterable[str], skip: tuple[str, ...] = ()) -> Iterator[dict[str, np.ndarray]]:
-    """What is saved under each key, some of them read ahead side by side: an object store answers slowly."""
+    """What is saved under each key."""
+    return ahead(lambda key: load(out, key, skip), keys)
+
+
+def ahead(read: Callable[[Any], Any], keys: Iterable[Any]) -> Iterator[Any]:
+    """``read(key)`` for each key, in order, some of them read ahead side by side: an object store answers slowly."""
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(IO_THREADS) as pool:
         for key in keys:
-            waiting.append(pool.submit(load, out, key, skip))
+            waiting.append(pool.submit(read, key))
             if len(waiting) >= 2 * IO_THREADS:
                 yield waiting.popleft().result()
         while waiting:
