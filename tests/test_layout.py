@@ -10,14 +10,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
-    {"box", "config", "prefork"},
+    {"box", "config", "machine", "prefork"},
     {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "voids", "decide", "tree", "merges", "objects",
      "metrics", "ready", "synth"},
     {"volume", "model"},
-    {"pyramid", "samples", "forward", "foreign", "store"},
+    {"pyramid", "samples", "forward", "foreign", "store", "wanted"},
     {"run", "cluster"},
-    {"probe", "pipeline", "folder", "evaluate", "view", "heldout", "checkpoint"},
+    {"memory", "probe", "pipeline", "folder", "evaluate", "view", "heldout", "checkpoint"},
     {"describe", "flow"},
+    {"plan"},
     {"launch", "calibrate", "verify", "quantise", "report", "review"},
     {"train"},
     {"tune"},
@@ -32,7 +33,8 @@ MAY = {
 }
 # Inside one rank: stitch reads the tables that fragments writes, decide what stitch and voids gather, merges tells what was
 # decided, tree decides likewise.
-SAME_RANK = {("stitch", "fragments"), ("voids", "stitch"), ("decide", "stitch"), ("decide", "fragments"), ("decide", "voids"),
+SAME_RANK = {("config", "box"), ("stitch", "fragments"),
+             ("voids", "stitch"), ("decide", "stitch"), ("decide", "fragments"), ("decide", "voids"),
              ("merges", "decide"), ("merges", "fragments"), ("merges", "stitch"),
              ("tree", "decide"), ("tree", "fragments"), ("tree", "stitch"),
              ("__main__", "cli")}  # fmt: skip

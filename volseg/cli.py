@@ -28,6 +28,8 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; see configs/.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
+Mask = Annotated[str, typer.Option("--mask", metavar="VOLUME", help="Do nothing where this volume is 0; may be coarser.")]
+Roi = Annotated[str, typer.Option("--roi", metavar="z0:z1,y0:y1,x0:x1", help="Do only this part.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 INTERRUPTED = 130  # exit code after Ctrl-C
 EVERY = 10  # seconds between lines of progress where there is no terminal
@@ -139,25 +141,66 @@ def infer(
     scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
     backend: Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")] = "",
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")] = "",
+    mask: Mask = "",
+    roi: Roi = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Segment a volume: labels, object table, probabilities and a picture."""
-    from volseg.model import load_card, shipped
-
-    first = load(config, sets or ())
-    chosen = model or first.predict.model
-    card = load_card(chosen or shipped())
-    flags = [f"predict.model={_toml(model)}"] * bool(model) + [f"cluster.workers={workers}"] * (workers is not None)
-    flags += [f"cluster.scheduler={_toml(scheduler)}"] * bool(scheduler)
-    flags += [f"predict.backend={_toml(backend)}"] * bool(backend)
-    flags += [f"predict.precision={_toml(precision)}"] * bool(precision)
-    settings = load(config, [*(sets or ()), *flags], base=card["decode"])
+    given = {
+        "predict.model": model, "predict.backend": backend, "predict.precision": precision, "input.mask": mask,
+        "input.roi": roi, "cluster.workers": workers, "cluster.scheduler": scheduler,
+    }  # fmt: skip
+    settings = _of_model(config, sets, given)
     _expect_workers(settings)
 
     from volseg import launch
 
     where = (out or default_out(volume)).rstrip("/")
     _run(lambda show: launch.infer(volume, where, settings, overwrite=overwrite, show=show))
+
+
+@app.command()
+def plan(
+    volume: Annotated[str, typer.Argument(help="What volseg infer would be given.")],
+    model: Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")] = "",
+    out: Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")] = "",
+    config: ConfigFile = None,
+    sets: Sets = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
+    scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
+    mask: Mask = "",
+    roi: Roi = "",
+    price: Annotated[float | None, typer.Option("--price-per-hour", min=0.0, help="Of all workers together.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what an infer would take, from a few tiles: voxels inferred, bytes, memory, time, cost. Nothing is written.
+
+    Exit code 2, with what to set, where it would not fit memory or disk.
+    """
+    given = {"predict.model": model, "input.mask": mask, "input.roi": roi, "cluster.workers": workers,
+             "cluster.scheduler": scheduler}  # fmt: skip
+    settings = _of_model(config, sets, given)
+    from dataclasses import asdict
+
+    from volseg import launch
+    from volseg import plan as planning
+
+    made, refusal = launch.planned(volume, (out or default_out(volume)).rstrip("/"), settings)
+    told = {**asdict(made), "total_seconds": made.total_seconds}
+    if price is not None:
+        told["cost"] = price * made.total_seconds / 3600
+    typer.echo(json.dumps(told, indent=1) if as_json else planning.table(made, price))
+    if refusal:
+        raise refusal
+
+
+def _of_model(config: Path | None, sets: list[str] | None, given: dict[str, str | int | None]) -> Config:
+    """The settings of an inference: the model's own, the config file's, ``--set``, and what options gave."""
+    from volseg.model import load_card, shipped
+
+    chosen = given["predict.model"] or load(config, sets or ()).predict.model
+    flags = [f"{name}={_toml(value)}" for name, value in given.items() if value]
+    return load(config, [*(sets or ()), *flags], base=load_card(chosen or shipped())["decode"])
 
 
 def _channel(name: str, more: str) -> Any:
@@ -184,6 +227,8 @@ def segment(
     sets: Sets = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
     scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
+    mask: Mask = "",
+    roi: Roi = "",
     overwrite: Overwrite = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="Make a run's basins anew if work/ was cleaned.")] = False,
 ) -> None:
@@ -203,6 +248,8 @@ def segment(
         "probabilities.inverted": inverted or None,
         "cluster.workers": workers,
         "cluster.scheduler": scheduler or None,
+        "input.mask": mask or None,
+        "input.roi": roi or None,
     }
     flags = [f"{name}={_toml(value)}" for name, value in given.items() if value is not None]
     settings = load(config, [*(sets or ()), *flags])
@@ -344,6 +391,8 @@ def _conclude(summary: Any) -> None:
         f"peak memory {summary.worker_peak_bytes / 2**30:.2f} GiB in the largest worker, "
         f"{summary.client_peak_bytes / 2**30:.2f} GiB in this process"
     )
+    if summary.compared:
+        typer.echo(summary.compared)
     typer.echo(f"labels   {summary.labels}\ntable    {summary.table}\npicture  {summary.picture}")
 
 

@@ -30,6 +30,33 @@ SHORT = 0.05  # seconds; items that take less share a task
 MOST = 64  # items of one task
 DEVICE, HOST = "GPU", "CPU"  # resources of workers: tasks for the device, tasks beside it
 TASKS_PER_GPU = 2  # one computes while the other reads or writes
+LIMIT = 0.9  # share of a worker's memory limit that it may use: at 0.95 Dask ends it
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Workers: how many, tiles that a task of each runs at once, tasks of each at once, and those beside without a device.
+
+    ``limit``: bytes that each may hold before Dask ends it; 0 for no limit.
+    """
+
+    workers: int
+    threads: int = 1
+    tasks: int = 1
+    beside: int = 0
+    limit: int = 0
+
+
+def crew(knobs: Cluster, gpus: int = 0) -> Crew:
+    """The workers that `connect` would start here, or those of the given scheduler."""
+    if not knobs.scheduler:
+        count = knobs.workers or gpus or min(8, CPU_COUNT)
+        beside = (knobs.cpu_workers or min(8, max(1, CPU_COUNT - count))) if gpus else 0
+        return Crew(count, max(1, CPU_COUNT // count), TASKS_PER_GPU if gpus else 1, beside)
+    with _given(knobs.scheduler) as client:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+        return Crew(len(workers), tasks=max(w["nthreads"] for w in workers), limit=int(LIMIT * min(limits, default=0)))
 
 
 @contextmanager

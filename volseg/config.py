@@ -11,7 +11,9 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from volseg.box import Box
 
 Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -33,6 +35,13 @@ class Section(BaseModel):
 class Input(Section):
     dataset: str = ""  # array inside a zarr group; "" takes the OME-Zarr full-resolution level
     voxel_size_nm: tuple[Nm, Nm, Nm] | None = None  # z y x; overrides what the file says
+    mask: str = ""  # a volume that is 0 where nothing is wanted; may be coarser by whole factors
+    roi: str = ""  # z0:z1,y0:y1,x0:x1 wanted alone; "" takes all
+
+    @field_validator("roi")
+    @classmethod
+    def _is_box(cls, text: str) -> str:
+        return str(Box.parse(text)) if text else text
 
 
 class Predict(Section):
@@ -130,6 +139,7 @@ class Cluster(Section):
     workers: Count = 0  # processes that infer; 0 takes one per GPU, else one per core up to 8
     cpu_workers: Count = 0  # processes beside those of GPUs, for all else; 0 takes one per other core up to 8
     scheduler: str = ""  # tcp://host:port of a running Dask scheduler; "" starts a local cluster
+    memory_limit: Annotated[float, Field(ge=0)] = 0.0  # GB that a worker may hold; 0 takes an even share of what is free
     tries: Size = 3  # how often a block is tried before it is given up
     window: Count = 0  # blocks in flight; 0 takes three per worker thread
     dashboard: str = ":8787"  # address of the Dask dashboard; "" for none

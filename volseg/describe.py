@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg import folder, foreign, forward, model, probe, tiles, volume
+from volseg import cluster, folder, foreign, forward, machine, memory, model, probe, tiles, volume, wanted
 from volseg.box import Box
-from volseg.config import Config, UserError
+from volseg.config import Cluster, Config, UserError
 from volseg.grey import normalisation
 from volseg.run import Run, blocks, redundancy
 
@@ -33,8 +33,8 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     slab, block = blocks(source.shape, config.blocks.shape, source.chunk[0])
     of_model = config.predict.normalize == "model"
     mean, std = (card["mean"], card["std"]) if of_model else normalisation(source.shape, source.read)
-    engine = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
-    return Run(
+    computes = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
+    run = Run(
         out=out,
         source=replace(source, path=folder.absolute(source.path)),
         config=config,
@@ -45,17 +45,19 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
         std=std,
         voxel_size_nm=voxel_size_nm,
         checksum=source.checksum(),
-        engine=engine,
+        engine=computes,
         predict_block=slab,
         block=block,
+        wanted=wanted.find(config.input, source.shape, voxel_size_nm),
     )
+    return _blocked(run)
 
 
 def from_probabilities(taken: tuple[foreign.Channel, ...], config: Config, out: str) -> Run:
     """The run of probabilities made elsewhere as plain data, every choice made."""
     sources = [channel.source for channel in taken if channel.source]
     slab, block = blocks(sources[0].shape, config.blocks.shape)
-    return Run(
+    run = Run(
         out=out,
         source=sources[0],
         config=config,
@@ -65,7 +67,42 @@ def from_probabilities(taken: tuple[foreign.Channel, ...], config: Config, out: 
         predict_block=slab,
         block=block,
         taken=taken,
+        wanted=wanted.find(config.input, sources[0].shape, sources[0].voxel_size_nm),
     )
+    return _blocked(run)
+
+
+def _blocked(run: Run) -> Run:
+    """The run in the blocks with which it was begun at ``run.out``, else in blocks that fit the workers' memory.
+
+    A restart must not choose anew: what is free is never the same twice.
+    """
+    if volume.exists(f"{run.out}/work/run.json"):
+        plain = json.loads(volume.read_bytes(run.out, "work/run.json"))
+        old = Run.from_json(plain)
+        begun = replace(run, predict_block=old.predict_block, block=old.block, pass_blocks=old.pass_blocks)
+        if old.config.blocks == run.config.blocks and plain["keys"].get(run.first) == begun.keys[run.first]:
+            return begun
+    crew = crew_of(run)
+    room = memory_limit(run.config.cluster, crew)
+    return memory.fitted(run, room, crew.threads, crew.tasks) if room else run
+
+
+def crew_of(run: Run) -> cluster.Crew:
+    """The workers that a run will have."""
+    return cluster.crew(run.config.cluster, gpus(run))
+
+
+def gpus(run: Run) -> int:
+    """How many GPUs of this machine a run computes on."""
+    return forward.gpus() if run.engine.get("device") == "cuda" else 0
+
+
+def memory_limit(knobs: Cluster, crew: cluster.Crew) -> int:
+    """Bytes that each worker may hold: as told, else as Dask would, else of what is free here; 0 where nobody knows."""
+    if knobs.memory_limit or knobs.scheduler:
+        return round(knobs.memory_limit * 1e9) or crew.limit
+    return (machine.free_memory() - memory.CLIENT) // (crew.workers + crew.beside)
 
 
 def check_channels(run: Run) -> None:
@@ -158,6 +195,7 @@ def headline(run: Run) -> str:
         f"{run.source.path}: {z} x {y} x {x} {run.source.dtype}, voxels of "
         f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm{_assumed(run)}\n"
         f"{_origin(run)}, {len(run.grid)} block(s) of {' x '.join(map(str, run.block))}"
+        + (f"\n{run.wanted}" if run.wanted else "")
     )
 
 
@@ -177,6 +215,11 @@ def _origin(run: Run) -> str:
     sizes = ", ".join(f"{g.size[0]} x {g.size[1]}" + f" ({plane})" * bool(run.passes) for plane, g in grids.items())
     laid = f" laid in {knobs.tta} ways" * (knobs.tta > 1)
     return (
-        f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']} ({run.engine.get('why', 'as begun')})\n"
+        f"{engine(run)}\n"
         f"tiles of {sizes}{laid}, {redundancy(run):.2f} voxels inferred for each one wanted"
     )
+
+
+def engine(run: Run) -> str:
+    """What a run computes with, and why."""
+    return f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']} ({run.engine.get('why', 'as begun')})"

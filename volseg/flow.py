@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from volseg import cluster, folder, pyramid, store, tree, volume
+from volseg import cluster, folder, machine, pyramid, store, tree, volume
 from volseg import fragments as basins
 from volseg.box import Box
 from volseg.config import UserError
@@ -53,7 +53,8 @@ class Ledger:
     """What the stages of one command took. Blocks that were done before it began are not in it.
 
     ``spans``: by stage, when its first block was handed out and its last one ended. ``busy``: by stage, the seconds of
-    each phase, of all workers together. ``device``: seconds in which devices computed, of all together.
+    each phase, of all workers together. ``device``: seconds in which devices computed, of all together. ``inferred``:
+    voxels that went through the network.
     """
 
     slots: int = 1
@@ -61,6 +62,7 @@ class Ledger:
     busy: dict[str, dict[str, float]] = field(default_factory=dict)
     device: float = 0.0
     devices: int = 1
+    inferred: int = 0
     peak_bytes: int = 0
     out: int = 0
     ends: int = 0
@@ -78,6 +80,7 @@ class Ledger:
         self.spans[name] = self.spans[name][0], time.perf_counter()
         cluster.add(self.busy.setdefault(name, {}), receipt["seconds"])
         self.device += receipt.get("device", 0.0)
+        self.inferred += receipt.get("inferred", 0)
         self.peak_bytes = max(self.peak_bytes, receipt["peak_bytes"])
         self.queued += max(0, self.out - self.slots)
         self.ends += 1
@@ -236,9 +239,17 @@ def _fits_one_process(run: Run) -> bool:
         return run.config.stitch.reduce == "flat"
     receipts = cluster.receipts(run.out, "faces", run.keys["faces"])
     edges = sum(receipt.get("edges", 0) for receipt in receipts)
-    if edges > FLAT_EDGES and (needs := run.config.stitch.needs_all()):
+    most = _most_edges(run)
+    if edges > most and (needs := run.config.stitch.needs_all()):
         raise UserError(
             f"stitch.{needs[0]} needs all {edges} edges in one process, about {edges * EDGE_BYTES / 1e9:.0f} GB: set it to "
             "0, or stitch.reduce to 'flat' where a worker has as much"
         )
-    return edges <= FLAT_EDGES
+    return edges <= most
+
+
+def _most_edges(run: Run) -> int:
+    """How many edges one process may hold: `FLAT_EDGES`, or as many as fit the memory it may take."""
+    knobs = run.config.cluster
+    room = round(knobs.memory_limit * 1e9) or (FLAT_EDGES * EDGE_BYTES if knobs.scheduler else machine.free_memory())
+    return min(FLAT_EDGES, room // EDGE_BYTES)

@@ -347,6 +347,12 @@ def describe(backend: str, precision: str) -> dict:
     }
 
 
+def device_bytes() -> int:
+    """The most memory that torch has taken of the GPUs in this process so far; 0 where it took none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
+
+
 def _gpu_name() -> str:
     """The first GPU's name as its driver gives it."""
     cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")

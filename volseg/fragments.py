@@ -174,6 +174,8 @@ def heights(
     have = full.clip(shape)
     if probability.shape[1:] != have.shape:
         raise ValueError(f"probability of {box} has shape {probability.shape[1:]}, wanted {have.shape} with its halo")
+    if int(probability[0].max()) * LEVELS < mask_level(knobs.threshold):  # smoothing lifts nothing above its neighbours
+        return np.full(box.grow(1).shape, OUTSIDE, np.int32)
     missing = [(h - f, g - e) for f, h, e, g in zip(full.start, have.start, have.stop, full.stop, strict=True)]
     padded = np.pad(probability, [(0, 0), *missing], mode="edge")
     near = full.grow(tuple(-p for p in knobs.smooth))

@@ -8,18 +8,18 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from math import prod
 
 import numpy as np
 
-from volseg import cluster, describe, flow, folder, foreign, forward, merges, objects, store, volume
+from volseg import cluster, describe, flow, folder, foreign, machine, merges, objects, plan, store, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
 from volseg.decide import rules
 from volseg.flow import Show
-from volseg.run import Run, blocks, fit
+from volseg.run import Run, blocks, fit, redundancy
 
 LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
 
@@ -44,6 +44,33 @@ class Summary:
     labels: str
     table: str
     picture: str
+    compared: str = ""  # plan against actual, in words
+
+
+def planned(path: str, out: str, config: Config) -> tuple[plan.Plan, UserError | None]:
+    """What `infer` would take, measured on a few tiles, and why it would be refused; nothing is made at ``out``."""
+    source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+    run = describe.from_image(source, config, folder.partial(folder.absolute(out)))
+    crew = describe.crew_of(run)
+    made = plan.make(run, crew, plan.probe(run, crew))
+    try:
+        _refuse(run, made, crew)
+    except UserError as error:
+        return made, error
+    return made, None
+
+
+def _plan(run: Run) -> plan.Plan:
+    """The plan of a run as far as it is known without measuring; refuses one that does not fit."""
+    crew = describe.crew_of(run)
+    made = plan.make(run, crew, plan.known(run, crew))
+    _refuse(run, made, crew)
+    return made
+
+
+def _refuse(run: Run, made: plan.Plan, crew: cluster.Crew) -> None:
+    plan.refuse_limit(made, run, round(run.config.cluster.memory_limit * 1e9) or crew.limit)
+    plan.refuse(made, run, machine.free_memory(), plan.room_on_disk(run))
 
 
 def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -> Summary:
@@ -59,7 +86,7 @@ def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -
     folder.make_room([source], out, overwrite)
     run = describe.from_image(source, config, folder.partial(out))
     show.say(describe.headline(run))
-    return _go(run, out, start, show, lambda: folder.begin(run, overwrite))
+    return _go(run, out, start, show, lambda: folder.begin(run, overwrite), made=_plan(run))
 
 
 def segment_probabilities(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -> Summary:
@@ -78,7 +105,7 @@ def segment_probabilities(path: str, out: str, config: Config, *, overwrite: boo
         show.say(note)
     run = describe.from_probabilities(taken, config, folder.partial(out))
     show.say(describe.headline(run))
-    return _go(run, out, start, show, lambda: folder.begin(run, overwrite))
+    return _go(run, out, start, show, lambda: folder.begin(run, overwrite), made=_plan(run))
 
 
 def segment(path: str, change: Callable[[Config], Config], *, recompute: bool = False, show: Show) -> Summary:
@@ -107,11 +134,12 @@ def segment(path: str, change: Callable[[Config], Config], *, recompute: bool = 
 
 
 def _go(
-    run: Run, out: str, start: float, show: Show, prepare: Callable[[], None], *, light: bool = False
+    run: Run, out: str, start: float, show: Show, prepare: Callable[[], None], *, light: bool = False,
+    made: plan.Plan | None = None,
 ) -> Summary:
     """Once there are workers: the run's folder, everything in it that is not done yet, and its final name."""
     describe.check_channels(run)
-    gpus = forward.gpus() if run.engine.get("device") == "cuda" and not light else 0
+    gpus = 0 if light else describe.gpus(run)
     with cluster.connect(run.config.cluster, gpus, light=light) as client:
         prepare()
         if (link := cluster.dashboard(client)) and not light:
@@ -119,7 +147,7 @@ def _go(
         threading.Thread(target=_load_ahead, daemon=True).start()
         started = time.perf_counter()
         ledger = flow.stages(client, run, show)
-    return finish(run, out, ledger, start, started)
+    return finish(run, out, ledger, start, started, made)
 
 
 def _load_ahead() -> None:
@@ -128,7 +156,9 @@ def _load_ahead() -> None:
         import_module(name)
 
 
-def finish(run: Run, out: str, ledger: flow.Ledger, start: float, started: float) -> Summary:
+def finish(
+    run: Run, out: str, ledger: flow.Ledger, start: float, started: float, made: plan.Plan | None = None
+) -> Summary:
     """Table, picture and description are written, and the run takes its final name.
 
     The command was given at ``start``, its first stage began at ``started``.
@@ -166,6 +196,10 @@ def finish(run: Run, out: str, ledger: flow.Ledger, start: float, started: float
         "peak_bytes": {"worker": ledger.peak_bytes, "client": cluster.peak_bytes()},
         "versions": {name: metadata.version(name) for name in ("volseg", "zarr", "zarrs", "dask", "numba", "numpy")},
     }
+    compared = ""
+    if made:
+        facts |= {"plan": {**asdict(made), "total_seconds": made.total_seconds}, "actual": _actual(run, ledger, facts)}
+        compared = plan.compared(made, seconds["total"], facts["peak_bytes"]["worker"], facts["actual"]["written_bytes"])
     volume.write_bytes(run.out, "run.json", json.dumps(facts, indent=1).encode())
     if run.out != out:
         volume.remove(out)
@@ -185,7 +219,20 @@ def finish(run: Run, out: str, ledger: flow.Ledger, start: float, started: float
         labels=f"{out}/labels/instances",
         table=f"{out}/tables/objects.parquet",
         picture=f"{out}/overlay.png",
+        compared=compared,
     )
+
+
+def _actual(run: Run, ledger: flow.Ledger, facts: dict) -> dict:
+    """What the command took of all that its plan tells, under the same names."""
+    return {
+        "inferred_voxels": ledger.inferred,
+        "redundancy": redundancy(run, ledger.inferred),
+        "written_bytes": volume.stored_bytes(run.out),
+        "worker_bytes": facts["peak_bytes"]["worker"],
+        "client_bytes": facts["peak_bytes"]["client"],
+        "total_seconds": facts["seconds"]["total"],
+    }
 
 
 def _told(run: Run) -> dict[str, np.ndarray]:

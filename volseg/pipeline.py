@@ -27,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
+from itertools import islice
+from math import prod
 
 import numpy as np
 
@@ -35,7 +37,7 @@ from volseg import fragments as basins
 from volseg.box import Box, back, turned
 from volseg.config import UserError
 from volseg.decide import decide, label_dtype, rules
-from volseg.run import Run, bits, level_of
+from volseg.run import Run, bits, level_of, tiles_of
 
 INFERS = threading.Lock()  # held by the task of this process that infers, while others read and write
 
@@ -66,40 +68,58 @@ def predict_plane(run: Run, i: int, seconds: dict[str, float], stage: str) -> di
 
 
 def _probabilities(run: Run, plane: str, box: Box, seconds: dict[str, float]) -> tuple[np.ndarray, dict]:
-    """Probabilities of ``box``, uint8, channels z y x: every tile that meets it, blended section by section in raster order.
-
-    Everything but the result has its axes in the order of the pass: sections, rows, columns. With it come the seconds in
-    which the device computed.
-    """
-    axes, grid = tiles.PLANES[plane], run.tile_grid(plane)
-    out = np.empty((len(run.heads), *box.shape), np.uint8)
-    first, y, x = box.turned(axes).slices
-    sections = out.transpose(0, *(1 + a for a in axes))
-    meeting = grid.meeting(y, x)
+    """Probabilities of ``box``, uint8, channels z y x, 0 where no voxel is wanted; with them, what `_infer` returns."""
+    out = np.zeros((len(run.heads), *box.shape), np.uint8)
+    core = run.core(box)
+    if not core.voxels or not run.any_wanted(core):
+        return out, {"inferred": 0, "device": 0.0}
     with cluster.timed(seconds, "read"):
-        tile_at = _reader(run, plane, box, meeting)
+        wanted = run.wanted_in(core, plane)
+    inside = out[(slice(None), *core.inside(box))].transpose(0, *(1 + a for a in tiles.PLANES[plane]))
+    facts = _infer(run, plane, core, wanted, inside, seconds)
+    if wanted is not None:
+        inside *= wanted
+    return out, facts
+
+
+def _infer(
+    run: Run, plane: str, box: Box, wanted: np.ndarray | None, out: np.ndarray, seconds: dict[str, float]
+) -> dict:
+    """``out`` (zeros before) holds the probabilities of the wanted voxels of ``box``.
+
+    Tiles are blended section by section in raster order. One that is constant in all its sections is 0: whether it is
+    depends on the volume alone. Everything has its axes in the order of the pass: sections, rows, columns. Returns how
+    many voxels went through the network, and the seconds in which the device computed.
+    """
+    grid = run.tile_grid(plane)
+    first, y, x = box.turned(tiles.PLANES[plane]).slices
+    todo = tiles_of(run, plane, box, wanted)
+    with cluster.timed(seconds, "read"):
+        tile_at = reader(run, plane, box, grid.meeting(y, x))
 
     def batches() -> Iterator[tuple[list, np.ndarray]]:
-        todo = [(z, tile) for z in range(first.start, first.stop) for tile in meeting]
-        size = run.batch
-        for at in range(0, len(todo), size):
-            batch = np.zeros((size, run.sections, *grid.size), np.float32)
-            for row, key in zip(batch, todo[at : at + size], strict=False):
-                row[:] = (tile_at(*key).astype(np.float32) - np.float32(run.mean)) * np.float32(1 / run.std)
-            yield todo[at : at + size], batch
+        kept = ((key, tile) for key in todo if not tiles.is_constant(tile := tile_at(*key)))
+        while some := list(islice(kept, run.batch)):
+            batch = np.zeros((run.batch, run.sections, *grid.size), np.float32)
+            for row, (_, tile) in zip(batch, some, strict=False):
+                row[:] = normalised(run, tile)
+            yield [key for key, _ in some], batch
 
-    blend = None
+    blend, at, count = tiles.Blend(len(run.heads), grid, y, x), None, 0
     with _device(seconds), cluster.timed(seconds, "infer"):
         with cluster.timed(seconds, "load"):
             network = forward.Busy(_network(run, grid.size))
         for keys, probability in forward.stream(network, cluster.timed_each(seconds, "cut", batches()), threads=_threads(run)):
             with cluster.timed(seconds, "blend"):
                 for (z, tile), one in zip(keys, probability, strict=False):
-                    blend = tiles.Blend(len(run.heads), grid, y, x) if tile == meeting[0] else blend
+                    if at not in (None, z):
+                        out[:, at - first.start] = blend.quantise()
+                    at, count = z, count + 1
                     blend.add(tile, one)
-                    if tile == meeting[-1]:
-                        sections[:, z - first.start] = blend.quantise()
-    return out, {"device": network.seconds}
+        if count:
+            with cluster.timed(seconds, "blend"):
+                out[:, at - first.start] = blend.quantise()
+    return {"inferred": run.config.predict.tta * count * prod(grid.size), "device": network.seconds}
 
 
 @contextmanager
@@ -113,7 +133,7 @@ def _device(seconds: dict[str, float]) -> Iterator[None]:
         INFERS.release()
 
 
-def _reader(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> Callable[[int, tuple[int, int]], np.ndarray]:
+def reader(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> Callable[[int, tuple[int, int]], np.ndarray]:
     """What gives a tile of a section of ``box``, with neighbouring sections; the source under them all was read at once."""
     axes, grid, around = tiles.PLANES[plane], run.tile_grid(plane), run.sections // 2
     places = [grid.place(tile) for tile in meeting]
@@ -131,11 +151,22 @@ def _reader(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> C
     return tile_at
 
 
+def normalised(run: Run, tile: np.ndarray) -> np.ndarray:
+    """A tile as the network takes it, float32."""
+    return (tile.astype(np.float32) - np.float32(run.mean)) * np.float32(1 / run.std)
+
+
 def take(run: Run, i: int, seconds: dict[str, float]) -> None:
     """Probabilities of block ``i`` are stored as another network made them, as uint8."""
     box = run.predict_grid[i]
     with cluster.timed(seconds, "read"):
-        out = np.stack([channel.read(box) for channel in run.taken])
+        out = np.zeros((len(run.heads), *box.shape), np.uint8)
+        core = run.core(box)
+        if core.voxels and run.any_wanted(core):
+            inside = out[(slice(None), *core.inside(box))]
+            inside[:] = [channel.read(core) for channel in run.taken]
+            if (wanted := run.wanted_in(core)) is not None:
+                inside *= wanted
     with cluster.timed(seconds, "write"):
         volume.write(volume.open_array(run.out, "0"), box, out)
 

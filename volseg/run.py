@@ -9,13 +9,18 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from volseg import foreign, pyramid, tiles, tree, volume
 from volseg import fragments as basins
-from volseg.box import Blocks, Triple, back, turned
+from volseg.box import Blocks, Box, Triple, back, turned
 from volseg.config import Config, UserError
+from volseg.wanted import Wanted
 
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
 SLAB_VOXELS = 1 << 27  # voxels up to which predict's blocks grow to the source's chunks
+SAMPLED = 64  # blocks whose tiles are counted where a mask decides
+CONSTANT = "constant tiles are 0"  # of a key: what predict does with them
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Run:
     std: float = 1.0
     engine: dict = field(default_factory=dict)
     taken: tuple[foreign.Channel, ...] = ()
+    wanted: Wanted | None = None  # None: every voxel
+    pass_blocks: dict[str, Triple] = field(default_factory=dict)  # of passes whose own blocks would not fit the memory
 
     @property
     def shape(self) -> Triple:
@@ -71,6 +78,8 @@ class Run:
 
     def pass_grid(self, plane: str) -> Blocks:
         """The blocks of a pass over several planes: deep across its planes, as `blocks` chooses those of xy planes."""
+        if plane in self.pass_blocks:
+            return Blocks(self.shape, self.pass_blocks[plane])
         axes = tiles.PLANES[plane]
         slab = turned(slabs(turned(self.shape, axes), self.source.chunk[axes[0]]), back(axes))
         return Blocks(self.shape, fit(self.config.blocks.shape or slab, self.shape))
@@ -78,6 +87,29 @@ class Run:
     def tile_grid(self, plane: str) -> tiles.Grid:
         """The tiles of every section of a pass: a function of the volume's shape."""
         return tiles.grid(turned(self.shape, tiles.PLANES[plane])[1:], self.config.predict.tile, self.config.predict.overlap)
+
+    def core(self, box: Box) -> Box:
+        """The part of ``box`` outside of which no voxel is wanted."""
+        return self.wanted.roi.intersect(box) if self.wanted else box
+
+    def any_wanted(self, box: Box) -> bool:
+        """Whether any voxel of ``box`` is wanted."""
+        return self.wanted is None or self.wanted.any(box)
+
+    def wanted_in(self, box: Box, plane: str = "xy") -> np.ndarray | None:
+        """Which voxels of ``box``, part of the box that is wanted, the mask wants, in the axes of a pass; None: all."""
+        masked = self.wanted and self.wanted.mask
+        return self.wanted.read(box).transpose(tiles.PLANES[plane]) if masked else None
+
+    @cached_property
+    def inferred(self) -> int:
+        """Voxels that go through the network: those of every tile in each block that needs it, in all passes and turns.
+
+        Constant tiles are among them: only reading tells. Where there is a mask and more than `SAMPLED` blocks, an estimate.
+        """
+        passes = {plane: self.pass_grid(plane) for plane in self.passes.values()} or {"xy": self.predict_grid}
+        counted = ((prod(self.tile_grid(plane).size), _tiles(self, plane, grid)) for plane, grid in passes.items())
+        return 0 if self.taken else self.config.predict.tta * sum(size * count for size, count in counted)
 
     @property
     def layers(self) -> Blocks:
@@ -122,10 +154,13 @@ class Run:
         first = _hash(
             self.checksum, self.shape, self.model_sha256, self.mean, self.std, bits(self.engine), self.predict_block,
             c.predict.tile, c.predict.overlap, c.predict.batch, c.predict.tta, sorted(c.predict.planes), c.output.chunk,
+            CONSTANT,
         )  # fmt: skip
         if self.taken:
             roles = [(channel.name, channel.source is not None, channel.inverted) for channel in self.taken]
             first = _hash(self.checksum, self.shape, roles, self.predict_block, c.output.chunk)
+        if self.wanted:
+            first = _hash(first, self.wanted.key)
         passes = {stage: _hash(first, stage, self.pass_grid(plane).block) for stage, plane in self.passes.items()}
         fragments = _hash(first, c.fragments.model_dump(), asdict(self.metric), self.block, basins.EDGE.names)
         voids = _hash(fragments, "voids")
@@ -149,12 +184,20 @@ class Run:
     def from_json(cls, plain: dict) -> Run:
         known = {name: _tuples(plain[name]) for name in cls.__dataclass_fields__ if name in plain}
         taken = tuple(replace(foreign.Channel(**c), source=_volume(c["source"])) for c in plain.get("taken", ()))
-        whole = {"engine": plain["engine"], "taken": taken, "config": Config(**plain["config"])}
-        return cls(**{**known, **whole, "source": _volume(plain["source"])})
+        blocks = {plane: _tuples(block) for plane, block in plain.get("pass_blocks", {}).items()}
+        whole = {"engine": plain["engine"], "taken": taken, "config": Config(**plain["config"]), "pass_blocks": blocks}
+        return cls(**{**known, **whole, "source": _volume(plain["source"]), "wanted": _wanted(plain.get("wanted"))})
 
 
 def _volume(plain: dict | None) -> volume.Volume | None:
     return None if plain is None else volume.Volume(**{key: _tuples(value) for key, value in plain.items()})
+
+
+def _wanted(plain: dict | None) -> Wanted | None:
+    if plain is None:
+        return None
+    roi = Box(**{name: _tuples(value) for name, value in plain["roi"].items()})
+    return Wanted(**{**plain, "roi": roi, "mask": _volume(plain["mask"]), "factor": _tuples(plain["factor"])})
 
 
 def _tuples(value: Any) -> Any:
@@ -237,18 +280,51 @@ def shard(block: Triple, shape: Triple, chunk: Triple) -> Triple:
     )
 
 
-def redundancy(run: Run) -> float:
-    """Voxels inferred for each voxel wanted: tiles share voxels, blocks share tiles, and planes and turns come on top."""
-    passes = {plane: run.pass_grid(plane) for plane in run.passes.values()} or {"xy": run.predict_grid}
-    return run.config.predict.tta * sum(_redundancy(run, plane, grid) for plane, grid in passes.items())
+# ---------------------------------------------------------------- tiles
 
 
-def _redundancy(run: Run, plane: str, grid: Blocks) -> float:
-    """Voxels inferred for each voxel in one pass over the volume."""
-    axes, laid = tiles.PLANES[plane][1:], run.tile_grid(plane)
-    inferred = 1.0
-    for k, axis in zip(axes, (laid.y, laid.x), strict=True):
-        length, block = run.shape[k], grid.block[k]
-        starts = range(0, length, block)
-        inferred *= axis.size * sum(len(axis.meeting(a, min(a + block, length))) for a in starts) / length
-    return inferred
+def tiles_of(run: Run, plane: str, box: Box, wanted: np.ndarray | None) -> list[tuple[int, tuple[int, int]]]:
+    """The tiles that ``box`` needs in a pass, as (section, tile), by section and in raster order.
+
+    ``wanted`` says which of its voxels are wanted, in the axes of the pass (None: all). A tile that holds none of them
+    in the box gives none of them anything, so leaving it out changes none.
+    """
+    first, y, x = box.turned(tiles.PLANES[plane]).slices
+    grid = run.tile_grid(plane)
+    meeting = grid.meeting(y, x)
+    every = [(z, tile) for z in range(first.start, first.stop) for tile in meeting]
+    if wanted is None:
+        return every
+    parts = {tile: tuple(map(_inside, grid.place(tile), (y, x))) for tile in meeting}
+    return [(z, tile) for z, tile in every if wanted[(z - first.start, *parts[tile])].any()]
+
+
+def _inside(place: slice, window: slice) -> slice:
+    """The part of ``window`` that lies in ``place``, counted from the window's start."""
+    return slice(max(place.start, window.start) - window.start, min(place.stop, window.stop) - window.start)
+
+
+def _tiles(run: Run, plane: str, grid: Blocks) -> int:
+    """Tiles that all blocks of a pass need together."""
+    if run.wanted and run.wanted.mask:
+        count = len(grid)
+        some = range(count) if count <= SAMPLED else [k * count // SAMPLED for k in range(SAMPLED)]
+        boxes = (box for box in map(run.core, map(grid.__getitem__, some)) if box.voxels)
+        found = sum(len(tiles_of(run, plane, box, run.wanted_in(box, plane))) for box in boxes)
+        return found * count // len(some)
+    axes, laid = tiles.PLANES[plane], run.tile_grid(plane)
+    want = run.core(Box.whole(run.shape))
+    found = want.shape[axes[0]]
+    for k, axis in zip(axes[1:], (laid.y, laid.x), strict=True):
+        a, b, step = want.start[k], want.stop[k], grid.block[k]
+        found *= sum(len(axis.meeting(max(a, at), min(b, at + step))) for at in range(a // step * step, b, step))
+    return found
+
+
+def redundancy(run: Run, voxels: int | None = None) -> float:
+    """Voxels that go through the network, ``voxels`` or as many as planned, for each one wanted; 0 where none is.
+
+    Tiles share voxels, blocks share tiles, and planes and turns come on top.
+    """
+    wanted = run.wanted.voxels if run.wanted else prod(run.shape)
+    return (run.inferred if voxels is None else voxels) / wanted if wanted else 0.0

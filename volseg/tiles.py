@@ -106,10 +106,17 @@ def cut(plane: np.ndarray, y: slice, x: slice) -> np.ndarray:
     return np.pad(part, past, mode="symmetric") if any(p[1] for p in past) else part
 
 
+def is_constant(tile: np.ndarray) -> bool:
+    """Whether all voxels of a tile (sections, y, x) are equal; most that are not are told by a few of them."""
+    first = tile[0, 0, 0]
+    return bool((tile[:, ::61, ::61] == first).all() and (tile == first).all())
+
+
 class Blend:
     """Adds up the tiles of one section over a window of the plane, in the order they come (it must be raster order).
 
     A voxel's sums see the same tiles in the same order whatever the window, so windows agree on the voxels they share.
+    A tile that never comes counts as 0 everywhere.
     """
 
     def __init__(self, channels: int, grid: Grid, y: slice, x: slice) -> None:
@@ -117,25 +124,33 @@ class Blend:
         shape = (y.stop - y.start, x.stop - x.start)
         self.total = np.zeros((channels, *shape), np.float32)
         self.weight = np.zeros(shape, np.float32)
+        for tile in grid.meeting(y, x):
+            source, target = self._common(tile)
+            self.weight[target] += grid.weights(tile)[source]
 
     def add(self, tile: tuple[int, int], probability: np.ndarray) -> None:
         """Adds a tile's probabilities, float32 (channels, y, x)."""
+        source, target = self._common(tile)
+        self.total[(slice(None), *target)] += probability[(slice(None), *source)] * self.grid.weights(tile)[source]
+
+    def _common(self, tile: tuple[int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """The voxels that a tile shares with the window, in the tile and in the window."""
         y, x = self.grid.place(tile)
         ty, tx = (slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in ((y, self.y), (x, self.x)))
         source = (slice(ty.start - y.start, ty.stop - y.start), slice(tx.start - x.start, tx.stop - x.start))
         target = (slice(ty.start - self.y.start, ty.stop - self.y.start),
                   slice(tx.start - self.x.start, tx.stop - self.x.start))  # fmt: skip
-        weight = self.grid.weights(tile)[source]
-        self.total[(slice(None), *target)] += probability[(slice(None), *source)] * weight
-        self.weight[target] += weight
+        return source, target
 
     def quantise(self) -> np.ndarray:
-        """The blended probabilities as uint8, 255 for 1; halves round up. Uses up the sums."""
+        """The blended probabilities as uint8, 255 for 1, halves round up; the next section begins at 0."""
         blended = np.divide(self.total, self.weight, out=self.total)
         np.clip(blended, 0, 1, out=blended)
         blended *= np.float32(255)
         blended += np.float32(0.5)
-        return blended.astype(np.uint8)
+        out = blended.astype(np.uint8)
+        self.total[:] = 0
+        return out
 
 
 # ---------------------------------------------------------------- several looks at one voxel

@@ -1015,6 +1015,16 @@ def exists(path: str | Path) -> bool:
     return fs.exists(root)
 
 
+def stored_bytes(path: str | Path) -> int:
+    """Bytes of all objects under ``path``; 0 where there is none."""
+    path = _absolute(path)
+    if is_remote(path):
+        fs, root = _remote(path)
+        return sum(entry["size"] for entry in fs.find(root, detail=True).values())
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if not _temporary(name))
+    return sum(os.path.getsize(file) for file in found if os.path.exists(file))
+
+
 def remove(path: str | Path) -> None:
     """Nothing is at ``path`` any more; it may not have been there."""
     path = _absolute(path)

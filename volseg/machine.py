@@ -1,0 +1,62 @@
+"""What this machine has left for a run: memory within any container's limit, and disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes that processes started now may take before the machine, or the container, is out of memory."""
+    import psutil
+
+    return min([psutil.virtual_memory().available, *limits()])
+
+
+def limits(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What each limit on this process's control group, or on one above it, leaves in bytes; cached files count as free."""
+    found = []
+    for line in _text(own).splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top = root / "memory" if kinds else root
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (limit := _text(folder / names[0]).strip()).isdigit():
+                found.append(max(0, int(limit) - int(_text(folder / names[1]) or 0) + _cached(folder)))
+    return found
+
+
+def _cached(folder: Path) -> int:
+    """Bytes of files that a control group keeps in memory and would give up."""
+    rows = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
+    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def free_disk(path: str) -> int:
+    """Bytes free where ``path`` is, or is to be made."""
+    where = Path(path).absolute()
+    return shutil.disk_usage(next(p for p in (where, *where.parents) if p.exists())).free
+
+
+def resident(kind: str = "RSS") -> int:
+    """Bytes this process holds now ("RSS"), or the most it has held ("HWM")."""
+    status = _text(Path("/proc/self/status"))
+    found = next((line.split()[1] for line in status.splitlines() if line.startswith(f"Vm{kind}:")), None)
+    if found:
+        return int(found) * 1024
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss) if kind == "HWM" else memory.rss
