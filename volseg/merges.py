@@ -74,9 +74,9 @@ def _forest_joins(basins: Basins, rules: Rules, label: np.ndarray, did: np.ndarr
     shallow, did = shallow[large], did[at][large]
     rows = _rows(basins, at[large], "join", label)
     rows["rule"], rows["voxels"] = did, np.sort(voxels[large])[:, ::-1]
+    by_level = np.where(did == UNSEEDED, shallow - rules.seed_height, rules.seed_height - rows["saddle"])
     too_shallow = rules.depth - (rows["saddle"] - shallow)
-    below = np.where(did == SEED, np.maximum(rules.seed_height - rows["saddle"], too_shallow), too_shallow)
-    rows["margin"] = np.where(did == UNSEEDED, shallow - rules.seed_height, below)
+    rows["margin"] = np.where(did == SHALLOW, too_shallow, np.maximum(by_level, too_shallow))
     return rows
 
 
