@@ -28,6 +28,7 @@ def test_a_study_goes_on_where_it_was(study):
     with (study[0] / "tune.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert sorted(int(row["trial"]) for row in rows) == [0, 1, 2]
+    assert len({row["lr"] for row in rows}) == 3
     assert {row["batch"] for row in rows} <= {"2", "4"}
     assert all(int(row["steps"]) * int(row["batch"]) == 20 for row in rows)
     assert (study[0] / "tune.png").read_bytes().startswith(b"\x89PNG")

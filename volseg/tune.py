@@ -63,7 +63,6 @@ def _study(config: Config, out: Path):
     study = optuna.create_study(
         study_name=STUDY,
         storage=optuna.storages.JournalStorage(journal),
-        sampler=optuna.samplers.TPESampler(seed=config.train.seed, n_startup_trials=5),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1),
         direction="maximize",
         load_if_exists=True,
@@ -74,6 +73,8 @@ def _study(config: Config, out: Path):
     if changed:
         raise UserError(f"the study in {out} was begun with another {', '.join(changed)}; give another train.out")
     study.set_user_attr("settings", settings)
+    begun = len(study.trials)  # with the seed alone, a study that goes on would try its first values again
+    study.sampler = optuna.samplers.TPESampler(seed=config.train.seed + begun, n_startup_trials=5)
     return study
 
 
