@@ -365,6 +365,17 @@ def _add(path):
     return tensors
 
 
+def test_a_process_that_fails_ends_the_others_with_a_line_and_no_traceback(tmp_path, capfd):
+    with pytest.raises(UserError, match="training process 1 of 2 ended"), parallel.together(2, _fail):
+        parallel.same(0.0, torch.device("cpu"))
+    assert capfd.readouterr().err == "volseg: process 1: the memory of process 1 is full\n"
+    assert parallel.size() == 1
+
+
+def _fail():
+    raise UserError(f"the memory of process {parallel.rank()} is full")
+
+
 def test_more_processes_than_patches_are_refused(tables, tmp_path):
     with pytest.raises(UserError, match=r"train\.batch = 2 has no patch for each of 3 processes"):
         train(config_of(tables, tmp_path, processes=3), print)

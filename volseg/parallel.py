@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from volseg import prefork
+from volseg.config import UserError
+
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # elsewhere gloo finds it by itself
+LAST_WORDS = 30  # seconds that a process may take to end after its line is gone
 PATIENCE = timedelta(minutes=30)  # for the others: process 0 validates while they wait
 
 
@@ -51,7 +58,10 @@ def add_up(tensors: list[torch.Tensor]) -> None:
 
 @contextmanager
 def together(count: int, work: Callable[..., Any], *args: Any) -> Iterator[None]:
-    """Inside, this process is number 0 of ``count``; the others run ``work(*args)``, and end with the block."""
+    """Inside, this process is number 0 of ``count``; the others run ``work(*args)``, and end with the block.
+
+    Raises `UserError` where one of them ended before its time; it has said why.
+    """
     if count == 1:
         yield
         return
@@ -59,13 +69,22 @@ def together(count: int, work: Callable[..., Any], *args: Any) -> Iterator[None]
     port = _free_port()
     context = torch.multiprocessing.get_context("spawn")
     others = [context.Process(target=_other, args=(r, count, kind, port, work, args), daemon=True) for r in range(1, count)]
-    for process in others:
-        process.start()
+    with prefork.deaf_to_interrupts():  # number 0 alone hears Ctrl-C
+        for process in others:
+            process.start()
     try:
         _join(0, count, kind, port)
         yield
         for process in others:
             process.join()
+    except RuntimeError:  # an end of the line is gone
+        gone = wait([process.sentinel for process in others], timeout=LAST_WORDS)
+        for process in (process for process in others if process.sentinel in gone):
+            process.join(LAST_WORDS)  # its exit code comes a moment later
+        if ended := [r for r, process in enumerate(others, 1) if process.exitcode]:
+            raise UserError(f"training process {ended[0]} of {count} ended, as it says above; the same command goes on from "
+                            "the last checkpoint") from None  # fmt: skip
+        raise
     finally:
         for process in others:
             process.terminate()
@@ -79,6 +98,8 @@ def _other(number: int, count: int, kind: str, port: int, work: Callable, args: 
     _join(number, count, kind, port)
     try:
         work(*args)
+    except UserError as error:
+        sys.exit(f"volseg: process {number}: {error}")
     finally:
         dist.destroy_process_group()
 
@@ -86,7 +107,8 @@ def _other(number: int, count: int, kind: str, port: int, work: Callable, args: 
 def _join(number: int, count: int, kind: str, port: int) -> None:
     if kind == "nccl":
         torch.cuda.set_device(number)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform in LOOPBACK:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
     dist.init_process_group(
         kind, init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=count, timeout=PATIENCE
     )
