@@ -111,3 +111,9 @@ def test_auto_may_take_what_loses_little(loss, allowed):
 def test_sections_to_calibrate_on_are_not_held_out(image, quantised):
     with pytest.raises(UserError, match="section 8 is both"):
         quantise.quantise(quantised, image, sections=("0:9",), truth=image, held=("8:12",))
+
+
+@pytest.mark.parametrize("held", [(), ("8", "10")])
+def test_what_is_held_out_is_one_range_and_that_is_said_at_once(image, quantised, held):
+    with pytest.raises(UserError, match="give one range without gaps"):
+        quantise.quantise(quantised, image, sections=("0:3",), truth=f"{image}/labels/truth/0", held=held)

@@ -39,6 +39,8 @@ def quantise(
     test = parse_sections(held, depth)
     if both := sorted(set(on) & set(test)):
         raise UserError(f"section {both[0]} is both to calibrate on and held out; give --sections without it")
+    box = _held_out(test, source) if truth else None
+    real = evaluate.truth_in(truth, source.shape, box)(box) > 0 if truth else None
     on = [on[i] for i in sorted(set(np.linspace(0, len(on) - 1, min(len(on), CALIBRATED_ON)).round().astype(int)))]
     norm = normalisation(source.shape, source.read)
     tile_of = itertools.cycle(_grid(source).meeting(*(slice(0, n) for n in source.shape[1:])))
@@ -48,7 +50,7 @@ def quantise(
         "versions": {name: metadata.version(name) for name in ("nncf", "openvino")},
     }
     if truth:
-        facts["held_out"] = _compare(path, form, source, truth, test, norm)
+        facts["held_out"] = _compare(path, form, source, real, box, norm)
     model.add_quantised(path, form, facts)
     return facts
 
@@ -93,16 +95,18 @@ def _stem(graph: object) -> str:
 # ---------------------------------------------------------------- what it costs
 
 
+def _held_out(sections: list[int], source: volume.Volume) -> Box:
+    """The box of these whole sections; refuses what is not one range of them."""
+    if not sections or sections != list(range(sections[0], sections[-1] + 1)):
+        raise UserError(f"--held-out names {sections or 'no section'}; give one range without gaps, for instance 140:165")
+    return Box((sections[0], 0, 0), (sections[-1] + 1, *source.shape[1:]))
+
+
 def _compare(
-    path: Path, form: bytes, source: volume.Volume, truth: str, held: list[int], norm: tuple[float, float]
+    path: Path, form: bytes, source: volume.Volume, real: np.ndarray, box: Box, norm: tuple[float, float]
 ) -> dict:
-    """IoU of the foreground in both precisions on runs of sections, and how far the probabilities are apart."""
-    first, stop = held[0], held[-1] + 1
-    if held != list(range(first, stop)):
-        raise UserError(f"--held-out {held} has gaps; give one range, for instance 140:165")
+    """IoU of the foreground in both precisions with what is ``real`` in ``box``, and how far probabilities are apart."""
     card = model.load_card(path)
-    box = Box((first, 0, 0), (stop, *source.shape[1:]))
-    real = evaluate.truth_in(truth, source.shape, box)(box) > 0
     blobs = {"fp32": forward.prepare(path, "openvino"), "int8": forward.unpack(form)}
     maps = {precision: _probabilities(blob, precision, source, box, card, norm) for precision, blob in blobs.items()}
     level = load(base=card["decode"]).fragments.threshold
@@ -110,7 +114,7 @@ def _compare(
     apart = np.abs(maps["fp32"].astype(np.int16) - maps["int8"]).mean() / 255
     found = {f"iou_{precision}": _iou(maps[precision], real, card) for precision in maps}
     sides = float(np.mean(masks[0] != masks[1]))
-    return {"sections": f"{first}:{stop}", **found, "sides": sides, "mean_difference": float(apart)}
+    return {"sections": f"{box.start[0]}:{box.stop[0]}", **found, "sides": sides, "mean_difference": float(apart)}
 
 
 def _probabilities(
