@@ -76,6 +76,24 @@ def test_a_probe_that_breaks_says_so(tiles, tmp_path):
     assert "absent.safetensors" in probe.table([row])
 
 
+def test_a_candidate_that_ends_its_process_costs_no_other_and_is_tried_again_next_time(tiles, monkeypatch, tmp_path):
+    monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path))
+    wanted = [("torch", "no precision"), ("openvino", "fp32")]
+    for _ in range(2):
+        (broken, fine), kept = probe._cached_rows(model.shipped(), wanted, 1, tiles)
+        assert not kept
+        assert "KeyError: 'no precision'" in broken.refused
+        assert not fine.refused
+
+
+def test_what_is_not_measured_in_time_is_not_taken(tiles, monkeypatch):
+    monkeypatch.setattr(probe, "SECONDS", 0.01)
+    late = probe.measure(model.shipped(), BOTH, 1, tiles)
+    assert [row.name for row in late] == ["openvino fp32", "onnx fp32"]
+    with pytest.raises(UserError, match=r"not measured within .* name one with --backend"):
+        probe.fastest(late)
+
+
 def test_a_run_that_was_begun_stays_with_its_choice(image, tmp_path):
     out = str(tmp_path / "run.partial")
     begun = describe.from_image(volume.open(image), settings(predict={"backend": "onnx"}), out)

@@ -31,12 +31,15 @@ GROSS = 10  # int8 is judged by its held-out IoU; on the tiles it may differ by 
 TIMES = 3  # the median of so many passes is a candidate's speed
 LARGEST_BATCH = 32
 GAIN = 1.05  # a batch twice as large must be faster by this
-SECONDS = 300  # a probe that takes longer is given up
+SECONDS = 300  # what a probe has not measured by then is not taken
 
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate on this machine: million voxels/s, and how far it is from float32. ``refused`` says why not, or nothing."""
+    """A candidate on this machine: million voxels/s, and how far it is from float32. ``refused`` says why not, or nothing.
+
+    ``broken``: its process ended or was too slow, which another time may not happen.
+    """
 
     backend: str
     precision: str
@@ -45,6 +48,7 @@ class Row:
     sides: float = 0.0
     apart: float = 0.0
     refused: str = ""
+    broken: bool = False
 
     @property
     def name(self) -> str:
@@ -123,12 +127,17 @@ def table(rows: list[Row]) -> str:
 
 
 def _cached_rows(path: Path, wanted: list, size: int, batch: np.ndarray) -> tuple[list[Row], bool]:
-    """The measured candidates, and whether they were measured earlier; a cache that cannot be written costs time only."""
+    """The measured candidates, and whether they were measured earlier.
+
+    A cache that cannot be written costs time only. What broke is measured again the next time.
+    """
     file = cache_file(path, wanted, size, batch.shape)
     try:
         return [Row(**row) for row in json.loads(file.read_text())], True
     except (OSError, ValueError, TypeError):
         rows = measure(path, wanted, size, batch)
+    if any(row.broken for row in rows):
+        return rows, False
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.{os.getpid()}")
@@ -151,22 +160,38 @@ def cache_file(path: Path, wanted: list, size: int, shape: tuple) -> Path:
 
 
 def measure(path: Path, wanted: list[tuple[str, str]], size: int, batch: np.ndarray) -> list[Row]:
-    """A row for each candidate, from a process of its own: what it loads and what it breaks is gone afterwards."""
+    """A row for each candidate, from a process of its own: what it loads and what it breaks is gone afterwards.
+
+    One that ends its process is refused, and another process goes on with the next, for `SECONDS` in all.
+    """
+    end, found = time.monotonic() + SECONDS, []
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "tiles.npy"), batch)
-        Path(folder, "wanted.json").write_text(json.dumps({"model": str(path), "wanted": wanted, "batch": size}))
-        command = [sys.executable, "-m", "volseg.probe", folder]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            raise UserError(f"trying backends took more than {SECONDS} s; name one with --backend and --precision") from None
-        found = Path(folder, "rows.jsonl")
-        rows = [Row(**json.loads(line)) for line in found.read_text().splitlines()] if found.exists() else []
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        failed = wanted[len(rows)] if len(rows) < len(wanted) else wanted[-1]
-        rows.append(Row(*failed, refused=f"ended the probe with code {done.returncode}: {last}"))
-    return rows
+        while len(found) < len(wanted):
+            found += _probed(Path(folder), path, wanted[len(found) :], size, end - time.monotonic())
+    return found
+
+
+def _probed(folder: Path, path: Path, wanted: list[tuple[str, str]], size: int, seconds: float) -> list[Row]:
+    """The rows that one process comes to, and a refusal of the candidate that ended it; of all others when time is up."""
+    kept = folder / "rows.jsonl"
+    kept.write_text("")
+    (folder / "wanted.json").write_text(json.dumps({"model": str(path), "wanted": wanted, "batch": size}))
+    command = [sys.executable, "-m", "volseg.probe", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        code, said = done.returncode, done.stderr
+    except subprocess.TimeoutExpired:
+        code = None
+    rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rest = wanted[len(rows) :]
+    if code is None:
+        late = f"not measured within {SECONDS} s; name one with --backend and --precision"
+        return rows + [Row(*pair, refused=late, broken=True) for pair in rest]
+    if code == 0 or not rest:
+        return rows
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    return [*rows, Row(*rest[0], refused=f"ended the probe with code {code}: {last}", broken=True)]
 
 
 def rows(path: Path, wanted: Iterable[tuple[str, str]], size: int, batch: np.ndarray) -> Iterator[Row]:
