@@ -29,7 +29,7 @@ demo: $(READY)
 	@$(BIN)/volseg evaluate demo/em.volseg.zarr demo/em.zarr/labels/truth
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	@$(BIN)/ruff check .
