@@ -298,6 +298,19 @@ def test_other_blocks_from_stored_probabilities_change_nothing(reference, finish
     assert digest(finished) == digest(reference)
 
 
+def test_a_run_whose_volume_was_moved_away_is_decided_and_reviewed_all_the_same(image, finished):
+    for name in ("run.json", "work/run.json"):
+        facts = Path(finished, name).read_text()
+        assert image in facts
+        Path(finished, name).write_text(facts.replace(image, f"{image}-moved"))
+    before = Path(finished, "overlay.png").read_bytes()
+    launch.segment(finished, with_sets("stitch.min_voxels=3000"), show=Quiet())
+    after = Path(finished, "overlay.png").read_bytes()
+    assert before != after
+    assert after.startswith(b"\x89PNG")
+    assert review.review(finished, 1)["picture"].size <= 1
+
+
 class Stops(Quiet):
     """Ends the run where a stage would begin."""
 

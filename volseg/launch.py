@@ -177,7 +177,7 @@ def finish(
     labels = volume.open(run.out, dataset="labels/instances/0")
     with ThreadPoolExecutor(1) as beside:
         histogram = beside.submit(view.volumes, columns)
-        volume.write_bytes(run.out, "overlay.png", view.overlay(run.source, labels, columns))
+        volume.write_bytes(run.out, "overlay.png", view.overlay(view.seen(run.source, run.out), labels, columns))
         volume.write_bytes(run.out, "tables/volumes.png", histogram.result())
     volume.set_group_attributes(
         run.out, "", volume.ome_multiscales("probability", "czyx", [("0", run.voxel_size_nm)])

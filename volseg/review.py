@@ -32,10 +32,12 @@ SHOWN = ("kind", "rule", "margin", "saddle_probability", "contact_faces", "voxel
 
 @dataclass(frozen=True)
 class Reviewed:
-    """A run whose decisions can be told: its description, table of merges, their rows, and its basins (None: cleaned)."""
+    """A run whose decisions can be told: its description, the image that pictures show, its table of merges, their rows,
+    and its basins (None: cleaned)."""
 
     path: str
     run: Run
+    image: volume.Volume
     table: pandas.DataFrame
     rows: np.ndarray | None
     basins: Basins | None
@@ -64,13 +66,14 @@ def load(path: str) -> Reviewed:
     if not volume.exists(f"{path}/tables/merges.parquet"):
         raise UserError(f"{path} has no table of merges: volseg segment {path} writes it")
     run = Run.from_json(json.loads(volume.read_bytes(path, "run.json")))
+    image = view.seen(run.source, path)
     table = pandas.read_parquet(io.BytesIO(volume.read_bytes(path, "tables/merges.parquet")))
     key = f"work/merges/{run.keys['stitch']}.npz"
     if not volume.exists(f"{path}/{key}"):
-        return Reviewed(path, run, table, None, None)
+        return Reviewed(path, run, image, table, None, None)
     basins = _arrays(path, "work/basins.npz")
     stored = Basins(**{name: basins[name] for name in Basins.__dataclass_fields__})
-    return Reviewed(path, run, table, _arrays(path, key)["rows"], stored)
+    return Reviewed(path, run, image, table, _arrays(path, key)["rows"], stored)
 
 
 def _arrays(path: str, key: str) -> dict[str, np.ndarray]:
@@ -88,7 +91,7 @@ def picture(found: Reviewed, i: int) -> np.ndarray:
     size = [min(2 * HALF, n) for n in found.run.shape[1:]]
     y0, x0 = (int(np.clip(at - HALF, 0, n - s)) for at, s, n in zip((y, x), size, found.run.shape[1:], strict=True))
     box = Box((z, y0, x0), (z + 1, y0 + size[0], x0 + size[1]))
-    image = view.grey(found.run.source.read(box)[0])
+    image = view.grey(found.image.read(box)[0])
     apart = sides(found, i, box)
     joined = np.isin(_labels(found, box), [row["label_a"], row["label_b"]]).astype(np.int64)
     panels = [joined, apart] if row["kind"] == "join" else [apart, joined]

@@ -10,10 +10,20 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from volseg.box import Box
-from volseg.volume import Volume
+from volseg.config import UserError
+from volseg.volume import Volume, open_channels
 
 EDGE = 1024  # longest edge of one panel, voxels
 BINS = 30  # of the histogram
+
+
+def seen(source: Volume, run: str) -> Volume:
+    """What pictures of the run at ``run`` show: its source, or where that is gone the mask probabilities that it stored."""
+    try:
+        source.read(Box((0, 0, 0), (1, 1, 1)))
+    except UserError:
+        return open_channels(run, dataset="0")[0]
+    return source
 
 
 def overlay(source: Volume, labels: Volume, columns: dict[str, np.ndarray]) -> bytes:
