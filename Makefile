@@ -25,7 +25,7 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	@mkdir -p demo
 	@$(BIN)/volseg synth demo/em.zarr --shape 96,384,384 --seed 12 --overwrite
-	@$(BIN)/volseg infer demo/em.zarr --overwrite
+	@$(BIN)/volseg infer demo/em.zarr --config configs/touching.toml --overwrite
 	@$(BIN)/volseg evaluate demo/em.volseg.zarr demo/em.zarr/labels/truth
 
 test: $(READY)
