@@ -30,11 +30,15 @@ def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: t
     box = Box((shape[0] - sections, 0, 0), shape)
     path = folder / "image.tif"
     tifffile.imwrite(path, volume.open(image).read(box))
-    predicted = [_predict(path, folder / f"run{i}.volseg.zarr", sets) for i in range(repeats)]
-    run = json.loads((folder / "run0.volseg.zarr/run.json").read_text())
-    slab = _normalised(tifffile.imread(path), run)
+    runs = {"auto": sets, "fp32": (*sets, "predict.precision=fp32")}
+    predicted = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, changes in runs.items():
+            predicted[name].append(_predict(path, folder / f"{name}.volseg.zarr", changes))
+    told = {name: json.loads((folder / f"{name}.volseg.zarr/run.json").read_text()) for name in runs}
+    slab = _normalised(tifffile.imread(path), told["auto"])
     candidates = {
-        f"bare model, {run['engine']['backend']} {run['engine']['precision']}, tiles in memory": partial(_bare, slab, run),
+        **{_bare_name(run): partial(_bare, slab, run) for run in told.values()},
         **{f"MONAI sliding_window_inference, {name}": call for name, call in _monai(slab[: few + 2]).items()},
         "dask map_overlap + torch fp32": partial(_map_overlap, slab[: few + 2]),
     }
@@ -44,18 +48,24 @@ def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: t
         results[name] = call()
 
     took = side_by_side({name: partial(keep, name, call) for name, call in candidates.items()}, repeats)
-    stored = np.asarray(volume.open_array(str((folder / "run0.volseg.zarr").resolve()), "0"))
     exact = results["MONAI sliding_window_inference, fp32, whole planes"]
-    speed = {"volseg predict, end to end": sections / median(predicted)}
+    ours = {name: f"volseg predict, end to end, {run['engine']['precision']}" for name, run in told.items()}
+    speed = {ours[name]: sections / median(predicted[name]) for name in runs}
     speed.update({name: len(results[name]) / seconds for name, seconds in took.items()})
-    first = next(iter(speed.values()))
+    for name, row in ours.items():
+        stored = np.asarray(volume.open_array(str((folder / f"{name}.volseg.zarr").resolve()), "0"))
+        results[row] = stored.transpose(1, 0, 2, 3)[1:-1]
     plane = shape[1] * shape[2] / 1e6
-    results["volseg predict, end to end"] = stored.transpose(1, 0, 2, 3)[1:-1]
     report.keep("throughput", [
-        {"way": name, "Mvoxel/s": round(planes * plane, 2), "volseg is x": round(first / planes, 2),
+        {"way": name, "Mvoxel/s": round(planes * plane, 2),
+         **{f"volseg {key} is x": round(speed[row] / planes, 2) for key, row in ours.items()},
          **_difference(results[name], exact)}
         for name, planes in speed.items()
     ])  # fmt: skip
+
+
+def _bare_name(run: dict) -> str:
+    return f"bare model, {run['engine']['backend']} {run['engine']['precision']}, tiles in memory"
 
 
 def _predict(path: Path, out: Path, sets: tuple[str, ...]) -> float:
@@ -82,7 +92,7 @@ def _bare(slab: np.ndarray, run: dict) -> np.ndarray:
     """The backend alone over tiles that lie in memory, on all cores."""
     threads = cluster.CPU_COUNT
     grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP)
-    blob = forward.prepare(model.shipped(), run["engine"]["backend"])
+    blob = forward.prepare(model.shipped(), run["engine"]["backend"], run["engine"]["precision"])
     shape = (1, 3, *grid.size)
     network = forward.load(blob, run["engine"]["backend"], run["engine"]["precision"], shape, threads)
     batches = ((z, np.ascontiguousarray(window)[None]) for z, window in enumerate(_windows(slab)))
