@@ -142,7 +142,8 @@ def _map_overlap(slab: np.ndarray) -> np.ndarray:
         lazy = dask.array.from_array(window, chunks=(3, 512, 512))
         grown = dask.array.overlap.overlap(lazy, {0: 0, 1: OVERLAP, 2: OVERLAP}, "reflect")
         done = grown.map_blocks(infer, chunks=(2, *grown.chunks[1:]), dtype=np.float32)
-        return dask.array.overlap.trim_internal(done, {0: 0, 1: OVERLAP, 2: OVERLAP}).compute(scheduler="threads")
+        depth, edge = {0: 0, 1: OVERLAP, 2: OVERLAP}, "reflect"  # so that what the reflection added is trimmed too
+        return dask.array.overlap.trim_internal(done, depth, edge).compute(scheduler="threads")
 
     return np.stack([section(np.ascontiguousarray(window)) for window in _windows(slab)])
 
