@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from scipy import ndimage
@@ -32,8 +33,10 @@ CONFIG = Config()
 
 def measure(run: str, sections: int, repeats: int) -> None:
     """A row for each method: seconds, speed and memory, and how many objects it finds at four block sizes."""
-    make = partial(_arguments, run, sections)
-    probability, _ = make(TIMED)
+    folder = TemporaryDirectory()
+    probability, stored = _probability(run, sections), Path(folder.name, "probability.npy")
+    np.save(stored, probability)
+    make = partial(_arguments, stored)
     share = float((_landscape(probability)[0] != fragments.OUTSIDE).mean())
     methods = {
         "volseg": ours, "scikit-image watershed, whole volume": whole, "dask-image label (no watershed)": components,
@@ -56,18 +59,24 @@ def measure(run: str, sections: int, repeats: int) -> None:
         })  # fmt: skip
     print(f"{probability[0].size / 1e6:.1f} million voxels, {100 * share:.1f} % in the mask; blocks of {TIMED}")
     report.keep("instances", rows)
+    folder.cleanup()
     print(f"\nscikit-image / volseg, seconds: {rows[1]['s'] / rows[0]['s']:.2f}")
 
 
-def _arguments(run: str, sections: int, side: int) -> tuple[np.ndarray, int]:
-    """uint8 probabilities (mask, contour; z y x), the last sections of a run's or of a synthetic volume, and ``side``."""
+def _arguments(stored: Path, side: int) -> tuple[np.ndarray, int]:
+    """What a method is called with: stored probabilities, in memory, and the side of a block."""
+    return np.load(stored), side
+
+
+def _probability(run: str, sections: int) -> np.ndarray:
+    """uint8 probabilities (mask, contour; z y x): the last sections of a run's, or a synthetic volume's."""
     if run:
-        return np.asarray(volume.open_array(str(Path(run).resolve()), "0")[:2, -sections:]), side
+        return np.asarray(volume.open_array(str(Path(run).resolve()), "0")[:2, -sections:])
     labels = synth(Box((0, 0, 0), SHAPE), seed=5)[1]
     steps = [np.diff(labels, axis=axis, append=labels.take([-1], axis)) != 0 for axis in range(3)]
     noise = np.random.default_rng(0).normal(0, 12, (2, *SHAPE))
     fields = [ndimage.gaussian_filter(255.0 * field, 1.5) for field in (labels > 0, np.any(steps, axis=0))]
-    return np.clip(np.stack(fields) + noise, 0, 255).astype(np.uint8), side
+    return np.clip(np.stack(fields) + noise, 0, 255).astype(np.uint8)
 
 
 def _landscape(probability: np.ndarray) -> tuple[np.ndarray, int]:

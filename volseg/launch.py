@@ -268,7 +268,7 @@ def synthesise(out: str, shape: Triple, block: Triple, *, seed: int, overwrite: 
 
     Any block shape gives the same voxels. Voxels are 5 nm along each axis.
     """
-    from volseg.synth import synth
+    from volseg.synth import VOXEL_SIZE_NM, synth
 
     if volume.exists(out) and not overwrite:
         raise UserError(f"output {out} exists; give another path, or --overwrite to replace it")
@@ -282,10 +282,9 @@ def synthesise(out: str, shape: Triple, block: Triple, *, seed: int, overwrite: 
         volume.create_group(f"{partial}{group}")
     for name, kind in (("0", "uint8"), ("labels/truth/0", dtype)):
         volume.create_array(partial, name, shape=shape, dtype=kind, chunk=(32, 256, 256), shard=grid.block, axes="zyx")
-    nm = (5.0, 5.0, 5.0)
-    volume.set_group_attributes(partial, "", volume.ome_multiscales("synthetic EM", "zyx", [("0", nm)]))
+    volume.set_group_attributes(partial, "", volume.ome_multiscales("synthetic EM", "zyx", [("0", VOXEL_SIZE_NM)]))
     volume.set_group_attributes(partial, "labels", {"ome": {"version": "0.5", "labels": ["truth"]}})
-    truth = volume.ome_multiscales("truth", "zyx", [("0", nm)], source="../../")
+    truth = volume.ome_multiscales("truth", "zyx", [("0", VOXEL_SIZE_NM)], source="../../")
     volume.set_group_attributes(partial, "labels/truth", truth)
     advance = show.stage("synth", prod(shape), 0)
     for box in grid:
