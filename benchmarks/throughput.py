@@ -18,6 +18,7 @@ from benchmarks.repeat import side_by_side
 from volseg import cluster, forward, model, tiles, volume
 from volseg.box import Box
 from volseg.config import Config
+from volseg.grey import standardised
 
 OVERLAP = 64  # voxels, of the peers' windows as of volseg's tiles
 
@@ -36,7 +37,7 @@ def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: t
         for name, changes in runs.items():
             predicted[name].append(_predict(path, folder / f"{name}.volseg.zarr", changes))
     told = {name: json.loads((folder / f"{name}.volseg.zarr/run.json").read_text()) for name in runs}
-    slab = _normalised(tifffile.imread(path), told["auto"])
+    slab = standardised(tifffile.imread(path), told["auto"]["mean"], told["auto"]["std"])
     candidates = {
         **{_bare_name(run): partial(_bare, slab, run) for run in told.values()},
         **{f"MONAI sliding_window_inference, {name}": call for name, call in _monai(slab[: few + 2]).items()},
@@ -77,10 +78,6 @@ def _predict(path: Path, out: Path, sets: tuple[str, ...]) -> float:
     subprocess.run([*line, *(part for text in sets for part in ("--set", text))], check=True, stderr=subprocess.DEVNULL)
     facts = json.loads((out / "run.json").read_text())
     return sum(facts["worker_seconds"]["predict"].values()) / facts["workers"]
-
-
-def _normalised(image: np.ndarray, run: dict) -> np.ndarray:
-    return (image.astype(np.float32) - np.float32(run["mean"])) * np.float32(1 / run["std"])
 
 
 def _windows(slab: np.ndarray) -> np.ndarray:

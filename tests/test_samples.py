@@ -5,6 +5,7 @@ import pytest
 import tifffile
 
 from volseg.config import Train, TrainData, UserError
+from volseg.heldout import plane_targets
 from volseg.samples import batch, batches, context, load_sources, mixed, unlabelled
 from volseg.targets import UNLABELLED
 
@@ -246,5 +247,8 @@ def test_a_wall_in_the_plane_is_contour_and_counts_more(tmp_path):
     targets = np.concatenate([batch(sources, knobs, step)[1] for step in range(6)])
     assert set(np.unique(targets[:, 2])) == {1, knobs.contact_weight}
     assert targets[:, 1][targets[:, 2] > 1].all()
+    aims, _ = plane_targets(source, 5, knobs)
+    assert aims[1, 50, 50] == 1
+    assert plane_targets(source, 1, knobs)[0][1, 50, 50] == 0
     (source,) = load_sources(_write(tmp_path, label * 90, label, voxel_size_nm=(50, 5, 5)))
     assert not source.touching.any()

@@ -28,6 +28,10 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; see configs/.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
+Model = Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")]
+Out = Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")]
+Scheduler = Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")]
 Mask = Annotated[str, typer.Option("--mask", metavar="VOLUME", help="Do nothing where this volume is 0; may be coarser.")]
 Roi = Annotated[str, typer.Option("--roi", metavar="z0:z1,y0:y1,x0:x1", help="Do only this part.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -133,12 +137,12 @@ class Progressed:
 @app.command()
 def infer(
     volume: Annotated[str, typer.Argument(help="zarr array, OME-Zarr group, multi-page TIFF, or folder of slices.")],
-    model: Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")] = "",
-    out: Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")] = "",
+    model: Model = "",
+    out: Out = "",
     config: ConfigFile = None,
     sets: Sets = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
-    scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
+    workers: Workers = None,
+    scheduler: Scheduler = "",
     backend: Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")] = "",
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")] = "",
     mask: Mask = "",
@@ -146,11 +150,8 @@ def infer(
     overwrite: Overwrite = False,
 ) -> None:
     """Segment a volume: labels, object table, probabilities and a picture."""
-    given = {
-        "predict.model": model, "predict.backend": backend, "predict.precision": precision, "input.mask": mask,
-        "input.roi": roi, "cluster.workers": workers, "cluster.scheduler": scheduler,
-    }  # fmt: skip
-    settings = _of_model(config, sets, given)
+    engine = {"predict.backend": backend, "predict.precision": precision}
+    settings = _of_model(config, sets, _given(model, mask, roi, workers, scheduler) | engine)
     _expect_workers(settings)
 
     from volseg import launch
@@ -162,12 +163,12 @@ def infer(
 @app.command()
 def plan(
     volume: Annotated[str, typer.Argument(help="What volseg infer would be given.")],
-    model: Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")] = "",
-    out: Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")] = "",
+    model: Model = "",
+    out: Out = "",
     config: ConfigFile = None,
     sets: Sets = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
-    scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
+    workers: Workers = None,
+    scheduler: Scheduler = "",
     mask: Mask = "",
     roi: Roi = "",
     price: Annotated[float | None, typer.Option("--price-per-hour", min=0.0, help="Of all workers together.")] = None,
@@ -177,9 +178,7 @@ def plan(
 
     Exit code 2, with what to set, where it would not fit memory or disk.
     """
-    given = {"predict.model": model, "input.mask": mask, "input.roi": roi, "cluster.workers": workers,
-             "cluster.scheduler": scheduler}  # fmt: skip
-    settings = _of_model(config, sets, given)
+    settings = _of_model(config, sets, _given(model, mask, roi, workers, scheduler))
     from dataclasses import asdict
 
     from volseg import launch
@@ -192,6 +191,12 @@ def plan(
     typer.echo(json.dumps(told, indent=1) if as_json else planning.table(made, price))
     if refusal:
         raise refusal
+
+
+def _given(model: str, mask: str, roi: str, workers: int | None, scheduler: str) -> dict[str, str | int | None]:
+    """The settings behind the options that an inference and its plan share."""
+    return {"predict.model": model, "input.mask": mask, "input.roi": roi, "cluster.workers": workers,
+            "cluster.scheduler": scheduler}  # fmt: skip
 
 
 def _of_model(config: Path | None, sets: list[str] | None, given: dict[str, str | int | None]) -> Config:
@@ -222,11 +227,11 @@ def segment(
         typer.Option("--inverted", metavar="mask|contour|distance", help="Take 1 - value of this channel; repeatable. "
                      "A membrane map is --inverted mask: objects are where it is low."),
     ] = None,
-    out: Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")] = "",
+    out: Out = "",
     config: ConfigFile = None,
     sets: Sets = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
-    scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
+    workers: Workers = None,
+    scheduler: Scheduler = "",
     mask: Mask = "",
     roi: Roi = "",
     overwrite: Overwrite = False,
@@ -457,7 +462,7 @@ def tune(
 @app.command()
 def backends(
     volume: Annotated[str, typer.Argument(help="A volume; some of its tiles are tried.")],
-    model: Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")] = "",
+    model: Model = "",
     config: ConfigFile = None,
     sets: Sets = None,
 ) -> None:
@@ -554,7 +559,7 @@ def clean(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
 
 @app.command()
 def settings(
-    model: Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")] = "",
+    model: Model = "",
     config: ConfigFile = None,
     sets: Sets = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

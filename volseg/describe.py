@@ -13,11 +13,10 @@ import numpy as np
 from volseg import cluster, folder, foreign, forward, machine, memory, model, probe, tiles, volume, wanted
 from volseg.box import Box
 from volseg.config import Cluster, Config, UserError
-from volseg.grey import normalisation
+from volseg.grey import normalisation, standardised
 from volseg.run import Run, blocks, redundancy
 
 CHANNELS = ("mask", "contour")
-ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which other planes look like xy planes
 
 
 def from_image(source: volume.Volume, config: Config, out: str) -> Run:
@@ -27,7 +26,7 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     if tuple(card["heads"]) != CHANNELS:
         raise UserError(f"{path} has heads {card['heads']}; the watershed wants {list(CHANNELS)}: train such a model")
     if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
-        raise UserError(f"{source.path} holds {source.dtype}; inference wants grey values")
+        raise UserError(f"{source.path} holds {source.dtype}; inference wants grey values: convert it to uint8 or float32")
     voxel_size_nm = source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0))
     _refuse_anisotropic(config.predict.planes, voxel_size_nm)
     slab, block = blocks(source.shape, config.blocks.shape, source.chunk[0])
@@ -117,7 +116,7 @@ def check_channels(run: Run) -> None:
 
 def _refuse_anisotropic(planes: tuple[str, ...], voxel_size_nm: tuple[float, float, float]) -> None:
     """Refuses planes in which the network would see objects stretched."""
-    if planes != ("xy",) and max(voxel_size_nm) > ISOTROPIC * min(voxel_size_nm):
+    if planes != ("xy",) and not volume.isotropic(voxel_size_nm):
         size = " x ".join(f"{n:g}" for n in voxel_size_nm)
         raise UserError(f"predict.planes = {list(planes)} wants voxels about as long along z as in the plane, these are {size} "
                         "nm: use predict.planes = ['xy'], or correct input.voxel_size_nm")  # fmt: skip
@@ -182,8 +181,8 @@ def normalised_tile(
     y, x = place
     start, stop = (y.start, x.start), (min(y.stop, source.shape[1]), min(x.stop, source.shape[2]))
     planes = np.concatenate([source.read(Box((int(k), *start), (int(k) + 1, *stop))) for k in near])
-    cut = tiles.cut(planes, slice(0, y.stop - y.start), slice(0, x.stop - x.start)).astype(np.float32)
-    return (cut - np.float32(norm[0])) * np.float32(1 / norm[1])
+    cut = tiles.cut(planes, slice(0, y.stop - y.start), slice(0, x.stop - x.start))
+    return standardised(cut, *norm)
 
 
 # ---------------------------------------------------------------- in words

@@ -37,6 +37,7 @@ from volseg import fragments as basins
 from volseg.box import Box, back, turned
 from volseg.config import UserError
 from volseg.decide import decide, label_dtype, rules
+from volseg.grey import standardised
 from volseg.run import Run, bits, level_of, tiles_of
 
 INFERS = threading.Lock()  # held by the task of this process that infers, while others read and write
@@ -102,7 +103,7 @@ def _infer(
         while some := list(islice(kept, run.batch)):
             batch = np.zeros((run.batch, run.sections, *grid.size), np.float32)
             for row, (_, tile) in zip(batch, some, strict=False):
-                row[:] = normalised(run, tile)
+                row[:] = standardised(tile, run.mean, run.std)
             yield [key for key, _ in some], batch
 
     blend, at, count = tiles.Blend(len(run.heads), grid, y, x), None, 0
@@ -149,11 +150,6 @@ def reader(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> Ca
         return tiles.cut(slab[near], y, x)
 
     return tile_at
-
-
-def normalised(run: Run, tile: np.ndarray) -> np.ndarray:
-    """A tile as the network takes it, float32."""
-    return (tile.astype(np.float32) - np.float32(run.mean)) * np.float32(1 / run.std)
 
 
 def take(run: Run, i: int, seconds: dict[str, float]) -> None:

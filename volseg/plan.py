@@ -23,6 +23,7 @@ from volseg import cluster, describe, forward, machine, memory, model, objects, 
 from volseg import fragments as basins
 from volseg.box import Box, Triple, back, turned
 from volseg.config import Fragments, UserError
+from volseg.grey import standardised
 from volseg.run import Run, bits, redundancy
 
 START = 4.0  # seconds until workers are there, and for the table and the picture; a rough figure
@@ -303,7 +304,7 @@ def _sample(run: Run) -> np.ndarray:
     first = min(max(0, z - count // 2), depth - count)
     box = Box((first, place[0].start, place[1].start), (first + count, min(place[0].stop, rows), min(place[1].stop, columns)))
     tile_at = pipeline.reader(run, plane, box.turned(back(axes)), [tile])
-    return np.stack([pipeline.normalised(run, tile_at(at, tile)) for at in range(first, first + count)])
+    return np.stack([standardised(tile_at(at, tile), run.mean, run.std) for at in range(first, first + count)])
 
 
 def _together(folder: str, count: int) -> list[dict]:
@@ -327,7 +328,8 @@ def _together(folder: str, count: int) -> list[dict]:
     for process, text in zip(started, said, strict=True):
         if process.returncode:
             last = (text.strip().splitlines() or ["it said nothing"])[-1]
-            raise UserError(f"the probe of a few tiles ended with code {process.returncode}: {last}")
+            raise UserError(f"the probe of a few tiles ended with code {process.returncode}: {last}; mend that, or give "
+                            "another predict.backend; volseg infer does without a probe")  # fmt: skip
     return [json.loads(Path(folder, f"{i}.json").read_text()) for i in range(count)]
 
 

@@ -23,7 +23,6 @@ from volseg.targets import UNLABELLED, contacts, mask_and_contour, normalise_lab
 KEPT_SPOTS = 200_000  # foreground positions remembered per volume
 FOREGROUND = 0.5  # share of patches centred near an object
 CONTACT = 0.4  # share of these centred near a contact of two objects, where there is one
-ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which contacts are looked for across sections
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +88,12 @@ def _load(data: TrainData, knobs: Train, where: str) -> Source:
     found = (_synthesise if made else _read)(data, first, annotated)
     learn, held, free = (tuple(z - first for z in sections) for sections in (learn, held, free))
     spots = _spots(found["labels"], list(learn), where)
-    touching = contacts(found["labels"], knobs.contour_width, _isotropic(found["voxel_size_nm"]))
+    size = found["voxel_size_nm"]  # where nobody says, sections may lie far apart
+    touching = contacts(found["labels"], knobs.contour_width, size is not None and volume.isotropic(size))
     return Source(
         first=first, learn=learn, held=held, free=free, spots=spots, share=data.share, depth=depth, touching=touching,
         meetings=_positions(np.flatnonzero(touching[list(learn)]), learn, touching.shape), **found,
     )  # fmt: skip
-
-
-def _isotropic(voxel_size_nm: tuple[float, float, float] | None) -> bool:
-    """Whether sections lie about as close as voxels do; where nobody says, they do not."""
-    return voxel_size_nm is not None and max(voxel_size_nm) <= ISOTROPIC * min(voxel_size_nm)
 
 
 def _free(data: TrainData, learn: list[int], held: list[int], around: int, depth: int) -> list[int]:

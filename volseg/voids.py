@@ -131,9 +131,7 @@ def _numbered(region, regions):
                     back = False
                 else:
                     if runs == parent.size:
-                        grown = np.empty(2 * runs, np.int64)
-                        grown[:runs] = parent
-                        parent = grown
+                        parent = _doubled(parent)
                     n = runs
                     parent[n] = n
                     runs += 1
@@ -163,6 +161,14 @@ def _numbered(region, regions):
         voxels[n - 1] += 1
         flat[v] = regions + n
     return out, voxels, first
+
+
+@njit(cache=True, nogil=True)
+def _doubled(full):
+    """``full`` with as much room again behind it."""
+    grown = np.empty(2 * full.size, full.dtype)
+    grown[: full.size] = full
+    return grown
 
 
 @njit(cache=True, nogil=True)
@@ -205,9 +211,7 @@ def _touching(place, regions):
                         continue
                     last[axis] = code
                     if used == out.size:
-                        grown = np.empty(2 * used, np.int64)
-                        grown[:used] = out
-                        out = grown
+                        out = _doubled(out)
                     out[used] = code
                     used += 1
     return out[:used]

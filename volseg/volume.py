@@ -59,6 +59,7 @@ NM = {
 TIFF = (".tif", ".tiff", ".btf", ".tf8")
 SLICES = (".tif", ".tiff", ".png")
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
+ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which all planes look alike
 CHANNEL = ("c", "ch", "channel", "channels")  # what a channel axis is called
 FEW = 4  # entries of an axis without a name that is taken for channels
 CACHE_BYTES = 128 << 20  # decoded TIFF strips and PNG slices kept per file or folder
@@ -165,6 +166,15 @@ def patches(shape: Triple) -> list[Box]:
         tuple(k % 16 * (n - s) // 15 for k, n, s in zip((i, 5 * i, 11 * i), shape, size, strict=True)) for i in range(16)
     ]
     return [Box(at, tuple(a + s for a, s in zip(at, size, strict=True))) for at in places]
+
+
+def isotropic(voxel_size_nm: TripleNm) -> bool:
+    """Whether voxels are about as long along z as in the plane: the longest edge at most `ISOTROPIC` times the shortest.
+
+    >>> isotropic((5.0, 4.0, 4.0)), isotropic((50.0, 4.6, 4.6))
+    (True, False)
+    """
+    return max(voxel_size_nm) <= ISOTROPIC * min(voxel_size_nm)
 
 
 def open(path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None = None) -> Volume:
