@@ -40,3 +40,13 @@ def test_a_heavy_voxel_counts_as_so_many():
     heavy = dice(logits, target, torch.tensor([[3.0, 1.0, 1.0]]))
     assert heavy == pytest.approx(float(dice(logits[:, many], target[:, many], torch.ones(1, 5))))
     assert 0 <= heavy <= 1
+
+
+def test_a_distance_that_is_right_costs_least():
+    aims = torch.tensor([0.0, 0.3, 0.9]).reshape(1, 1, 1, 3).repeat(1, 3, 1, 1)
+    right = torch.logit(aims, eps=1e-6)
+    cost = [
+        float(loss_of(torch.cat([right[:, :2], right[:, 2:] + change], 1), aims, torch.ones_like(aims), Train(distance_nm=100)))
+        for change in (-0.5, -0.1, 0, 0.1, 0.5)
+    ]
+    assert cost[0] > cost[1] > cost[2] < cost[3] < cost[4]

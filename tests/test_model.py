@@ -158,3 +158,13 @@ def test_the_shipped_model_loads_and_is_small():
     assert model.shipped().stat().st_size <= 12e6
     assert card["heads"] == list(model.HEADS)
     assert 0 < card["decode"]["fragments"]["threshold"] < 1
+
+
+def test_a_head_more_leaves_the_others_as_they_are():
+    network = model.build(model.PRETRAINED, SMALL, 3).eval()
+    more = model.with_heads(network, CARD, (*model.HEADS, "distance"))
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = network(image), more(image)
+    assert after.shape[1] == 3
+    torch.testing.assert_close(after[:, :2], before)

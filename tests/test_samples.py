@@ -252,3 +252,21 @@ def test_a_wall_in_the_plane_is_contour_and_counts_more(tmp_path):
     assert plane_targets(source, 1, knobs)[0][1, 50, 50] == 0
     (source,) = load_sources(_write(tmp_path, label * 90, label, voxel_size_nm=(50, 5, 5)))
     assert not source.touching.any()
+
+
+def test_a_distance_is_learnt_where_it_is_asked_for(tmp_path):
+    label = np.zeros((9, 96, 96), np.uint8)
+    label[:, 20:80, 20:50], label[:, 20:80, 50:80] = 1, 2
+    changes = {"distance_nm": 50, "augment": ()}
+    knobs = _write(tmp_path, label * 90, label, voxel_size_nm=(40, 5, 5), train=("0:4", 7)).model_copy(update=changes)
+    (source,) = load_sources(knobs)
+    assert source.distance[2, 50, [19, 20, 35, 49, 50, 64]].tolist() == [0, 26, 255, 26, 26, 255]
+    assert not source.distance[5].any()
+    (targets,) = batch([source], knobs.model_copy(update={"batch": 1}), 0)[1]
+    assert targets.shape[0] == 4
+    assert ((targets[2] > 0) == (targets[0] > 0)).all()
+    aims, weights = plane_targets(source, 2, knobs)
+    assert aims.shape == weights.shape == (3, 96, 96)
+    assert float(aims[2, 50, 35]) == 1
+    with pytest.raises(UserError, match="voxel_size_nm"):
+        load_sources(_write(tmp_path, label * 90, label).model_copy(update=changes))

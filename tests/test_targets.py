@@ -7,7 +7,7 @@ from scipy import ndimage
 from volseg import volume
 from volseg.box import Box
 from volseg.config import UserError
-from volseg.targets import UNLABELLED, contacts, describe, mask_and_contour, normalise_labels, parse_sections
+from volseg.targets import UNLABELLED, contacts, describe, distances, mask_and_contour, normalise_labels, parse_sections
 
 
 @pytest.fixture
@@ -184,3 +184,21 @@ def test_nobody_touches_what_nobody_annotated():
     labels = np.full((1, 1, 4), UNLABELLED)
     labels[..., :2] = 1
     assert not contacts(labels, 2, across=True).any()
+
+
+@pytest.mark.parametrize("size", [(5, 5, 5), (50, 4, 6)])
+def test_distances_are_those_of_a_search_of_all_voxels(size):
+    rng = np.random.default_rng(0)
+    labels = np.kron(rng.integers(0, 3, (2, 3, 3)), np.ones((2, 4, 4))).astype(np.uint32)
+    labels[0, :2, :2] = UNLABELLED
+    at = np.argwhere(np.ones(labels.shape)) * size
+    gap = np.linalg.norm(at[:, None] - at[None], axis=2)
+    ids = labels.ravel()
+    other = (ids[:, None] != ids[None]) & (ids[None] != UNLABELLED)
+    nearest = np.where(other, gap, np.inf).min(axis=1)
+    wanted = np.where((ids == 0) | (ids == UNLABELLED), 0, np.minimum(nearest / 20, 1) * 255).reshape(labels.shape)
+    assert np.abs(distances(labels, size, 20) - wanted).max() <= 0.5
+
+
+def test_an_object_without_end_is_far_from_it():
+    assert (distances(np.ones((2, 3, 4), np.uint32), (5, 5, 5), 100) == 255).all()

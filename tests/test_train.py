@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import zarr
 from safetensors.torch import load_file
 
-from volseg import checkpoint, model, parallel
+from tests.test_pipeline import Quiet, digest
+from volseg import checkpoint, launch, model, parallel
 from volseg.checkpoint import State
 from volseg.config import Config, Train, UserError, resolve
 from volseg.heldout import THRESHOLDS
@@ -124,6 +126,23 @@ def test_self_training_learns_where_the_averaged_network_is_sure(tables, tmp_pat
     aims, sure = guess(Teacher(), images, Train(precision="fp32"))
     assert aims[0, :, 0].tolist() == [[0, 0, 1, 1]] * 2
     assert sure[0, :, 0].tolist() == [[1, 0, 0, 1], [1, 1, 1, 1]]
+
+
+def test_a_distance_head_is_learnt_on_top_of_a_model_and_cuts_alike_in_any_blocks(whole_run, tables, tmp_path):
+    data = [{**tables["data"][0], "voxel_size_nm": [5, 5, 5], "train": [0, 4]}]
+    changes = {"data": data, "distance_nm": 50, "start": str(whole_run[0] / "model.safetensors")}
+    path = train(config_of(tables, tmp_path / "run", **changes, self_training=0.5, self_training_after=0.5), print)
+    assert model.load_card(path)["heads"] == ["mask", "contour", "distance"]
+    found = []
+    for block in ([8, 96, 96], [3, 40, 96]):
+        out = str(tmp_path / f"{block[0]}.volseg.zarr")
+        told = {"predict": {"model": str(path), "tile": 64, "overlap": 32}, "cluster": {"workers": 1, "dashboard": ""}}
+        cut = {"fragments": {"height": "head", "threshold": 0.1}, "stitch": {"seed": 0.1, "min_voxels": 0}}
+        config = resolve(("test", {**told, **cut, "blocks": {"shape": block}}))
+        launch.infer(data[0]["image"], out, config, overwrite=False, show=Quiet())
+        found.append(digest(out))
+        assert zarr.open_array(f"{out}/0", mode="r").shape[0] == 3
+    assert found[0] == found[1]
 
 
 def test_ctrl_c_ends_a_run_in_one_line(tables, tmp_path):

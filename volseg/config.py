@@ -184,6 +184,8 @@ class Train(Section):
     contour_weight: Annotated[float, Field(ge=0)] = 0.5
     contour_width: Size = 2  # voxels on each side of an object's border, in the plane
     contact_weight: Annotated[int, Field(ge=1, le=255)] = 4  # of the contour's voxels where two objects touch
+    distance_nm: Annotated[float, Field(ge=0)] = 0.0  # a third head learns the distance to an object's end, up to this; 0: none
+    distance_weight: Annotated[float, Field(ge=0)] = 1.0  # of that head's loss
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
     augment: tuple[Literal["flip", "affine", "elastic", "grey", "neighbours"], ...] = (
         "flip", "affine", "elastic", "grey", "neighbours",
@@ -197,6 +199,11 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the least that the device computes in hardware
     processes: Count = 0  # that train together; 0 takes one per GPU
     out: str = "runs/train"
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """What the network tells of each voxel, in the order of its channels."""
+        return ("mask", "contour", "distance") if self.distance_nm else ("mask", "contour")
 
 
 class Tune(Section):

@@ -16,15 +16,14 @@ from volseg.config import Cluster, Config, UserError
 from volseg.grey import normalisation, standardised
 from volseg.run import Run, blocks, redundancy
 
-CHANNELS = ("mask", "contour")
-
 
 def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     """The run as plain data, every choice made."""
     path = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(path)
-    if tuple(card["heads"]) != CHANNELS:
-        raise UserError(f"{path} has heads {card['heads']}; the watershed wants {list(CHANNELS)}: train such a model")
+    if tuple(card["heads"]) not in (foreign.NAMES[:2], foreign.NAMES):
+        raise UserError(f"{path} has heads {card['heads']}; the watershed wants mask and contour, perhaps distance: train "
+                        "such a model")  # fmt: skip
     if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
         raise UserError(f"{source.path} holds {source.dtype}; inference wants grey values: convert it to uint8 or float32")
     voxel_size_nm = source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0))

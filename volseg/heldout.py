@@ -31,10 +31,10 @@ TILE, MARGIN = 1280, 64  # a longer plane is predicted in parts of TILE that see
 
 
 def plane_logits(network: torch.nn.Module, source: Source, z: int, knobs: Train) -> torch.Tensor:
-    """(2, Y, X) float32 logits on the CPU for a whole section."""
+    """(heads, Y, X) float32 logits on the CPU for a whole section."""
     raw = source.image[context(z, knobs.sections, len(source.image))]
     height, width = plane = raw.shape[1:]
-    out = torch.empty(2, height, width)
+    out = torch.empty(len(knobs.heads), height, width)
     was_training = network.training
     network.eval()
     for y, x in product(range(0, height, TILE), range(0, width, TILE)):
@@ -49,7 +49,7 @@ def plane_logits(network: torch.nn.Module, source: Source, z: int, knobs: Train)
 
 
 def _logits(network: torch.nn.Module, image: np.ndarray, knobs: Train) -> torch.Tensor:
-    """(2, Y, X) for a standardised image (sections, Y, X), its edges mirrored to a multiple of 32."""
+    """(heads, Y, X) for a standardised image (sections, Y, X), its edges mirrored to a multiple of 32."""
     device = next(network.parameters()).device
     height, width = image.shape[1:]
     padded = np.pad(image.astype(np.float32), ((0, 0), (0, -height % 32), (0, -width % 32)), mode="symmetric")
@@ -87,12 +87,14 @@ def _cpu_has_bf16() -> bool:
 
 
 def plane_targets(source: Source, z: int, knobs: Train) -> tuple[torch.Tensor, torch.Tensor]:
-    """Aims and weights of a whole section, both (2, Y, X) float32: mask and contour."""
+    """Aims and weights of a whole section, both (heads, Y, X) float32."""
     labels = source.labels[z]
     valid = labels != UNLABELLED
     mask, contour = mask_and_contour(np.where(valid, labels, 0), knobs.contour_width)
-    aims = np.stack([mask, contour | source.touching[z]])
-    return torch.from_numpy(aims).float(), torch.from_numpy(valid).float().expand(2, -1, -1)
+    aims = [mask, contour | source.touching[z]]
+    if source.distance is not None:
+        aims.append(source.distance[z] / np.float32(255))
+    return torch.from_numpy(np.stack(aims)).float(), torch.from_numpy(valid).float().expand(len(aims), -1, -1)
 
 
 def validate(network: torch.nn.Module, sources: list[Source], knobs: Train) -> dict:
@@ -121,7 +123,7 @@ def _score(network: torch.nn.Module, source: Source, z: int, knobs: Train) -> tu
 
 @dataclass(frozen=True, eq=False)
 class Slab:
-    """Consecutive held-out sections: probabilities uint8 (mask, contour; z y x) as a run stores them, and the truth."""
+    """Consecutive held-out sections: probabilities uint8 (heads; z y x) as a run stores them, and the truth."""
 
     chance: np.ndarray
     labels: np.ndarray

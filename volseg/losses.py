@@ -9,9 +9,10 @@ from volseg.config import Train
 
 
 def loss_of(logits: torch.Tensor, aims: torch.Tensor, weights: torch.Tensor, knobs: Train) -> torch.Tensor:
-    """Pixel loss plus Dice on the mask, and ``contour_weight`` times the same on the contour.
+    """Pixel loss plus Dice on the mask, ``contour_weight`` times the same on the contour, and the distance's cross-entropy.
 
-    All are (B, 2, Y, X), mask and contour; ``aims`` are 0 or 1, ``weights`` at least 0.
+    All are (B, 2 or 3, Y, X): mask, contour and, where ``distance_nm`` asks for it, distance. ``aims`` are 0 or 1, of the
+    distance anything between; ``weights`` are at least 0.
     """
     pixel = focal if knobs.loss == "focal" else cross_entropy
     scale = knobs.focal_scale if knobs.loss == "focal" else 1.0
@@ -19,7 +20,10 @@ def loss_of(logits: torch.Tensor, aims: torch.Tensor, weights: torch.Tensor, kno
         scale * pixel(logits[:, i], aims[:, i], weights[:, i]) + dice(logits[:, i], aims[:, i], weights[:, i])
         for i in range(2)
     ]
-    return parts[0] + knobs.contour_weight * parts[1]
+    loss = parts[0] + knobs.contour_weight * parts[1]
+    if logits.shape[1] > 2:
+        loss = loss + knobs.distance_weight * cross_entropy(logits[:, 2], aims[:, 2], weights[:, 2])
+    return loss
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

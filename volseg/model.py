@@ -108,6 +108,23 @@ def _stem(weight: torch.Tensor, sections: int) -> torch.Tensor:
     return weight.mean(1, keepdim=True).repeat(1, sections, 1, 1) * (weight.shape[1] / sections)
 
 
+def with_heads(network: torch.nn.Module, card: dict, heads: tuple[str, ...]) -> torch.nn.Module:
+    """A network with these ``heads``: those that ``network``, of the ``card``, has as they are, others at random."""
+    import torch
+
+    if list(heads) == list(card["heads"]):
+        return network
+    other = build(card["encoder"], card["decoder"], card["sections"], heads)
+    weights, last = network.state_dict(), other.segmentation_head.state_dict()
+    with torch.no_grad():
+        for name, value in last.items():
+            for i, head in enumerate(heads):
+                if head in card["heads"]:
+                    value[i] = weights[f"segmentation_head.{name}"][card["heads"].index(head)]
+    other.load_state_dict({**weights, **{f"segmentation_head.{name}": value for name, value in last.items()}})
+    return other.eval()
+
+
 def save(path: str | Path, module: torch.nn.Module, card: dict) -> None:
     """Writes ``module`` in half precision with its ``card``; the file is whole or not there."""
     import torch

@@ -18,7 +18,7 @@ from volseg.box import Box
 from volseg.config import Train, TrainData, UserError
 from volseg.grey import normalisation
 from volseg.synth import VOXEL_SIZE_NM, synth
-from volseg.targets import UNLABELLED, contacts, mask_and_contour, normalise_labels, parse_sections
+from volseg.targets import UNLABELLED, contacts, distances, mask_and_contour, normalise_labels, parse_sections
 
 KEPT_SPOTS = 200_000  # foreground positions remembered per volume
 FOREGROUND = 0.5  # share of patches centred near an object
@@ -39,6 +39,7 @@ class Source:
     spots: np.ndarray  # (n, 3) positions in objects on the sections to learn from
     touching: np.ndarray  # bool (z, y, x): near where two objects touch
     meetings: np.ndarray  # (n, 3) positions of such voxels on the sections to learn from
+    distance: np.ndarray | None  # uint8 (z, y, x), see `targets.distances`; None where no head learns it
     mean: float
     std: float
     share: float
@@ -92,8 +93,23 @@ def _load(data: TrainData, knobs: Train, where: str) -> Source:
     touching = contacts(found["labels"], knobs.contour_width, size is not None and volume.isotropic(size))
     return Source(
         first=first, learn=learn, held=held, free=free, spots=spots, share=data.share, depth=depth, touching=touching,
-        meetings=_positions(np.flatnonzero(touching[list(learn)]), learn, touching.shape), **found,
+        meetings=_positions(np.flatnonzero(touching[list(learn)]), learn, touching.shape),
+        distance=_distance(found["labels"], annotated, size, knobs, where), **found,
     )  # fmt: skip
+
+
+def _distance(
+    labels: np.ndarray, annotated: np.ndarray, size: tuple[float, float, float] | None, knobs: Train, where: str
+) -> np.ndarray | None:
+    """What the distance head is to learn, each run of annotated sections by itself; None where there is no such head."""
+    if not knobs.distance_nm:
+        return None
+    if size is None:
+        raise UserError(f"{where}: train.distance_nm needs the size of a voxel; give voxel_size_nm in this table")
+    out = np.zeros(labels.shape, np.uint8)
+    for run in np.split(z := np.flatnonzero(annotated), np.flatnonzero(np.diff(z) > 1) + 1):
+        out[run] = distances(labels[run], size, knobs.distance_nm)
+    return out
 
 
 def _free(data: TrainData, learn: list[int], held: list[int], around: int, depth: int) -> list[int]:
@@ -188,8 +204,9 @@ def context(z: int, sections: int, depth: int) -> np.ndarray:
 
 
 def batch(sources: list[Source], knobs: Train, step: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """Images (B, sections, P, P) float32 and targets (B, 3, P, P) uint8: mask, contour, and how much the
-    loss counts: 0 where nobody annotated, ``contact_weight`` where objects touch, else 1.
+    """Images (B, sections, P, P) float32 and targets (B, heads + 1, P, P) uint8: mask, contour, perhaps distance (255
+    for ``distance_nm``), and how much the loss counts: 0 where nobody annotated, ``contact_weight`` where objects touch,
+    else 1.
 
     Depends on the knobs and ``step`` alone, so that a resumed run sees what an uninterrupted one would have. ``part`` of
     the batch is made.
@@ -243,7 +260,7 @@ def batches(
 
 
 def sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One augmented patch: (sections, P, P) float32 and (3, P, P) uint8 as in :func:`batch`."""
+    """One augmented patch: (sections, P, P) float32 and (heads + 1, P, P) uint8 as in :func:`batch`."""
     source = _draw(sources, rng)
     z, y, x = _position(source, knobs.patch, rng)
     planes = context(z, knobs.sections, len(source.image))
@@ -252,8 +269,8 @@ def sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tup
     planes, offsets, blurred = _disturb_neighbours(planes, knobs, rng)
     ys, xs = _grid(knobs, rng)
     raw = _resample(source.image, planes, ys + y, xs + x, offsets)
-    labels, touching = (_nearest(volume[z], ys + y, xs + x) for volume in (source.labels, source.touching))
-    return _changed(raw, source, blurred, knobs, rng), _targets(labels, touching, knobs)
+    known = [volume for volume in (source.labels, source.touching, source.distance) if volume is not None]
+    return _changed(raw, source, blurred, knobs, rng), _targets(*(_nearest(v[z], ys + y, xs + x) for v in known), knobs=knobs)
 
 
 def unlabelled_sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -287,14 +304,14 @@ def _changed(
     return _intensity(image, rng) if "grey" in knobs.augment else image
 
 
-def _targets(labels: np.ndarray, touching: np.ndarray, knobs: Train) -> np.ndarray:
-    """Mask, contour and weight (3, P, P) uint8; the weight is 0 on unlabelled voxels and where they hide a border."""
+def _targets(labels: np.ndarray, touching: np.ndarray, *distance: np.ndarray, knobs: Train) -> np.ndarray:
+    """Mask, contour, ``distance`` and weight, uint8; the weight is 0 on unlabelled voxels and where they hide a border."""
     missing = labels == UNLABELLED
     mask, contour = mask_and_contour(np.where(missing, np.uint32(0), labels), knobs.contour_width)
     if missing.any() and knobs.contour_width:
         missing = ndimage.binary_dilation(missing, iterations=knobs.contour_width)
     weight = np.where(touching, knobs.contact_weight, 1) * ~missing
-    return np.stack([mask, contour | touching, weight.astype(np.uint8)])
+    return np.stack([mask, contour | touching, *distance, weight.astype(np.uint8)])
 
 
 def _position(source: Source, patch: int, rng: np.random.Generator) -> tuple[int, float, float]:

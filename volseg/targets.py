@@ -130,6 +130,28 @@ def contacts(labels: np.ndarray, width: int, across: bool) -> np.ndarray:
     return touching
 
 
+def distances(labels: np.ndarray, voxel_size_nm: tuple[float, float, float], far_nm: float) -> np.ndarray:
+    """uint8, as ``labels`` (z, y, x): how far a voxel lies from the nearest one that is not of its object; 0 outside.
+
+    In units of ``far_nm`` / 255, up to that. Objects go on past the ends of the array and where nobody annotated, so a lone
+    section is measured in its plane.
+
+    >>> distances(np.array([[[0, 1, 1, 1, 1, 2]]]), (5, 5, 5), 10)[0].tolist()
+    [[0, 128, 255, 255, 128, 128]]
+    """
+    out = np.zeros(labels.shape, np.uint8)
+    missing = labels == UNLABELLED
+    for number, box in enumerate(ndimage.find_objects(np.where(missing, 0, labels)), 1):
+        if box is None:
+            continue
+        around = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in box)
+        own = labels[around] == number
+        body = own | missing[around]
+        far = np.full(body.shape, far_nm) if body.all() else ndimage.distance_transform_edt(body, voxel_size_nm)
+        out[around][own] = np.minimum(far[own] * (255 / far_nm) + 0.5, 255)
+    return out
+
+
 def parse_sections(parts: Iterable[str | int], depth: int) -> list[int]:
     """The sections named by numbers and ``start:stop`` ranges, sorted, each once; refuses those outside ``0:depth``.
 

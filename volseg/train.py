@@ -76,7 +76,7 @@ def start(knobs: Train, device: torch.device) -> State:
     if knobs.start:
         network = _from_model(knobs)
     else:
-        network = model.build(knobs.encoder, knobs.decoder, knobs.sections, pretrained=knobs.pretrained)
+        network = model.build(knobs.encoder, knobs.decoder, knobs.sections, knobs.heads, pretrained=knobs.pretrained)
     network = network.to(device, memory_format=torch.channels_last).train()
     averaged = copy.deepcopy(network).requires_grad_(False).eval()
     parameters = list(network.parameters())
@@ -201,11 +201,12 @@ def gradients(state: State, patches: tuple[np.ndarray, ...], knobs: Train) -> tu
 def _material(
     state: State, patches: tuple[np.ndarray, ...], knobs: Train
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Images (B, sections, P, P), aims and weights (B, 2, P, P) of a batch, and how many of its patches are annotated."""
+    """Images (B, sections, P, P), aims and weights (B, heads, P, P) of a batch, and how many of its patches are annotated."""
     device = next(state.network.parameters()).device
     images, targets, *unlabelled = (torch.from_numpy(array).to(device) for array in patches)
-    targets = targets.float()
-    aims, weights, annotated = targets[:, :2], torch.stack([(targets[:, 2] > 0).float(), targets[:, 2]], 1), len(images)
+    aims, weight, annotated = targets[:, :-1].float(), targets[:, -1:].float(), len(images)
+    aims[:, 2:] /= 255
+    weights = torch.cat([(weight > 0).float(), *[weight] * (aims.shape[1] - 1)], 1)
     if unlabelled and len(unlabelled[0]):
         clean, changed = unlabelled
         annotated -= len(changed)
@@ -218,16 +219,19 @@ def _material(
 
 @torch.no_grad()
 def guess(network: torch.nn.Module, images: torch.Tensor, knobs: Train) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``network`` takes the mask and contour of ``images`` for, and where it is sure of it: (B, 2, Y, X), 0 or 1.
+    """What ``network`` takes the mask and contour of ``images`` for, and where it is sure of it: (B, heads, Y, X), 0 or 1.
 
-    Sure is a probability of at least ``self_training_confidence`` (mask, contour), for or against. The averaged network as
+    Sure is a probability of at least ``self_training_confidence`` (mask, contour), for or against; a distance is taken as it
+    is, where the mask is sure. The averaged network as
     the teacher is that of Tarvainen and Valpola, arXiv 1703.01780; hard labels where it is sure, learnt from changed grey
     values, are those of Sohn et al., arXiv 2001.07685.
     """
     with autocast(images.device, knobs.precision):
         chance = network(images.contiguous(memory_format=torch.channels_last)).float().sigmoid()
     least = torch.tensor(knobs.self_training_confidence, device=images.device)[:, None, None]
-    return (chance >= 0.5).float(), (torch.maximum(chance, 1 - chance) >= least).float()
+    known, distance = chance[:, :2], chance[:, 2:]
+    sure = (torch.maximum(known, 1 - known) >= least).float()
+    return torch.cat([(known >= 0.5).float(), distance], 1), torch.cat([sure, sure[:, :1].expand_as(distance)], 1)
 
 
 def _share_out(state: State, loss: torch.Tensor, voxels: torch.Tensor, share: float) -> None:
@@ -355,7 +359,7 @@ def _card(config: Config, sources: list[Source], state: State, scores: dict, cho
         "encoder": knobs.encoder,
         "decoder": list(knobs.decoder),
         "sections": knobs.sections,
-        "heads": list(model.HEADS),
+        "heads": list(knobs.heads),
         "mean": main.mean,
         "std": main.std,
         "voxel_size_nm": list(main.voxel_size_nm) if main.voxel_size_nm else None,
@@ -413,7 +417,7 @@ def _from_model(knobs: Train) -> torch.nn.Module:
         if json.loads(json.dumps(getattr(knobs, key))) != card[key]:
             wanted = f"train.start = {knobs.start} has {key} = {card[key]}"
             raise UserError(f"{wanted}, but train.{key} = {getattr(knobs, key)}; make them equal")
-    return network
+    return model.with_heads(network, card, knobs.heads)
 
 
 def keep_memory() -> None:
