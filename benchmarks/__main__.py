@@ -178,6 +178,21 @@ def heights(
     bench.measure(run, truth, box, (*(of or (run, truth)), calibrate), name)
 
 
+@app.command()
+def touching(
+    seeds: Annotated[str, typer.Option(help="Of the synthetic volumes.")] = "2002,12",
+    shape: Annotated[str, typer.Option(help="Of each, z,y,x.")] = "128,512,512",
+    config: Annotated[str, typer.Option(help="As for volseg infer.")] = "configs/touching.toml",
+    model: Annotated[str, typer.Option(help="Model file; the shipped one if not given.")] = "",
+    sets: Decoding = None,
+    out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/touching",
+) -> None:
+    """How many touching objects of synthetic volumes come apart, and how many objects are split."""
+    from benchmarks import touching as bench
+
+    bench.measure(tuple(int(n) for n in seeds.split(",")), shape, config, model, tuple(sets or ()), out)
+
+
 @app.command("io")
 def stores(repeats: Annotated[int, typer.Option(min=1)] = 5) -> None:
     """Reading and writing shards, with zarr's codecs and with zarrs, on disk and in a store 30 ms away."""

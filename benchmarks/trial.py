@@ -83,7 +83,7 @@ def trained(config: Path) -> tuple[Path, dict]:
     model = config.with_name("model.safetensors")
     done = config.with_name("done")
     if not done.exists():
-        _volseg("train", str(config))
+        volseg("train", str(config))
         done.touch()
     return model, load_card(model)
 
@@ -92,11 +92,11 @@ def scored(model: Path, image: str, label: str, box: Box, sets: tuple[str, ...] 
     """The run of ``model`` on ``image`` beside the model, made anew, and its scores in ``box``."""
     run = str(model.with_name("test.volseg.zarr"))
     changes = (part for text in sets for part in ("--set", text))
-    _volseg("infer", image, "--model", str(model), "--out", run, "--overwrite", *changes)
+    volseg("infer", image, "--model", str(model), "--out", run, "--overwrite", *changes)
     return run, evaluate(run, label, box=box)
 
 
-def _volseg(*line: str) -> None:
+def volseg(*line: str) -> None:
     """Runs a volseg command; where that fails, it has said why, and the benchmark ends with its exit code."""
     if code := subprocess.run([sys.executable, "-m", "volseg", *line]).returncode:
         raise SystemExit(code)

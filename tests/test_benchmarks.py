@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import ablations, exact, heights, instances, io, labels, planes, report, scaling, stitch, trial
+from benchmarks import (
+    ablations,
+    exact,
+    heights,
+    instances,
+    io,
+    labels,
+    planes,
+    report,
+    scaling,
+    stitch,
+    touching,
+    trial,
+)
 from benchmarks.__main__ import app
 from volseg import volume
 from volseg.box import Box
@@ -95,6 +108,17 @@ def test_every_height_that_the_channels_allow_is_scored(image, reference, monkey
     assert all(0 < row["IoU"] <= 1 and row["objects"] > 3 for row in rows)
 
 
+def test_objects_that_touch_are_counted_over_volumes(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    config = tmp_path / "quick.toml"
+    config.write_text("[stitch]\nmin_voxels = 100\n[cluster]\nworkers = 1\ndashboard = ''\n")
+    touching.measure((3, 5), "16,128,128", str(config), "", ("predict.backend=openvino",), str(tmp_path / "runs"))
+    *rows, total = json.loads((tmp_path / "touching.json").read_text())["rows"]
+    assert [row["seed"] for row in rows] == [3, 5]
+    assert total["objects"] == sum(row["objects"] for row in rows) > 0
+    assert total["separated"] <= total["pairs"]
+
+
 def test_looks_are_scored_where_nothing_was_chosen(reference, image):
     chosen, tested = Box((0, 0, 0), (10, 150, 170)), Box((10, 0, 0), (22, 150, 170))
     row = planes.scores(reference, f"{image}/labels/truth", chosen, tested)
@@ -102,9 +126,7 @@ def test_looks_are_scored_where_nothing_was_chosen(reference, image):
     assert row["threshold"] in planes.THRESHOLDS
 
 
-@pytest.mark.parametrize(
-    "name", ["backends", "epfl", "exact", "labels", "folds", "throughput", "instances", "heights", "io", "scaling", "planes"]
-)
+@pytest.mark.parametrize("name", [command.name or command.callback.__name__ for command in app.registered_commands])
 def test_every_benchmark_explains_itself(name):
     done = CliRunner().invoke(app, [name, "--help"])
     assert done.exit_code == 0
