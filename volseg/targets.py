@@ -141,11 +141,11 @@ def distances(labels: np.ndarray, voxel_size_nm: tuple[float, float, float], far
     """
     out = np.zeros(labels.shape, np.uint8)
     missing = labels == UNLABELLED
-    for number, box in enumerate(ndimage.find_objects(np.where(missing, 0, labels)), 1):
-        if box is None:
-            continue
+    ids, numbers = np.unique(np.where(missing, 0, labels), return_inverse=True)  # ids may be far too high to count up to
+    numbers = numbers.reshape(labels.shape) + (ids[0] != 0)
+    for number, box in enumerate(ndimage.find_objects(numbers), 1):
         around = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in box)
-        own = labels[around] == number
+        own = numbers[around] == number
         body = own | missing[around]
         far = np.full(body.shape, far_nm) if body.all() else ndimage.distance_transform_edt(body, voxel_size_nm)
         out[around][own] = np.minimum(far[own] * (255 / far_nm) + 0.5, 255)
