@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
-    {"box", "config", "machine", "prefork"},
+    {"box", "config", "device", "machine", "prefork"},
     {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "voids", "decide", "tree", "merges", "objects",
      "metrics", "ready", "synth"},
     {"volume", "model"},
@@ -26,14 +26,15 @@ RANKS = [
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 MAY = {
-    "torch": {"model", "samples", "train", "tune", "forward", "losses", "parallel", "heldout", "checkpoint", "report"},
+    "torch": {"model", "samples", "train", "tune", "forward", "losses", "parallel", "heldout", "checkpoint", "report",
+              "device"},
     "dask": {"cluster"},
     "distributed": {"cluster"},
     "zarr": {"volume"},
 }
 # Inside one rank: stitch reads the tables that fragments writes, decide what stitch and voids gather, merges tells what was
 # decided, tree decides likewise.
-SAME_RANK = {("config", "box"), ("stitch", "fragments"),
+SAME_RANK = {("config", "box"), ("device", "config"), ("stitch", "fragments"),
              ("voids", "stitch"), ("decide", "stitch"), ("decide", "fragments"), ("decide", "voids"),
              ("merges", "decide"), ("merges", "fragments"), ("merges", "stitch"),
              ("tree", "decide"), ("tree", "fragments"), ("tree", "stitch"),

@@ -54,7 +54,7 @@ class Ledger:
 
     ``spans``: by stage, when its first block was handed out and its last one ended. ``busy``: by stage, the seconds of
     each phase, of all workers together. ``device``: seconds in which devices computed, of all together. ``inferred``:
-    voxels that went through the network.
+    voxels that went through the network. ``sent``, ``fetched``: bytes that went to torch's device and came from it.
     """
 
     slots: int = 1
@@ -63,6 +63,8 @@ class Ledger:
     device: float = 0.0
     devices: int = 1
     inferred: int = 0
+    sent: int = 0
+    fetched: int = 0
     peak_bytes: int = 0
     out: int = 0
     ends: int = 0
@@ -80,7 +82,8 @@ class Ledger:
         self.spans[name] = self.spans[name][0], time.perf_counter()
         cluster.add(self.busy.setdefault(name, {}), receipt["seconds"])
         self.device += receipt.get("device", 0.0)
-        self.inferred += receipt.get("inferred", 0)
+        for name in ("inferred", "sent", "fetched"):
+            setattr(self, name, getattr(self, name) + receipt.get(name, 0))
         self.peak_bytes = max(self.peak_bytes, receipt["peak_bytes"])
         self.queued += max(0, self.out - self.slots)
         self.ends += 1

@@ -1,7 +1,8 @@
 """The network as a function from a batch of tiles to probabilities, on whatever runs it fastest here.
 
 The promise includes the forward pass, so each backend is held to one arithmetic: one thread for each tile on a CPU
-(several tiles run side by side), a constant padded batch, deterministic kernels on CUDA.
+(several tiles run side by side), a constant padded batch, deterministic kernels on CUDA. So ONNX Runtime is not given its
+TensorRT provider: that chooses kernels by timing them on each machine anew, and two workers could differ in bits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 
 from volseg import model
 from volseg.config import UserError
+from volseg.device import HOST, Call, Device, Torch, replayed
 
 if TYPE_CHECKING:
     import torch
@@ -171,9 +173,25 @@ def load(
 
     ``place`` is the number of this worker on its machine: torch takes that GPU.
     """
+    there = device(backend, place)
+    call = there.done(network(blob, backend, precision, shape, threads, place))
+    return lambda batch: there.get(call(there.put(batch)))
+
+
+def device(backend: str, place: int = 0) -> Device:
+    """Where a backend takes its batches, as a new counter of bytes: torch on that GPU, or on the CPU where there is none."""
+    if backend != "torch":
+        return HOST
+    return Torch(f"cuda:{place % gpus()}" if gpus() else "cpu")
+
+
+def network(
+    blob: bytes, backend: str, precision: str, shape: tuple[int, int, int, int], threads: int = 1, place: int = 0
+) -> Call:
+    """What `load` gives, for batches that lie on its `device`, which may not be done when the function returns."""
     if backend == "openvino":
         return _openvino(blob, precision, shape, threads)
-    return _onnxruntime(blob, place) if backend == "onnx" else _torch(blob, precision, place)
+    return _onnxruntime(blob, place) if backend == "onnx" else _torch(blob, precision, shape, device(backend, place).name)
 
 
 def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], threads: int) -> Forward:
@@ -200,7 +218,7 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
     def forward(batch: np.ndarray) -> np.ndarray:
         if not hasattr(mine, "request"):
             mine.request = compiled.create_infer_request()
-        mine.request.infer({0: batch}, share_inputs=True)
+        mine.request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
         return mine.request.get_output_tensor(0).data.copy()
 
     return forward
@@ -230,12 +248,13 @@ def _onnxruntime(blob: bytes, place: int) -> Forward:
         raise UserError("predict.backend = 'onnx' finds a GPU but not its CUDA libraries; use torch, or hide the GPU")
 
     def forward(batch: np.ndarray) -> np.ndarray:
-        return session.run(None, {"tiles": batch})[0]
+        return session.run(None, {"tiles": np.ascontiguousarray(batch)})[0]
 
     return forward
 
 
-def _torch(blob: bytes, precision: str, place: int) -> Forward:
+def _torch(blob: bytes, precision: str, shape: tuple[int, int, int, int], name: str) -> Call:
+    """The network on a device of torch; on a GPU its weights are in ``precision`` and its kernels are replayed."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -243,55 +262,21 @@ def _torch(blob: bytes, precision: str, place: int) -> Forward:
         path.write_bytes(blob)
         network, _ = model.load(path)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    cuda, last = name != "cpu", torch.channels_last
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    network = network.requires_grad_(False)
-    if gpus():
-        return _cuda(network, kind, torch.device("cuda", place % gpus()))
-    torch.set_num_threads(1)
-    network = network.to(memory_format=torch.channels_last)
-
-    def forward(batch: np.ndarray) -> np.ndarray:
-        with torch.inference_mode(), torch.autocast("cpu", kind, enabled=kind != torch.float32):
-            tiles = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
-            return torch.sigmoid(network(tiles).float()).contiguous().numpy()
-
-    return forward
-
-
-def _cuda(network: torch.nn.Module, kind: torch.dtype, device: torch.device) -> Forward:
-    """The network on a GPU, weights in ``kind``: each calling thread has a stream and page-locked memory of its own,
-    so that one copies while another computes. Memory that runs out is collected once before the call is given up."""
-    import torch
-
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
-    network = network.to(device, kind, memory_format=torch.channels_last)
-    torch.cuda.synchronize(device)  # other streams read the weights
-    mine = threading.local()
+    network = network.requires_grad_(False).to(name, kind if cuda else torch.float32, memory_format=last)
 
-    def once(batch: np.ndarray) -> np.ndarray:
-        if not hasattr(mine, "stream"):
-            mine.stream = torch.cuda.Stream(device)
-            mine.tiles = torch.empty(batch.shape, pin_memory=True)
-        with torch.inference_mode(), torch.cuda.stream(mine.stream):
-            mine.tiles.copy_(torch.from_numpy(batch))
-            tiles = mine.tiles.to(device, non_blocking=True).to(kind, memory_format=torch.channels_last)
-            return torch.sigmoid(network(tiles).float()).contiguous().cpu().numpy()  # waits for this stream alone
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        if cuda:
+            return torch.sigmoid(network(batch.to(kind, memory_format=last)).float()).contiguous()
+        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+            return torch.sigmoid(network(batch.contiguous(memory_format=last)).float()).contiguous()
 
-    def forward(batch: np.ndarray) -> np.ndarray:
-        try:
-            return once(batch)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-        try:
-            return once(batch)
-        except torch.cuda.OutOfMemoryError:
-            less = max(1, len(batch) // 2)
-            raise UserError(
-                f"the GPU is out of memory with {len(batch)} tiles of {batch.shape[2]} x {batch.shape[3]} at once; begin "
-                f"again with --set predict.batch={less} or a smaller predict.tile, and --overwrite"
-            ) from None
-
+    if cuda:
+        return replayed(forward, shape, name)
+    torch.set_num_threads(1)
     return forward
 
 

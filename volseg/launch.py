@@ -193,6 +193,7 @@ def finish(
         "device_share": ledger.device_share,
         "queue": ledger.queue,
         "workers": ledger.devices,
+        "bus_bytes": {"sent": ledger.sent, "fetched": ledger.fetched},
         "peak_bytes": {"worker": ledger.peak_bytes, "client": cluster.peak_bytes()},
         "versions": {name: metadata.version(name) for name in ("volseg", "zarr", "zarrs", "dask", "numba", "numpy")},
     }

@@ -65,7 +65,9 @@ def _predict(run: Run, plane: str, grid: Blocks, threads: int) -> int:
     masked = prod(grid.block) if run.wanted and run.wanted.mask else 0
     tile = run.batch * prod(laid.size)
     under_way = 4 * tile * ((threads + 2) * run.sections + (threads + 1) * heads)
-    blend = rows * columns * (4 + 5 * heads)
+    blend = rows * columns * (4 + 8 * heads)
+    if run.engine["device"] == "cuda" and run.engine["backend"] == "torch":
+        return masked + 2 * (slab + out)  # once more page-locked; the rest lies on the GPU
     return out + masked + max(slab + under_way + blend, slab + out)
 
 

@@ -29,6 +29,7 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import islice
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ from volseg import fragments as basins
 from volseg.box import Box, back, turned
 from volseg.config import UserError
 from volseg.decide import decide, label_dtype, rules
-from volseg.grey import standardised
+from volseg.device import Call
+from volseg.grey import standardise
 from volseg.run import Run, bits, level_of, tiles_of
 
 INFERS = threading.Lock()  # held by the task of this process that infers, while others read and write
@@ -89,42 +91,49 @@ def _infer(
     """``out`` (zeros before) holds the probabilities of the wanted voxels of ``box``.
 
     Tiles are blended section by section in raster order. One that is constant in all its sections is 0: whether it is
-    depends on the volume alone. Everything has its axes in the order of the pass: sections, rows, columns. Returns how
-    many voxels went through the network, and the seconds in which the device computed.
+    depends on the volume alone. Everything has its axes in the order of the pass: sections, rows, columns. From grey
+    voxels to uint8 probabilities all is done where the network runs. Returns how many voxels went through the network, the
+    seconds in which the device computed, and the bytes that it was sent and that were fetched from it.
     """
     grid = run.tile_grid(plane)
     first, y, x = box.turned(tiles.PLANES[plane]).slices
     todo = tiles_of(run, plane, box, wanted)
+    device = forward.device(run.engine["backend"], cluster.place_here())
     with cluster.timed(seconds, "read"):
-        tile_at = reader(run, plane, box, grid.meeting(y, x))
+        here = slab(run, plane, box, grid.meeting(y, x))
+        there = replace(here, voxels=device.put(here.voxels))
 
-    def batches() -> Iterator[tuple[list, np.ndarray]]:
-        kept = ((key, tile) for key in todo if not tiles.is_constant(tile := tile_at(*key)))
-        while some := list(islice(kept, run.batch)):
-            batch = np.zeros((run.batch, run.sections, *grid.size), np.float32)
-            for row, (_, tile) in zip(batch, some, strict=False):
-                row[:] = standardised(tile, run.mean, run.std)
-            yield [key for key, _ in some], batch
+    def batches() -> Iterator[tuple[list, Any]]:
+        kept = ((z, tile) for z, tile in todo if not tiles.is_constant(here.sections(z, grid.place(tile))))
+        while keys := list(islice(kept, run.batch)):
+            batch = device.zeros((run.batch, run.sections, *grid.size))
+            for row, (z, tile) in zip(batch, keys, strict=False):
+                there.cut(z, grid.place(tile), row)
+            standardise(batch[: len(keys)], run.mean, run.std)
+            yield keys, batch
 
-    blend, at, count = tiles.Blend(len(run.heads), grid, y, x), None, 0
-    with _device(seconds), cluster.timed(seconds, "infer"):
+    at, count = None, 0
+    with _turn(seconds), cluster.timed(seconds, "infer"), device.inside():
         with cluster.timed(seconds, "load"):
-            network = forward.Busy(_network(run, grid.size))
+            network = forward.Busy(device.done(_network(run, grid.size)))
+        made, blend = device.room(out), tiles.Blend(len(run.heads), grid, y, x, device)
         for keys, probability in forward.stream(network, cluster.timed_each(seconds, "cut", batches()), threads=_threads(run)):
             with cluster.timed(seconds, "blend"):
                 for (z, tile), one in zip(keys, probability, strict=False):
                     if at not in (None, z):
-                        out[:, at - first.start] = blend.quantise()
+                        blend.quantise(made[:, at - first.start])
                     at, count = z, count + 1
                     blend.add(tile, one)
-        if count:
-            with cluster.timed(seconds, "blend"):
-                out[:, at - first.start] = blend.quantise()
-    return {"inferred": run.config.predict.tta * count * prod(grid.size), "device": network.seconds}
+        with cluster.timed(seconds, "blend"):
+            if count:
+                blend.quantise(made[:, at - first.start])
+            device.fetch(made, out)
+    inferred = run.config.predict.tta * count * prod(grid.size)
+    return {"inferred": inferred, "device": network.seconds, "sent": device.sent, "fetched": device.fetched}
 
 
 @contextmanager
-def _device(seconds: dict[str, float]) -> Iterator[None]:
+def _turn(seconds: dict[str, float]) -> Iterator[None]:
     """Inside, no other task of this process infers."""
     with cluster.timed(seconds, "wait"):
         INFERS.acquire()
@@ -134,22 +143,16 @@ def _device(seconds: dict[str, float]) -> Iterator[None]:
         INFERS.release()
 
 
-def reader(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> Callable[[int, tuple[int, int]], np.ndarray]:
-    """What gives a tile of a section of ``box``, with neighbouring sections; the source under them all was read at once."""
+def slab(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> tiles.Slab:
+    """The source under some tiles of the sections of ``box``, with neighbouring sections, read at once."""
     axes, grid, around = tiles.PLANES[plane], run.tile_grid(plane), run.sections // 2
     places = [grid.place(tile) for tile in meeting]
     seen = box.turned(axes)
     start = (seen.start[0] - around, min(p[0].start for p in places), min(p[1].start for p in places))
     stop = (seen.stop[0] + around, max(p[0].stop for p in places), max(p[1].stop for p in places))
     need = Box(start, stop).clip(turned(run.shape, axes))
-    slab = np.ascontiguousarray(run.source.read(need.turned(back(axes))).transpose(axes))
-
-    def tile_at(z: int, tile: tuple[int, int]) -> np.ndarray:
-        near = np.clip(np.arange(z - around, z + around + 1), 0, run.shape[axes[0]] - 1) - need.start[0]
-        y, x = (slice(s.start - o, s.stop - o) for s, o in zip(grid.place(tile), need.start[1:], strict=True))
-        return tiles.cut(slab[near], y, x)
-
-    return tile_at
+    voxels = np.ascontiguousarray(run.source.read(need.turned(back(axes))).transpose(axes))
+    return tiles.Slab(voxels, need.start, around, run.shape[axes[0]])
 
 
 def take(run: Run, i: int, seconds: dict[str, float]) -> None:
@@ -467,8 +470,8 @@ def _run(out: str, key: str) -> Run:
     return replace(Run.from_json(json.loads(volume.read_bytes(out, "work/run.json"))), out=out)
 
 
-def _network(run: Run, size: tuple[int, int]) -> forward.Forward:
-    """The network for tiles of one size, its mean over the ways that ``predict.tta`` lays them."""
+def _network(run: Run, size: tuple[int, int]) -> Call:
+    """The network for tiles of one size where they lie, its mean over the ways that ``predict.tta`` lays them."""
     ways = tiles.turns(run.config.predict.tta)
     loaded = {s: _loaded(run.out, run.id, s) for s in dict.fromkeys((size, size[::-1]) if len(ways) == 8 else (size,))}
     if len(ways) == 1:
@@ -477,7 +480,7 @@ def _network(run: Run, size: tuple[int, int]) -> forward.Forward:
 
 
 @lru_cache(maxsize=2)  # tiles, and tiles on their side
-def _loaded(out: str, key: str, size: tuple[int, int]) -> forward.Forward:
+def _loaded(out: str, key: str, size: tuple[int, int]) -> Call:
     """The network of a run for tiles of one size, once for each worker process."""
     run = _run(out, key)
     here = forward.describe(run.engine["backend"], run.engine["precision"])
@@ -487,14 +490,9 @@ def _loaded(out: str, key: str, size: tuple[int, int]) -> forward.Forward:
             "so they cannot share it"
         )
     shape = (run.batch, run.sections, *size)
-    return forward.load(
-        volume.read_bytes(out, "work/model.bin"),
-        run.engine["backend"],
-        run.engine["precision"],
-        shape,
-        _threads(run),
-        cluster.place_here(),
-    )
+    blob = volume.read_bytes(out, "work/model.bin")
+    engine = run.engine["backend"], run.engine["precision"]
+    return forward.network(blob, *engine, shape, _threads(run), cluster.place_here())
 
 
 def _threads(run: Run) -> int:

@@ -23,7 +23,7 @@ from volseg import cluster, describe, forward, machine, memory, model, objects, 
 from volseg import fragments as basins
 from volseg.box import Box, Triple, back, turned
 from volseg.config import Fragments, UserError
-from volseg.grey import standardised
+from volseg.grey import standardise
 from volseg.run import Run, bits, redundancy
 
 START = 4.0  # seconds until workers are there, and for the table and the picture; a rough figure
@@ -303,8 +303,12 @@ def _sample(run: Run) -> np.ndarray:
     count = min(max(2, min(SECTIONS, PROBE_VOXELS // prod(grid.size))), depth)
     first = min(max(0, z - count // 2), depth - count)
     box = Box((first, place[0].start, place[1].start), (first + count, min(place[0].stop, rows), min(place[1].stop, columns)))
-    tile_at = pipeline.reader(run, plane, box.turned(back(axes)), [tile])
-    return np.stack([standardised(tile_at(at, tile), run.mean, run.std) for at in range(first, first + count)])
+    slab = pipeline.slab(run, plane, box.turned(back(axes)), [tile])
+    found = np.zeros((count, run.sections, *grid.size), np.float32)
+    for k, one in enumerate(found):
+        slab.cut(first + k, place, one)
+    standardise(found, run.mean, run.std)
+    return found
 
 
 def _together(folder: str, count: int) -> list[dict]:

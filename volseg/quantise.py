@@ -129,7 +129,7 @@ def _probabilities(
         blend = tiles.Blend(len(card["heads"]), grid, *plane)
         for tile in grid.meeting(*plane):
             blend.add(tile, network(_tile(source, z, tile, card["sections"], norm))[0])
-        out[:, z - box.start[0]] = blend.quantise()
+        blend.quantise(out[:, z - box.start[0]])
     return out
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
+
+from volseg.device import HOST, Device
 
 MULTIPLE = 32  # the encoder halves a tile five times
 PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
@@ -87,10 +90,6 @@ class Grid:
         y, x = self.y.origins[tile[0]], self.x.origins[tile[1]]
         return slice(y, y + self.y.size), slice(x, x + self.x.size)
 
-    def weights(self, tile: tuple[int, int]) -> np.ndarray:
-        """Blending weights of a tile, float32 y x."""
-        return self.y.weights(tile[0])[:, None] * self.x.weights(tile[1])[None, :]
-
 
 def grid(plane: tuple[int, int], tile: int, overlap: int) -> Grid:
     """The tile grid of a volume whose sections have the shape ``plane``."""
@@ -100,16 +99,58 @@ def grid(plane: tuple[int, int], tile: int, overlap: int) -> Grid:
 def cut(plane: np.ndarray, y: slice, x: slice) -> np.ndarray:
     """``plane[..., y, x]``, mirrored past its end."""
     part = plane[..., y, x]
-    past = [(0, 0)] * (part.ndim - 2) + [
-        (0, s.stop - s.start - n) for s, n in zip((y, x), part.shape[-2:], strict=True)
-    ]
-    return np.pad(part, past, mode="symmetric") if any(p[1] for p in past) else part
+    out = np.empty((*part.shape[:-2], y.stop - y.start, x.stop - x.start), part.dtype)
+    _fill(out, part)
+    return out
 
 
-def is_constant(tile: np.ndarray) -> bool:
-    """Whether all voxels of a tile (sections, y, x) are equal; most that are not are told by a few of them."""
-    first = tile[0, 0, 0]
-    return bool((tile[:, ::61, ::61] == first).all() and (tile == first).all())
+def _fill(out: Any, part: Any) -> None:
+    """``out`` (..., y, x) holds ``part`` at its start, mirrored past its end as often as it takes."""
+    rows, columns = part.shape[-2:]
+    out[..., :rows, :columns] = part
+    while columns < out.shape[-1]:
+        step = min(columns, out.shape[-1] - columns)
+        out[..., :rows, columns : columns + step] = _flipped(out[..., :rows, columns - step : columns], (-1,))
+        columns += step
+    while rows < out.shape[-2]:
+        step = min(rows, out.shape[-2] - rows)
+        out[..., rows : rows + step, :] = _flipped(out[..., rows - step : rows, :], (-2,))
+        rows += step
+
+
+def _flipped(array: Any, axes: tuple[int, ...]) -> Any:
+    """An array, as a view, or a tensor, which has no views that go backwards, flipped along ``axes``."""
+    return np.flip(array, axes) if isinstance(array, np.ndarray) else array.flip(axes)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The voxels under some tiles, an array or tensor (sections, y, x) whose first voxel lies at ``start``.
+
+    ``around``: sections that a tile sees on each side of its own; ``depth``: sections that there are.
+    """
+
+    voxels: Any
+    start: tuple[int, int, int]
+    around: int
+    depth: int
+
+    def sections(self, z: int, place: tuple[slice, slice]) -> list:
+        """What a tile of section ``z`` sees, as views that end where the plane does; beyond all sections, the last."""
+        near = (min(max(n, 0), self.depth - 1) for n in range(z - self.around, z + self.around + 1))
+        y, x = (slice(s.start - o, s.stop - o) for s, o in zip(place, self.start[1:], strict=True))
+        return [self.voxels[n - self.start[0], y, x] for n in near]
+
+    def cut(self, z: int, place: tuple[slice, slice], out: Any) -> None:
+        """``out`` (sections, y, x) holds that tile, mirrored past the plane's end."""
+        for channel, section in zip(out, self.sections(z, place), strict=True):
+            _fill(channel, section)
+
+
+def is_constant(sections: Sequence[np.ndarray]) -> bool:
+    """Whether all voxels of some sections (y, x) are equal; most that are not are told by a few of them."""
+    first = sections[0][0, 0]
+    return all((s[::61, ::61] == first).all() for s in sections) and all((s == first).all() for s in sections)
 
 
 class Blend:
@@ -119,19 +160,27 @@ class Blend:
     A tile that never comes counts as 0 everywhere.
     """
 
-    def __init__(self, channels: int, grid: Grid, y: slice, x: slice) -> None:
+    def __init__(self, channels: int, grid: Grid, y: slice, x: slice, device: Device = HOST) -> None:
         self.grid, self.y, self.x = grid, y, x
         shape = (y.stop - y.start, x.stop - x.start)
-        self.total = np.zeros((channels, *shape), np.float32)
-        self.weight = np.zeros(shape, np.float32)
+        self.total = device.zeros((channels, *shape))
+        self.weight = device.zeros(shape)
+        self.rows, self.columns = (
+            {i: device.put(axis.weights(i)) for i in axis.meeting(s.start, s.stop)}
+            for axis, s in ((grid.y, y), (grid.x, x))
+        )
         for tile in grid.meeting(y, x):
             source, target = self._common(tile)
-            self.weight[target] += grid.weights(tile)[source]
+            self.weight[target] += self._weights(tile, source)
 
-    def add(self, tile: tuple[int, int], probability: np.ndarray) -> None:
+    def add(self, tile: tuple[int, int], probability: Any) -> None:
         """Adds a tile's probabilities, float32 (channels, y, x)."""
         source, target = self._common(tile)
-        self.total[(slice(None), *target)] += probability[(slice(None), *source)] * self.grid.weights(tile)[source]
+        self.total[(slice(None), *target)] += probability[(slice(None), *source)] * self._weights(tile, source)
+
+    def _weights(self, tile: tuple[int, int], source: tuple[slice, slice]) -> Any:
+        """Blending weights of a part of a tile, float32 y x."""
+        return self.rows[tile[0]][source[0]][:, None] * self.columns[tile[1]][source[1]][None, :]
 
     def _common(self, tile: tuple[int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """The voxels that a tile shares with the window, in the tile and in the window."""
@@ -142,15 +191,14 @@ class Blend:
                   slice(tx.start - self.x.start, tx.stop - self.x.start))  # fmt: skip
         return source, target
 
-    def quantise(self) -> np.ndarray:
-        """The blended probabilities as uint8, 255 for 1, halves round up; the next section begins at 0."""
-        blended = np.divide(self.total, self.weight, out=self.total)
-        np.clip(blended, 0, 1, out=blended)
-        blended *= np.float32(255)
-        blended += np.float32(0.5)
-        out = blended.astype(np.uint8)
-        self.total[:] = 0
-        return out
+    def quantise(self, out: Any) -> None:
+        """``out``, uint8, holds the blended probabilities, 255 for 1, halves round up; the next section begins at 0."""
+        self.total /= self.weight
+        blended = self.total.clip(0, 1)
+        blended *= 255
+        blended += 0.5
+        out[...] = blended
+        self.total[...] = 0
 
 
 # ---------------------------------------------------------------- several looks at one voxel
@@ -164,17 +212,17 @@ class Turn:
     flip_y: bool = False
     flip_x: bool = False
 
-    def apply(self, tiles: np.ndarray) -> np.ndarray:
-        """``tiles`` (..., y, x) laid this way, as a view."""
+    def apply(self, tiles: Any) -> Any:
+        """``tiles`` (..., y, x) laid this way."""
         return self._flip(tiles.swapaxes(-1, -2) if self.transpose else tiles)
 
-    def undo(self, tiles: np.ndarray) -> np.ndarray:
-        """What `apply` was given, as a view."""
+    def undo(self, tiles: Any) -> Any:
+        """What `apply` was given."""
         tiles = self._flip(tiles)
         return tiles.swapaxes(-1, -2) if self.transpose else tiles
 
-    def _flip(self, tiles: np.ndarray) -> np.ndarray:
-        return tiles[..., :: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
+    def _flip(self, tiles: Any) -> Any:
+        return _flipped(tiles, tuple(axis for axis, flip in ((-2, self.flip_y), (-1, self.flip_x)) if flip))
 
 
 def turns(count: int) -> list[Turn]:
@@ -182,15 +230,12 @@ def turns(count: int) -> list[Turn]:
     return [Turn(*way) for way in product((False, True), repeat=3)][:count]
 
 
-def mean_of_turns(forward: Callable[[np.ndarray], np.ndarray], batch: np.ndarray, ways: Sequence[Turn]) -> np.ndarray:
+def mean_of_turns(forward: Callable[[Any], Any], batch: Any, ways: Sequence[Turn]) -> Any:
     """The mean of ``forward`` over a batch (B, sections, y, x) laid in each of the ``ways``, each result laid back.
 
     Float32, added up in the order of ``ways``; their number is a power of two, so the division is exact.
     """
-    total = np.float32(0)
-    for way in ways:
-        total = total + way.undo(forward(np.ascontiguousarray(way.apply(batch))))
-    return total * np.float32(1 / len(ways))
+    return sum(way.undo(forward(way.apply(batch))) for way in ways) * (1 / len(ways))
 
 
 def mean_of_passes(stored: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,0 +1,210 @@
+"""One shape of code cuts, blends and rounds numpy arrays and torch's tensors, to the same bytes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tests.test_model import CARD, SMALL
+from tests.test_pipeline import settings
+from tests.test_wanted import store
+from volseg import describe, folder, forward, model, pipeline, tiles, volume
+from volseg.box import Box
+from volseg.config import UserError
+from volseg.device import HOST, Torch, replayed
+from volseg.grey import standardise, standardised
+
+SHAPE = (4, 70, 90)  # of tiles of 64: two along y, two along x
+HEADS = ("mask", "contour", "third")
+needs_gpu = pytest.mark.skipif(not forward.gpus(), reason="no CUDA device here")
+
+
+def network(path, heads):
+    """A file of a network that knows nothing, whose probabilities are spread over 0 to 1."""
+    torch.manual_seed(len(heads))
+    made = model.build(model.PRETRAINED, SMALL, 3, heads).eval()
+    with torch.no_grad():
+        made.segmentation_head[0].weight *= 20
+    model.save(path, made, {**CARD, "heads": list(heads)})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """Networks by their number of heads."""
+    where = tmp_path_factory.mktemp("networks")
+    return {count: network(where / f"{count}.safetensors", HEADS[:count]) for count in (2, 3)}
+
+
+@pytest.fixture(scope="module")
+def em(tmp_path_factory):
+    """Noise of 16 bits, grey all over in the last tile of most sections. Tests must not change it."""
+    noise = np.random.default_rng(0).integers(1, 60000, SHAPE).astype(np.uint16)
+    noise[1:, :, 26:] = 700
+    noise[1:, :10, 26:] = 700
+    return store(str(tmp_path_factory.mktemp("em") / "em.zarr"), noise)
+
+
+def begun(em, networks, out, heads, **predict):
+    """A run by torch in float32 that was begun; as yet, nobody may begin one of three heads."""
+    knobs = {"tile": 64, "overlap": 16, "backend": "torch", "precision": "fp32", **predict}
+    run = describe.from_image(volume.open(em), settings(predict={**knobs, "model": networks[2]}), str(out))
+    run = replace(run, heads=HEADS[:heads], config=settings(predict={**knobs, "model": networks[heads]}))
+    folder.begin(run, overwrite=False)
+    return run
+
+
+def plainly(run, plane, box, wanted):
+    """What a block holds, told a second time in numpy: a tile after the other, nothing shared with what is tested."""
+    axes, grid = tiles.PLANES[plane], run.tile_grid(plane)
+    image = run.source.read(Box.whole(run.shape)).transpose(axes)
+    depth, rows, columns = image.shape
+    turned = box.turned(axes)
+    out = np.zeros((len(run.heads), depth, rows, columns), np.uint8)
+    kept = []
+    for z in range(turned.start[0], turned.stop[0]):
+        for tile in grid.meeting(*turned.slices[1:]):
+            y, x = grid.place(tile)
+            seen = np.stack([image[min(max(n, 0), depth - 1), y, x] for n in (z - 1, z, z + 1)])
+            past = [(0, 0), (0, grid.size[0] - seen.shape[1]), (0, grid.size[1] - seen.shape[2])]
+            asked = np.zeros((rows, columns), bool)
+            asked[turned.slices[1:]] = True if wanted is None else wanted[z - turned.start[0]]
+            if (seen != seen[0, 0, 0]).any() and asked[y, x].any():
+                grey = np.pad(seen, past, mode="symmetric").astype(np.float32)
+                kept.append((z, tile, (grey - np.float32(run.mean)) * np.float32(1 / run.std)))
+    size = (run.batch, run.sections, *grid.size)
+    blob = volume.read_bytes(run.out, "work/model.bin")
+    calls = {s: forward.load(blob, "torch", "fp32", (*size[:2], *s)) for s in {size[2:], size[:1:-1]}}
+    total = np.zeros(out.shape, np.float32)
+    for first in range(0, len(kept), run.batch):
+        batch = np.zeros(size, np.float32)
+        some = kept[first : first + run.batch]
+        for row, (_, _, grey) in zip(batch, some, strict=False):
+            row[:] = grey
+        looks = np.float32(0)
+        for way in range(run.config.predict.tta):
+            across, down, along = way // 4, way // 2 % 2, way % 2
+            laid = batch.swapaxes(-1, -2) if across else batch
+            laid = np.ascontiguousarray(laid[..., :: -1 if down else 1, :: -1 if along else 1])
+            found = calls[laid.shape[2:]](laid)[..., :: -1 if down else 1, :: -1 if along else 1]
+            looks = looks + (found.swapaxes(-1, -2) if across else found)
+        looks = looks * np.float32(1 / run.config.predict.tta)
+        for (z, tile, _), probability in zip(some, looks, strict=False):
+            y, x = grid.place(tile)
+            weight = grid.y.weights(tile[0])[:, None] * grid.x.weights(tile[1])[None]
+            target = total[:, z, y, x]
+            target += (probability * weight)[:, : target.shape[1], : target.shape[2]]
+    shared = np.zeros((rows, columns), np.float32)
+    for tile in grid.meeting(slice(0, rows), slice(0, columns)):
+        target = shared[grid.place(tile)]
+        weight = grid.y.weights(tile[0])[:, None] * grid.x.weights(tile[1])[None]
+        target += weight[: target.shape[0], : target.shape[1]]
+    blended = np.clip(total / shared, 0, 1) * np.float32(255) + np.float32(0.5)
+    found = blended.astype(np.uint8)[(slice(None), *turned.slices)]
+    return found if wanted is None else found * wanted
+
+
+@pytest.mark.parametrize(
+    ("heads", "plane", "box", "masked", "knobs"),
+    [
+        (2, "xy", None, False, {}),
+        (3, "xy", "1:4,5:70,20:61", True, {"batch": 2}),
+        (3, "xz", "0:4,3:9,0:90", False, {"tta": 8, "tile": 96}),
+    ],
+    ids=["two heads", "three heads, a window, a mask, batches", "tiles past the end, all turns"],
+)
+def test_torch_makes_the_bytes_that_numpy_makes(em, networks, tmp_path, heads, plane, box, masked, knobs):
+    run = begun(em, networks, tmp_path / "run", heads, **knobs)
+    box = Box.parse(box) if box else Box.whole(run.shape)
+    shape = box.turned(tiles.PLANES[plane]).shape
+    wanted = np.random.default_rng(1).random(shape) < 0.001 if masked else None
+    out = np.zeros((heads, *shape), np.uint8)
+    facts = pipeline._infer(run, plane, box, wanted, out, {})
+    if masked:
+        out *= wanted
+    np.testing.assert_array_equal(out, plainly(run, plane, box, wanted))
+    assert len(np.unique(out)) > 20
+    assert 2 * box.voxels <= facts["sent"] < 3 * 2 * np.prod(SHAPE)
+    assert facts["fetched"] == heads * box.voxels
+    assert facts["device"] > 0
+
+
+def test_blocks_agree_where_the_device_cuts_and_blends(em, networks, tmp_path):
+    run = begun(em, networks, tmp_path / "run", 3)
+    whole = pipeline._probabilities(run, "xy", Box.whole(run.shape), {})[0]
+    for box in map(Box.parse, ("0:2,0:70,0:90", "1:3,40:70,0:33", "3:4,7:9,50:90")):
+        part = pipeline._probabilities(run, "xy", box, {})[0]
+        np.testing.assert_array_equal(part, whole[(slice(None), *box.slices)])
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), overlap=st.integers(0, 20), y=st.integers(20, 90), x=st.integers(20, 90))
+def test_blends_of_both_kinds_are_the_same_bits(seed, overlap, y, x):
+    grid, rng = tiles.grid((y, x), 32, overlap), np.random.default_rng(seed)
+    window = slice(rng.integers(0, y - 1), y), slice(rng.integers(0, x - 1), x)
+    found = []
+    values = {tile: rng.random((3, *grid.size), np.float32) for tile in grid.meeting(*window)}
+    for device in (HOST, Torch("cuda:0" if forward.gpus() else "cpu")):
+        out = np.zeros((3, *(s.stop - s.start for s in window)), np.uint8)
+        with device.inside():
+            made, blend = device.room(out), tiles.Blend(3, grid, *window, device)
+            for tile, value in values.items():
+                blend.add(tile, device.put(value))
+            blend.quantise(made)
+            device.fetch(made, out)
+        found.append(out)
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"])
+def test_every_kind_of_voxel_is_cut_and_standardised_to_the_same_bits(dtype):
+    rng = np.random.default_rng(0)
+    dtype = np.dtype(dtype)
+    voxels = rng.normal(100, 40, (3, 5, 9)) if dtype.kind == "f" else np.frombuffer(rng.bytes(135 * dtype.itemsize), dtype)
+    voxels = voxels.reshape(3, 5, 9).astype(dtype)
+    place = slice(0, 32), slice(0, 32)
+    wanted = standardised(np.stack([tiles.cut(voxels[n], *place) for n in (1, 2, 2)]), 101.3, 39.1)
+    assert (wanted == standardised(np.pad(voxels[[1, 2, 2]], ((0, 0), (0, 27), (0, 23)), mode="symmetric"), 101.3, 39.1)).all()
+    device = Torch("cuda:0" if forward.gpus() else "cpu")
+    with device.inside():
+        out = device.zeros((3, 32, 32))
+        tiles.Slab(device.put(voxels), (0, 0, 0), 1, 3).cut(2, place, out)
+        standardise(out, 101.3, 39.1)
+        np.testing.assert_array_equal(device.get(out), wanted)
+
+
+def test_memory_that_runs_out_is_collected_once():
+    calls = []
+
+    def call(batch):
+        calls.append(len(batch))
+        if len(calls) != 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return batch
+
+    batch = torch.zeros(4, 3, 64, 96)
+    assert Torch("cpu").done(call)(batch) is batch
+    with pytest.raises(UserError, match=r"out of memory with 4 tiles of 64 x 96 at once.*predict\.batch=2"):
+        Torch("cpu").done(call)(batch)
+    assert calls == [4] * 4
+
+
+@needs_gpu
+def test_a_graph_gives_the_bits_of_the_plain_call(networks):
+    device, shape = Torch("cuda:0"), (2, 3, 64, 96)
+    plain = model.load(networks[3])[0].to("cuda:0", torch.float16)
+    batches = [np.random.default_rng(i).normal(size=shape).astype(np.float32) for i in range(5)]
+
+    def call(batch):
+        return torch.sigmoid(plain(batch.half()).float())
+
+    graph = replayed(call, shape, "cuda:0")
+    assert graph is not call
+    want = [device.get(device.done(call)(device.put(batch))) for batch in batches]
+    there = [(i, device.put(batch)) for i, batch in enumerate(batches)]
+    for (_, got), one in zip(forward.stream(device.done(graph), there, 2), want, strict=True):
+        np.testing.assert_array_equal(device.get(got), one)

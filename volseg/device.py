@@ -1,0 +1,211 @@
+"""Where arrays lie while a network sees them: numpy arrays in this process, or tensors on a device of torch.
+
+`pipeline` cuts, standardises, blends and rounds with what both have in common: slices, arithmetic in place, assignment that
+converts. Each float32 operation is rounded by itself on both, none is fused with the next, so their bytes are the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from volseg.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Call = Callable[[Any], Any]  # of a batch, where it lies
+
+
+class Host:
+    """Numpy arrays in the memory of this process."""
+
+    sent = fetched = 0  # bytes
+
+    def put(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def get(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape, np.float32)
+
+    def room(self, out: np.ndarray) -> np.ndarray:
+        return out
+
+    def fetch(self, made: np.ndarray, out: np.ndarray) -> None:
+        """``out`` is where all was made."""
+
+    def inside(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def done(self, call: Call) -> Call:
+        return call
+
+
+HOST = Host()
+
+
+@dataclass
+class Torch:
+    """Tensors on the device of torch called ``name``: "cpu", "cuda:1". ``sent`` and ``fetched``: bytes over the bus.
+
+    On a GPU all that a process computes is queued on one stream, and done in the order in which it was asked for; copies to
+    the GPU have a stream of their own.
+    """
+
+    name: str
+    sent: int = 0
+    fetched: int = 0
+
+    def put(self, array: np.ndarray) -> torch.Tensor:
+        """The array's values there. A GPU copies them from page-locked memory while the caller goes on."""
+        import torch
+
+        array = np.ascontiguousarray(array)
+        self.sent += array.nbytes
+        if self.name == "cpu":
+            return torch.from_numpy(array)
+        work, copies = _streams(self.name)
+        with torch.cuda.stream(copies):
+            locked = torch.from_numpy(array).pin_memory()
+            there = self._allocated(lambda: torch.empty(locked.shape, dtype=locked.dtype, device=self.name))
+            there.copy_(locked, non_blocking=True)
+        work.wait_stream(copies)
+        there.record_stream(work)
+        return there
+
+    def get(self, tensor: torch.Tensor) -> np.ndarray:
+        """The tensor's values in this process, once they are computed."""
+        import torch
+
+        self.fetched += tensor.nbytes
+        if self.name == "cpu":
+            return tensor.numpy()
+        with self.inside():
+            locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            locked.copy_(tensor, non_blocking=True)
+            self._wait()
+        return locked.numpy()
+
+    def zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """So many zeros, float32."""
+        import torch
+
+        return self._allocated(lambda: torch.zeros(shape, device=self.name))
+
+    def room(self, out: np.ndarray) -> torch.Tensor:
+        """Zeros that `fetch` brings into ``out``, uint8."""
+        import torch
+
+        return self._allocated(lambda: torch.zeros(out.shape, dtype=torch.uint8, device=self.name))
+
+    def fetch(self, made: torch.Tensor, out: np.ndarray) -> None:
+        """``out`` holds what was ``made``."""
+        out[...] = self.get(made)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """What this thread computes inside is queued on the device's stream, and leaves no trace for gradients."""
+        import torch
+
+        with torch.inference_mode():
+            if self.name == "cpu":
+                yield
+                return
+            with torch.cuda.stream(_streams(self.name)[0]):
+                yield
+
+    def done(self, call: Call) -> Call:
+        """``call`` for any thread, which returns when the device has done what was asked of it."""
+
+        def waited(batch: torch.Tensor) -> torch.Tensor:
+            def advice() -> str:
+                less = max(1, len(batch) // 2)
+                return (
+                    f"with {len(batch)} tiles of {batch.shape[2]} x {batch.shape[3]} at once; begin again with --set "
+                    f"predict.batch={less} or a smaller predict.tile, and --overwrite"
+                )
+
+            with self.inside():
+                made = _roomy(lambda: call(batch), advice)
+                self._wait()
+            return made
+
+        return waited
+
+    def _allocated(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return _roomy(make, lambda: "beside what it holds; begin again with a smaller blocks.shape, and --overwrite")
+
+    def _wait(self) -> None:
+        """All that was queued before is done; other threads may go on queueing."""
+        import torch
+
+        if self.name != "cpu":
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            event.synchronize()
+
+
+Device: TypeAlias = Host | Torch
+
+
+@lru_cache
+def _streams(name: str) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """The streams of this process on a GPU: what computes, what copies."""
+    import torch
+
+    return torch.cuda.Stream(name), torch.cuda.Stream(name)
+
+
+def _roomy(make: Callable[[], Any], advice: Callable[[], str]) -> Any:
+    """What ``make`` returns. Memory that runs out is collected once before it is given up with `UserError`."""
+    import torch
+
+    try:
+        return make()
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    try:
+        return make()
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"the GPU is out of memory {advice()}") from None
+
+
+def replayed(call: Call, shape: tuple[int, ...], name: str) -> Call:
+    """``call`` for float32 batches of one ``shape`` on a GPU as a CUDA graph: launched at once, not kernel by kernel.
+
+    The graph holds the kernels that the plain call launches: cudnn chooses them by shape, not by timing, so the bits are
+    those of the plain call, which takes over where none can be captured (or its memory is not to be had).
+    """
+    import torch
+
+    torch.cuda.synchronize(name)
+    aside, graph = torch.cuda.Stream(name), torch.cuda.CUDAGraph()
+    try:
+        with torch.inference_mode():
+            with torch.cuda.stream(aside):
+                given = torch.zeros(shape, device=name)
+                call(given)  # libraries set themselves up in a first call, which no graph may hold
+            aside.synchronize()
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):  # others may copy meanwhile
+                made = call(given)
+        torch.cuda.synchronize(name)
+    except RuntimeError:
+        return call
+    lock = threading.Lock()
+
+    def replay(batch: torch.Tensor) -> torch.Tensor:
+        with lock:  # the graph reads and writes one place: queued are a copy there, its kernels, a copy from there
+            given.copy_(batch)
+            graph.replay()
+            return made.clone()
+
+    return replay
