@@ -152,6 +152,21 @@ def throughput(
 
 
 @app.command()
+def gpu(
+    image: Annotated[str, typer.Option(help="Any volume.")] = f"{EPFL}/training.tif",
+    sections: Annotated[int, typer.Option(min=1, help="How many of its last sections.")] = 165,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    out: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/gpu",
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="As for volseg infer.")] = None,
+    device: Annotated[str, typer.Option(help="cpu: do it where there is no GPU, to see that it runs.")] = "cuda",
+) -> None:
+    """The predict stage on a GPU against the bare model and MONAI: efficiency, TFLOP/s, bytes over the bus."""
+    from benchmarks import gpu as bench
+
+    bench.measure(image, sections, repeats, out, tuple(sets or ()), device)
+
+
+@app.command()
 def instances(
     run: Annotated[str, typer.Option(help="A run whose probabilities to cut; a synthetic volume if not given.")] = "",
     sections: Annotated[int, typer.Option(help="How many of its last sections.")] = 64,

@@ -10,6 +10,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from volseg import forward
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -21,6 +23,7 @@ def machine() -> dict:
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip(),
         "cpu": _cpu(),
+        "gpu": forward.describe("torch", "fp32")["processor"] if forward.gpus() else "",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},

@@ -26,11 +26,8 @@ OVERLAP = 64  # voxels, of the peers' windows as of volseg's tiles
 def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: tuple[str, ...]) -> None:
     """A row for each way to the same probabilities: million voxels/s, and how far they lie from the plain network's."""
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = volume.open(image).shape
-    box = Box((shape[0] - sections, 0, 0), shape)
-    path = folder / "image.tif"
-    tifffile.imwrite(path, volume.open(image).read(box))
+    path = last_sections(image, sections, folder)
+    shape = volume.open(str(path)).shape
     runs = {"auto": sets, "fp32": (*sets, "predict.precision=fp32")}
     predicted = {name: [] for name in runs}
     for _ in range(repeats):
@@ -60,9 +57,19 @@ def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: t
     report.keep("throughput", [
         {"way": name, "Mvoxel/s": round(planes * plane, 2),
          **{f"volseg {key} is x": round(speed[row] / planes, 2) for key, row in ours.items()},
-         **_difference(results[name], exact)}
+         **difference(results[name], exact)}
         for name, planes in speed.items()
     ])  # fmt: skip
+
+
+def last_sections(image: str, sections: int, folder: Path) -> Path:
+    """A file in ``folder`` of the last sections of a volume, or of all it has."""
+    source = volume.open(image)
+    depth = min(sections, source.shape[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    part = source.read(Box((source.shape[0] - depth, 0, 0), source.shape))
+    tifffile.imwrite(folder / "image.tif", part, photometric="minisblack")
+    return folder / "image.tif"
 
 
 def _bare_name(run: dict) -> str:
@@ -103,23 +110,26 @@ def _monai(slab: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
     network = torch.nn.Sequential(network, torch.nn.Sigmoid()).eval()
     last = torch.nn.Sequential(network).to(memory_format=torch.channels_last)
     return {
-        "fp32, its defaults (roi 256, overlap 0.25)": partial(_slide, network, slab, (256, 256), torch.float32),
-        "fp32, whole planes": partial(_slide, network, slab, slab.shape[1:], torch.float32),
-        "bf16 autocast, channels_last, whole planes": partial(_slide, last, slab, slab.shape[1:], torch.bfloat16),
+        "fp32, its defaults (roi 256, overlap 0.25)": partial(slide, network, slab, (256, 256), torch.float32),
+        "fp32, whole planes": partial(slide, network, slab, slab.shape[1:], torch.float32),
+        "bf16 autocast, channels_last, whole planes": partial(slide, last, slab, slab.shape[1:], torch.bfloat16),
     }
 
 
-def _slide(network: object, slab: np.ndarray, roi: tuple[int, int], kind: object) -> np.ndarray:
-    """Probabilities by MONAI, section after section."""
+def slide(
+    network: object, slab: np.ndarray, roi: tuple[int, int], kind: object, device: str = "cpu", together: int = 1
+) -> np.ndarray:
+    """Probabilities by MONAI, of some sections ``together`` after the other."""
     import torch
     from monai.inferers import sliding_window_inference
 
-    done = []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
-        for window in _windows(slab):
-            tile = torch.from_numpy(np.ascontiguousarray(window))[None]
-            done.append(sliding_window_inference(tile, roi, 4, network, overlap=0.25, mode="gaussian")[0].float().numpy())
-    return np.stack(done)
+    done, windows = [], _windows(slab)
+    with torch.inference_mode(), torch.autocast(device.partition(":")[0], kind, enabled=kind != torch.float32):
+        for k in range(0, len(windows), together):
+            tile = torch.from_numpy(np.ascontiguousarray(windows[k : k + together])).to(device)
+            found = sliding_window_inference(tile, roi, max(4, together), network, overlap=0.25, mode="gaussian")
+            done.append(found.float().cpu().numpy())
+    return np.concatenate(done)
 
 
 def _map_overlap(slab: np.ndarray) -> np.ndarray:
@@ -145,7 +155,7 @@ def _map_overlap(slab: np.ndarray) -> np.ndarray:
     return np.stack([section(np.ascontiguousarray(window)) for window in _windows(slab)])
 
 
-def _difference(found: np.ndarray, exact: np.ndarray) -> dict:
+def difference(found: np.ndarray, exact: np.ndarray) -> dict:
     """Mean difference of the mask probability in steps of 1/255, and the share of voxels on another side of 0.5."""
     found, exact = (array[: len(exact), 0].astype(np.float32) for array in (found, exact))
     found = found / (255 if found.max() > 1 else 1)

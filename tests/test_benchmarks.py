@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from benchmarks import (
     ablations,
     exact,
+    gpu,
     heights,
     instances,
     io,
@@ -21,7 +22,7 @@ from benchmarks import (
     trial,
 )
 from benchmarks.__main__ import app
-from volseg import volume
+from volseg import forward, volume
 from volseg.box import Box
 
 
@@ -80,6 +81,26 @@ def test_volseg_finds_as_many_objects_at_every_block_size_as_one_watershed_of_th
 def test_components_are_counted_by_dask_image(reference):
     pytest.importorskip("dask_image", reason="needs dask-image (extra bench)")
     assert instances.components(np.asarray(volume.open_array(reference, "0")), 64) > 0
+
+
+def test_the_table_of_a_gpu_is_made_on_a_processor_when_asked(image, monkeypatch, tmp_path):
+    pytest.importorskip("monai", reason="needs monai (extra bench)")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    gpu.measure(image, 2, 1, str(tmp_path / "out"), ("predict.tile=96", "predict.overlap=32", "predict.batch=2"), "cpu")
+    rows = {row["way"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
+    ours = rows["volseg predict, fp32, end to end"]
+    assert ours["bytes fetched / voxel"] == 2
+    assert 1 < ours["bytes sent / voxel"] < 1.2
+    assert ours["TFLOP/s"] > 0
+    assert ours["mean diff /255"] == 0
+    assert rows["MONAI sliding_window_inference, fp32, channels_last, whole planes"]["Mvoxel/s"] > 0
+
+
+@pytest.mark.skipif(forward.gpus() > 0, reason="a CUDA device is here")
+def test_the_table_of_a_gpu_is_refused_without_one():
+    done = CliRunner().invoke(app, ["gpu"])
+    assert done.exit_code == 1
+    assert "no CUDA device" in str(done.exception)
 
 
 def test_stores_are_compared(monkeypatch, tmp_path):

@@ -1,0 +1,135 @@
+"""The predict stage on a GPU against the bare model on tiles that lie there, and against MONAI."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import report
+from benchmarks.repeat import side_by_side
+from benchmarks.throughput import difference, last_sections, slide
+from volseg import cluster, describe, folder, forward, model, pipeline, volume
+from volseg.box import Box
+from volseg.config import load
+from volseg.grey import standardised
+from volseg.run import Run
+
+BATCH = 8  # tiles at once where predict.batch is not set
+COLUMNS = ("way", "Mvoxel/s", "of the bare model", "TFLOP/s", "bytes sent / voxel", "bytes fetched / voxel", "mean diff /255",
+           "other side %")  # fmt: skip
+
+
+def measure(image: str, sections: int, repeats: int, out: str, sets: tuple[str, ...], device: str) -> None:
+    """A row for each way to the probabilities of the same voxels, and how far these are from volseg's in float32."""
+    name = forward.device("torch").name
+    if name == "cpu" != device:
+        raise SystemExit("no CUDA device here, nothing was measured; --device cpu goes through all of it on the processor")
+    path = last_sections(image, sections, Path(out))
+    precisions = dict.fromkeys((forward.choose("torch")[1], "fp32"))
+    runs = {p: _begun(path, Path(out, f"{p}.volseg.zarr"), p, sets) for p in precisions}
+    receipts = {p: _predict(run) for p, run in runs.items()}  # the network is loaded from here on
+    exact = _stored(runs["fp32"]) / np.float32(255)
+    peers, results = _monai(runs["fp32"], name), {}
+
+    def keep(way: str, call: Callable) -> None:
+        results[way] = call()
+
+    bare = {("bare", p): _bare(run, _sum(receipts[p], "inferred")) for p, run in runs.items()}
+    ours = {("volseg", p): partial(_predict, run) for p, run in runs.items()}
+    took = side_by_side({**bare, **ours, **{way: partial(keep, way, call) for way, call in peers.items()}}, repeats)
+    voxels, rows = prod(runs["fp32"].shape), []
+    for p, run in runs.items():
+        work = voxels, _flops(run) * _sum(receipts[p], "inferred")
+        rows += [
+            {"way": f"bare model, {p}, tiles on the device", **_speed(took["bare", p], *work)},
+            {"way": f"volseg predict, {p}, end to end", **_speed(took["volseg", p], *work),
+             "of the bare model": round(took["bare", p] / took["volseg", p], 3),
+             **{f"bytes {way} / voxel": round(_sum(receipts[p], way) / voxels, 3) for way in ("sent", "fetched")},
+             **difference(_stored(run), exact)},
+        ]  # fmt: skip
+    rows += [{"way": way, **_speed(took[way], voxels), **difference(results[way], exact)} for way in peers]
+    report.keep("gpu", [{**dict.fromkeys(COLUMNS, ""), **row} for row in rows])
+
+
+def _begun(path: Path, out: Path, precision: str, sets: tuple[str, ...]) -> Run:
+    """A run by torch whose blocks `_predict` may do; what an earlier one left there is gone."""
+    shutil.rmtree(out, ignore_errors=True)
+    told = ["predict.backend=torch", f"predict.batch={BATCH}", *sets, f"predict.precision={precision}"]
+    config = load(sets=told, base=model.load_card(model.shipped())["decode"])
+    run = describe.from_image(volume.open(str(path)), config, str(out.resolve()))
+    folder.begin(run, overwrite=False)
+    return run
+
+
+def _predict(run: Run) -> list[dict]:
+    """All blocks are read, predicted and stored, as many at once as on a worker with a GPU; the receipts."""
+    with ThreadPoolExecutor(cluster.TASKS_PER_GPU) as pool:
+        return list(pool.map(partial(pipeline.work, run.out, run.id, "predict"), range(len(run.predict_grid))))
+
+
+def _bare(run: Run, inferred: int) -> Callable[[], None]:
+    """Sends as many voxels through the network alone, a batch that lies on its device over and over."""
+    shape = (run.batch, run.sections, *run.tile_grid("xy").size)
+    device = forward.device("torch")
+    blob = forward.prepare(model.shipped(), "torch")
+    network = device.done(forward.network(blob, "torch", run.engine["precision"], shape))
+    batch = device.put(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    count = -(-inferred // (run.batch * prod(shape[2:])))
+
+    def call() -> None:
+        for _ in forward.stream(network, ((k, batch) for k in range(count)), cluster.TASKS_PER_GPU):
+            pass
+
+    return call
+
+
+def _flops(run: Run) -> float:
+    """Floating-point operations of the network for each voxel of a tile, two for a multiplication with its sum."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network, card = model.load(model.shipped())
+    tile = torch.empty(1, card["sections"], *run.tile_grid("xy").size, device="meta")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        network.to("meta")(tile)
+    return counter.get_total_flops() / tile[0, 0].numel()
+
+
+def _speed(seconds: float, voxels: int, flops: float = 0.0) -> dict:
+    found = {"Mvoxel/s": round(voxels / seconds / 1e6, 2)}
+    return found | ({"TFLOP/s": round(flops / seconds / 1e12, 3)} if flops else {})
+
+
+def _monai(run: Run, device: str) -> dict[str, Callable[[], np.ndarray]]:
+    """MONAI over the same sections with the same weights, in float32 on a CPU; nothing where it is not installed."""
+    if not find_spec("monai"):
+        return {}
+    import torch
+
+    slab = standardised(run.source.read(Box.whole(run.shape)), run.mean, run.std)
+    slab = np.pad(slab, ((1, 1), (0, 0), (0, 0)), mode="edge")
+    network = torch.nn.Sequential(model.load(model.shipped())[0], torch.nn.Sigmoid()).eval()
+    network = network.to(device, memory_format=torch.channels_last)
+    kinds = {"fp32": torch.float32} if device == "cpu" else {"fp16": torch.float16, "bf16": torch.bfloat16}
+    rois = {"its defaults (roi 256, overlap 0.25)": (256, 256), "whole planes": run.tile_grid("xy").size}
+    return {
+        f"MONAI sliding_window_inference, {kind}, channels_last, {name}":
+            partial(slide, network, slab, roi, kinds[kind], device, run.batch)
+        for kind in kinds for name, roi in rois.items()
+    }  # fmt: skip
+
+
+def _stored(run: Run) -> np.ndarray:
+    """What it predicted, section after section."""
+    return np.asarray(volume.open_array(run.out, "0")).transpose(1, 0, 2, 3)
+
+
+def _sum(receipts: list[dict], name: str) -> int:
+    return sum(receipt.get(name, 0) for receipt in receipts)
