@@ -233,6 +233,7 @@ def test_a_run_tells_what_it_was(reference):
     assert facts["objects"] == len(pandas.read_parquet(f"{reference}/tables/objects.parquet"))
     assert facts["model_sha256"] == hashlib.sha256(model.shipped().read_bytes()).hexdigest()
     assert facts["peak_bytes"]["worker"] > 0
+    assert facts["bus_bytes"] == {"sent": 0, "fetched": 0}
     assert facts["config"]["predict"]["tile"] == 96
     assert Path(reference, "overlay.png").read_bytes().startswith(b"\x89PNG")
 

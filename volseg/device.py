@@ -51,6 +51,7 @@ class Host:
 
 
 HOST = Host()
+ONE = threading.Lock()  # held by the thread that makes a GPU's streams
 
 
 @dataclass
@@ -157,9 +158,14 @@ class Torch:
 Device: TypeAlias = Host | Torch
 
 
-@lru_cache
 def _streams(name: str) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """The streams of this process on a GPU: what computes, what copies."""
+    """The streams of this process on a GPU, the same for all its threads: what computes, what copies."""
+    with ONE:
+        return _made_streams(name)
+
+
+@lru_cache
+def _made_streams(name: str) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     import torch
 
     return torch.cuda.Stream(name), torch.cuda.Stream(name)
@@ -190,7 +196,7 @@ def replayed(call: Call, shape: tuple[int, ...], name: str) -> Call:
     torch.cuda.synchronize(name)
     aside, graph = torch.cuda.Stream(name), torch.cuda.CUDAGraph()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.cuda.device(name):
             with torch.cuda.stream(aside):
                 given = torch.zeros(shape, device=name)
                 call(given)  # libraries set themselves up in a first call, which no graph may hold

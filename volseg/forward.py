@@ -286,12 +286,12 @@ def _torch(blob: bytes, precision: str, shape: tuple[int, int, int, int], name: 
 class Busy:
     """``forward`` that counts the ``seconds`` in which it was under way in at least one thread."""
 
-    def __init__(self, forward: Forward) -> None:
+    def __init__(self, forward: Call) -> None:
         self.forward = forward
         self.seconds, self.running, self.since = 0.0, 0, 0.0
         self.lock = threading.Lock()
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, batch: Any) -> Any:
         self._step(1)
         try:
             return self.forward(batch)
@@ -305,7 +305,7 @@ class Busy:
             self.since, self.running = now, self.running + change
 
 
-def stream(forward: Forward, batches: Iterable[tuple[Any, np.ndarray]], threads: int) -> Iterator[tuple[Any, np.ndarray]]:
+def stream(forward: Call, batches: Iterable[tuple[Any, Any]], threads: int) -> Iterator[tuple[Any, Any]]:
     """``(key, forward(batch))`` for each ``(key, batch)``, in order, ``threads`` of them under way at once."""
     with ThreadPoolExecutor(threads) as pool:
         running: deque = deque()

@@ -496,5 +496,5 @@ def _loaded(out: str, key: str, size: tuple[int, int]) -> Call:
 
 
 def _threads(run: Run) -> int:
-    """Tiles under way at once in this worker: on a GPU just enough to hide the copies."""
+    """Batches under way at once in this worker: on a GPU one is queued while the other is computed."""
     return 2 if run.engine["device"] == "cuda" else cluster.threads_here()
