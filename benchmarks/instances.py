@@ -1,12 +1,15 @@
 """Probabilities to instances: volseg's blocks against whole-volume and blockwise peers, with what the cutting does to them.
 
-Each row runs in a process of its own, on one core. Peers get volseg's heights and mask, so that all cut one landscape; its
-making counts for all of them.
+Each row has a process of its own, on one core, which times a whole call after one on a small crop: numba's kernels are
+compiled and libraries loaded by then. Peers get volseg's heights and mask, so that all cut one landscape; making it counts
+for all of them, and a column says how much of the time it was, since volseg makes it block by block and peers at once.
+Memory is the most that a process held during its calls, over what it held before the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 
 from benchmarks import report
-from benchmarks.repeat import alone
+from benchmarks.repeat import Alone, aside
 from volseg import fragments, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
@@ -26,64 +29,85 @@ from volseg.synth import synth
 
 SIDES = (256, 128, 64, 32)  # of the blocks, voxels; cut to the volume
 TIMED = 128
-SHAPE = (128, 256, 256)  # of the synthetic volume
+SHAPE, SEED = (128, 512, 512), 8  # of the synthetic volume: 5 % of it is foreground
+CROP = (32, 128, 128)  # for the first call
 SMALL = 500  # voxels; every method drops objects below
+WHOLE = "scikit-image watershed, whole volume"
 CONFIG = Config()
 
 
 def measure(run: str, sections: int, repeats: int) -> None:
-    """A row for each method: seconds, speed and memory, and how many objects it finds at four block sizes."""
-    folder = TemporaryDirectory()
-    probability, stored = _probability(run, sections), Path(folder.name, "probability.npy")
-    np.save(stored, probability)
-    make = partial(_arguments, stored)
-    share = float((_landscape(probability)[0] != fragments.OUTSIDE).mean())
+    """A row for each method: seconds, speed and memory in blocks of `TIMED`, and how many objects it finds at four block
+    sizes; those of the whole volume at once are counted once."""
     methods = {
-        "volseg": ours, "scikit-image watershed, whole volume": whole, "dask-image label (no watershed)": components,
+        "volseg": ours, WHOLE: whole, "dask-image label (no watershed)": components,
         "watershed per block, any contact joins": partial(per_block, shrink=False),
         "watershed per block, cellpose's rule": partial(per_block, shrink=True),
     }  # fmt: skip
-    timed = {name: [] for name in methods}
-    for _ in range(repeats):
-        for name, method in methods.items():
-            timed[name].append(alone(method, partial(make, TIMED), warm=name == "volseg"))  # its kernels compile once
-    rows = []
-    for name, method in methods.items():
-        seconds = median(done.seconds for done in timed[name])
-        rows.append({
-            "method": name,
-            "s": round(seconds, 2),
-            "Mvoxel/s": round(probability[0].size / 1e6 / seconds, 1),
-            "peak MB": round(median(done.peak_bytes for done in timed[name]) / 1e6),
-            **{f"objects at {side}": alone(method, partial(make, side)).result for side in SIDES},
-        })  # fmt: skip
-    print(f"{probability[0].size / 1e6:.1f} million voxels, {100 * share:.1f} % in the mask; blocks of {TIMED}")
+    probability = _probability(run, sections)
+    share, voxels = float((_landscape(probability)[0] != fragments.OUTSIDE).mean()), probability[0].size
+    with TemporaryDirectory() as folder:
+        stored = Path(folder, "probability.npy")
+        np.save(stored, probability)
+        del probability
+        calls = {name: partial(_load, stored, method) for name, method in methods.items()}
+        more = {name: () if name == WHOLE else tuple(side for side in SIDES if side != TIMED) for name in methods}
+        timed, counted = aside(calls, TIMED, repeats, more)
+    rows = [{"method": name, **_row(timed[name], voxels), **_objects(timed[name], counted[name])} for name in methods]
+    print(f"{voxels / 1e6:.1f} million voxels, {100 * share:.1f} % in the mask; blocks of {TIMED}; medians of {repeats}")
     report.keep("instances", rows)
-    folder.cleanup()
-    print(f"\nscikit-image / volseg, seconds: {rows[1]['s'] / rows[0]['s']:.2f}")
+    (own, own_heights), (other, other_heights) = ((row["s"], row["of it heights"]) for row in rows[:2])
+    print(f"\nscikit-image / volseg, seconds: {other / own:.2f}; heights given to both: "
+          f"{(other - other_heights) / (own - own_heights):.2f}")  # fmt: skip
 
 
-def _arguments(stored: Path, side: int) -> tuple[np.ndarray, int]:
-    """What a method is called with: stored probabilities, in memory, and the side of a block."""
-    return np.load(stored), side
+def _row(timed: list[Alone], voxels: int) -> dict:
+    seconds = median(done.seconds for done in timed)
+    return {
+        "s": round(seconds, 3),
+        "of it heights": round(median(done.result.heights for done in timed), 3),
+        "Mvoxel/s": round(voxels / 1e6 / seconds, 1),
+        "peak MB": round(max(done.peak_bytes for done in timed) / 1e6),
+    }
+
+
+def _objects(timed: list[Alone], counted: dict[int, Found]) -> dict:
+    found = {TIMED: timed[0].result, **counted}
+    return {f"objects at {side}": found.get(side, found[TIMED]).objects for side in SIDES}
+
+
+def _load(stored: Path, method: Callable) -> Callable[[int], Found]:
+    """``method`` on stored probabilities, by the side of a block; it has been called once, on a crop of them."""
+    probability = np.load(stored)
+    method(np.ascontiguousarray(probability[(slice(None), *map(slice, CROP))]), CROP[1] // 2)
+    return partial(method, probability)
+
+
+@dataclass(frozen=True)
+class Found:
+    """How many objects, and the seconds that making the heights took."""
+
+    objects: int
+    heights: float
 
 
 def _probability(run: str, sections: int) -> np.ndarray:
     """uint8 probabilities (mask, contour; z y x): the last sections of a run's, or a synthetic volume's."""
     if run:
         return np.asarray(volume.open_array(str(Path(run).resolve()), "0")[:2, -sections:])
-    labels = synth(Box((0, 0, 0), SHAPE), seed=5)[1]
+    labels = synth(Box((0, 0, 0), SHAPE), seed=SEED)[1]
     steps = [np.diff(labels, axis=axis, append=labels.take([-1], axis)) != 0 for axis in range(3)]
-    noise = np.random.default_rng(0).normal(0, 12, (2, *SHAPE))
-    fields = [ndimage.gaussian_filter(255.0 * field, 1.5) for field in (labels > 0, np.any(steps, axis=0))]
-    return np.clip(np.stack(fields) + noise, 0, 255).astype(np.uint8)
+    rng, sharp = np.random.default_rng(0), (labels > 0, np.any(steps, axis=0))
+    soft = (ndimage.gaussian_filter(np.float32(255) * field, 1.5) for field in sharp)
+    return np.stack([np.clip(s + 12 * rng.standard_normal(SHAPE, np.float32), 0, 255).astype(np.uint8) for s in soft])
 
 
-def _landscape(probability: np.ndarray) -> tuple[np.ndarray, int]:
-    """Heights of the whole volume, and the height of a seed."""
-    shape = probability.shape[1:]
+def _landscape(probability: np.ndarray) -> tuple[np.ndarray, int, float]:
+    """Heights of the whole volume, the height of a seed, and seconds."""
+    start, shape = time.perf_counter(), probability.shape[1:]
     height = fragments.heights(probability, Box.whole(shape), shape, CONFIG.fragments)
-    return height[1:-1, 1:-1, 1:-1], fragments.seed_height(CONFIG.stitch.seed, CONFIG.fragments)
+    seed = fragments.seed_height(CONFIG.stitch.seed, CONFIG.fragments)
+    return height[1:-1, 1:-1, 1:-1], seed, time.perf_counter() - start
 
 
 def _blocks(shape: Triple, side: int) -> Blocks:
@@ -104,14 +128,15 @@ class _Cut:
     table: fragments.Table
 
 
-def ours(probability: np.ndarray, side: int) -> int:
+def ours(probability: np.ndarray, side: int) -> Found:
     """The stages of a run in memory: fragments, faces, stitch, relabel."""
-    shape, knobs = probability.shape[1:], CONFIG.fragments
+    shape, knobs, spent = probability.shape[1:], CONFIG.fragments, 0.0
     grid = _blocks(shape, side)
     cuts = []
     for box in grid:
-        have = box.grow(fragments.halo(knobs)).clip(shape)
+        have, start = box.grow(fragments.halo(knobs)).clip(shape), time.perf_counter()
         height = fragments.heights(probability[(slice(None), *have.slices)], box, shape, knobs)
+        spent += time.perf_counter() - start
         cuts.append(_Cut(*fragments.fragments(height, probability[0][box.slices], box, shape)))
     tables = [cut.table for cut in cuts]
     basins, basin_of = stitch.gather(tables, [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))])
@@ -119,36 +144,36 @@ def ours(probability: np.ndarray, side: int) -> int:
     out = np.empty(shape, np.uint32)
     for box, cut, basin in zip(grid, cuts, basin_of, strict=True):
         out[box.slices] = np.r_[0, label[basin]].astype(np.uint32)[cut.region]
-    return int(out.max())
+    return Found(int(out.max()), spent)
 
 
-def whole(probability: np.ndarray, _: int) -> int:
+def whole(probability: np.ndarray, _: int) -> Found:
     """Seeded watershed of the whole volume at once."""
     from skimage.segmentation import watershed
 
-    height, seed = _landscape(probability)
+    height, seed, spent = _landscape(probability)
     markers, _ = ndimage.label(height <= seed)
-    return _counted(watershed(height, markers, mask=height != fragments.OUTSIDE, connectivity=1))
+    return Found(_counted(watershed(height, markers, mask=height != fragments.OUTSIDE, connectivity=1)), spent)
 
 
-def components(probability: np.ndarray, side: int) -> int:
+def components(probability: np.ndarray, side: int) -> Found:
     """Connected components of the mask, block by block."""
     import dask.array
     from dask_image import ndmeasure
 
-    height, _ = _landscape(probability)
+    height, _, spent = _landscape(probability)
     mask = dask.array.from_array(height != fragments.OUTSIDE, chunks=_blocks(height.shape, side).block)
-    return _counted(ndmeasure.label(mask)[0].compute(scheduler="single-threaded"))
+    return Found(_counted(ndmeasure.label(mask)[0].compute(scheduler="single-threaded")), spent)
 
 
-def per_block(probability: np.ndarray, side: int, *, shrink: bool) -> int:
+def per_block(probability: np.ndarray, side: int, *, shrink: bool) -> Found:
     """A watershed in each block by itself; labels that touch across a face are one.
 
     With ``shrink``, after each lost its outermost voxels in the face: the rule of cellpose's distributed segmentation.
     """
     from skimage.segmentation import watershed
 
-    height, seed = _landscape(probability)
+    height, seed, spent = _landscape(probability)
     grid = _blocks(height.shape, side)
     out, last = np.zeros(height.shape, np.int64), 0
     for box in grid:
@@ -161,7 +186,7 @@ def per_block(probability: np.ndarray, side: int, *, shrink: bool) -> int:
     for a, b in _touching(out, grid.block, shrink):
         p, q = stitch.find(parent, a), stitch.find(parent, b)
         parent[max(p, q)] = min(p, q)
-    return _counted(np.array([stitch.find(parent, i) for i in range(last + 1)])[out])
+    return Found(_counted(np.array([stitch.find(parent, i) for i in range(last + 1)])[out]), spent)
 
 
 def _touching(labels: np.ndarray, block: Triple, shrink: bool) -> Iterator[np.ndarray]:

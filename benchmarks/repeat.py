@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from volseg.cluster import peak_bytes
+from volseg import machine
 
 
 @dataclass(frozen=True)
@@ -32,25 +34,77 @@ def side_by_side(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict
     return {name: median(times) for name, times in took.items()}
 
 
-def alone(function: Callable[..., Any], make: Callable[[], tuple], warm: bool = False) -> Alone:
-    """``function(*make())`` in a fresh process; making the arguments does not count, nor a first call if ``warm``."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(theirs, function, make, warm))
-    process.start()
-    theirs.close()
+def aside(
+    makers: dict[str, Callable[[], Callable[[Any], Any]]], asked: Any, repeats: int, more: dict[str, tuple]
+) -> tuple[dict[str, list[Alone]], dict[str, dict]]:
+    """Each candidate in a fresh process of its own, one at a time, in turn: ``repeats`` calls with ``asked``, then one
+    with each of ``more``, whose results alone are kept.
+
+    A maker is called in its process and gives what is called there; it does not count, neither as time nor as memory.
+    """
+    servers = {}
     try:
-        return ours.recv()
-    except EOFError:
-        raise RuntimeError(f"{function} ended without a result") from None
+        for name, make in makers.items():
+            servers[name] = _Server(make)
+            servers[name].ready()
+        timed: dict[str, list[Alone]] = {name: [] for name in makers}
+        for _ in range(repeats):
+            for name, server in servers.items():
+                timed[name].append(server.call(asked))
+        return timed, {name: {one: servers[name].call(one).result for one in asks} for name, asks in more.items()}
     finally:
-        process.join()
+        for server in servers.values():
+            server.end()
 
 
-def _report(pipe: Any, function: Callable[..., Any], make: Callable[[], tuple], warm: bool) -> None:
-    arguments = make()
-    if warm:
-        function(*arguments)
-    before, start = peak_bytes(), time.perf_counter()
-    result = function(*arguments)
-    pipe.send(Alone(result, time.perf_counter() - start, peak_bytes() - before))
+class _Server:
+    """A process that holds one candidate and calls it when told to."""
+
+    def __init__(self, make: Callable) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ready(self) -> None:
+        self._receive()
+
+    def call(self, asked: Any) -> Alone:
+        self.pipe.send(asked)
+        return self._receive()
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.join(10)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+
+    def _receive(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise RuntimeError("a candidate's process ended without a result; what it printed says why") from None
+
+
+def _serve(pipe: Any, make: Callable) -> None:
+    function = make()
+    _forget_peak()
+    before = machine.resident()
+    pipe.send(None)
+    while True:
+        try:
+            asked = pipe.recv()
+        except EOFError:
+            return
+        start = time.perf_counter()
+        result = function(asked)
+        seconds = time.perf_counter() - start
+        pipe.send(Alone(result, seconds, max(0, machine.resident("HWM") - before)))
+
+
+def _forget_peak() -> None:
+    """The kernel counts this process's peak memory anew (Linux; elsewhere a peak before stays in it)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -1,6 +1,8 @@
 """Benchmarks run, on small volumes."""
 
 import json
+import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from benchmarks import (
     io,
     labels,
     planes,
+    repeat,
     report,
     scaling,
     stitch,
@@ -72,15 +75,35 @@ def test_an_ablation_changes_one_thing(image, monkeypatch, tmp_path):
 
 def test_volseg_finds_as_many_objects_at_every_block_size_as_one_watershed_of_the_whole(reference):
     probability = np.asarray(volume.open_array(reference, "0"))
-    counts = {side: instances.ours(probability, side) for side in (170, 64, 24)}
-    assert set(counts.values()) == {instances.whole(probability, 0)}
-    assert instances.per_block(probability, 170, shrink=True) == instances.whole(probability, 0)
-    assert instances.per_block(probability, 24, shrink=False) > 0
+    counts = {side: instances.ours(probability, side).objects for side in (170, 64, 24)}
+    found = instances.whole(probability, 0)
+    assert set(counts.values()) == {found.objects}
+    assert instances.per_block(probability, 170, shrink=True).objects == found.objects
+    assert instances.per_block(probability, 24, shrink=False).objects > 0
 
 
-def test_components_are_counted_by_dask_image(reference):
+def test_candidates_are_called_in_turn_each_in_a_process_of_its_own():
+    makers = {"here": partial(partial, pow, 2), "there": partial(partial, pow, 3)}
+    timed, counted = repeat.aside(makers, 3, 2, {"here": (5,), "there": ()})
+    assert [done.result for done in timed["here"] + timed["there"]] == [8, 8, 27, 27]
+    assert all(done.seconds >= 0 and done.peak_bytes >= 0 for done in timed["here"])
+    assert counted == {"here": {5: 32}, "there": {}}
+
+
+def test_a_candidate_whose_process_ends_is_told():
+    with pytest.raises(RuntimeError, match="ended without a result"):
+        repeat.aside({"gone": partial(os._exit, 3)}, 1, 1, {"gone": ()})
+
+
+def test_each_method_is_timed_in_a_process_of_its_own(reference, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     pytest.importorskip("dask_image", reason="needs dask-image (extra bench)")
-    assert instances.components(np.asarray(volume.open_array(reference, "0")), 64) > 0
+    pytest.importorskip("skimage", reason="needs scikit-image (extra bench)")
+    instances.measure(reference, 22, 1)
+    rows = json.loads((tmp_path / "instances.json").read_text())["rows"]
+    assert len(rows) == 5
+    assert all(row["Mvoxel/s"] > 0 and row["peak MB"] > 0 for row in rows)
+    assert len({row[f"objects at {side}"] for side in instances.SIDES for row in rows[:2]}) == 1
 
 
 def test_the_table_of_a_gpu_is_made_on_a_processor_when_asked(image, monkeypatch, tmp_path):
