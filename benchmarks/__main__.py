@@ -195,7 +195,7 @@ def heights(
 
 @app.command()
 def touching(
-    seeds: Annotated[str, typer.Option(help="Of the synthetic volumes.")] = "2002,12",
+    seeds: Annotated[str, typer.Option(help="Of the synthetic volumes.")] = "3001,3002,3004,3010,3013,3014",
     shape: Annotated[str, typer.Option(help="Of each, z,y,x.")] = "128,512,512",
     config: Annotated[str, typer.Option(help="As for volseg infer.")] = "configs/touching.toml",
     model: Annotated[str, typer.Option(help="Model file; the shipped one if not given.")] = "",
