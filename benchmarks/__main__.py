@@ -221,6 +221,7 @@ def scaling(
     what: Annotated[str, typer.Argument(help="volumes, workers or blocks.")],
     out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/scaling",
     most: Annotated[int, typer.Option(help="volumes: largest factor, 1, 8 or 64.")] = 64,
+    reduce: Annotated[str, typer.Option(help="volumes: how to stitch; flat: one process holds all edges.")] = "tree",
     counts: Annotated[str, typer.Option(help="workers: how many.")] = "1,2,4",
     blocks: Annotated[float, typer.Option(help="blocks: how many null blocks.")] = 1e6,
 ) -> None:
@@ -228,7 +229,7 @@ def scaling(
     from benchmarks import scaling as bench
 
     if what == "volumes":
-        bench.volumes(out, most)
+        bench.volumes(out, most, reduce)
     elif what == "workers":
         bench.workers(out, tuple(int(n) for n in counts.split(",")))
     elif what == "blocks":

@@ -1,4 +1,8 @@
-"""What grows with what: workers, the volume, and the number of blocks."""
+"""What grows with what: workers, the volume, and the number of blocks.
+
+A run over a small volume comes first and is not told: it compiles the kernels and exports the network, which would
+otherwise count as memory of the first row.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from math import prod
 from pathlib import Path
 
 import psutil
@@ -14,50 +19,92 @@ import psutil
 from benchmarks import report
 from volseg import cluster, config
 
-BLOCK = (32, 128, 128)
-SIZES = {1: (32, 256, 256), 8: (64, 512, 512), 64: (128, 1024, 1024)}  # of the volume, by how much larger
+SIZES = {1: (8, 256, 256), 8: (16, 512, 512), 64: (32, 1024, 1024)}  # of the volume, by how much larger
+CUT = ("blocks.shape=[4, 256, 256]", "predict.tile=128", "predict.overlap=32")  # the smallest is two blocks, of four tiles
+SHAPE = (48, 768, 768)  # of the volume that several workers share, in blocks of whole planes
+SLABS = ("blocks.shape=[4, 768, 768]",)
 TOLD = 20  # memory is looked at that often
 
 
-def volumes(out: str, most: int) -> None:
-    """A row for each volume size: one worker, blocks of one shape; peak memory must not grow, nor the cost of a voxel."""
+def volumes(out: str, most: int, reduce: str) -> None:
+    """A row for each volume size: one worker, blocks of one shape; peak memory must not grow, nor the cost of a voxel.
+
+    With ``reduce`` "flat" one process holds all edges, with "tree" none does.
+    """
+    flags = (*CUT, f"stitch.reduce={reduce}", "cluster.workers=1")
+    cores = _cores()
+    _infer(Path(out, "size1"), SIZES[1], flags, cores)
     rows = []
     for factor, shape in ((f, s) for f, s in SIZES.items() if f <= most):
-        facts = _infer(Path(out, f"size{factor}"), shape, "--workers", "1")
-        rows.append({"volume": " x ".join(map(str, shape)), "larger": factor, **_row(facts)})
+        facts = _infer(Path(out, f"size{factor}"), shape, flags, cores)
+        rows.append({"volume": " x ".join(map(str, shape)), "larger": factor, **_memory(facts), **_cost(facts)})
     report.keep("scaling-volume", rows)
+    told = f"one worker, stitch.reduce={reduce}"
+    print(f"\n{told}: its memory grows by {100 * (rows[-1]['worker MB'] / rows[0]['worker MB'] - 1):.1f} %")
 
 
 def workers(out: str, counts: tuple[int, ...]) -> None:
-    """A row for each number of workers over one volume."""
+    """A row for each number of workers over one volume: each has a core of its own as far as there are any."""
+    cores = _cores()
+    _infer(Path(out, "size1"), SIZES[1], ("cluster.workers=1",), cores)
     rows = []
     for count in counts:
-        facts = _infer(Path(out, f"workers{count}"), SIZES[8], "--workers", str(count))
-        rows.append({"workers": count, "cores": os.cpu_count(), **_row(facts)})
+        facts = _infer(Path(out, "workers"), SHAPE, (*SLABS, f"cluster.workers={count}"), cores[:count])
+        spent = _spent(facts)
+        rows.append({"workers": count, "cores": min(count, len(cores)), "s without start": round(spent, 1),
+                     "Mvoxel/s": round(prod(SHAPE) / 1e6 / spent, 2), **_memory(facts), **_cost(facts)})  # fmt: skip
+    for row in rows:
+        row["faster"] = round(rows[0]["s without start"] / row["s without start"], 2)
     report.keep("scaling-workers", rows)
 
 
-def _infer(folder: Path, shape: tuple[int, ...], *flags: str) -> dict:
-    """run.json of a run over a synthetic volume of that shape."""
+def _cores() -> list[int]:
+    """The cores this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _infer(folder: Path, shape: tuple[int, ...], sets: tuple[str, ...], cores: list[int]) -> dict:
+    """run.json of a run over a synthetic volume of that shape, on those cores alone (where the system can do that)."""
     folder.mkdir(parents=True, exist_ok=True)
     image, out = str(folder / "em.zarr"), str(folder / "em.volseg.zarr")
     start = [sys.executable, "-m", "volseg"]
     if not Path(image).exists():
         subprocess.run([*start, "synth", image, "--shape", ",".join(map(str, shape)), "--seed", "1"], check=True)
-    sets = ["--set", f"blocks.shape={list(BLOCK)}", "--set", "predict.tile=256", "--set", "predict.overlap=32"]
-    subprocess.run([*start, "infer", image, "--out", out, "--overwrite", *sets, *flags], check=True)
+    changes = (part for text in sets for part in ("--set", text))
+    bound = [sys.executable, "-c", BOUND, ",".join(map(str, cores)), *start[1:]]
+    subprocess.run([*bound, "infer", image, "--out", out, "--overwrite", *changes], check=True)
     return json.loads(Path(out, "run.json").read_text())
 
 
-def _row(facts: dict) -> dict:
-    seconds, shape = facts["seconds"], facts["source"]["shape"]
-    voxels = shape[0] * shape[1] * shape[2]
-    spent = seconds["total"] - seconds["start"]
+BOUND = """
+import os, sys
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, [int(core) for core in sys.argv[1].split(",")])
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def _spent(facts: dict) -> float:
+    return facts["seconds"]["total"] - facts["seconds"]["start"]
+
+
+def _memory(facts: dict) -> dict:
+    return {f"{name} MB": round(facts["peak_bytes"][name] / 1e6) for name in ("worker", "client")}
+
+
+def _cost(facts: dict) -> dict:
+    """Workers' time for each voxel: of the network's stage by what went through it, of all others by the volume.
+
+    Where blocks are smaller than planes, tiles at their borders are inferred by each block that they meet.
+    """
+    busy = {stage: sum(phases.values()) for stage, phases in facts["worker_seconds"].items()}
+    load = facts["worker_seconds"]["predict"].get("load", 0.0)
+    voxels, inferred = prod(facts["source"]["shape"]), facts["actual"]["inferred_voxels"]
+    predict = busy.pop("predict") - load
     return {
-        "worker MB": round(facts["peak_bytes"]["worker"] / 1e6),
-        "client MB": round(facts["peak_bytes"]["client"] / 1e6),
-        "s without start": round(spent, 1),
-        "µs per voxel": round(1e6 * spent / voxels, 3),
+        "inferred for each voxel": round(inferred / voxels, 2),
+        "network, µs per voxel inferred": round(1e6 * predict / inferred, 3),
+        "rest, µs per voxel": round(1e6 * sum(busy.values()) / voxels, 3),
         "objects": facts["objects"],
     }
 
@@ -68,7 +115,10 @@ def nothing(item: int) -> int:
 
 
 def blocks(count: int) -> None:
-    """Rows along one run of so many null blocks: how fast they go, and the memory of scheduler and client together."""
+    """Rows along one run of so many null blocks: how fast they go, and the memory of scheduler and client together.
+
+    As in a run, up to `cluster.MOST` blocks that take no time share a task.
+    """
     rows = []
     with cluster.connect(config.Cluster(workers=2, dashboard="")) as client:
         start, state = time.perf_counter(), {"done": 0}
@@ -77,7 +127,7 @@ def blocks(count: int) -> None:
             state["done"] += 1
             if state["done"] % max(1, count // TOLD) == 0:
                 took = time.perf_counter() - start
-                rows.append({"blocks": state["done"], "tasks/s": round(state["done"] / took),
+                rows.append({"blocks": state["done"], "blocks/s": round(state["done"] / took),
                              "client + scheduler MB": round(psutil.Process().memory_info().rss / 1e6)})  # fmt: skip
 
         cluster.run(client, nothing, range(count), window=64, done=done)
