@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.test_pipeline import Quiet, digest, settings
 from tests.test_wanted import made, store
 from volseg import cli, cluster, describe, forward, launch, machine, memory, plan, volume
-from volseg.config import UserError
+from volseg.config import Config, UserError
 from volseg.run import Run, blocks, redundancy
 
 GB = 10**9
@@ -95,6 +95,22 @@ def test_the_projected_memory_is_that_of_a_real_worker(noise, tmp_path):
     assert facts["plan"]["inferred_voxels"] == facts["actual"]["inferred_voxels"]
     assert facts["actual"]["written_bytes"] > 0
     assert "plan / actual" in summary.compared
+
+
+def test_a_probe_tells_the_bytes_of_the_tables_that_a_run_stores(reference):
+    """Within a factor of 2 of those of a real run, which cuts the same voxels into other blocks."""
+    facts = json.loads(Path(reference, "run.json").read_text())
+    probability = np.asarray(volume.open_array(reference, "0"))
+    found = plan._instances(probability, Config(**facts["config"]).fragments, tuple(facts["voxel_size_nm"]))
+    stored = sum(volume.stored_bytes(f"{reference}/work/{name}") for name in ("tables", "links", "labels"))
+    assert 0.5 < found["packed"]["tables"] * probability[0].size / stored < 2
+
+
+def test_a_plan_of_more_than_one_worker_is_shorter(tmp_path):
+    run = unread((64, 1024, 1024), tmp_path)
+    one, two = (plan.make(run, crew, plan.known(run, crew)) for crew in (cluster.Crew(1), cluster.Crew(2)))
+    assert one.total_seconds > two.total_seconds > one.total_seconds / 2
+    assert one.written_bytes == two.written_bytes > np.prod(run.shape)
 
 
 def test_two_workers_keep_within_a_small_limit_and_change_nothing(noise, tmp_path):

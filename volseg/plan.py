@@ -2,6 +2,10 @@
 
 Shapes tell all but speed, the network's memory and how well the output compresses: those come from a `probe` of a few
 tiles, kept in the user's cache, or from rough figures where none was made.
+
+Rough figures are of one core while the others compute too, as all of a run's do, and rest on few machines. Of the network:
+whole runs on EPFL on 2 AVX2 cores, reading, blending and storing included (torch and ONNX Runtime by their ratio to OpenVINO
+there), and bare loops on 2 cores with AVX-512 BF16. Of what follows it, the worker seconds of the EPFL runs on the former.
 """
 
 from __future__ import annotations
@@ -26,13 +30,17 @@ from volseg.config import Fragments, UserError
 from volseg.grey import standardise
 from volseg.run import Run, bits, redundancy
 
-START = 4.0  # seconds until workers are there, and for the table and the picture; a rough figure
+START = 4.0  # seconds: 3 until workers are there, 1 for the table and the picture
 SPEED = {
-    "openvino fp32": 1.0, "openvino bf16": 2.1, "openvino int8": 3.5, "onnx fp32": 0.9, "torch fp32": 0.7, "torch bf16": 1.4,
-}  # fmt: skip  # million voxels/s of a core, rough
-GPU_SPEED = 60.0  # million voxels/s of a GPU, rough
-INSTANCES = 8e6  # voxels/s of a core for all that follows the network, rough
-PACKED = {"probability": 0.3, "fragments": 0.15, "labels": 0.1}  # stored bytes for each voxel (and channel), rough
+    "openvino fp32": 1.1, "openvino int8": 1.5, "onnx fp32": 0.9, "torch fp32": 0.45,
+}  # fmt: skip  # million voxels/s of a core
+FAST = {"openvino bf16": 2.1, "openvino int8": 3.5, "torch fp32": 0.7, "torch bf16": 1.4}  # where it multiplies in bf16
+GPU_SPEED = 60.0  # million voxels/s of a GPU, a guess
+INSTANCES = 3.2e6  # voxels/s of a core for all that follows the network
+PACKED = {"probability": 0.05, "fragments": 0.03, "labels": 0.01, "tables": 1.4}  # stored bytes for each voxel (and channel)
+NETWORK = 0.87  # share of predict's time in the network, of 0.86 in int8 and 0.91 in fp32: what a probe does not see
+AFTER = 0.16e-6  # seconds of a core for a voxel: reading, storing, faces, relabelling and levels, likewise
+LINKED = 1.33  # bytes of all tables for each one of the blocks' own, likewise
 SECTIONS = 8  # sections of the probe, fewer where tiles are large
 PROBE_VOXELS = 1 << 22  # voxels that are enough
 SECONDS = 300  # a probe that takes longer is given up
@@ -131,7 +139,8 @@ def _read_bytes(run: Run) -> int:
 def _written_bytes(run: Run, rates: Rates) -> int:
     levels = sum(prod(shape) for shape, _ in run.levels)
     probability = len(run.heads) * rates.packed["probability"] * (1 + len(run.passes))
-    each = prod(run.shape) * (probability + rates.packed["fragments"]) + levels * rates.packed["labels"]
+    each = prod(run.shape) * (probability + rates.packed["fragments"] + rates.packed["tables"])
+    each += levels * rates.packed["labels"]
     return round(each)
 
 
@@ -243,14 +252,15 @@ def known(run: Run, crew: cluster.Crew) -> Rates:
     except (OSError, ValueError, TypeError):
         pass
     engine, cuda = run.engine, run.engine.get("device") == "cuda"
-    cores = crew.workers * crew.threads
-    speed = crew.workers * GPU_SPEED if cuda else cores * SPEED.get(f"{engine.get('backend')} {engine.get('precision')}", 1.0)
+    speeds = {**SPEED, **(FAST if forward.has_bf16() else {})}
+    of_core = speeds.get(f"{engine.get('backend')} {engine.get('precision')}", 1.0)
+    speed = crew.workers * (GPU_SPEED if cuda else crew.threads * of_core)
     return Rates(1e6 * speed, INSTANCES * (crew.workers + crew.beside), memory.network(run, crew.threads))
 
 
 def _cache_file(run: Run, crew: cluster.Crew) -> Path:
     sizes = [run.tile_grid(plane).size for plane in run.config.predict.planes]
-    facts = [run.checksum, run.model_sha256, bits(run.engine), sizes, run.config.predict.tta, run.heads,
+    facts = [run.checksum, run.model_sha256, bits(run.engine), sorted(PACKED), sizes, run.config.predict.tta, run.heads,
              run.config.fragments.model_dump(mode="json"), asdict(crew), os.cpu_count()]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return forward.cache_folder() / f"{key}.plan.json"
@@ -271,8 +281,8 @@ def probe(run: Run, crew: cluster.Crew) -> Rates:
         found = _together(folder, 1 if run.engine["device"] == "cuda" else crew.workers)
     count = crew.workers / len(found)
     rates = Rates(
-        predict=count * sum(one["predict"] for one in found),
-        instances=float(np.mean([one["instances"] for one in found])) * (crew.workers + crew.beside),
+        predict=NETWORK * count * sum(one["predict"] for one in found),
+        instances=(crew.workers + crew.beside) / (float(np.mean([1 / one["instances"] for one in found])) + AFTER),
         engine_bytes=max(one["engine_bytes"] for one in found),
         device_bytes=found[0]["device_bytes"],
         packed=found[0]["packed"],
@@ -369,7 +379,7 @@ def _network(asked: dict, blob: bytes, batch: np.ndarray) -> tuple[dict, np.ndar
 
 
 def _instances(probability: np.ndarray, knobs: Fragments, voxel_size_nm: tuple) -> dict:
-    """Speed of all that follows the network, and how well its outputs compress."""
+    """Speed of what is computed after the network, and how many bytes its outputs take when they are stored."""
     from numcodecs import Zstd
 
     shape = probability.shape[1:]
@@ -384,6 +394,7 @@ def _instances(probability: np.ndarray, knobs: Fragments, voxel_size_nm: tuple) 
         packed = {"probability": probability, "fragments": region, "labels": labels}
         sizes = {name: len(Zstd(1).encode(np.ascontiguousarray(data))) / data.size for name, data in packed.items()}
         took = time.perf_counter() - start
+    sizes["tables"] = LINKED * sum(column.nbytes for column in vars(table).values()) / mass.size
     return {"instances": mass.size / took, "packed": sizes}
 
 
