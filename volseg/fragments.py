@@ -177,7 +177,7 @@ def heights(
     if int(probability[0].max()) * LEVELS < mask_level(knobs.threshold):  # smoothing lifts nothing above its neighbours
         return np.full(box.grow(1).shape, OUTSIDE, np.int32)
     missing = [(h - f, g - e) for f, h, e, g in zip(full.start, have.start, have.stop, full.stop, strict=True)]
-    padded = np.pad(probability, [(0, 0), *missing], mode="edge")
+    padded = np.pad(probability, [(0, 0), *missing], mode="edge") if np.any(missing) else probability
     near = full.grow(tuple(-p for p in knobs.smooth))
     out = _heights(padded, near.clip(shape).inside(near), knobs, around)[box.grow(1).inside(near)]
     keep = box.grow(1).clip(shape).inside(box.grow(1))
@@ -188,16 +188,20 @@ def heights(
 
 def _heights(probability: np.ndarray, real: tuple, knobs: Fragments, around: Metric) -> np.ndarray:
     """Heights where the filter fits; ``real`` is the part of them that lies in the volume."""
-    level = _smooth(probability[0], knobs.smooth)
+    first = np.ascontiguousarray(probability[0])
+    spans = _spans(first, knobs.smooth, -(-mask_level(knobs.threshold) // LEVELS))
+    level = _smooth(first, knobs.smooth, spans)
     mask = level >= mask_level(knobs.threshold)
     most = around.cap**2
     if knobs.height == "contour":
-        return _compose(_smooth(255 - probability[1], knobs.smooth), _squared_distance(mask, real, around), mask, TOP, most)
+        boundary = _smooth(255 - probability[1], knobs.smooth, spans)
+        return _compose(boundary, _squared_distance(mask, real, around), mask, TOP, most)
     if knobs.height == "head":
-        return _compose(_smooth(probability[2], knobs.smooth), _squared_distance(mask, real, around), mask, TOP, most)
+        head = _smooth(probability[2], knobs.smooth, spans)
+        return _compose(head, _squared_distance(mask, real, around), mask, TOP, most)
     inside = level
     if knobs.contour:
-        inside = _smooth(_less_contour(probability, round(knobs.contour * 256)), knobs.smooth)
+        inside = _smooth(_less_contour(probability, round(knobs.contour * 256)), knobs.smooth, spans)
     if knobs.height == "distance":
         body = mask & (inside >= mask_level(knobs.threshold))
         return _compose(_squared_distance(body, real, around), inside, mask, most, TOP)
@@ -218,16 +222,50 @@ def _subtract(mask, contour, weight):
     return out
 
 
-def _smooth(field: np.ndarray, passes: Triple) -> np.ndarray:
+def _spans(field: np.ndarray, passes: Triple, least: int) -> np.ndarray:
+    """Where, in each row that `_smooth` gives, it may be ``least`` or more: [first, last + 1), 0, 0 for nowhere.
+
+    A mean is at most the greatest of what it is a mean of. int32 (z, y, 2).
+    """
+    from_x, to_x = _extent(field, np.uint8(least))
+    window, reach = (2 * passes[0] + 1, 2 * passes[1] + 1), 2 * passes[2]
+    near = np.lib.stride_tricks.sliding_window_view
+    first = np.maximum(near(from_x, window).min((2, 3)) - reach, 0)
+    last = np.minimum(near(to_x, window).max((2, 3)), field.shape[2] - reach)
+    return np.where((first < last)[..., None], np.stack([first, last], axis=2), 0).astype(np.int32)
+
+
+@njit(cache=True, nogil=True)
+def _extent(field, least):
+    """By row, the first voxel that is ``least`` or more (the row's length if none), and the last + 1 (0 if none)."""
+    nz, ny, nx = field.shape
+    first = np.full((nz, ny), nx, np.int32)
+    last = np.zeros((nz, ny), np.int32)
+    for z in range(nz):
+        for y in range(ny):
+            most = field[z, y, 0]
+            for x in range(nx):
+                most = max(most, field[z, y, x])
+            if most < least:
+                continue
+            x = 0
+            while field[z, y, x] < least:
+                x += 1
+            first[z, y] = x
+            x = nx
+            while field[z, y, x - 1] < least:
+                x -= 1
+            last[z, y] = x
+    return first, last
+
+
+def _smooth(field: np.ndarray, passes: Triple, spans: np.ndarray) -> np.ndarray:
     """``field`` after ``passes`` of the filter [1 2 1] / 4 along each axis, in steps of 1 / `LEVELS`, rounded down once.
 
-    The result is shorter by ``2 * passes`` on each axis. uint16.
+    The result is shorter by ``2 * passes`` on each axis, and 0 outside ``spans``. uint16.
     """
-    sums = field
-    for axis, n in enumerate(passes):
-        if n:
-            sums = _filter(np.ascontiguousarray(sums), _binomial(n), axis)
-    return _scale(sums, 2 * sum(passes))
+    rows = [_binomial(n) for n in passes]
+    return _smooth_rows(np.ascontiguousarray(field), *rows, 2 * sum(passes), spans)
 
 
 def _binomial(n: int) -> np.ndarray:
@@ -237,44 +275,50 @@ def _binomial(n: int) -> np.ndarray:
     return row
 
 
-def _filter(field: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
-    """Weighted sums of neighbours along one axis where all exist, int32."""
-    shape = list(field.shape)
-    shape[axis] -= len(weights) - 1
-    stride = int(np.prod(field.shape[axis + 1 :], initial=1))
-    out = np.empty(shape, np.int32)
-    rows = field.reshape(-1, field.shape[axis], stride)
-    _filter_rows(rows, weights, out.reshape(-1, shape[axis], stride))
+@njit(cache=True, nogil=True)
+def _smooth_rows(field, along_z, along_y, along_x, shift, spans):
+    """Sums over z in a plane, of these over y in a row, and of these over x: only what the spans need."""
+    nz, ny, _ = spans.shape
+    nx = field.shape[2] - along_x.size + 1
+    out = np.zeros((nz, ny, nx), np.uint16)
+    plane = np.empty(field.shape[1:], np.int32)
+    made = np.empty((field.shape[1], 2), np.int32)
+    row = np.empty(field.shape[2], np.int32)
+    total = np.empty(nx, np.int32)
+    for z in range(nz):
+        made[:] = 0
+        for y in range(ny):
+            first, last = spans[z, y]
+            if first == last:
+                continue
+            stop = last + along_x.size - 1
+            row[first:stop] = 0
+            for t in range(along_y.size):
+                _sum_column(field, along_z, z, y + t, first, stop, plane, made)
+                for x in range(first, stop):
+                    row[x] += along_y[t] * plane[y + t, x]
+            total[first:last] = 0
+            for t in range(along_x.size):
+                for x in range(first, last):
+                    total[x] += along_x[t] * row[x + t]
+            for x in range(first, last):
+                out[z, y, x] = (np.int64(total[x]) * LEVELS) >> shift
     return out
 
 
 @njit(cache=True, nogil=True)
-def _filter_rows(rows, weights, out):
-    outer, length, stride = out.shape
-    taps = weights.size
-    for i in range(outer):
-        if stride == 1:
-            for j in range(length):
-                total = np.int32(0)
-                for t in range(taps):
-                    total += weights[t] * np.int32(rows[i, j + t, 0])
-                out[i, j, 0] = total
-        else:
-            for j in range(length):
-                for k in range(stride):
-                    out[i, j, k] = weights[0] * np.int32(rows[i, j, k])
-                for t in range(1, taps):
-                    for k in range(stride):
-                        out[i, j, k] += weights[t] * np.int32(rows[i, j + t, k])
-
-
-@njit(cache=True, nogil=True)
-def _scale(sums, shift):
-    out = np.empty(sums.shape, np.uint16)
-    s, o = sums.ravel(), out.ravel()
-    for i in range(s.size):
-        o[i] = (np.int64(s[i]) * LEVELS) >> shift
-    return out
+def _sum_column(field, along_z, z, y, first, stop, plane, made):
+    """Row ``y`` of the plane holds the sums over z from ``first`` to ``stop``; ``made`` is where it did before."""
+    if made[y, 0] <= first and stop <= made[y, 1]:
+        return
+    if made[y, 0] < made[y, 1]:
+        first, stop = min(first, made[y, 0]), max(stop, made[y, 1])
+    for x in range(first, stop):
+        plane[y, x] = along_z[0] * np.int32(field[z, y, x])
+    for t in range(1, along_z.size):
+        for x in range(first, stop):
+            plane[y, x] += along_z[t] * np.int32(field[z + t, y, x])
+    made[y, 0], made[y, 1] = first, stop
 
 
 def _squared_distance(body: np.ndarray, real: tuple, around: Metric) -> np.ndarray:
@@ -358,15 +402,15 @@ def fragments(
     ``height`` (int32) covers ``box`` grown by 1, `OUTSIDE` where there is no mask or no volume; ``mass`` (uint8) covers
     ``box``. Regions are numbered in the order of their first voxel.
     """
-    steps = _steps(connectivity, height.shape)
-    region, roots = _follow(_descend(height, steps), height, steps)
+    steps, spans = _steps(connectivity, height.shape), _masked(height)
+    region, roots = _follow(_descend(height, steps, spans), height, steps, spans)
     in_volume = _Raster(height.shape, box, shape)
     is_exit = in_volume.is_halo(roots)
     region.ravel()[roots[is_exit]] = 0  # so that only voxels of the block have a region
-    core = np.ascontiguousarray(region[1:-1, 1:-1, 1:-1])
-    voxels, first, total = _measure(region, mass, roots.size)
+    core, voxels, first, total = _measure(region, mass, roots.size, spans)
     ahead = steps[len(steps) // 2 :]
-    face = _faces(core, box, shape)
+    behind = [(a > 0, b < n) for a, b, n in zip(box.start, box.stop, shape, strict=True)]
+    face = _faces(region, np.array(behind), spans)
     table = Table(
         root=in_volume(roots),
         depth=height.ravel()[roots],
@@ -374,7 +418,7 @@ def fragments(
         voxels=voxels,
         first=in_volume(first),
         mass=total,
-        edges=_inner_edges(region, height, in_volume, ahead),
+        edges=_inner_edges(region, height, in_volume, ahead, spans),
         crossing=_crossing_edges(region, height, in_volume, ahead, face),
         face_at=in_volume(face),
         face_of=region.ravel()[face],
@@ -414,7 +458,28 @@ def _steps(connectivity: int, padded: Triple) -> tuple[int, ...]:
 
 
 @njit(cache=True, nogil=True)
-def _descend(height, steps):
+def _masked(height):
+    """By row, the first masked voxel inside the frame and the last + 1: what lies elsewhere is outside the mask."""
+    nz, ny, nx = height.shape
+    spans = np.zeros((nz, ny, 2), np.int32)
+    for z in range(1, nz - 1):
+        for y in range(1, ny - 1):
+            least = np.int32(OUTSIDE)
+            for x in range(1, nx - 1):
+                least = min(least, height[z, y, x])
+            if least == OUTSIDE:
+                continue
+            first, last = 1, nx - 1
+            while height[z, y, first] == OUTSIDE:
+                first += 1
+            while height[z, y, last - 1] == OUTSIDE:
+                last -= 1
+            spans[z, y, 0], spans[z, y, 1] = first, last
+    return spans
+
+
+@njit(cache=True, nogil=True)
+def _descend(height, steps, spans):
     """For each masked voxel inside the frame, 1 + the direction of its lowest lower neighbour; 0 for a minimum.
 
     Neighbours are visited in the order of their linear index, so that of equal ones the first wins.
@@ -425,7 +490,7 @@ def _descend(height, steps):
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
             row = (z * ny + y) * nx
-            for v in range(row + 1, row + nx - 1):
+            for v in range(row + spans[z, y, 0], row + spans[z, y, 1]):
                 here = flat[v]
                 if here == OUTSIDE:
                     continue
@@ -440,7 +505,7 @@ def _descend(height, steps):
 
 
 @njit(cache=True, nogil=True)
-def _follow(down, height, steps):
+def _follow(down, height, steps, spans):
     """Region numbers (int32, same shape as ``height``) and the linear index of each region's root.
 
     A root is a minimum inside the frame, or the voxel of the frame where a descent leaves.
@@ -453,7 +518,7 @@ def _follow(down, height, steps):
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
             row = (z * ny + y) * nx
-            for start in range(row + 1, row + nx - 1):
+            for start in range(row + spans[z, y, 0], row + spans[z, y, 1]):
                 if flat[start] == OUTSIDE or region[start] != 0:
                     continue
                 v = start
@@ -476,30 +541,35 @@ def _follow(down, height, steps):
 
 
 @njit(cache=True, nogil=True)
-def _measure(region, mass, count):
-    """Per region: voxels in the block, first of them (index in the frame's array), sum of ``mass``."""
+def _measure(region, mass, count, spans):
+    """``region`` without its frame; by region: voxels in the block, first of them (index in the frame's array), sum of
+    ``mass``."""
     nz, ny, nx = region.shape
+    core = np.zeros((nz - 2, ny - 2, nx - 2), np.int32)
     voxels = np.zeros(count, np.int64)
     first = np.zeros(count, np.int64)
     total = np.zeros(count, np.int64)
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
-            for x in range(1, nx - 1):
+            for x in range(spans[z, y, 0], spans[z, y, 1]):
                 r = region[z, y, x] - 1
                 if r < 0:
                     continue
+                core[z - 1, y - 1, x - 1] = r + 1
                 if voxels[r] == 0:
                     first[r] = (z * ny + y) * nx + x
                 voxels[r] += 1
                 total[r] += mass[z - 1, y - 1, x - 1]
-    return voxels, first, total
+    return core, voxels, first, total
 
 
-def _inner_edges(region: np.ndarray, height: np.ndarray, in_volume: _Raster, ahead: tuple[int, ...]) -> np.ndarray:
+def _inner_edges(
+    region: np.ndarray, height: np.ndarray, in_volume: _Raster, ahead: tuple[int, ...], spans: np.ndarray
+) -> np.ndarray:
     """EDGE rows, one for each pair of regions that touch inside the block, sorted by pair."""
     capacity = 1024
     while True:
-        used, pairs, saddles = _collect(region, height, ahead, capacity)
+        used, pairs, saddles = _collect(region, height, ahead, spans, capacity)
         if used <= capacity // 2:
             break
         capacity *= 4
@@ -513,7 +583,7 @@ def _inner_edges(region: np.ndarray, height: np.ndarray, in_volume: _Raster, ahe
 
 
 @njit(cache=True, nogil=True)
-def _collect(region, height, ahead, capacity):
+def _collect(region, height, ahead, spans, capacity):
     """Open-addressing table of touching pairs: how many, their codes ``a << 32 | b``, and (KEY..., area, height) of each.
 
     ``ahead`` are the ways to the neighbours behind a voxel in linear order; only those along an axis share a face with it.
@@ -527,7 +597,7 @@ def _collect(region, height, ahead, capacity):
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
             row = (z * ny + y) * nx
-            for v in range(row + 1, row + nx - 1):
+            for v in range(row + spans[z, y, 0], row + spans[z, y, 1]):
                 if of[v] == 0:
                     continue
                 for d in range(len(ahead)):
@@ -590,15 +660,22 @@ def _crossing_edges(
     return np.concatenate(rows)
 
 
-def _faces(core: np.ndarray, box: Box, shape: Triple) -> np.ndarray:
-    """Indices (in the block grown by 1) of the masked voxels on faces that have volume behind them."""
-    on_face = np.zeros(core.shape, bool)
-    for axis in range(3):
-        plane = [slice(None)] * 3
-        if box.start[axis] > 0:
-            plane[axis] = 0
-            on_face[tuple(plane)] = True
-        if box.stop[axis] < shape[axis]:
-            plane[axis] = -1
-            on_face[tuple(plane)] = True
-    return np.flatnonzero(np.pad(on_face & (core != 0), 1))
+@njit(cache=True, nogil=True)
+def _faces(region, behind, spans):
+    """Indices (in the block grown by 1) of the masked voxels on faces that have volume behind them, ascending.
+
+    ``behind``: along each axis, whether there is volume before and after the block.
+    """
+    nz, ny, nx = region.shape
+    found = np.empty(2 * ((ny - 2) * (nx - 2) + (nz - 2) * (nx - 2) + (nz - 2) * (ny - 2)), np.int64)
+    count = 0
+    for z in range(1, nz - 1):
+        for y in range(1, ny - 1):
+            whole = (behind[0, 0] and z == 1) or (behind[0, 1] and z == nz - 2)
+            whole = whole or (behind[1, 0] and y == 1) or (behind[1, 1] and y == ny - 2)
+            for x in range(spans[z, y, 0], spans[z, y, 1]):
+                end = (behind[2, 0] and x == 1) or (behind[2, 1] and x == nx - 2)
+                if (whole or end) and region[z, y, x] != 0:
+                    found[count] = (z * ny + y) * nx + x
+                    count += 1
+    return found[:count].copy()
