@@ -20,6 +20,7 @@ TRAINED = {
     "flips alone": ('augment = ["flip"]',),
     "self-training": ("self_training = 0.34",),
 }  # what is trained anew, and the settings of [train] that differ
+NEEDS = {"no contour": ("fragments.contour=0",)}  # what nobody taught says nothing
 DECODED = {
     "threshold 0.5": ("fragments.threshold=0.5",),
     "not smoothed": ("fragments.smooth=[0,0,0]",),
@@ -40,7 +41,7 @@ def measure(
     for name, changes in TRAINED.items():
         if only and name not in only:
             continue
-        ways = {name: ()} | (DECODED if name == "the recipe" else {})
+        ways = {name: NEEDS.get(name, ())} | (DECODED if name == "the recipe" else {})
         found: dict[str, list[dict]] = {way: [] for way in ways}
         for seed in range(seeds):
             here = folder / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}"
