@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import psutil
 import pytest
 import zarr
 
@@ -87,7 +88,6 @@ def wait_for_markers(out, count, process, stage="predict"):
 
 
 def test_killed_workers_are_replaced_and_change_nothing(image, reference, tmp_path):
-    psutil = pytest.importorskip("psutil")
     out = tmp_path / "run.volseg.zarr"
     cut = "--set=blocks.shape=[4, 150, 170]"
     process = subprocess.Popen(command(image, out, cut, "--workers", "2"), stderr=subprocess.PIPE, text=True)

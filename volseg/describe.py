@@ -110,7 +110,7 @@ def check_channels(run: Run) -> None:
     need = {"contour": "contour", "head": "distance"}.get(height)
     if need in lacking:
         raise UserError(f"fragments.height = {height!r} follows a channel of {need}, which this run lacks: take another "
-                        "height, or probabilities that hold one")  # fmt: skip
+                        "height, or a model or probabilities that hold one")  # fmt: skip
 
 
 def _refuse_anisotropic(planes: tuple[str, ...], voxel_size_nm: tuple[float, float, float]) -> None:
