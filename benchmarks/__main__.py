@@ -143,7 +143,7 @@ def throughput(
     few: Annotated[int, typer.Option(help="How many of them the slower peers get.")] = 4,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     out: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/throughput",
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="As for volseg infer.")] = None,
+    sets: Decoding = None,
 ) -> None:
     """The predict stage against the bare model, MONAI and dask map_overlap, outputs compared (needs volseg[bench])."""
     from benchmarks import throughput as bench
@@ -157,7 +157,7 @@ def gpu(
     sections: Annotated[int, typer.Option(min=1, help="How many of its last sections.")] = 165,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     out: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/gpu",
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="As for volseg infer.")] = None,
+    sets: Decoding = None,
     device: Annotated[str, typer.Option(help="cpu: do it where there is no GPU, to see that it runs.")] = "cuda",
 ) -> None:
     """The predict stage on a GPU against the bare model and MONAI: efficiency, TFLOP/s, bytes over the bus."""
@@ -201,11 +201,12 @@ def touching(
     model: Annotated[str, typer.Option(help="Model file; the shipped one if not given.")] = "",
     sets: Decoding = None,
     out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/touching",
+    name: Annotated[str, typer.Option(help="Rows go to results/touching-NAME.json.")] = "shipped",
 ) -> None:
     """How many touching objects of synthetic volumes come apart, and how many objects are split."""
     from benchmarks import touching as bench
 
-    bench.measure(tuple(int(n) for n in seeds.split(",")), shape, config, model, tuple(sets or ()), out)
+    bench.measure(tuple(int(n) for n in seeds.split(",")), shape, config, model, tuple(sets or ()), out, name)
 
 
 @app.command("io")

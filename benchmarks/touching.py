@@ -16,11 +16,11 @@ SMALL = 2000  # voxels; an object of fewer is a sliver that the volume's border 
 SUMS = ("pairs", "separated", "whole pairs", "separated whole", "objects", "split", "merged", "missed", "spurious")
 
 
-def measure(seeds: tuple[int, ...], shape: str, config: str, model: str, sets: tuple[str, ...], out: str) -> None:
+def measure(seeds: tuple[int, ...], shape: str, config: str, model: str, sets: tuple[str, ...], out: str, name: str) -> None:
     """A row for each volume, and one for all: pairs of touching objects, those told apart, and objects in pieces."""
     rows = [_row(seed, shape, config, model, sets, Path(out)) for seed in seeds]
-    total = {name: sum(row[name] for row in rows) for name in SUMS}
-    report.keep("touching", [_shares(row) for row in [*rows, {"seed": "all", **total}]])
+    total = {column: sum(row[column] for row in rows) for column in SUMS}
+    report.keep(f"touching-{name}", [_shares(row) for row in [*rows, {"seed": "all", **total}]])
 
 
 def _row(seed: int, shape: str, config: str, model: str, sets: tuple[str, ...], out: Path) -> dict:
