@@ -222,6 +222,7 @@ def scaling(
     what: Annotated[str, typer.Argument(help="volumes, workers or blocks.")],
     out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/scaling",
     most: Annotated[int, typer.Option(help="volumes: largest factor, 1, 8 or 64.")] = 64,
+    along: Annotated[str, typer.Option(help="volumes: axes along which they grow, z or zyx.")] = "z",
     reduce: Annotated[str, typer.Option(help="volumes: how to stitch; flat: one process holds all edges.")] = "tree",
     counts: Annotated[str, typer.Option(help="workers: how many.")] = "1,2,4",
     blocks: Annotated[float, typer.Option(help="blocks: how many null blocks.")] = 1e6,
@@ -230,7 +231,7 @@ def scaling(
     from benchmarks import scaling as bench
 
     if what == "volumes":
-        bench.volumes(out, most, reduce)
+        bench.volumes(out, most, reduce, along)
     elif what == "workers":
         bench.workers(out, tuple(int(n) for n in counts.split(",")))
     elif what == "blocks":

@@ -14,31 +14,41 @@ import time
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from benchmarks import report
-from volseg import cluster, config
+from volseg import cluster, config, volume
+from volseg.box import Blocks, Box
 
-SIZES = {1: (8, 256, 256), 8: (16, 512, 512), 64: (32, 1024, 1024)}  # of the volume, by how much larger
-CUT = ("blocks.shape=[4, 256, 256]", "predict.tile=128", "predict.overlap=32")  # the smallest is two blocks, of four tiles
+GROWTH = {  # piece, blocks and tiles, and how often the piece is laid along z, y and x: once, then 8 and 64 times as much
+    "z": ((16, 512, 512), ("blocks.shape=[8, 512, 512]",), ((1, 1, 1), (8, 1, 1), (64, 1, 1))),
+    "zyx": (
+        (8, 256, 256),
+        ("blocks.shape=[4, 256, 256]", "predict.tile=128", "predict.overlap=32"),
+        ((1, 1, 1), (2, 2, 2), (4, 4, 4)),
+    ),
+}
 SHAPE = (48, 768, 768)  # of the volume that several workers share, in blocks of whole planes
 SLABS = ("blocks.shape=[4, 768, 768]",)
 TOLD = 20  # memory is looked at that often
 
 
-def volumes(out: str, most: int, reduce: str) -> None:
+def volumes(out: str, most: int, reduce: str, along: str) -> None:
     """A row for each volume size: one worker, blocks of one shape; peak memory must not grow, nor the cost of a voxel.
 
-    With ``reduce`` "flat" one process holds all edges, with "tree" none does.
+    The volumes are one synthetic piece, mirrored from copy to copy, so that no block of the larger ones holds more than
+    those of the smallest do. With ``reduce`` "flat" one process holds all edges, with "tree" none does.
     """
-    flags = (*CUT, f"stitch.reduce={reduce}", "cluster.workers=1")
-    cores = _cores()
-    _infer(Path(out, "size1"), SIZES[1], flags, cores)
-    rows = []
-    for factor, shape in ((f, s) for f, s in SIZES.items() if f <= most):
-        facts = _infer(Path(out, f"size{factor}"), shape, flags, cores)
-        rows.append({"volume": " x ".join(map(str, shape)), "larger": factor, **_memory(facts), **_cost(facts)})
-    report.keep("scaling-volume", rows)
+    piece, cut, copies = GROWTH[along]
+    flags = (*cut, f"stitch.reduce={reduce}", "cluster.workers=1")
+    cores, rows = _cores(), []
+    _infer(_laid(Path(out, "first"), piece, (1, 1, 1)), flags, cores)
+    for times in (times for times in copies if prod(times) <= most):
+        facts = _infer(_laid(Path(out, f"{along}{prod(times)}"), piece, times), flags, cores)
+        shape = " x ".join(str(n) for n in facts["source"]["shape"])
+        rows.append({"volume": shape, "larger": prod(times), **_memory(facts), **_cost(facts)})
+    report.keep(f"scaling-volume-{along}", rows)
     told = f"one worker, stitch.reduce={reduce}"
     print(f"\n{told}: its memory grows by {100 * (rows[-1]['worker MB'] / rows[0]['worker MB'] - 1):.1f} %")
 
@@ -46,10 +56,11 @@ def volumes(out: str, most: int, reduce: str) -> None:
 def workers(out: str, counts: tuple[int, ...]) -> None:
     """A row for each number of workers over one volume: each has a core of its own as far as there are any."""
     cores = _cores()
-    _infer(Path(out, "size1"), SIZES[1], ("cluster.workers=1",), cores)
+    folder = _laid(Path(out, "workers"), SHAPE, (1, 1, 1))
+    _infer(folder, (*SLABS, "cluster.workers=1"), cores)
     rows = []
     for count in counts:
-        facts = _infer(Path(out, "workers"), SHAPE, (*SLABS, f"cluster.workers={count}"), cores[:count])
+        facts = _infer(folder, (*SLABS, f"cluster.workers={count}"), cores[:count])
         spent = _spent(facts)
         rows.append({"workers": count, "cores": min(count, len(cores)), "s without start": round(spent, 1),
                      "Mvoxel/s": round(prod(SHAPE) / 1e6 / spent, 2), **_memory(facts), **_cost(facts)})  # fmt: skip
@@ -63,17 +74,32 @@ def _cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def _infer(folder: Path, shape: tuple[int, ...], sets: tuple[str, ...], cores: list[int]) -> dict:
-    """run.json of a run over a synthetic volume of that shape, on those cores alone (where the system can do that)."""
+def _laid(folder: Path, piece: tuple[int, ...], times: tuple[int, ...]) -> Path:
+    """``folder`` holds em.zarr: a synthetic piece of that shape laid so many times along z, y and x, each copy mirrored."""
     folder.mkdir(parents=True, exist_ok=True)
-    image, out = str(folder / "em.zarr"), str(folder / "em.volseg.zarr")
-    start = [sys.executable, "-m", "volseg"]
-    if not Path(image).exists():
-        subprocess.run([*start, "synth", image, "--shape", ",".join(map(str, shape)), "--seed", "1"], check=True)
+    image = folder / "em.zarr"
+    if image.exists():
+        return folder
+    start = [sys.executable, "-m", "volseg", "synth", str(folder / "piece.zarr"), "--overwrite", "--seed", "1"]
+    subprocess.run([*start, "--shape", ",".join(map(str, piece))], check=True)
+    one = volume.open(str(folder / "piece.zarr"))
+    voxels = one.read(Box.whole(one.shape))
+    laid = np.pad(voxels, [(0, n * (k - 1)) for n, k in zip(piece, times, strict=True)], mode="symmetric")
+    volume.create_group(str(image))
+    volume.create_array(str(image), "0", shape=laid.shape, dtype=laid.dtype, chunk=(16, 256, 256), shard=piece, axes="zyx")
+    volume.set_group_attributes(str(image), "", volume.ome_multiscales("em", "zyx", [("0", one.voxel_size_nm)]))
+    for box in Blocks(laid.shape, piece):
+        volume.write(volume.open_array(str(image), "0"), box, laid[box.slices])
+    return folder
+
+
+def _infer(folder: Path, sets: tuple[str, ...], cores: list[int]) -> dict:
+    """run.json of a run over the volume in ``folder``, on those cores alone (where the system can do that)."""
     changes = (part for text in sets for part in ("--set", text))
-    bound = [sys.executable, "-c", BOUND, ",".join(map(str, cores)), *start[1:]]
-    subprocess.run([*bound, "infer", image, "--out", out, "--overwrite", *changes], check=True)
-    return json.loads(Path(out, "run.json").read_text())
+    bound = [sys.executable, "-c", BOUND, ",".join(map(str, cores)), "-m", "volseg", "infer", str(folder / "em.zarr")]
+    out = folder / "em.volseg.zarr"
+    subprocess.run([*bound, "--out", str(out), "--overwrite", *changes], check=True)
+    return json.loads((out / "run.json").read_text())
 
 
 BOUND = """

@@ -37,8 +37,9 @@ def beside(image, tmp_path_factory):
     with cluster.connect(run.config.cluster, gpus=1) as client:
         ledger = flow.stages(client, run, Quiet())
         metrics = heartbeat(client)
+        periodic = client.run(lambda dask_worker: set(dask_worker.periodic_callbacks))
     summary = launch.finish(run, out, ledger, start, start)
-    return out, summary, metrics
+    return out, summary, metrics, periodic
 
 
 def heartbeat(client):
@@ -62,7 +63,7 @@ def test_basins_are_cut_while_others_are_still_predicted(image, tmp_path):
 
 
 def test_a_block_waits_for_what_it_is_made_from(beside, reference):
-    out, _, _ = beside
+    out = beside[0]
     predicted, cut, linked = (marks(out, stage) for stage in ("predict", "fragments", "faces"))
     assert len(predicted) == len(cut) == len(linked) == 8
     for i, (_, stamp) in cut.items():
@@ -79,7 +80,7 @@ def test_what_needs_no_device_leaves_it_alone(beside):
 
 
 def test_workers_count_what_they_do(beside):
-    _, _, metrics = beside
+    metrics = beside[2]
     total = {}
     for of in metrics:
         cluster.add(total, of["volseg"]["voxels"])
@@ -91,8 +92,14 @@ def test_workers_count_what_they_do(beside):
     assert set(infers["volseg"]["seconds"]) >= {"read", "infer", "blend", "write", "wait"}
 
 
+def test_no_worker_keeps_what_it_did_each_second(beside):
+    for periodic in beside[3].values():
+        assert "heartbeat" in periodic
+        assert not any(name.startswith("profile") for name in periodic)
+
+
 def test_a_run_tells_where_its_time_went(beside):
-    out, summary, _ = beside
+    out, summary = beside[:2]
     facts = json.loads(Path(out, "run.json").read_text())
     assert set(facts["worker_seconds"]["predict"]) == {"read", "cut", "load", "infer", "blend", "wait", "write", "other"}
     assert 0 < facts["device_share"] <= 1

@@ -89,8 +89,11 @@ def connect(knobs: Cluster, gpus: int = 0, *, light: bool = False) -> Iterator[C
 def _started(knobs: Cluster, count: int, gpu: bool) -> Iterator[LocalCluster]:
     """A local cluster of ``count`` worker processes; where they have a ``gpu`` each, others beside them."""
     prefork.start()
-    method = {"distributed.worker.multiprocessing-method": prefork.method()}
-    with dask.config.set(method), _processes(knobs, count, gpu) as found:
+    settings = {
+        "distributed.worker.multiprocessing-method": prefork.method(),
+        "distributed.worker.profile.enabled": False,  # it keeps a tree of calls for every second: 0.1 MB/s
+    }
+    with dask.config.set(settings), _processes(knobs, count, gpu) as found:
         if gpu:
             _beside(found, count + (knobs.cpu_workers or min(8, max(1, CPU_COUNT - count))))
         yield found
