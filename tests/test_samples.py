@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import tifffile
+from pydantic import ValidationError
 
 from volseg.config import Train, TrainData, UserError
 from volseg.heldout import plane_targets
 from volseg.samples import batch, batches, context, load_sources, mixed, unlabelled
 from volseg.targets import UNLABELLED
+from volseg.tiles import PLANES
 
 SHAPE = (8, 160, 192)
 
@@ -270,3 +272,57 @@ def test_a_distance_is_learnt_where_it_is_asked_for(tmp_path):
     assert float(aims[2, 50, 35]) == 1
     with pytest.raises(UserError, match="voxel_size_nm"):
         load_sources(_write(tmp_path, label * 90, label).model_copy(update=changes))
+
+
+def blocks_of_an_isotropic_volume(folder, **knobs):
+    """Train settings for a volume of noise, 80 x 96 x 112, with one object."""
+    image = np.random.default_rng(0).integers(0, 65536, (80, 96, 112), dtype=np.uint16)
+    label = np.zeros(image.shape, np.uint8)
+    label[10:50, 20:60, 30:90] = 1
+    knobs = _write(folder, image, label, **{"voxel_size_nm": (5, 5, 5), "planes": ("xy", "xz", "yz"), **knobs})
+    return knobs.model_copy(update={"augment": ()}), image, label
+
+
+def test_patches_of_other_planes_are_those_of_the_volume(tmp_path):
+    knobs, image, label = blocks_of_an_isotropic_volume(tmp_path)
+    (source,) = load_sources(knobs)
+    whole = (image - source.mean) / source.std
+    seen = {name: set() for name in PLANES}
+    for step in range(6):
+        for patch, targets in zip(*batch([source], knobs, step), strict=True):
+            for name, axes in PLANES.items():
+                windows = np.lib.stride_tricks.sliding_window_view(whole.transpose(axes), (64, 64), axis=(1, 2))
+                near = np.argwhere(np.abs(windows[..., 0, 0] - patch[1, 0, 0]) < 1e-4)
+                for z, y, x in near:
+                    if np.abs(windows[z, y, x] - patch[1]).max() < 1e-3:
+                        np.testing.assert_array_equal(targets[0], label.transpose(axes)[z, y : y + 64, x : x + 64])
+                        seen[name].add((step, z))
+    assert all(len(found) > 5 for found in seen.values())
+    assert sum(len(found) for found in seen.values()) >= 6 * knobs.batch // 2
+
+
+def test_other_planes_show_no_section_that_is_held_out(tmp_path):
+    knobs, image, _ = blocks_of_an_isotropic_volume(tmp_path, validate_on=("40:44",))
+    (source,) = load_sources(knobs)
+    for turned, axes in zip(source.turned, (PLANES["xz"], PLANES["yz"]), strict=True):
+        np.testing.assert_array_equal(turned.image, image[:40].transpose(axes))
+        assert not turned.held
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"voxel_size_nm": (50, 5, 5)}, r"need voxels as long as wide, and voxels are \(50.0, 5.0, 5.0\) nm"),
+        ({"voxel_size_nm": None}, "nobody says how large a voxel is"),
+        ({"train": (3, 20, "30:40")}, "need 32 neighbouring sections to learn from, and the longest run has 10"),
+    ],
+)
+def test_other_planes_of_what_has_none_are_refused(tmp_path, changes, message):
+    knobs, _, _ = blocks_of_an_isotropic_volume(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        load_sources(knobs)
+
+
+def test_planes_without_xy_are_refused():
+    with pytest.raises(ValidationError, match="must name xy"):
+        TrainData(synth_seed=1, planes=("xz",))

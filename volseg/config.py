@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from volseg.box import Box
 
@@ -26,6 +26,15 @@ Nm = Annotated[float, Field(gt=0)]
 
 class UserError(ValueError):
     """A mistake that its user can mend: one line that says what was wanted, what came and what to do."""
+
+
+def _each_once(planes: tuple[str, ...]) -> tuple[str, ...]:
+    if not planes or len(set(planes)) < len(planes):
+        raise ValueError(f"planes {list(planes)} must name each plane once; use ['xy'] or ['xy', 'xz', 'yz']")
+    return planes
+
+
+Planes = Annotated[tuple[Literal["xy", "xz", "yz"], ...], AfterValidator(_each_once)]
 
 
 class Section(BaseModel):
@@ -52,19 +61,13 @@ class Predict(Section):
     overlap: Count = 64  # voxels shared by neighbouring tiles
     batch: Count = 0  # tiles in one forward pass; 0 takes what is fastest on a GPU, and 1 on a CPU
     tta: Literal[1, 4, 8] = 1  # ways to lay a tile that are averaged: 4 flips it, 8 also transposes it
-    planes: tuple[Literal["xy", "xz", "yz"], ...] = ("xy",)  # passes over the volume that are averaged
+    planes: Planes = ("xy",)  # passes over the volume that are averaged
     normalize: Literal["volume", "model"] = "volume"  # mean and deviation from the volume, or from the training data
 
     @model_validator(mode="after")
     def _room_between_overlaps(self) -> Predict:
         if self.overlap > self.tile // 32 * 16:
             raise ValueError(f"overlap {self.overlap} is more than half of a tile of {self.tile // 32 * 32}")
-        return self
-
-    @model_validator(mode="after")
-    def _each_plane_once(self) -> Predict:
-        if not self.planes or len(set(self.planes)) < len(self.planes):
-            raise ValueError(f"planes {list(self.planes)} must name each plane once; use ['xy'] or ['xy', 'xz', 'yz']")
         return self
 
 
@@ -156,6 +159,7 @@ class TrainData(Section):
     validate_on: tuple[str | int, ...] = ()  # contiguous sections held out
     unlabelled: int | None = None  # label value that the loss ignores
     unlabelled_sections: tuple[str | int, ...] | None = None  # for self-training; None takes those between ``train``
+    planes: Planes = ("xy",)  # of patches to learn from; others than xy for voxels as long as wide
     share: Annotated[float, Field(gt=0)] = 1.0  # how often this volume is drawn, against the others
     voxel_size_nm: tuple[Nm, Nm, Nm] | None = None
 
@@ -164,6 +168,13 @@ class TrainData(Section):
         if (self.synth_seed is None) != bool(self.image) or bool(self.image) != bool(self.label):
             raise ValueError("needs image and label, or synth_seed alone")
         return self
+
+    @field_validator("planes")
+    @classmethod
+    def _sections_as_they_are(cls, planes: tuple[str, ...]) -> tuple[str, ...]:
+        if "xy" not in planes:
+            raise ValueError(f"planes {list(planes)} must name xy, on which models are validated")
+        return planes
 
 
 class Train(Section):

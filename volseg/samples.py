@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -19,6 +19,7 @@ from volseg.config import Train, TrainData, UserError
 from volseg.grey import normalisation
 from volseg.synth import VOXEL_SIZE_NM, synth
 from volseg.targets import UNLABELLED, contacts, distances, mask_and_contour, normalise_labels, parse_sections
+from volseg.tiles import MULTIPLE, PLANES
 
 KEPT_SPOTS = 200_000  # foreground positions remembered per volume
 FOREGROUND = 0.5  # share of patches centred near an object
@@ -47,6 +48,7 @@ class Source:
     checksum: str
     kind: str  # how the labels were read: "instances", or "mask" and how that was written
     depth: int  # sections of the whole volume
+    turned: tuple[Source, ...] = ()  # what teaches, seen along other axes
 
 
 def load_sources(knobs: Train) -> list[Source]:
@@ -91,10 +93,36 @@ def _load(data: TrainData, knobs: Train, where: str) -> Source:
     spots = _spots(found["labels"], list(learn), where)
     size = found["voxel_size_nm"]  # where nobody says, sections may lie far apart
     touching = contacts(found["labels"], knobs.contour_width, size is not None and volume.isotropic(size))
-    return Source(
+    found = Source(
         first=first, learn=learn, held=held, free=free, spots=spots, share=data.share, depth=depth, touching=touching,
         meetings=_positions(np.flatnonzero(touching[list(learn)]), learn, touching.shape),
         distance=_distance(found["labels"], annotated, size, knobs, where), **found,
+    )  # fmt: skip
+    return replace(found, turned=tuple(_turned(found, plane, where) for plane in data.planes if plane != "xy"))
+
+
+def _turned(source: Source, plane: str, where: str) -> Source:
+    """The longest run of sections to learn from, by itself, with its sections along another axis."""
+    size = source.voxel_size_nm
+    if size is None or not volume.isotropic(size):
+        told = "nobody says how large a voxel is" if size is None else f"voxels are {size} nm (z y x)"
+        raise UserError(f"{where}: planes other than xy need voxels as long as wide, and {told}; set planes = ['xy']")
+    run = max(np.split(z := np.array(source.learn), np.flatnonzero(np.diff(z) > 1) + 1), key=len)
+    if len(run) < MULTIPLE:
+        raise UserError(
+            f"{where}: planes other than xy need {MULTIPLE} neighbouring sections to learn from, and the longest run has "
+            f"{len(run)}; annotate more in a row, or set planes = ['xy']"
+        )
+
+    def turn(voxels: np.ndarray | None) -> np.ndarray | None:
+        return None if voxels is None else voxels[run[0] : run[-1] + 1].transpose(PLANES[plane])
+
+    image, labels, touching = turn(source.image), turn(source.labels), turn(source.touching)
+    learn = tuple(range(len(image)))
+    return replace(
+        source, image=image, labels=labels, touching=touching, distance=turn(source.distance), first=0, learn=learn,
+        held=(), free=(), spots=_spots(labels, list(learn), where),
+        meetings=_positions(np.flatnonzero(touching), learn, touching.shape),
     )  # fmt: skip
 
 
@@ -262,6 +290,8 @@ def batches(
 def sample(sources: list[Source], knobs: Train, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One augmented patch: (sections, P, P) float32 and (heads + 1, P, P) uint8 as in :func:`batch`."""
     source = _draw(sources, rng)
+    if source.turned:
+        source = (source, *source.turned)[rng.integers(1 + len(source.turned))]
     z, y, x = _position(source, knobs.patch, rng)
     planes = context(z, knobs.sections, len(source.image))
     if "flip" in knobs.augment and rng.random() < 0.5:
