@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests.test_pipeline import settings
 from volseg import describe, folder, forward, model, probe, volume
 from volseg.config import Predict, UserError
+from volseg.device import Torch
 from volseg.probe import Row
 
 BOTH = [("openvino", "fp32"), ("onnx", "fp32")]
@@ -67,6 +69,23 @@ def test_a_candidate_far_from_float32_is_refused(tiles):
     exact = probe._run(forward.load(blob, "openvino", "fp32", (1, *tiles.shape[1:])), tiles, 1)
     assert not probe._timed(blob, "openvino", "fp32", 1, tiles, exact, 1).refused
     assert "255 apart" in probe._timed(blob, "openvino", "fp32", 1, tiles, exact + np.float32(0.01), 1).refused
+
+
+def test_where_memory_is_out_the_batch_before_is_taken():
+    def call(batch):
+        if len(batch) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return batch
+
+    def timed(count):
+        Torch("cpu").done(call)(torch.zeros(count, 3, 32, 32))
+        return Row("torch", "fp16", count, speed=count)
+
+    most = 4
+    assert probe._largest(probe._doubling(), timed).batch == 4
+    most = 0
+    with pytest.raises(UserError, match="out of memory with 1 tiles"):
+        probe._largest(probe._doubling(), timed)
 
 
 def test_a_probe_that_breaks_says_so(tiles, tmp_path):

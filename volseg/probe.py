@@ -207,12 +207,18 @@ def rows(path: Path, wanted: Iterable[tuple[str, str]], size: int, batch: np.nda
 def _row(path: Path, backend: str, precision: str, size: int, batch: np.ndarray, exact: np.ndarray) -> Row:
     blob = forward.prepare(path, backend, precision)
     cuda = forward.gpus() > 0 and backend != "openvino"
+    threads = 2 if cuda else os.cpu_count() or 1
     sizes = [size] if size else _doubling() if cuda else [1]
+    return _largest(sizes, lambda count: _timed(blob, backend, precision, count, batch, exact, threads))
+
+
+def _largest(sizes: Iterable[int], timed: Callable[[int], Row]) -> Row:
+    """The row of the last of growing batches that is worth it: memory holds it, and it is faster than the one before."""
     best = None
     for count in sizes:
         try:
-            row = _timed(blob, backend, precision, count, batch, exact, threads=2 if cuda else os.cpu_count() or 1)
-        except RuntimeError as error:  # torch and ONNX Runtime say so when memory is out: the batch before is taken
+            row = timed(count)
+        except (RuntimeError, UserError) as error:  # where memory is out, backends say so
             if best is None or "memory" not in str(error).lower():
                 raise
             break
