@@ -106,6 +106,11 @@ def test_a_probe_tells_the_bytes_of_the_tables_that_a_run_stores(reference):
     assert 0.5 < found["packed"]["tables"] * probability[0].size / stored < 2
 
 
+def test_a_height_that_the_model_cannot_give_is_refused_before_anything_is_measured(image, tmp_path):
+    with pytest.raises(UserError, match=r"channel of distance, which this run lacks: .* a model"):
+        launch.planned(image, str(tmp_path / "run"), settings(fragments={"height": "head"}))
+
+
 def test_a_plan_of_more_than_one_worker_is_shorter(tmp_path):
     run = unread((64, 1024, 1024), tmp_path)
     one, two = (plan.make(run, crew, plan.known(run, crew)) for crew in (cluster.Crew(1), cluster.Crew(2)))

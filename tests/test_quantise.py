@@ -117,3 +117,13 @@ def test_sections_to_calibrate_on_are_not_held_out(image, quantised):
 def test_what_is_held_out_is_one_range_and_that_is_said_at_once(image, quantised, held):
     with pytest.raises(UserError, match="give one range without gaps"):
         quantise.quantise(quantised, image, sections=("0:3",), truth=f"{image}/labels/truth/0", held=held)
+
+
+@pytest.mark.parametrize("decode", [{"height": "distance", "distance_nm": 100.0}, {"height": "head"}, {"contour": 0.3}])
+def test_the_foreground_is_the_same_whatever_objects_are_cut_by(decode):
+    probability = np.full((2, 3, 16, 16), 200, np.uint8)
+    probability[:, :, :8] = 0
+    real = np.zeros((3, 16, 16), bool)
+    real[:, 8:] = True
+    found = quantise._iou(probability, real, {"decode": {"fragments": decode}})
+    assert found == quantise._iou(probability, real, {"decode": {}}) > 0.8

@@ -24,6 +24,7 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     if tuple(card["heads"]) not in (foreign.NAMES[:2], foreign.NAMES):
         raise UserError(f"{path} has heads {card['heads']}; the watershed wants mask and contour, perhaps distance: train "
                         "such a model")  # fmt: skip
+    check_channels(config, tuple(card["heads"]))
     if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
         raise UserError(f"{source.path} holds {source.dtype}; inference wants grey values: convert it to uint8 or float32")
     voxel_size_nm = source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0))
@@ -103,10 +104,10 @@ def memory_limit(knobs: Cluster, crew: cluster.Crew) -> int:
     return (machine.free_memory() - memory.CLIENT) // (crew.workers + crew.beside)
 
 
-def check_channels(run: Run) -> None:
-    """Refuses to follow a channel that the run does not have."""
-    lacking = {channel.name for channel in run.taken if channel.source is None} | ({"distance"} - set(run.heads))
-    height = run.config.fragments.height
+def check_channels(config: Config, heads: tuple[str, ...], taken: tuple[foreign.Channel, ...] = ()) -> None:
+    """Refuses to follow a channel that a run of these ``heads``, or ``taken`` from elsewhere, does not have."""
+    lacking = {channel.name for channel in taken if channel.source is None} | ({"distance"} - set(heads))
+    height = config.fragments.height
     need = {"contour": "contour", "head": "distance"}.get(height)
     if need in lacking:
         raise UserError(f"fragments.height = {height!r} follows a channel of {need}, which this run lacks: take another "

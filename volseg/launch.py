@@ -138,7 +138,7 @@ def _go(
     made: plan.Plan | None = None,
 ) -> Summary:
     """Once there are workers: the run's folder, everything in it that is not done yet, and its final name."""
-    describe.check_channels(run)
+    describe.check_channels(run.config, run.heads, run.taken)
     gpus = 0 if light else describe.gpus(run)
     with cluster.connect(run.config.cluster, gpus, light=light) as client:
         prepare()

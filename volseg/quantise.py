@@ -134,9 +134,10 @@ def _probabilities(
 
 
 def _iou(probability: np.ndarray, real: np.ndarray, card: dict) -> float:
-    """IoU of what the model's own settings take for foreground; only these sections are seen."""
-    inside = Box.whole(real.shape)
-    height = basins.heights(probability, inside, real.shape, load(base=card["decode"]).fragments)
+    """IoU of what the model's own settings take for foreground, whatever objects are cut by; only these sections are seen."""
+    inside, plain = Box.whole(real.shape), {"height": "probability", "contour": 0.0, "distance": 0, "distance_nm": 0.0}
+    knobs = load(base=card["decode"]).fragments.model_copy(update=plain)
+    height = basins.heights(probability, inside, real.shape, knobs)
     found = height[1:-1, 1:-1, 1:-1] != basins.OUTSIDE
     return float((found & real).sum() / max(1, (found | real).sum()))
 
