@@ -1,11 +1,12 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.test_pipeline import Quiet
 from volseg import calibrate, launch, model
-from volseg.config import UserError, load
+from volseg.config import Stitch, UserError, load
 from volseg.evaluate import evaluate
 from volseg.metrics import Contingency
 
@@ -50,8 +51,22 @@ def test_the_best_goes_into_a_model_file(image, reference, tmp_path):
     calibrate.into_model(path, row, calibrate.stored_run(reference))
     decode = model.load_card(path)["decode"]
     assert {name: decode["stitch"][name] for name in calibrate.KNOBS} == {name: row[name] for name in calibrate.KNOBS}
+    assert not decode["stitch"]["keep_unseeded"]
+    run = calibrate.stored_run(reference)
+    kept = run.config.stitch.model_copy(update={"keep_unseeded": True, "min_volume_nm3": 3.0})
+    calibrate.into_model(path, row, replace(run, config=run.config.model_copy(update={"stitch": kept})))
+    chosen = load(base=model.load_card(path)["decode"]).stitch
+    assert chosen == kept.model_copy(update={name: row[name] for name in calibrate.KNOBS})
     before, after = (model.load(p)[0].state_dict() for p in (model.shipped(), path))
     assert all(bool((before[name] == after[name]).all()) for name in before)
+
+
+def test_what_is_not_searched_stays_as_the_run_has_it():
+    own = Stitch(keep_unseeded=True, min_volume_nm3=5, seed=0.3)
+    tried = calibrate.candidates(own)
+    assert all((knobs.keep_unseeded, knobs.min_volume_nm3) == (True, 5) for knobs in tried)
+    assert tried[0] == own
+    assert all(getattr(tried[1], name) == getattr(Stitch(), name) for name in calibrate.KNOBS)
 
 
 def test_what_is_no_run_is_refused(tmp_path):

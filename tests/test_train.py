@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from tests.test_pipeline import Quiet, digest
 from volseg import checkpoint, launch, model, parallel
 from volseg.checkpoint import State
-from volseg.config import Config, Train, UserError, resolve
-from volseg.heldout import THRESHOLDS
+from volseg.config import Config, Fragments, Train, UserError, resolve
+from volseg.heldout import THRESHOLDS, Decoding
 from volseg.losses import loss_of
 from volseg.samples import batch, batches, load_sources
-from volseg.train import FIRST_SETTLE, _fitting, guess, learning_rate, settle, start, steps, train
+from volseg.train import FIRST_SETTLE, _decode, _fitting, check, guess, learning_rate, settle, start, steps, train
+from volseg.tune import tune
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,6 +144,26 @@ def test_a_distance_head_is_learnt_on_top_of_a_model_and_cuts_alike_in_any_block
         found.append(digest(out))
         assert zarr.open_array(f"{out}/0", mode="r").shape[0] == 3
     assert found[0] == found[1]
+
+
+def test_a_height_that_nothing_learns_is_refused_at_once(tables, tmp_path):
+    config = config_of(tables, tmp_path / "run")
+    asked = config.model_copy(update={"fragments": Fragments(height="head")})
+    for work in (train, tune):
+        with pytest.raises(UserError, match=r"set train\.distance_nm"):
+            work(asked, print)
+    check(asked.model_copy(update={"train": config.train.model_copy(update={"distance_nm": 100.0})}))
+
+
+def test_a_card_keeps_what_its_seed_was_chosen_with():
+    given = {"fragments": {"height": "contour", "threshold": 0.4}, "stitch": {"keep_unseeded": True, "reduce": "tree"}}
+    chosen = Decoding(0.3, (0, 1, 1), 0.7, 250)
+    assert _decode(resolve(("test", given)), chosen) == {
+        "fragments": {"height": "contour", "threshold": 0.3, "smooth": [0, 1, 1]},
+        "stitch": {"keep_unseeded": True, "seed": 0.7, "min_voxels": 250},
+    }
+    assert _decode(Config(), chosen) == chosen.settings()
+    assert _decode(Config(), None) == {}
 
 
 def test_ctrl_c_ends_a_run_in_one_line(tables, tmp_path):

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from volseg.config import UserError, load, resolve
-from volseg.tune import tune, tuned
+from volseg.tune import _study, tune, tuned
 
 
 def _config(tables, out, **changes):
@@ -44,6 +44,15 @@ def test_training_takes_the_best_values_as_they_are(study, tables):
     assert config.train.data == _config(tables, study[0]).train.data
     assert (config.train.patch, config.train.decoder, config.stitch.seed) == (64, (16, 16, 8, 8, 8), 0.7)
     assert config.train.out.endswith("tuned")
+
+
+def test_a_study_from_before_a_setting_goes_on_where_that_has_its_default(tables, tmp_path):
+    begun = _study(_config(tables, tmp_path), tmp_path)
+    settings = begun.user_attrs["settings"]
+    begun.set_user_attr("settings", {key: value for key, value in settings.items() if "distance" not in key})
+    with pytest.raises(UserError, match=r"begun with another train\.distance_nm;"):
+        _study(_config({**tables, "distance_nm": 50}, tmp_path), tmp_path)
+    assert _study(_config(tables, tmp_path), tmp_path).user_attrs["settings"] == settings
 
 
 def test_a_study_of_other_settings_is_refused_by_name(study, tables):

@@ -54,7 +54,12 @@ def candidates(own: Stitch) -> list[Stitch]:
     """What is tried, each once: the run's own settings, the defaults, and all combinations of the lists above."""
     steps = ((s, d, m, n) for s, d, m, n in product(SEEDS, DEPTHS, MEANS, SIZES) if m < s)
     tried = (own.model_copy(update=dict(zip(KNOBS, step, strict=True))) for step in steps)
-    return list(dict.fromkeys([own, Stitch(), *tried]))
+    return list(dict.fromkeys([own, _default(own), *tried]))
+
+
+def _default(own: Stitch) -> Stitch:
+    """The run's own settings, with volseg's defaults for the `KNOBS`."""
+    return own.model_copy(update={name: getattr(Stitch(), name) for name in KNOBS})
 
 
 def _overlap(
@@ -118,7 +123,7 @@ def _rows(
         key = label.tobytes()
         if key not in scored:
             scored[key] = _scores(overlap.renamed(np.r_[0, label]))
-        marks = {"own": knobs == run.config.stitch, "default": knobs == Stitch()}
+        marks = {"own": knobs == run.config.stitch, "default": knobs == _default(run.config.stitch)}
         yield {name: getattr(knobs, name) for name in KNOBS} | marks | scored[key]
 
 
@@ -128,13 +133,13 @@ def _scores(table: Contingency) -> dict:
 
 
 def into_model(path: Path, row: dict, run: Run) -> None:
-    """The model file's own settings are those of ``row``, with the run's fragments; its weights are left as they are."""
+    """The model file's own settings are those of ``row``, the rest as in the run; its weights are left as they are."""
     from safetensors.numpy import load_file, save_file
 
     card = model.load_card(path)
     decode = dict(card["decode"])
     decode["fragments"] = run.config.fragments.model_dump(mode="json")
-    decode["stitch"] = {**decode.get("stitch", {}), **{name: row[name] for name in KNOBS}}
+    decode["stitch"] = run.config.stitch.model_dump(mode="json", exclude={"reduce"}) | {name: row[name] for name in KNOBS}
     partial = path.with_name(path.name + ".partial")
     save_file(load_file(path), partial, metadata={model.KEY: json.dumps({**card, "decode": decode})})
     partial.replace(path)

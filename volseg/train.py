@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from volseg import checkpoint, losses, model, parallel, report
 from volseg.checkpoint import State
-from volseg.config import Config, Train, UserError
+from volseg.config import Config, Stitch, Train, UserError
 from volseg.heldout import Decoding, autocast, calibrate, resolved, validate
 from volseg.samples import Source, batch, batches, load_sources, mixed
 
@@ -41,7 +41,7 @@ def train(config: Config, say: Say = print) -> Path:
     without the stop (bit for bit on a CPU with one thread, unless ``minutes`` ended it).
     """
     knobs = config.train
-    check(knobs)
+    check(config)
     keep_memory()
     sources = load_sources(knobs)
     say(report.data_table(sources))
@@ -363,7 +363,7 @@ def _card(config: Config, sources: list[Source], state: State, scores: dict, cho
         "mean": main.mean,
         "std": main.std,
         "voxel_size_nm": list(main.voxel_size_nm) if main.voxel_size_nm else None,
-        "decode": chosen.settings() if chosen else {},
+        "decode": _decode(config, chosen),
         "training": training,
         "scores": {
             "validation": {Path(name).name: values for name, values in scores.items()},
@@ -376,11 +376,24 @@ def _card(config: Config, sources: list[Source], state: State, scores: dict, cho
     }
 
 
+def _decode(config: Config, chosen: Decoding | None) -> dict:
+    """Tables of a config: what was ``chosen``, and the settings that it was chosen with, as far as they are no defaults."""
+    which = {"fragments": True, "stitch": set(Stitch.model_fields) - {"reduce"}}
+    given = config.model_dump(mode="json", include=which, exclude_defaults=True)
+    found = chosen.settings() if chosen else {}
+    tables = {section: given.get(section, {}) | found.get(section, {}) for section in which}
+    return {section: table for section, table in tables.items() if table}
+
+
 # ---------------------------------------------------------------- the machine
 
 
-def check(knobs: Train) -> None:
+def check(config: Config) -> None:
     """Refuses settings that no run could use."""
+    knobs = config.train
+    if config.fragments.height == "head" and not knobs.distance_nm:
+        raise UserError("fragments.height = 'head' follows a distance that this network would not learn: set "
+                        "train.distance_nm, for instance to 100, or take another height")  # fmt: skip
     if knobs.patch % 32:
         raise UserError(f"train.patch = {knobs.patch} is not a multiple of 32; try {max(64, knobs.patch // 32 * 32)}")
     if knobs.device == "cuda" and not torch.cuda.is_available():

@@ -36,7 +36,7 @@ def tune(config: Config, say: Say = print) -> Path:
     import optuna
 
     knobs, out = config.train, Path(config.train.out)
-    check(knobs)
+    check(config)
     keep_memory()
     sources = load_sources(knobs)
     refuse_nothing_held_out(sources, "volseg tune")
@@ -68,8 +68,8 @@ def _study(config: Config, out: Path):
         load_if_exists=True,
     )
     settings = _settings(config)
-    stored = study.user_attrs.get("settings", settings)
-    changed = [key for key, value in settings.items() if stored.get(key) != value]
+    stored = {**_settings(Config()), **study.user_attrs.get("settings", settings)}  # what was no setting then had its default
+    changed = [key for key, value in settings.items() if stored[key] != value]
     if changed:
         raise UserError(f"the study in {out} was begun with another {', '.join(changed)}; give another train.out")
     study.set_user_attr("settings", settings)
