@@ -14,7 +14,7 @@ from volseg import describe, folder, forward, model, pipeline, tiles, volume
 from volseg.box import Box
 from volseg.config import UserError
 from volseg.device import HOST, Torch, replayed
-from volseg.grey import standardise, standardised
+from volseg.grey import scale, standardised
 
 SHAPE = (4, 70, 90)  # of tiles of 64: two along y, two along x
 HEADS = ("mask", "contour", "distance")
@@ -166,12 +166,19 @@ def test_every_kind_of_voxel_is_cut_and_standardised_to_the_same_bits(dtype):
     place = slice(0, 32), slice(0, 32)
     wanted = standardised(np.stack([tiles.cut(voxels[n], *place) for n in (1, 2, 2)]), 101.3, 39.1)
     assert (wanted == standardised(np.pad(voxels[[1, 2, 2]], ((0, 0), (0, 27), (0, 23)), mode="symmetric"), 101.3, 39.1)).all()
-    device = Torch("cuda:0" if forward.gpus() else "cpu")
-    with device.inside():
-        out = device.zeros((3, 32, 32))
-        tiles.Slab(device.put(voxels), (0, 0, 0), 1, 3).cut(2, place, out)
-        standardise(out, 101.3, 39.1)
-        np.testing.assert_array_equal(device.get(out), wanted)
+    for device in (HOST, Torch("cuda:0" if forward.gpus() else "cpu")):
+        with device.inside():
+            out = device.zeros((3, 32, 32))
+            tiles.Slab(device.put(voxels), (0, 0, 0), 1, 3).cut(2, place, out, scale(101.3, 39.1), device)
+            np.testing.assert_array_equal(device.get(out), wanted)
+
+
+def test_voxels_of_the_other_byte_order_are_cut_alike():
+    voxels = np.random.default_rng(0).integers(0, 60000, (3, 5, 9)).astype(">u2")
+    found = [np.zeros((3, 32, 32), np.float32) for _ in range(2)]
+    for kind, out in zip((voxels, voxels.astype("=u2")), found, strict=True):
+        tiles.Slab(kind, (0, 0, 0), 1, 3).cut(1, (slice(0, 32), slice(0, 32)), out, scale(101.3, 39.1))
+    np.testing.assert_array_equal(*found)
 
 
 def test_memory_that_runs_out_is_collected_once():

@@ -1,7 +1,7 @@
 """Where arrays lie while a network sees them: numpy arrays in this process, or tensors on a device of torch.
 
-`pipeline` cuts, standardises, blends and rounds with what both have in common: slices, arithmetic in place, assignment that
-converts. Each float32 operation is rounded by itself on both, none is fused with the next, so their bytes are the same.
+Each float32 operation is rounded by itself on both, none is fused with the next, so their bytes are the same. Where
+numpy would go over a tile in memory once for each, one loop does them all while the voxel is at hand.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numba import njit
 
 from volseg.config import UserError
 
@@ -37,6 +38,15 @@ class Host:
     def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape, np.float32)
 
+    def lay(self, grey: np.ndarray, out: np.ndarray, mean: float, inverse: float) -> None:
+        """``out`` (y, x) holds grey voxels, less ``mean`` and times ``inverse``, each step rounded to float32."""
+        known = grey.dtype.isnative and grey.dtype != np.float16  # to numba
+        _lay(grey if known else grey.astype(np.float32), out, np.float32(mean), np.float32(inverse))
+
+    def add(self, total: np.ndarray, tile: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
+        """``total`` (channels, y, x) grows by a tile with weights ``rows`` x ``columns``."""
+        _add(total, tile, rows, columns)
+
     def room(self, out: np.ndarray) -> np.ndarray:
         return out
 
@@ -48,6 +58,21 @@ class Host:
 
     def done(self, call: Call) -> Call:
         return call
+
+
+@njit(cache=True, nogil=True)
+def _lay(grey, out, mean, inverse):
+    for y in range(grey.shape[0]):
+        for x in range(grey.shape[1]):
+            out[y, x] = (np.float32(grey[y, x]) - mean) * inverse
+
+
+@njit(cache=True, nogil=True)
+def _add(total, tile, rows, columns):
+    for c in range(total.shape[0]):
+        for y in range(total.shape[1]):
+            for x in range(total.shape[2]):
+                total[c, y, x] += tile[c, y, x] * (rows[y] * columns[x])
 
 
 HOST = Host()
@@ -101,6 +126,16 @@ class Torch:
         import torch
 
         return self._allocated(lambda: torch.zeros(shape, device=self.name))
+
+    def lay(self, grey: torch.Tensor, out: torch.Tensor, mean: float, inverse: float) -> None:
+        """As `Host.lay`."""
+        out[...] = grey
+        out -= mean
+        out *= inverse
+
+    def add(self, total: torch.Tensor, tile: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        """As `Host.add`."""
+        total += tile * (rows[:, None] * columns[None, :])
 
     def room(self, out: np.ndarray) -> torch.Tensor:
         """Zeros that `fetch` brings into ``out``, uint8."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -41,15 +40,16 @@ def normalisation(shape: Triple, read: Callable[[Box], np.ndarray]) -> tuple[flo
 
 def standardised(voxels: np.ndarray, mean: float, std: float) -> np.ndarray:
     """Voxels as a network takes them: float32, ``mean`` away and divided by ``std``."""
+    less, times = scale(mean, std)
     out = voxels.astype(np.float32)
-    standardise(out, mean, std)
+    out -= less
+    out *= times
     return out
 
 
-def standardise(voxels: Any, mean: float, std: float) -> None:
-    """A float32 array or tensor becomes what a network takes. Inference does it nowhere else."""
-    voxels -= float(np.float32(mean))
-    voxels *= float(np.float32(1 / std))
+def scale(mean: float, std: float) -> tuple[float, float]:
+    """What is taken from a voxel, and what it is multiplied by then, each as float32 has it: as `standardised` does."""
+    return float(np.float32(mean)), float(np.float32(1 / std))
 
 
 def _summed(patch: np.ndarray) -> tuple[int, float, float]:

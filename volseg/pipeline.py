@@ -39,7 +39,7 @@ from volseg.box import Box, back, turned
 from volseg.config import UserError
 from volseg.decide import decide, label_dtype, rules
 from volseg.device import Call
-from volseg.grey import standardise
+from volseg.grey import scale
 from volseg.run import Run, bits, level_of, tiles_of
 
 INFERS = threading.Lock()  # held by the task of this process that infers, while others read and write
@@ -108,8 +108,7 @@ def _infer(
         while keys := list(islice(kept, run.batch)):
             batch = device.zeros((run.batch, run.sections, *grid.size))
             for row, (z, tile) in zip(batch, keys, strict=False):
-                there.cut(z, grid.place(tile), row)
-            standardise(batch[: len(keys)], run.mean, run.std)
+                there.cut(z, grid.place(tile), row, scale(run.mean, run.std), device)
             yield keys, batch
 
     at, count = None, 0

@@ -27,7 +27,7 @@ from volseg import cluster, describe, forward, machine, memory, model, objects, 
 from volseg import fragments as basins
 from volseg.box import Box, Triple, back, turned
 from volseg.config import Fragments, UserError
-from volseg.grey import standardise
+from volseg.grey import scale
 from volseg.run import Run, bits, redundancy
 
 START = 4.0  # seconds: 3 until workers are there, 1 for the table and the picture
@@ -316,8 +316,7 @@ def _sample(run: Run) -> np.ndarray:
     slab = pipeline.slab(run, plane, box.turned(back(axes)), [tile])
     found = np.zeros((count, run.sections, *grid.size), np.float32)
     for k, one in enumerate(found):
-        slab.cut(first + k, place, one)
-    standardise(found, run.mean, run.std)
+        slab.cut(first + k, place, one, scale(run.mean, run.std))
     return found
 
 

@@ -100,14 +100,14 @@ def cut(plane: np.ndarray, y: slice, x: slice) -> np.ndarray:
     """``plane[..., y, x]``, mirrored past its end."""
     part = plane[..., y, x]
     out = np.empty((*part.shape[:-2], y.stop - y.start, x.stop - x.start), part.dtype)
-    _fill(out, part)
+    rows, columns = part.shape[-2:]
+    out[..., :rows, :columns] = part
+    _mirror(out, rows, columns)
     return out
 
 
-def _fill(out: Any, part: Any) -> None:
-    """``out`` (..., y, x) holds ``part`` at its start, mirrored past its end as often as it takes."""
-    rows, columns = part.shape[-2:]
-    out[..., :rows, :columns] = part
+def _mirror(out: Any, rows: int, columns: int) -> None:
+    """``out`` (..., y, x), whose first ``rows`` and ``columns`` are there, is mirrored past them as often as it takes."""
     while columns < out.shape[-1]:
         step = min(columns, out.shape[-1] - columns)
         out[..., :rows, columns : columns + step] = _flipped(out[..., :rows, columns - step : columns], (-1,))
@@ -141,10 +141,12 @@ class Slab:
         y, x = (slice(s.start - o, s.stop - o) for s, o in zip(place, self.start[1:], strict=True))
         return [self.voxels[n - self.start[0], y, x] for n in near]
 
-    def cut(self, z: int, place: tuple[slice, slice], out: Any) -> None:
-        """``out`` (sections, y, x) holds that tile, mirrored past the plane's end."""
+    def cut(self, z: int, place: tuple[slice, slice], out: Any, scale: tuple[float, float], device: Device = HOST) -> None:
+        """``out`` (sections, y, x) holds that tile, standardised by ``scale`` and mirrored past the plane's end."""
         for channel, section in zip(out, self.sections(z, place), strict=True):
-            _fill(channel, section)
+            rows, columns = section.shape
+            device.lay(section, channel[:rows, :columns], *scale)
+            _mirror(channel, rows, columns)
 
 
 def is_constant(sections: Sequence[np.ndarray]) -> bool:
@@ -161,7 +163,7 @@ class Blend:
     """
 
     def __init__(self, channels: int, grid: Grid, y: slice, x: slice, device: Device = HOST) -> None:
-        self.grid, self.y, self.x = grid, y, x
+        self.grid, self.y, self.x, self.device = grid, y, x, device
         shape = (y.stop - y.start, x.stop - x.start)
         self.total = device.zeros((channels, *shape))
         self.weight = device.zeros(shape)
@@ -171,16 +173,18 @@ class Blend:
         )
         for tile in grid.meeting(y, x):
             source, target = self._common(tile)
-            self.weight[target] += self._weights(tile, source)
+            rows, columns = self._weights(tile, source)
+            self.weight[target] += rows[:, None] * columns[None, :]
 
     def add(self, tile: tuple[int, int], probability: Any) -> None:
         """Adds a tile's probabilities, float32 (channels, y, x)."""
         source, target = self._common(tile)
-        self.total[(slice(None), *target)] += probability[(slice(None), *source)] * self._weights(tile, source)
+        here, there = ((slice(None), *part) for part in (source, target))
+        self.device.add(self.total[there], probability[here], *self._weights(tile, source))
 
-    def _weights(self, tile: tuple[int, int], source: tuple[slice, slice]) -> Any:
-        """Blending weights of a part of a tile, float32 y x."""
-        return self.rows[tile[0]][source[0]][:, None] * self.columns[tile[1]][source[1]][None, :]
+    def _weights(self, tile: tuple[int, int], source: tuple[slice, slice]) -> tuple[Any, Any]:
+        """Blending weights of a part of a tile, float32: of its rows and of its columns, to be multiplied."""
+        return self.rows[tile[0]][source[0]], self.columns[tile[1]][source[1]]
 
     def _common(self, tile: tuple[int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """The voxels that a tile shares with the window, in the tile and in the window."""
