@@ -49,7 +49,9 @@ def test_training_takes_the_best_values_as_they_are(study, tables):
 def test_a_study_from_before_a_setting_goes_on_where_that_has_its_default(tables, tmp_path):
     begun = _study(_config(tables, tmp_path), tmp_path)
     settings = begun.user_attrs["settings"]
-    begun.set_user_attr("settings", {key: value for key, value in settings.items() if "distance" not in key})
+    data = [{key: value for key, value in table.items() if key != "planes"} for table in settings["train.data"]]
+    earlier = {key: value for key, value in settings.items() if "distance" not in key}
+    begun.set_user_attr("settings", {**earlier, "train.data": data})
     with pytest.raises(UserError, match=r"begun with another train\.distance_nm;"):
         _study(_config({**tables, "distance_nm": 50}, tmp_path), tmp_path)
     assert _study(_config(tables, tmp_path), tmp_path).user_attrs["settings"] == settings

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from volseg import model
-from volseg.config import Config, Train, UserError
+from volseg.config import Config, Train, TrainData, UserError
 from volseg.heldout import refuse_nothing_held_out, validate
 from volseg.samples import Source, load_sources
 from volseg.train import check, keep_memory, start, steps
@@ -68,7 +68,7 @@ def _study(config: Config, out: Path):
         load_if_exists=True,
     )
     settings = _settings(config)
-    stored = {**_settings(Config()), **study.user_attrs.get("settings", settings)}  # what was no setting then had its default
+    stored = _complete(study.user_attrs.get("settings", settings))
     changed = [key for key, value in settings.items() if stored[key] != value]
     if changed:
         raise UserError(f"the study in {out} was begun with another {', '.join(changed)}; give another train.out")
@@ -84,6 +84,13 @@ def _settings(config: Config) -> dict:
     of_train = {f"train.{key}": value for key, value in config.train.model_dump(mode="json", exclude=own).items()}
     patches = {"patches of a trial": _patches(config)}
     return {**of_train, **patches, "tune.lr": list(config.tune.lr), "tune.batch": list(config.tune.batch)}
+
+
+def _complete(stored: dict) -> dict:
+    """Settings of a study, and the defaults of what was no setting yet when it was begun."""
+    found = {**_settings(Config()), **stored}
+    data = [TrainData.model_validate(table).model_dump(mode="json") for table in found["train.data"]]
+    return {**found, "train.data": data}
 
 
 def _patches(config: Config) -> int:
