@@ -20,7 +20,7 @@ TRAINED = {
     "flips alone": ('augment = ["flip"]',),
     "self-training": ("self_training = 0.34",),
 }  # what is trained anew, and the settings of [train] that differ
-NEEDS = {"no contour": ("fragments.contour=0",)}  # what nobody taught says nothing
+NEEDS = {"no contour": ("fragments.contour=0",)}  # what nobody taught says nothing, neither when seeds are chosen nor after
 DECODED = {
     "threshold 0.5": ("fragments.threshold=0.5",),
     "not smoothed": ("fragments.smooth=[0,0,0]",),
@@ -46,7 +46,7 @@ def measure(
         for seed in range(seeds):
             here = folder / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}"
             sets = (*train_sets, *(text.replace(" = ", "=", 1) for text in changes))
-            model, card = trial.trained(trial.settings(recipe, data, here, seed, sets))
+            model, card = trial.trained(trial.settings(recipe, data, here, seed, sets, NEEDS.get(name, ())))
             for way, decoding in ways.items():
                 found[way].append(trial.row(card, trial.scored(model, image, label, box, decoding)[1]))
         rows += [_mean(way, found[way]) for way in ways]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
 from statistics import median
 
@@ -27,7 +29,7 @@ def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: t
     """A row for each way to the same probabilities: million voxels/s, and how far they lie from the plain network's."""
     folder = Path(out)
     path = last_sections(image, sections, folder)
-    shape = volume.open(str(path)).shape
+    depth, *plane = volume.open(str(path)).shape
     runs = {"auto": sets, "fp32": (*sets, "predict.precision=fp32")}
     predicted = {name: [] for name in runs}
     for _ in range(repeats):
@@ -48,14 +50,13 @@ def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: t
     took = side_by_side({name: partial(keep, name, call) for name, call in candidates.items()}, repeats)
     exact = results["MONAI sliding_window_inference, fp32, whole planes"]
     ours = {name: f"volseg predict, end to end, {run['engine']['precision']}" for name, run in told.items()}
-    speed = {ours[name]: sections / median(predicted[name]) for name in runs}
+    speed = {ours[name]: depth / median(predicted[name]) for name in runs}
     speed.update({name: len(results[name]) / seconds for name, seconds in took.items()})
     for name, row in ours.items():
         stored = np.asarray(volume.open_array(str((folder / f"{name}.volseg.zarr").resolve()), "0"))
         results[row] = stored.transpose(1, 0, 2, 3)[1:-1]
-    plane = shape[1] * shape[2] / 1e6
     report.keep("throughput", [
-        {"way": name, "Mvoxel/s": round(planes * plane, 2),
+        {"way": name, "Mvoxel/s": round(planes * prod(plane) / 1e6, 2),
          **{f"volseg {key} is x": round(speed[row] / planes, 2) for key, row in ours.items()},
          **difference(results[name], exact)}
         for name, planes in speed.items()
@@ -116,6 +117,22 @@ def _monai(slab: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
     }
 
 
+@contextmanager
+def as_it_comes() -> Iterator[None]:
+    """Inside, torch has its own threads and kernels: one thread and deterministic ones are what volseg's network sets."""
+    import torch
+
+    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    torch.set_num_threads(cluster.CPU_COUNT)
+    torch.backends.cudnn.deterministic = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = deterministic
+
+
+@as_it_comes()
 def slide(
     network: object, slab: np.ndarray, roi: tuple[int, int], kind: object, device: str = "cpu", together: int = 1
 ) -> np.ndarray:
@@ -132,6 +149,7 @@ def slide(
     return np.concatenate(done)
 
 
+@as_it_comes()
 def _map_overlap(slab: np.ndarray) -> np.ndarray:
     """A dask.array pipeline as tutorials write it: 512 x 512 chunks with an overlap, torch in each."""
     import dask.array

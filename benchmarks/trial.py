@@ -15,7 +15,7 @@ import tifffile
 
 from volseg import volume
 from volseg.box import Box
-from volseg.config import read_file
+from volseg.config import parse_set, read_file
 from volseg.evaluate import evaluate
 from volseg.targets import parse_sections
 
@@ -60,14 +60,19 @@ def cut(image: str, label: str, sections: str, out: Path) -> tuple[str, str, Box
     return paths[0], paths[1], Box((first - start, 0, 0), (stop - start, *shape[1:]))
 
 
-def settings(recipe: str, data: dict, out: Path, seed: int, sets: tuple[str, ...]) -> Path:
-    """``OUT/train.toml``: the [train] table of ``recipe`` with other data, seed and folder, and ``key=value`` changes."""
+def settings(
+    recipe: str, data: dict, out: Path, seed: int, sets: tuple[str, ...], decoding: tuple[str, ...] = ()
+) -> Path:
+    """``OUT/train.toml``: the [train] table of ``recipe`` with other data, seed and folder, and ``key=value`` changes; with
+    ``decoding``, as for volseg infer, seeds and sizes are chosen."""
     train = read_file(recipe).get("train", {})
     kept = [table for table in train.pop("data", []) if "synth_seed" in table]
     train.update({"out": str(out), "seed": seed})
     lines = ["[train]", *(f"{key} = {json.dumps(value)}" for key, value in train.items())]
     for name, _, value in (text.partition("=") for text in sets):
         lines = [line for line in lines if not line.startswith(f"{name} =")] + [f"{name} = {value}"]
+    for section, values in (pair for text in decoding for pair in parse_set(text).items()):
+        lines = [f"{section}.{key} = {json.dumps(value)}" for key, value in values.items()] + lines
     for table in (data, *kept):
         lines += ["", "[[train.data]]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
     out.mkdir(parents=True, exist_ok=True)

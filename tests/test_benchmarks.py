@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks import (
@@ -22,12 +23,14 @@ from benchmarks import (
     report,
     scaling,
     stitch,
+    throughput,
     touching,
     trial,
 )
 from benchmarks.__main__ import app
-from volseg import forward, volume
+from volseg import cluster, forward, volume
 from volseg.box import Box
+from volseg.config import load
 
 
 def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, tmp_path, capsys):
@@ -43,6 +46,31 @@ def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, t
 def test_annotated_sections_are_evenly_spread():
     assert trial.spread(0, 130, 4) == [16, 48, 81, 113]
     assert trial.spread(10, 12, 2) == [10, 11]
+
+
+def test_a_trial_chooses_its_seeds_with_the_decoding_that_it_is_scored_with(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[train]\npatch = 64\n[[train.data]]\nsynth_seed = 3\n")
+    data, decoding = {"image": "a.tif", "label": "b.tif"}, ("fragments.contour=0", "stitch.keep_unseeded=true")
+    config = load(trial.settings(str(recipe), data, tmp_path / "out", 5, ("patch=96",), decoding))
+    assert (config.fragments.contour, config.stitch.keep_unseeded) == (0, True)
+    assert (config.train.patch, config.train.seed, len(config.train.data)) == (96, 5, 2)
+
+
+def test_peers_have_torch_as_it_comes_whatever_volseg_sets():
+    before = torch.get_num_threads()
+    deterministic = torch.backends.cudnn.deterministic
+    try:
+        torch.set_num_threads(1)
+        torch.backends.cudnn.deterministic = True
+        with throughput.as_it_comes():
+            assert torch.get_num_threads() == cluster.CPU_COUNT
+            assert not torch.backends.cudnn.deterministic
+        assert torch.get_num_threads() == 1
+        assert torch.backends.cudnn.deterministic
+    finally:
+        torch.set_num_threads(before)
+        torch.backends.cudnn.deterministic = deterministic
 
 
 def test_a_trial_trains_infers_and_scores_on_other_sections(image, monkeypatch, tmp_path):
