@@ -172,6 +172,17 @@ def test_a_volume_grows_by_mirrored_copies(tmp_path):
     assert (voxels[:4, :, 96:] == piece).all()
 
 
+def test_memory_and_cost_are_told_for_each_size(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    cut = ("blocks.shape=[2, 64, 64]",)
+    monkeypatch.setitem(scaling.GROWTH, "z", ((4, 64, 64), cut, ((2, 1, 1), (64, 1, 1))))
+    scaling.volumes(str(tmp_path / "runs"), 8, "tree", "z")
+    rows = json.loads((tmp_path / "scaling-volume-z.json").read_text())["rows"]
+    assert [(row["volume"], row["larger"], row["inferred for each voxel"]) for row in rows] == [("8 x 64 x 64", 2, 1)]
+    assert rows[0]["worker MB"] > 50
+    assert "its memory grows by" in capsys.readouterr().out
+
+
 def test_many_empty_blocks_are_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     scaling.blocks(500)

@@ -93,12 +93,12 @@ def _load(data: TrainData, knobs: Train, where: str) -> Source:
     spots = _spots(found["labels"], list(learn), where)
     size = found["voxel_size_nm"]  # where nobody says, sections may lie far apart
     touching = contacts(found["labels"], knobs.contour_width, size is not None and volume.isotropic(size))
-    found = Source(
+    source = Source(
         first=first, learn=learn, held=held, free=free, spots=spots, share=data.share, depth=depth, touching=touching,
         meetings=_positions(np.flatnonzero(touching[list(learn)]), learn, touching.shape),
         distance=_distance(found["labels"], annotated, size, knobs, where), **found,
     )  # fmt: skip
-    return replace(found, turned=tuple(_turned(found, plane, where) for plane in data.planes if plane != "xy"))
+    return replace(source, turned=tuple(_turned(source, plane, where) for plane in data.planes if plane != "xy"))
 
 
 def _turned(source: Source, plane: str, where: str) -> Source:
