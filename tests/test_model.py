@@ -160,7 +160,7 @@ def test_the_shipped_model_loads_and_is_small():
 
 def test_a_head_more_leaves_the_others_as_they_are():
     network = model.build(model.PRETRAINED, SMALL, 3).eval()
-    more = model.with_heads(network, CARD, (*model.HEADS, "distance"))
+    more = model.adapted(network, CARD, (*model.HEADS, "distance"))
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before, after = network(image), more(image)

@@ -182,9 +182,10 @@ class Train(Section):
     encoder: str = "tu-tf_efficientnet_lite0"
     decoder: tuple[Size, Size, Size, Size, Size] = (128, 64, 32, 16, 16)
     sections: Literal[1, 3, 5] = 3  # neighbouring sections seen as channels
+    binning: Literal[1, 2] = 1  # the network sees squares of that many voxels a side as one, and tells of each voxel
     pretrained: bool = True  # ImageNet encoder weights from the installed package
     start: str = ""  # an earlier volseg model to start from
-    patch: Annotated[int, Field(ge=64)] = 256  # multiple of 32
+    patch: Annotated[int, Field(ge=64)] = 256  # multiple of 32, of 64 with binning 2
     batch: Size = 8
     steps: Size = 1200
     minutes: Annotated[float, Field(ge=0)] = 0  # time budget; 0 for none

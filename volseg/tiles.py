@@ -15,7 +15,7 @@ import numpy as np
 
 from volseg.device import HOST, Device
 
-MULTIPLE = 32  # the encoder halves a tile five times
+MULTIPLE = 64  # the encoder halves a tile five times, and a network may bin it by 2 before
 PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
 
 
@@ -48,7 +48,7 @@ def _ramp(n: int) -> np.ndarray:
 
 
 def axis(length: int, tile: int, overlap: int) -> Axis:
-    """Evenly spread tiles of at most ``tile`` voxels (a multiple of 32) that share at least ``overlap`` and cover ``length``.
+    """Evenly spread tiles of at most ``tile`` voxels (a multiple of 64) that share at least ``overlap`` and cover ``length``.
 
     >>> axis(1024, 1280, 64)
     Axis(length=1024, size=1024, origins=(0,))

@@ -76,7 +76,9 @@ def start(knobs: Train, device: torch.device) -> State:
     if knobs.start:
         network = _from_model(knobs)
     else:
-        network = model.build(knobs.encoder, knobs.decoder, knobs.sections, knobs.heads, pretrained=knobs.pretrained)
+        network = model.build(
+            knobs.encoder, knobs.decoder, knobs.sections, knobs.heads, pretrained=knobs.pretrained, binning=knobs.binning
+        )
     network = network.to(device, memory_format=torch.channels_last).train()
     averaged = copy.deepcopy(network).requires_grad_(False).eval()
     parameters = list(network.parameters())
@@ -359,6 +361,7 @@ def _card(config: Config, sources: list[Source], state: State, scores: dict, cho
         "encoder": knobs.encoder,
         "decoder": list(knobs.decoder),
         "sections": knobs.sections,
+        "binning": knobs.binning,
         "heads": list(knobs.heads),
         "mean": main.mean,
         "std": main.std,
@@ -394,8 +397,9 @@ def check(config: Config) -> None:
     if config.fragments.height == "head" and not knobs.distance_nm:
         raise UserError("fragments.height = 'head' follows a distance that this network would not learn: set "
                         "train.distance_nm, for instance to 100, or take another height")  # fmt: skip
-    if knobs.patch % 32:
-        raise UserError(f"train.patch = {knobs.patch} is not a multiple of 32; try {max(64, knobs.patch // 32 * 32)}")
+    if knobs.patch % (multiple := 32 * knobs.binning):
+        near = max(64, knobs.patch // multiple * multiple)
+        raise UserError(f"train.patch = {knobs.patch} is not a multiple of {multiple}; try {near}")
     if knobs.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = 'cuda', but torch sees no CUDA device; set train.device = 'auto'")
     if _processes(knobs) > knobs.batch:
@@ -430,7 +434,9 @@ def _from_model(knobs: Train) -> torch.nn.Module:
         if json.loads(json.dumps(getattr(knobs, key))) != card[key]:
             wanted = f"train.start = {knobs.start} has {key} = {card[key]}"
             raise UserError(f"{wanted}, but train.{key} = {getattr(knobs, key)}; make them equal")
-    return model.with_heads(network, card, knobs.heads)
+    if card.get("binning", 1) not in (1, knobs.binning):
+        raise UserError(f"train.start = {knobs.start} bins its input already; set train.binning = {card['binning']}")
+    return model.adapted(network, card, knobs.heads, knobs.binning)
 
 
 def keep_memory() -> None:
