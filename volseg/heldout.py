@@ -18,6 +18,7 @@ from volseg.config import Config, Fragments, Train, UserError
 from volseg.decide import decide, rules
 from volseg.samples import Source, context
 from volseg.targets import UNLABELLED, mask_and_contour
+from volseg.tiles import MULTIPLE
 
 THRESHOLDS = np.arange(20, 81, 2) / 100
 PASSES = (0, 1, 2)  # of the smoothing filter, along z and in the plane
@@ -49,10 +50,10 @@ def plane_logits(network: torch.nn.Module, source: Source, z: int, knobs: Train)
 
 
 def _logits(network: torch.nn.Module, image: np.ndarray, knobs: Train) -> torch.Tensor:
-    """(heads, Y, X) for a standardised image (sections, Y, X), its edges mirrored to a multiple of 32."""
+    """(heads, Y, X) for a standardised image (sections, Y, X), its edges mirrored to a multiple of 64."""
     device = next(network.parameters()).device
     height, width = image.shape[1:]
-    padded = np.pad(image.astype(np.float32), ((0, 0), (0, -height % 32), (0, -width % 32)), mode="symmetric")
+    padded = np.pad(image.astype(np.float32), ((0, 0), (0, -height % MULTIPLE), (0, -width % MULTIPLE)), mode="symmetric")
     with torch.inference_mode(), autocast(device, knobs.precision):
         logits = network(torch.from_numpy(padded)[None].to(device, memory_format=torch.channels_last))
     return logits[0, :, :height, :width].float().cpu()
