@@ -24,6 +24,7 @@ from volseg.config import Fragments, UserError
 LEVELS = 64  # steps of smoothed probability for each step of the stored uint8
 TOP = 255 * LEVELS
 FARTHEST = 255  # greatest cap of distances: its square fits uint16, and heights fit int32
+STRETCH = 16  # voxels of a row that are smoothed together or not at all; at least the filter's reach
 OUTSIDE = np.iinfo(np.int32).max  # height of what is not in the mask
 
 Nm3 = tuple[float, float, float]  # a voxel's size z y x
@@ -178,34 +179,36 @@ def heights(
         return np.full(box.grow(1).shape, OUTSIDE, np.int32)
     missing = [(h - f, g - e) for f, h, e, g in zip(full.start, have.start, have.stop, full.stop, strict=True)]
     padded = np.pad(probability, [(0, 0), *missing], mode="edge") if np.any(missing) else probability
-    near = full.grow(tuple(-p for p in knobs.smooth))
-    out = _heights(padded, near.clip(shape).inside(near), knobs, around)[box.grow(1).inside(near)]
-    keep = box.grow(1).clip(shape).inside(box.grow(1))
-    framed = np.full(out.shape, OUTSIDE, np.int32)
-    framed[keep] = out[keep]
-    return framed
+    fits = full.grow(tuple(-p for p in knobs.smooth))
+    out = _heights(padded, fits.clip(shape).inside(fits), knobs, around)
+    return np.ascontiguousarray(out[box.grow(1).inside(fits)])
 
 
 def _heights(probability: np.ndarray, real: tuple, knobs: Fragments, around: Metric) -> np.ndarray:
     """Heights where the filter fits; ``real`` is the part of them that lies in the volume."""
     first = np.ascontiguousarray(probability[0])
-    spans = _spans(first, knobs.smooth, -(-mask_level(knobs.threshold) // LEVELS))
-    level = _smooth(first, knobs.smooth, spans)
+    level = _smooth(first, knobs.smooth, _near(first, knobs.smooth, -(-mask_level(knobs.threshold) // LEVELS)))
     mask = level >= mask_level(knobs.threshold)
+    in_mask = _holds(mask.view(np.uint8), np.uint8(1))
+
+    def smooth(field: np.ndarray) -> np.ndarray:
+        return _smooth(field, knobs.smooth, in_mask)
+
+    def composed(first: np.ndarray, second: np.ndarray, most_first: int, most_second: int) -> np.ndarray:
+        inside = np.zeros_like(mask)
+        inside[real] = mask[real]
+        return _compose(first, second, inside, in_mask, most_first, most_second)
+
     most = around.cap**2
     if knobs.height == "contour":
-        boundary = _smooth(255 - probability[1], knobs.smooth, spans)
-        return _compose(boundary, _squared_distance(mask, real, around), mask, TOP, most)
+        return composed(smooth(255 - probability[1]), _squared_distance(mask, real, around), TOP, most)
     if knobs.height == "head":
-        head = _smooth(probability[2], knobs.smooth, spans)
-        return _compose(head, _squared_distance(mask, real, around), mask, TOP, most)
-    inside = level
-    if knobs.contour:
-        inside = _smooth(_less_contour(probability, round(knobs.contour * 256)), knobs.smooth, spans)
+        return composed(smooth(probability[2]), _squared_distance(mask, real, around), TOP, most)
+    inside = smooth(_less_contour(probability, round(knobs.contour * 256))) if knobs.contour else level
     if knobs.height == "distance":
         body = mask & (inside >= mask_level(knobs.threshold))
-        return _compose(_squared_distance(body, real, around), inside, mask, most, TOP)
-    return _compose(inside, _squared_distance(mask, real, around), mask, TOP, most)
+        return composed(_squared_distance(body, real, around), inside, most, TOP)
+    return composed(inside, _squared_distance(mask, real, around), TOP, most)
 
 
 def _less_contour(probability: np.ndarray, weight: int) -> np.ndarray:
@@ -222,50 +225,57 @@ def _subtract(mask, contour, weight):
     return out
 
 
-def _spans(field: np.ndarray, passes: Triple, least: int) -> np.ndarray:
-    """Where, in each row that `_smooth` gives, it may be ``least`` or more: [first, last + 1), 0, 0 for nowhere.
+def _near(field: np.ndarray, passes: Triple, least: int) -> np.ndarray:
+    """Where `_smooth` may give ``least`` or more, in stretches of `STRETCH` voxels along x; bool (z, y, stretches).
 
-    A mean is at most the greatest of what it is a mean of. int32 (z, y, 2).
+    A mean is at most the greatest of what it is a mean of.
     """
-    from_x, to_x = _extent(field, np.uint8(least))
-    window, reach = (2 * passes[0] + 1, 2 * passes[1] + 1), 2 * passes[2]
-    near = np.lib.stride_tricks.sliding_window_view
-    first = np.maximum(near(from_x, window).min((2, 3)) - reach, 0)
-    last = np.minimum(near(to_x, window).max((2, 3)), field.shape[2] - reach)
-    return np.where((first < last)[..., None], np.stack([first, last], axis=2), 0).astype(np.int32)
+    sizes = [n - 2 * p for n, p in zip(field.shape, passes, strict=True)]
+    return _dilated(_holds(field, np.uint8(least)), *sizes[:2], -(-sizes[2] // STRETCH))
 
 
 @njit(cache=True, nogil=True)
-def _extent(field, least):
-    """By row, the first voxel that is ``least`` or more (the row's length if none), and the last + 1 (0 if none)."""
+def _holds(field, least):
+    """Which stretches hold a voxel that is ``least`` or more."""
     nz, ny, nx = field.shape
-    first = np.full((nz, ny), nx, np.int32)
-    last = np.zeros((nz, ny), np.int32)
+    out = np.zeros((nz, ny, (nx + STRETCH - 1) // STRETCH), np.bool_)
     for z in range(nz):
         for y in range(ny):
-            most = field[z, y, 0]
-            for x in range(nx):
-                most = max(most, field[z, y, x])
-            if most < least:
-                continue
-            x = 0
-            while field[z, y, x] < least:
-                x += 1
-            first[z, y] = x
-            x = nx
-            while field[z, y, x - 1] < least:
-                x -= 1
-            last[z, y] = x
-    return first, last
+            row = field[z, y]
+            for s in range(nx // STRETCH):
+                most = row[s * STRETCH]
+                for k in range(STRETCH):
+                    most = max(most, row[s * STRETCH + k])
+                out[z, y, s] = most >= least
+            for x in range(nx // STRETCH * STRETCH, nx):
+                out[z, y, nx // STRETCH] |= row[x] >= least
+    return out
 
 
-def _smooth(field: np.ndarray, passes: Triple, spans: np.ndarray) -> np.ndarray:
+@njit(cache=True, nogil=True)
+def _dilated(holds, nz, ny, stretches):
+    """Which stretches of a mean, shorter than the field by its windows, lie over one that holds something."""
+    depth, rows = holds.shape[0] - nz + 1, holds.shape[1] - ny + 1
+    out = np.zeros((nz, ny, stretches), np.bool_)
+    column = np.empty(holds.shape[1:], np.bool_)
+    for z in range(nz):
+        column[:] = holds[z]
+        for t in range(1, depth):
+            column |= holds[z + t]
+        for y in range(ny):
+            for t in range(rows):
+                for s in range(stretches):
+                    out[z, y, s] |= column[y + t, s] | column[y + t, min(s + 1, column.shape[1] - 1)]
+    return out
+
+
+def _smooth(field: np.ndarray, passes: Triple, near: np.ndarray) -> np.ndarray:
     """``field`` after ``passes`` of the filter [1 2 1] / 4 along each axis, in steps of 1 / `LEVELS`, rounded down once.
 
-    The result is shorter by ``2 * passes`` on each axis, and 0 outside ``spans``. uint16.
+    The result is shorter by ``2 * passes`` on each axis, and 0 where it is not `_near`. uint16.
     """
     rows = [_binomial(n) for n in passes]
-    return _smooth_rows(np.ascontiguousarray(field), *rows, 2 * sum(passes), spans)
+    return _smooth_rows(np.ascontiguousarray(field), *rows, 2 * sum(passes), near)
 
 
 def _binomial(n: int) -> np.ndarray:
@@ -276,49 +286,60 @@ def _binomial(n: int) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _smooth_rows(field, along_z, along_y, along_x, shift, spans):
-    """Sums over z in a plane, of these over y in a row, and of these over x: only what the spans need."""
-    nz, ny, _ = spans.shape
+def _smooth_rows(field, along_z, along_y, along_x, shift, near):
+    """Sums over z in a plane, of these over y in a row, and of these over x: only what is near."""
+    nz, ny, stretches = near.shape
     nx = field.shape[2] - along_x.size + 1
     out = np.zeros((nz, ny, nx), np.uint16)
     plane = np.empty(field.shape[1:], np.int32)
-    made = np.empty((field.shape[1], 2), np.int32)
+    made = np.empty((field.shape[1], (field.shape[2] + STRETCH - 1) // STRETCH), np.bool_)
     row = np.empty(field.shape[2], np.int32)
     total = np.empty(nx, np.int32)
     for z in range(nz):
-        made[:] = 0
+        made[:] = False
         for y in range(ny):
-            first, last = spans[z, y]
-            if first == last:
-                continue
-            stop = last + along_x.size - 1
-            row[first:stop] = 0
-            for t in range(along_y.size):
-                _sum_column(field, along_z, z, y + t, first, stop, plane, made)
-                for x in range(first, stop):
-                    row[x] += along_y[t] * plane[y + t, x]
-            total[first:last] = 0
-            for t in range(along_x.size):
+            s = 0
+            while s < stretches:
+                if not near[z, y, s]:
+                    s += 1
+                    continue
+                first = s * STRETCH
+                while s < stretches and near[z, y, s]:
+                    s += 1
+                last = min(s * STRETCH, nx)
+                stop = last + along_x.size - 1
+                row[first:stop] = 0
+                for t in range(along_y.size):
+                    _sum_columns(field, along_z, z, y + t, first, stop, plane, made)
+                    for x in range(first, stop):
+                        row[x] += along_y[t] * plane[y + t, x]
+                total[first:last] = 0
+                for t in range(along_x.size):
+                    for x in range(first, last):
+                        total[x] += along_x[t] * row[x + t]
                 for x in range(first, last):
-                    total[x] += along_x[t] * row[x + t]
-            for x in range(first, last):
-                out[z, y, x] = (np.int64(total[x]) * LEVELS) >> shift
+                    out[z, y, x] = (np.uint32(total[x]) * np.uint32(LEVELS)) >> np.uint32(shift)
     return out
 
 
 @njit(cache=True, nogil=True)
-def _sum_column(field, along_z, z, y, first, stop, plane, made):
-    """Row ``y`` of the plane holds the sums over z from ``first`` to ``stop``; ``made`` is where it did before."""
-    if made[y, 0] <= first and stop <= made[y, 1]:
-        return
-    if made[y, 0] < made[y, 1]:
-        first, stop = min(first, made[y, 0]), max(stop, made[y, 1])
-    for x in range(first, stop):
-        plane[y, x] = along_z[0] * np.int32(field[z, y, x])
-    for t in range(1, along_z.size):
-        for x in range(first, stop):
-            plane[y, x] += along_z[t] * np.int32(field[z + t, y, x])
-    made[y, 0], made[y, 1] = first, stop
+def _sum_columns(field, along_z, z, y, first, stop, plane, made):
+    """Row ``y`` of the plane holds the sums over z in all stretches from ``first`` to ``stop``; ``made`` are those done."""
+    s, until = first // STRETCH, (stop - 1) // STRETCH + 1
+    while s < until:
+        if made[y, s]:
+            s += 1
+            continue
+        begin = s * STRETCH
+        while s < until and not made[y, s]:
+            made[y, s] = True
+            s += 1
+        end = min(field.shape[2], s * STRETCH)
+        for x in range(begin, end):
+            plane[y, x] = along_z[0] * np.int32(field[z, y, x])
+        for t in range(1, along_z.size):
+            for x in range(begin, end):
+                plane[y, x] += along_z[t] * np.int32(field[z + t, y, x])
 
 
 def _squared_distance(body: np.ndarray, real: tuple, around: Metric) -> np.ndarray:
@@ -382,12 +403,19 @@ def _envelope(field, body, out, edge, cap):
 
 
 @njit(cache=True, nogil=True)
-def _compose(first, second, mask, most_first, most_second):
-    """Height: low where ``first`` is high, and among equals where ``second`` is high."""
-    out = np.empty(mask.shape, np.int32)
-    p, q, m, o = first.ravel(), second.ravel(), mask.ravel(), out.ravel()
-    for i in range(m.size):
-        o[i] = (most_first - np.int32(p[i])) * (most_second + 1) + (most_second - np.int32(q[i])) if m[i] else OUTSIDE
+def _compose(first, second, mask, in_mask, most_first, most_second):
+    """Height: low where ``first`` is high, and among equals where ``second`` is high; `OUTSIDE` outside the mask."""
+    nz, ny, nx = mask.shape
+    out = np.full(mask.shape, OUTSIDE, np.int32)
+    for z in range(nz):
+        for y in range(ny):
+            for s in range(in_mask.shape[2]):
+                if not in_mask[z, y, s]:
+                    continue
+                for x in range(s * STRETCH, min(nx, (s + 1) * STRETCH)):
+                    if mask[z, y, x]:
+                        rest = most_second - np.int32(second[z, y, x])
+                        out[z, y, x] = (most_first - np.int32(first[z, y, x])) * (most_second + 1) + rest
     return out
 
 
@@ -418,7 +446,7 @@ def fragments(
         voxels=voxels,
         first=in_volume(first),
         mass=total,
-        edges=_inner_edges(region, height, in_volume, ahead, spans),
+        edges=_inner_edges(region, height, roots.size, in_volume, ahead, spans),
         crossing=_crossing_edges(region, height, in_volume, ahead, face),
         face_at=in_volume(face),
         face_of=region.ravel()[face],
@@ -564,17 +592,16 @@ def _measure(region, mass, count, spans):
 
 
 def _inner_edges(
-    region: np.ndarray, height: np.ndarray, in_volume: _Raster, ahead: tuple[int, ...], spans: np.ndarray
+    region: np.ndarray, height: np.ndarray, regions: int, in_volume: _Raster, ahead: tuple[int, ...], spans: np.ndarray
 ) -> np.ndarray:
     """EDGE rows, one for each pair of regions that touch inside the block, sorted by pair."""
-    capacity = 1024
+    capacity = max(1024, 1 << (8 * regions).bit_length())  # mostly enough at once: basins have two or three neighbours each
     while True:
         used, pairs, saddles = _collect(region, height, ahead, spans, capacity)
         if used <= capacity // 2:
             break
         capacity *= 4
-    kept = np.flatnonzero(pairs)
-    kept = kept[np.argsort(pairs[kept])]
+    kept = np.argsort(pairs)
     rows = np.empty(kept.size, EDGE)
     rows["a"], rows["b"] = pairs[kept] >> 32, pairs[kept] & 0xFFFFFFFF
     for column, name in enumerate((*KEY, "area", "height")):
@@ -584,15 +611,17 @@ def _inner_edges(
 
 @njit(cache=True, nogil=True)
 def _collect(region, height, ahead, spans, capacity):
-    """Open-addressing table of touching pairs: how many, their codes ``a << 32 | b``, and (KEY..., area, height) of each.
+    """Touching pairs in the order in which they are met: how many, their codes ``a << 32 | b``, (KEY..., area, height) of each.
 
     ``ahead`` are the ways to the neighbours behind a voxel in linear order; only those along an axis share a face with it.
-    Stops early once more than half full: the caller tries again with a larger table.
+    A table with open addressing says where a pair stands. Stops early once it is more than half full: the caller tries
+    again with a larger one.
     """
     nz, ny, nx = region.shape
     flat, of = height.ravel(), region.ravel()
-    pairs = np.zeros(capacity, np.int64)
-    saddles = np.zeros((capacity, 6), np.int64)
+    slots = np.zeros(capacity, np.int32)  # 1 + where the pair stands
+    pairs = np.empty(capacity // 2, np.int64)
+    saddles = np.empty((capacity // 2, 6), np.int64)
     used = 0
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
@@ -607,21 +636,24 @@ def _collect(region, height, ahead, spans, capacity):
                     a, b = min(of[v], of[u]), max(of[v], of[u])
                     code = (np.int64(a) << 32) | np.int64(b)
                     slot = ((code * 0x9E3779B97F4A7C1) >> 20) & (capacity - 1)
-                    while pairs[slot] != 0 and pairs[slot] != code:
+                    while slots[slot] != 0 and pairs[slots[slot] - 1] != code:
                         slot = (slot + 1) & (capacity - 1)
                     hi, lo = (v, u) if flat[v] > flat[u] else (u, v)
-                    s = saddles[slot]
-                    if pairs[slot] == 0:
+                    new = slots[slot] == 0
+                    if new:
+                        if used == capacity // 2:
+                            return used + 1, pairs, saddles
+                        pairs[used] = code
+                        saddles[used] = 0
                         used += 1
-                        if used > capacity // 2:
-                            return used, pairs, saddles
-                        pairs[slot] = code
-                    if s[1] == 0 or _before(flat[hi], hi, flat[lo], lo, s):
+                        slots[slot] = used
+                    s = saddles[slots[slot] - 1]
+                    if new or _before(flat[hi], hi, flat[lo], lo, s):
                         s[0], s[1], s[2], s[3] = flat[hi], hi, flat[lo], lo
                     if u - v == 1 or u - v == nx or u - v == ny * nx:
                         s[4] += 1
                         s[5] += flat[hi]
-    return used, pairs, saddles
+    return used, pairs[:used], saddles[:used]
 
 
 @njit(cache=True, nogil=True, inline="always")
