@@ -40,6 +40,7 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
         model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         heads=tuple(card["heads"]),
         sections=card["sections"],
+        binning=card.get("binning", 1),
         mean=mean,
         std=std,
         voxel_size_nm=voxel_size_nm,

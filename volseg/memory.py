@@ -21,7 +21,8 @@ PROCESS = 190_000_000  # a worker that has read and written a little
 CLIENT = 350_000_000  # the process where the command was given, with the scheduler
 NETWORK = 90_000_000  # a network with its library, on a CPU
 CUDA = 3_500_000_000  # torch with CUDA in host memory; not measured
-PASS = {"openvino": 200, "onnx": 350, "torch": 700}  # of a forward pass on a CPU for each voxel of its tiles
+PASS = {"openvino": 160, "onnx": 310, "torch": 660}  # inside a network on a CPU for each of its pixels, rough
+ENDS = 8  # for each voxel of each channel that goes into a network or comes out
 BASINS = 19  # for each voxel of a block with its halo: heights, regions and what makes them
 DISTANCE = 7  # more where distances are measured
 MEASURED = 22  # for each voxel of a block that is relabelled
@@ -35,7 +36,8 @@ def network(run: Run, threads: int) -> int:
     if run.engine["device"] == "cuda":
         return CUDA
     tile = max(prod(run.tile_grid(plane).size) for plane in run.config.predict.planes)
-    return NETWORK + threads * run.batch * tile * PASS[run.engine["backend"]]
+    each = PASS[run.engine["backend"]] / run.binning**2 + ENDS * (run.sections + len(run.heads))
+    return NETWORK + threads * run.batch * round(tile * each)
 
 
 def stages(run: Run, threads: int) -> dict[str, int]:

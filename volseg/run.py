@@ -41,6 +41,7 @@ class Run:
     block: Triple
     model_sha256: str = ""
     sections: int = 1
+    binning: int = 1
     mean: float = 0.0
     std: float = 1.0
     engine: dict = field(default_factory=dict)
