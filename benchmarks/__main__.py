@@ -139,7 +139,7 @@ def ablations(
 @app.command()
 def throughput(
     image: Annotated[str, typer.Option(help="Any volume.")] = f"{EPFL}/training.tif",
-    sections: Annotated[int, typer.Option(help="How many of its last sections volseg predicts.")] = 24,
+    sections: Annotated[int, typer.Option(help="How many of its last sections volseg predicts.")] = 96,
     few: Annotated[int, typer.Option(help="How many of them the slower peers get.")] = 4,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     out: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/throughput",

@@ -38,7 +38,7 @@ def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: t
     told = {name: json.loads((folder / f"{name}.volseg.zarr/run.json").read_text()) for name in runs}
     slab = standardised(tifffile.imread(path), told["auto"]["mean"], told["auto"]["std"])
     candidates = {
-        **{_bare_name(run): partial(_bare, slab, run) for run in told.values()},
+        **{_bare_name(run): _bare(slab, run) for run in told.values()},
         **{f"MONAI sliding_window_inference, {name}": call for name, call in _monai(slab[: few + 2]).items()},
         "dask map_overlap + torch fp32": partial(_map_overlap, slab[: few + 2]),
     }
@@ -80,12 +80,13 @@ def _bare_name(run: dict) -> str:
 def _predict(path: Path, out: Path, sets: tuple[str, ...]) -> float:
     """Seconds of the predict stage of one run as a worker spends them on average: other stages run beside it.
 
-    The workers' start is not counted, their loading of the network is.
+    Neither the workers' start nor their loading of the network is counted: both are done once, in all ways compared.
     """
     line = [sys.executable, "-m", "volseg", "infer", str(path), "--out", str(out), "--overwrite"]
     subprocess.run([*line, *(part for text in sets for part in ("--set", text))], check=True, stderr=subprocess.DEVNULL)
     facts = json.loads((out / "run.json").read_text())
-    return sum(facts["worker_seconds"]["predict"].values()) / facts["workers"]
+    seconds = facts["worker_seconds"]["predict"]
+    return (sum(seconds.values()) - seconds["load"]) / facts["workers"]
 
 
 def _windows(slab: np.ndarray) -> np.ndarray:
@@ -93,15 +94,15 @@ def _windows(slab: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(slab, 3, axis=0).transpose(0, 3, 1, 2)
 
 
-def _bare(slab: np.ndarray, run: dict) -> np.ndarray:
-    """The backend alone over tiles that lie in memory, on all cores."""
+def _bare(slab: np.ndarray, run: dict) -> Callable[[], np.ndarray]:
+    """The backend alone over tiles that lie in memory, on all cores, once it is loaded."""
     threads = cluster.CPU_COUNT
     grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP)
     blob = forward.prepare(model.shipped(), run["engine"]["backend"], run["engine"]["precision"])
     shape = (1, 3, *grid.size)
     network = forward.load(blob, run["engine"]["backend"], run["engine"]["precision"], shape, threads)
-    batches = ((z, np.ascontiguousarray(window)[None]) for z, window in enumerate(_windows(slab)))
-    return np.stack([done[0] for _, done in forward.stream(network, batches, threads)])
+    batches = [(z, np.ascontiguousarray(window)[None]) for z, window in enumerate(_windows(slab))]
+    return lambda: np.stack([done[0] for _, done in forward.stream(network, batches, threads)])
 
 
 def _monai(slab: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KEY = "volseg"  # metadata entry that holds the card
 INT8 = "int8"  # tensor that holds the quantised form, and the card's entry about it
 HEADS = ("mask", "contour")
+DETAIL = 24  # features of squares of voxels that a network which bins adds before its last layer
 PRETRAINED = "tu-tf_efficientnet_lite0"  # the encoder whose ImageNet weights are an installed package
 CARD_KEYS = ("name", "encoder", "decoder", "sections", "heads", "mean", "std", "decode")
 ADVICE = "give a .safetensors file made by volseg train"
@@ -77,25 +78,51 @@ def build(
     """A U-Net from (B, ``sections``, Y, X) float32 to (B, ``heads``, Y, X) logits; Y and X are multiples of 32 ``binning``.
 
     With ``binning`` a square of that many voxels a side is one pixel of the U-Net: its voxels go in as channels and come
-    out as channels (sub-pixel convolution: Shi et al., CVPR 2016), so that at 2 it has a quarter of the work.
+    out as channels (sub-pixel convolution: Shi et al., CVPR 2016), so that at 2 it has a quarter of the work. The last layer
+    then also sees `DETAIL` features of the squares themselves, since the encoder's first ones are of four squares each.
     ``pretrained`` puts ImageNet weights from the installed package into the encoder; nothing is ever downloaded.
     """
     import segmentation_models_pytorch as smp
-    from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-    class Unet(smp.Unet):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return pixel_shuffle(super().forward(pixel_unshuffle(x, binning)), binning) if binning > 1 else super().forward(x)
-
-    channels, classes = (n * binning**2 for n in (sections, len(heads)))
     try:
-        network = Unet(encoder, encoder_weights=None, in_channels=channels, classes=classes, decoder_channels=tuple(decoder))
+        if binning == 1:
+            network = smp.Unet(
+                encoder, encoder_weights=None, in_channels=sections, classes=len(heads), decoder_channels=tuple(decoder)
+            )
+        else:
+            network = _binned_unet()(encoder, tuple(decoder), sections, len(heads), binning)
     except (KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"train.encoder = {encoder!r} cannot be built: {reason}; try {PRETRAINED!r}") from None
     if pretrained:
         _load_pretrained(network.encoder, encoder, sections, binning)
     return network
+
+
+def _binned_unet() -> type[torch.nn.Module]:
+    """The U-Net of squares of voxels; a function, since only what needs a network should wait for torch."""
+    import segmentation_models_pytorch as smp
+    import torch
+    from torch import nn
+
+    class Unet(smp.Unet):
+        def __init__(self, encoder: str, decoder: tuple[int, ...], sections: int, heads: int, binning: int) -> None:
+            channels, classes = sections * binning**2, heads * binning**2
+            super().__init__(
+                encoder, encoder_weights=None, in_channels=channels, classes=classes, decoder_channels=decoder
+            )
+            self.squares, self.voxels = nn.PixelUnshuffle(binning), nn.PixelShuffle(binning)
+            self.detail = nn.Sequential(
+                nn.Conv2d(channels, DETAIL, 3, padding=1, bias=False), nn.BatchNorm2d(DETAIL), nn.ReLU()
+            )
+            self.segmentation_head = smp.base.SegmentationHead(decoder[-1] + DETAIL, classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            squares = self.squares(x)
+            seen = torch.cat([self.decoder(self.encoder(squares)), self.detail(squares)], 1)
+            return self.voxels(self.segmentation_head(seen))
+
+    return Unet
 
 
 def _load_pretrained(encoder: torch.nn.Module, name: str, sections: int, binning: int) -> None:
@@ -135,19 +162,19 @@ def adapted(network: torch.nn.Module, card: dict, heads: tuple[str, ...], binnin
     if list(heads) == list(card["heads"]) and binning == fine:
         return network
     other = build(card["encoder"], card["decoder"], card["sections"], heads, binning=binning)
-    weights, last = network.state_dict(), other.segmentation_head.state_dict()
+    weights, new = network.state_dict(), other.state_dict()
     if binning != fine:
         stem = next(iter(weights))
         weights[stem] = _binned_stem(weights[stem], binning)
     each = binning**2  # channels of a head
-    with torch.no_grad():
-        for name, value in last.items():
-            old = weights[f"segmentation_head.{name}"].repeat_interleave(each // fine**2, 0)
-            for i, head in enumerate(heads):
-                if head in card["heads"]:
-                    j = list(card["heads"]).index(head)
-                    value[i * each : (i + 1) * each] = old[j * each : (j + 1) * each]
-    other.load_state_dict({**weights, **{f"segmentation_head.{name}": value for name, value in last.items()}})
+    for name in ("segmentation_head.0.weight", "segmentation_head.0.bias"):
+        old = weights.pop(name).repeat_interleave(each // fine**2, 0)
+        for i, head in enumerate(heads):
+            if head in card["heads"]:
+                rows, j = new[name][i * each : (i + 1) * each], list(card["heads"]).index(head)
+                rows.zero_()  # also where they see details, which the network did not
+                rows[tuple(slice(0, n) for n in old[:each].shape)] = old[j * each : (j + 1) * each]
+    other.load_state_dict({**new, **weights})
     return other.eval()
 
 
