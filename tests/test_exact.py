@@ -99,6 +99,7 @@ def brute_force(height, rules, connectivity=6):
     flat = height.ravel()
     masked = np.flatnonzero(flat != OUTSIDE)
     edges, faces = list(contacts(height, connectivity)), list(contacts(height))
+    level, low, depth = rules.seeds
     object_of = {int(v): {int(v)} for v in masked}
 
     def deepest(members):
@@ -111,7 +112,7 @@ def brute_force(height, rules, connectivity=6):
     for (high, u), (_, v) in sorted(sorted([(int(flat[u]), u), (int(flat[v]), v)], reverse=True) for u, v in edges):
         p, q = object_of[u], object_of[v]
         shallow = max(deepest(p), deepest(q)) if p is not q else high
-        if p is not q and (high <= rules.seed_height or shallow > rules.seed_height or high - shallow < rules.depth):
+        if p is not q and (high <= level or shallow > low or high - shallow < depth):
             join(p, q)
     while pairs := [
         (mean, min(p), min(q)) for mean, p, q in borders(object_of, faces, flat) if mean <= rules.join_height
@@ -146,7 +147,7 @@ def dropped_and_filled(height, object_of, edges, rules):
     flat = height.ravel()
     empty = {
         v for v, o in object_of.items()
-        if len(o) < rules.min_voxels or not (rules.keep_unseeded or min(flat[list(o)]) <= rules.seed_height)
+        if len(o) < rules.min_voxels or not (rules.keep_unseeded or min(flat[list(o)]) <= rules.seeds[1])
     }  # fmt: skip
     fill(object_of, empty, edges, rules.fill_voxels)
     outside = set(np.flatnonzero(flat == OUTSIDE).tolist())
@@ -214,6 +215,7 @@ def all_rules(draw, level):
         max_voxels=draw(st.sampled_from([ANY, ANY, 8, 40])),
         fill_voxels=draw(st.sampled_from([0, 0, 2, 20])),
         keep_unseeded=draw(st.booleans()),
+        low_height=draw(st.sampled_from([-1, -1, level + 1, level + 4])),
     )
 
 
@@ -242,7 +244,7 @@ def test_a_tree_of_blocks_gives_what_one_union_find_does(field, data):
         "repeat": data.draw(st.lists(st.integers(0, count - 1), max_size=3)),
         "connectivity": data.draw(st.sampled_from([6, 26])),
     }
-    rules = replace(data.draw(all_rules(level)), depth=0, join_height=-1, fill_voxels=0)
+    rules = replace(data.draw(all_rules(level)), depth=0, join_height=-1, fill_voxels=0, low_height=-1)
     found = treewise(height, rules, block, shuffle=np.random.default_rng(data.draw(st.integers(0, 99))), **how)
     np.testing.assert_array_equal(found, blockwise(height, rules, block, **how))
     np.testing.assert_array_equal(found, brute_force(height, rules, how["connectivity"]))
@@ -360,6 +362,8 @@ def row(*heights):
     ("rules", "want"),
     [
         (Rules(4), [1, 1, 2, 2, 2, 2, 3]),
+        (Rules(0, low_height=5), [1, 1, 2, 2, 2, 2, 3]),
+        (Rules(0, low_height=2), [1, 1, 1, 1, 1, 1, 2]),  # the dip at 4 is no seed
         (Rules(4, depth=3), [1, 1, 1, 1, 1, 1, 2]),  # the dip at 4 is 2 deep, that at 1 is 8
         (Rules(4, depth=9), [1, 1, 1, 1, 1, 1, 1]),
         (Rules(4, join_height=6), [1, 1, 1, 1, 1, 1, 2]),

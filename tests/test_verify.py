@@ -203,8 +203,8 @@ def test_a_damaged_work_folder_is_named(copy):
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.6), st.integers(0, 20))
-def test_sure_joins_hold_in_the_whole_graph(seed, outside, persistence):
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.6), st.integers(0, 20), st.integers(0, 30))
+def test_sure_joins_hold_in_the_whole_graph(seed, outside, persistence, low):
     """Any part of a graph: what `sure` joins there, Kruskal joins on all of it."""
     rng = np.random.default_rng(seed)
     n = 30
@@ -216,13 +216,13 @@ def test_sure_joins_hold_in_the_whole_graph(seed, outside, persistence):
     for end in pairs.T:
         np.minimum.at(depth, end, saddle)
     depth -= rng.integers(0, 20, n)
-    label, _ = forest(pairs[:, 0], pairs[:, 1], saddle, depth, 8, persistence)
+    rules = Rules(8, persistence, low_height=low)
+    label, _ = forest(pairs[:, 0], pairs[:, 1], saddle, depth, *rules.seeds)
     here = rng.random(len(pairs)) > outside
     outward = np.isin(np.arange(n), pairs[~here])
-    rules = Rules(8, persistence)
     root, has_seed, whole = verify.sure(pairs[here, 0], pairs[here, 1], saddle[here], depth, outward, rules)
     np.testing.assert_array_equal(label, label[root])
-    holds_seed = np.isin(label, label[depth <= 8])
+    holds_seed = np.isin(label, label[depth <= rules.seeds[1]])
     assert holds_seed[has_seed[root]].all()
     for top in np.flatnonzero(whole & (root == np.arange(n))):
         np.testing.assert_array_equal(label == label[top], root == top)

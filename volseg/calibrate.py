@@ -116,7 +116,7 @@ def _rows(
     scored: dict[bytes, dict] = {}
     for knobs in tried:
         rule = rules(run.config.model_copy(update={"stitch": knobs}), run.voxel_size_nm)
-        joins = Rules(rule.seed_height, rule.depth, rule.join_height)
+        joins = Rules(rule.seed_height, rule.depth, rule.join_height, low_height=rule.low_height)
         if joins not in joined:
             joined = {joins: components(basins, joins)}
         label = labels(basins, rule, joined[joins], outside)

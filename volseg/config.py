@@ -112,6 +112,7 @@ class Fragments(Section):
 
 class Stitch(Section):
     seed: Share = 0.6  # basins joined above this smoothed probability (or what fragments.height takes) are one seed
+    seed_low: Share = 0.0  # what reaches this is a seed too where it meets others below ``seed``; 0: what reaches ``seed``
     persistence: Share = 0.0  # seeds less than this below the saddle between them are one seed
     join_mean: Share = 0.0  # neighbours are joined whose whole border has at least this mean probability; 0: none
     keep_unseeded: bool = False  # keep objects that hold no seed
@@ -129,7 +130,7 @@ class Stitch(Section):
 
     def needs_all(self) -> list[str]:
         """The rules in use that cannot be decided in parts of the volume."""
-        return [name for name in ("persistence", "join_mean", "fill_holes_voxels") if getattr(self, name)]
+        return [name for name in ("seed_low", "persistence", "join_mean", "fill_holes_voxels") if getattr(self, name)]
 
 
 class Output(Section):

@@ -1,7 +1,7 @@
 """The label of every basin, from the volume's basins and their edges alone: no voxel is read, so it takes seconds.
 
 Kruskal's algorithm over the edges in their total order. Join when the saddle is no higher than the seed level, or when at
-most one side holds a seed. What comes out is the minimum spanning forest rooted at the connected components of
+most one side holds a seed, which is what reaches down to the low seed level. What comes out is the minimum spanning forest rooted at the connected components of
 ``height <= seed level`` (Cousty et al. 2009; Zlateski and Seung, arXiv 1505.00249). The other rules, in this order:
 
 1. persistence: two sides also join when the shallower one is less than that deep below their saddle. Then the roots are
@@ -41,12 +41,13 @@ SEED, UNSEEDED, SHALLOW, APART = 1, 2, 3, 4  # what `forest` did at an edge: why
 class Rules:
     """What decides about basins, in the units of their tables. `rules` makes it of settings.
 
-    seed_height    the greatest height of a seed
+    seed_height    the greatest height of a saddle at which seeds are one
     depth          how far below a saddle both sides must reach to stay apart there
     join_height    the greatest mean height of a border that joins its sides; negative for none
     min_voxels, max_voxels   smaller and larger objects are dropped
     fill_voxels    the greatest hole that is filled
     keep_unseeded  whether objects without a seed are kept
+    low_height     the greatest height of a seed, where that is above ``seed_height``
     """
 
     seed_height: int
@@ -56,6 +57,16 @@ class Rules:
     max_voxels: int = ANY
     fill_voxels: int = 0
     keep_unseeded: bool = False
+    low_height: int = -1
+
+    @property
+    def seeds(self) -> tuple[int, int, int]:
+        """What `forest` wants: where seeds are one, what is a seed, and how deep both sides must be.
+
+        Between the two levels a voxel is no side of its own: a side is at least one step deep.
+        """
+        low = max(self.seed_height, self.low_height)
+        return self.seed_height, low, max(self.depth, int(low > self.seed_height))
 
 
 def rules(config: Config, voxel_size_nm: tuple[float, float, float]) -> Rules:
@@ -75,6 +86,7 @@ def rules(config: Config, voxel_size_nm: tuple[float, float, float]) -> Rules:
         max_voxels=knobs.max_voxels or ANY,
         fill_voxels=knobs.fill_holes_voxels,
         keep_unseeded=knobs.keep_unseeded,
+        low_height=seed_height(knobs.seed_low, of, voxel_size_nm) if knobs.seed_low else -1,
     )
 
 
@@ -87,7 +99,7 @@ def decide(basins: Basins, rules: Rules, voids: Voids | None = None) -> np.ndarr
 def components(basins: Basins, rules: Rules) -> np.ndarray:
     """For each basin a number of its component after all joins, before any is dropped."""
     edges = basins.edges
-    root, _ = forest(edges["a"], edges["b"], edges["high"], basins.depth, rules.seed_height, rules.depth)
+    root, _ = forest(edges["a"], edges["b"], edges["high"], basins.depth, *rules.seeds)
     if rules.join_height < 0 or not edges.size:
         return root
     group, first = ranked(root, basins.first)
@@ -104,7 +116,7 @@ def labels(basins: Basins, rules: Rules, component: np.ndarray, voids: Voids | N
     voxels = add_up(basins.voxels, group, first.size)
     keep = voxels >= rules.min_voxels
     if not rules.keep_unseeded:
-        keep &= least(basins.depth.astype(np.int64), group, first.size) <= rules.seed_height
+        keep &= least(basins.depth.astype(np.int64), group, first.size) <= rules.seeds[1]
     if voids is not None or (rules.fill_voxels and not keep.all()):
         group, voxels, keep = _without_holes(basins, group, keep, voxels, rules.fill_voxels, voids)
     keep &= voxels <= rules.max_voxels
@@ -134,10 +146,11 @@ def ranked(component: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 @njit(cache=True)
-def forest(a, b, saddle, depth, level, persistence):
+def forest(a, b, saddle, depth, level, low, persistence):
     """The root of each basin after Kruskal's algorithm over edges given in ascending order, and what each edge did.
 
-    That is 0 where both ends were joined before, or `SEED`, `UNSEEDED`, `SHALLOW`, `APART`.
+    That is 0 where both ends were joined before, or `SEED`, `UNSEEDED`, `SHALLOW`, `APART`. The last three arguments
+    are `Rules.seeds`.
     """
     parent, deepest = np.arange(depth.size), depth.astype(np.int64)
     did = np.zeros(a.size, np.int8)
@@ -148,7 +161,7 @@ def forest(a, b, saddle, depth, level, persistence):
         shallow = max(deepest[p], deepest[q])
         if saddle[e] <= level:
             did[e] = SEED
-        elif shallow > level:
+        elif shallow > low:
             did[e] = UNSEEDED
         elif saddle[e] - shallow < persistence:
             did[e] = SHALLOW
@@ -229,7 +242,7 @@ def _within_reach(low, high, area, height, row, limit):
     size = int(high.max(initial=-1)) + 1
     within = (area > 0) & (height <= limit * area)
     zero = np.zeros(np.count_nonzero(within), np.int64)
-    root, _ = forest(low[within], high[within], zero, np.zeros(size, np.int64), 0, 0)
+    root, _ = forest(low[within], high[within], zero, np.zeros(size, np.int64), 0, 0, 0)
     kept = root[low] == root[high]
     return zip(*(column[kept].tolist() for column in (low, high, area, height, row)), strict=True)
 

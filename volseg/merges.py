@@ -57,7 +57,7 @@ ROW = np.dtype(
 def merges(basins: Basins, rules: Rules, label: np.ndarray) -> np.ndarray:
     """ROW of each join and border, least certain first; ``label`` is what `decide` gave."""
     edges = basins.edges
-    root, did = forest(edges["a"], edges["b"], edges["high"], basins.depth, rules.seed_height, rules.depth)
+    root, did = forest(edges["a"], edges["b"], edges["high"], basins.depth, *rules.seeds)
     rows = np.concatenate([
         _forest_joins(basins, rules, label, did),
         _mean_joins(basins, rules, label, root),
@@ -74,7 +74,7 @@ def _forest_joins(basins: Basins, rules: Rules, label: np.ndarray, did: np.ndarr
     shallow, did = shallow[large], did[at][large]
     rows = _rows(basins, at[large], "join", label)
     rows["rule"], rows["voxels"] = did, np.sort(voxels[large])[:, ::-1]
-    by_level = np.where(did == UNSEEDED, shallow - rules.seed_height, rules.seed_height - rows["saddle"])
+    by_level = np.where(did == UNSEEDED, shallow - rules.seeds[1], rules.seed_height - rows["saddle"])
     too_shallow = rules.depth - (rows["saddle"] - shallow)
     rows["margin"] = np.where(did == SHALLOW, too_shallow, np.maximum(by_level, too_shallow))
     return rows

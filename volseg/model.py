@@ -156,8 +156,6 @@ def adapted(network: torch.nn.Module, card: dict, heads: tuple[str, ...], binnin
 
     A network that bins already is not to be undone: ``binning`` is the card's, or the card's is 1.
     """
-    import torch
-
     fine = card.get("binning", 1)
     if list(heads) == list(card["heads"]) and binning == fine:
         return network

@@ -123,7 +123,7 @@ def parts(basins: Basins, rules: Rules, row: np.ndarray) -> np.ndarray:
     """For each basin 1 or 2 if it is in that part of the join ``row`` (of `merges.ROW`) when it happens, else 0."""
     edges, e = basins.edges, int(row["edge"])
     until = edges if row["rule"] == merges.MEAN else edges[:e]
-    root, _ = forest(until["a"], until["b"], until["high"], basins.depth, rules.seed_height, rules.depth)
+    root, _ = forest(until["a"], until["b"], until["high"], basins.depth, *rules.seeds)
     if row["rule"] == merges.MEAN:
         root, _ = ranked(root, basins.first)
         for p, q, *_, at in agglomerate(*borders(edges, root), rules.join_height):

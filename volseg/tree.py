@@ -194,7 +194,7 @@ def _sum(graph: Graph, root: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarr
 def kept(finished: Graph, rules: Rules) -> np.ndarray:
     """Which finished objects are labelled: the rules of `decide` that see an object's sums and nothing else."""
     keep = (finished.voxels >= rules.min_voxels) & (finished.voxels <= rules.max_voxels)
-    return keep if rules.keep_unseeded else keep & (finished.depth <= rules.seed_height)
+    return keep if rules.keep_unseeded else keep & (finished.depth <= rules.seeds[1])
 
 
 # ---------------------------------------------------------------- 3

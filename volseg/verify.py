@@ -380,12 +380,12 @@ def sure(
     (array([0, 0, 2]), array([ True, False,  True]), array([ True,  True,  True]))
     """
     alone = rules.join_height >= 0 or rules.fill_voxels > 0
-    return _sure(a, b, saddle, depth, outward.copy(), rules.seed_height, rules.depth, alone)
+    return _sure(a, b, saddle, depth, outward.copy(), *rules.seeds, alone)
 
 
 @njit(cache=True)
-def _sure(a, b, saddle, depth, outward, level, persistence, alone):
-    parent, deepest, seeded = np.arange(depth.size), depth.astype(np.int64), depth <= level
+def _sure(a, b, saddle, depth, outward, level, low, persistence, alone):
+    parent, deepest, seeded = np.arange(depth.size), depth.astype(np.int64), depth <= low
     whole = ~outward
     for e in range(a.size):
         p, q = stitch.find(parent, a[e]), stitch.find(parent, b[e])
