@@ -1,8 +1,9 @@
 """The label of every basin, from the volume's basins and their edges alone: no voxel is read, so it takes seconds.
 
 Kruskal's algorithm over the edges in their total order. Join when the saddle is no higher than the seed level, or when at
-most one side holds a seed, which is what reaches down to the low seed level. What comes out is the minimum spanning forest rooted at the connected components of
-``height <= seed level`` (Cousty et al. 2009; Zlateski and Seung, arXiv 1505.00249). The other rules, in this order:
+most one side holds a seed, which is what reaches down to the low seed level. Where both levels are one, what comes out is the
+minimum spanning forest rooted at the connected components of ``height <= seed level`` (Cousty et al. 2009; Zlateski and
+Seung, arXiv 1505.00249). The other rules, in this order:
 
 1. persistence: two sides also join when the shallower one is less than that deep below their saddle. Then the roots are
    the seeds that reach so deep below where they meet a deeper one: dynamics (Grimaud 1992), or h-minima.
