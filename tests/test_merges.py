@@ -65,6 +65,7 @@ def test_borders_and_confidence_need_no_basins_of_the_volume(connectivity, field
         (Rules(4, join_height=6), [("join", "mean", 0, 6, 1, [4, 2]), ("border", "mean", 3, 9, 5, [6, 1])]),
         (Rules(3), [("join", "unseeded", 1, 6, 1, [4, 2]), ("border", "seed", 6, 9, 5, [6, 1])]),
         (Rules(3, depth=5), [("join", "unseeded", 3, 6, 1, [4, 2]), ("border", "persistence", 3, 9, 5, [6, 1])]),
+        (Rules(2, low_height=5), [("border", "unseeded", 1, 6, 1, [2, 4]), ("border", "unseeded", 4, 9, 5, [4, 1])]),
         (Rules(6, min_voxels=3), []),
     ],
 )

@@ -10,7 +10,8 @@ and of these the `MOST` least certain. Joins with a part below the minimum size 
 interior makes one. ``rule`` says which number decided:
 
     seed         saddle against seed level. Of a join it is how much higher than the level the saddle's probability is
-    unseeded     one part of a join holds no seed: how much below the seed level its highest probability is
+    unseeded     one part of a join holds no seed: how much below the (low) seed level its highest probability is; of a border,
+                 where there is a low level, how much above it the highest of the lesser object is
     persistence  how deep the shallower part lies below the saddle, against ``stitch.persistence``
     mean         the whole border's mean probability, against ``stitch.join_mean``
 
@@ -75,7 +76,7 @@ def _forest_joins(basins: Basins, rules: Rules, label: np.ndarray, did: np.ndarr
     rows = _rows(basins, at[large], "join", label)
     rows["rule"], rows["voxels"] = did, np.sort(voxels[large])[:, ::-1]
     by_level = np.where(did == UNSEEDED, shallow - rules.seeds[1], rules.seed_height - rows["saddle"])
-    too_shallow = rules.depth - (rows["saddle"] - shallow)
+    too_shallow = rules.seeds[2] - (rows["saddle"] - shallow)
     rows["margin"] = np.where(did == SHALLOW, too_shallow, np.maximum(by_level, too_shallow))
     return rows
 
@@ -123,11 +124,17 @@ def _borders(basins: Basins, rules: Rules, label: np.ndarray) -> np.ndarray:
     rows["voxels"] = add_up(basins.voxels, label, size)[rows["label"]]
     deepest = least(basins.depth, label, size)
     never = np.full(rows.size, np.inf)
-    dip = rows["saddle"] - np.maximum(deepest[low], deepest[high]) - rules.depth
+    shallow = np.maximum(deepest[low], deepest[high])
+    level, least_seed, depth = rules.seeds
     mean = np.where(area > 0, height / np.maximum(1, area) - rules.join_height, np.inf)
-    margins = [rows["saddle"] - rules.seed_height, dip if rules.depth else never, mean if rules.join_height >= 0 else never]
-    rows["rule"] = np.array([SEED, SHALLOW, MEAN])[np.argmin(margins, axis=0)]
-    rows["margin"] = np.min(margins, axis=0)
+    margins = {
+        SEED: rows["saddle"] - level,
+        UNSEEDED: least_seed - shallow if least_seed > level else never,
+        SHALLOW: rows["saddle"] - shallow - depth if depth else never,
+        MEAN: mean if rules.join_height >= 0 else never,
+    }
+    rows["rule"] = np.array(list(margins))[np.argmin(list(margins.values()), axis=0)]
+    rows["margin"] = np.min(list(margins.values()), axis=0)
     return rows
 
 
