@@ -82,3 +82,9 @@ def test_settings_that_belong_together_are_checked_together():
 def test_settings_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         resolve().stitch.seed = 0.1
+
+
+def test_a_low_seed_level_needs_all_edges_only_where_it_is_lower():
+    with pytest.raises(UserError, match="seed_low needs all edges in one process"):
+        load(sets=["stitch.reduce=tree", "stitch.seed_low=0.3"])
+    assert load(sets=["stitch.reduce=tree", "stitch.seed_low=0.7"]).stitch.seed_low == 0.7

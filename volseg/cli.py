@@ -388,7 +388,7 @@ def default_out(volume: str) -> str:
 
 def _conclude(summary: Any) -> None:
     if not summary.objects:
-        typer.echo("no object: no voxel reached fragments.threshold, or none of what did holds a seed of stitch.seed")
+        typer.echo("no object: no voxel reached fragments.threshold, or none of those stitch.seed or stitch.seed_low")
     typer.echo(f"{summary.objects} objects in {summary.voxels / 1e6:.1f} million voxels")
     for line in _spent(summary):
         typer.echo(line)

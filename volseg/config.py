@@ -130,7 +130,8 @@ class Stitch(Section):
 
     def needs_all(self) -> list[str]:
         """The rules in use that cannot be decided in parts of the volume."""
-        return [name for name in ("seed_low", "persistence", "join_mean", "fill_holes_voxels") if getattr(self, name)]
+        lower = ["seed_low"] if 0 < self.seed_low < self.seed else []
+        return lower + [name for name in ("persistence", "join_mean", "fill_holes_voxels") if getattr(self, name)]
 
 
 class Output(Section):

@@ -155,7 +155,7 @@ class Run:
         first = _hash(
             self.checksum, self.shape, self.model_sha256, self.mean, self.std, bits(self.engine), self.predict_block,
             c.predict.tile, c.predict.overlap, c.predict.batch, c.predict.tta, sorted(c.predict.planes), c.output.chunk,
-            CONSTANT,
+            CONSTANT, tiles.MULTIPLE,
         )  # fmt: skip
         if self.taken:
             roles = [(channel.name, channel.source is not None, channel.inverted) for channel in self.taken]

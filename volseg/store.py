@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ import numpy as np
 from volseg import volume
 
 IO_THREADS = 16  # small objects read or written at once
+ONE_READS = threading.Lock()  # headers go through Python's parser, which in 3.11 now and then fails in threads side by side
 
 
 def save(out: str, key: str, **arrays: np.ndarray) -> None:
@@ -23,7 +25,8 @@ def save(out: str, key: str, **arrays: np.ndarray) -> None:
 
 def load(out: str, key: str, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """The arrays saved under ``key``; those to ``skip`` come empty."""
-    with np.load(io.BytesIO(volume.read_bytes(out, key))) as stored:  # allow_pickle is off
+    packed = io.BytesIO(volume.read_bytes(out, key))
+    with ONE_READS, np.load(packed) as stored:  # allow_pickle is off
         return {name: np.empty(0) if name in skip else stored[name] for name in stored.files}
 
 
