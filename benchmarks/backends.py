@@ -22,7 +22,7 @@ def measure(image: str, model_file: str, threads: tuple[int, ...], repeats: int)
     card = model.load_card(path)
     source = volume.open(image)
     norm = normalisation(source.shape, source.read)
-    grid = tiles.grid(source.shape[1:], Config().predict.tile, Config().predict.overlap)
+    grid = tiles.grid(source.shape[1:], Config().predict.tile, Config().predict.overlap, card.get("binning", 1))
     first = source.shape[0] - PLANES
     batch = np.stack([
         describe.normalised_tile(source, z, grid.place((0, 0)), card["sections"], norm)

@@ -97,7 +97,7 @@ def _windows(slab: np.ndarray) -> np.ndarray:
 def _bare(slab: np.ndarray, run: dict) -> Callable[[], np.ndarray]:
     """The backend alone over tiles that lie in memory, on all cores, once it is loaded."""
     threads = cluster.CPU_COUNT
-    grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP)
+    grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP, model.load_card(model.shipped()).get("binning", 1))
     blob = forward.prepare(model.shipped(), run["engine"]["backend"], run["engine"]["precision"])
     shape = (1, 3, *grid.size)
     network = forward.load(blob, run["engine"]["backend"], run["engine"]["precision"], shape, threads)

@@ -136,7 +136,7 @@ def test_each_method_is_timed_in_a_process_of_its_own(reference, monkeypatch, tm
 
 def test_the_table_of_a_gpu_is_made_on_a_processor_when_asked(image, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    gpu.measure(image, 2, 1, str(tmp_path / "out"), ("predict.tile=128", "predict.overlap=32", "predict.batch=2"), "cpu")
+    gpu.measure(image, 2, 1, str(tmp_path / "out"), ("predict.tile=96", "predict.overlap=32", "predict.batch=2"), "cpu")
     rows = {row["way"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
     ours = rows["volseg predict, fp32, end to end"]
     assert ours["bytes fetched / voxel"] == 2

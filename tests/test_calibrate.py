@@ -69,6 +69,14 @@ def test_what_is_not_searched_stays_as_the_run_has_it():
     assert all(getattr(tried[1], name) == getattr(Stitch(), name) for name in calibrate.KNOBS)
 
 
+def test_a_low_seed_level_stays_where_it_is_lower():
+    tried = calibrate.candidates(Stitch(seed=0.8, seed_low=0.65))
+    assert {(knobs.seed, knobs.seed_low) for knobs in tried[2:] if knobs.seed in (0.6, 0.7)} == {(0.6, 0), (0.7, 0.65)}
+    assert tried[1].seed_low == 0
+    for knobs in tried[:20]:
+        Stitch.model_validate(knobs.model_dump())  # as a model file or a run would be read again
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no basins to decide on"):
         calibrate.calibrate(str(tmp_path), "truth.tif")

@@ -84,7 +84,12 @@ def test_settings_do_not_change():
         resolve().stitch.seed = 0.1
 
 
-def test_a_low_seed_level_needs_all_edges_only_where_it_is_lower():
+def test_a_low_seed_level_that_is_not_lower_is_refused():
+    assert load(sets=["stitch.seed=0.5", "stitch.seed_low=0.4"]).stitch.seed_low == 0.4
+    with pytest.raises(UserError, match=r"seed_low 0.5 is not below seed 0.5; lower it, or set it to 0"):
+        load(sets=["stitch.seed=0.5", "stitch.seed_low=0.5"])
+
+
+def test_two_seed_levels_need_all_edges():
     with pytest.raises(UserError, match="seed_low needs all edges in one process"):
         load(sets=["stitch.reduce=tree", "stitch.seed_low=0.3"])
-    assert load(sets=["stitch.reduce=tree", "stitch.seed_low=0.7"]).stitch.seed_low == 0.7

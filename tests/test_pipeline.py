@@ -24,7 +24,7 @@ from volseg.config import Cluster, UserError, load
 from volseg.synth import synth
 
 SHAPE = (22, 150, 170)
-TILES = {"predict": {"tile": 128, "overlap": 32}, "stitch": {"min_voxels": 100}, "cluster": {"dashboard": ""}}
+TILES = {"predict": {"tile": 96, "overlap": 32}, "stitch": {"min_voxels": 100}, "cluster": {"dashboard": ""}}
 
 
 class Quiet:
@@ -234,7 +234,7 @@ def test_a_run_tells_what_it_was(reference):
     assert facts["model_sha256"] == hashlib.sha256(model.shipped().read_bytes()).hexdigest()
     assert facts["peak_bytes"]["worker"] > 0
     assert facts["bus_bytes"] == {"sent": 0, "fetched": 0}
-    assert facts["config"]["predict"]["tile"] == 128
+    assert facts["config"]["predict"]["tile"] == 96
     assert Path(reference, "overlay.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -155,7 +155,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("own_cache")
 def test_the_plan_is_printed_and_kept(image, tmp_path):
-    sets = ["--set", "predict.tile=128", "--set", "predict.overlap=32", "--workers", "1"]
+    sets = ["--set", "predict.tile=96", "--set", "predict.overlap=32", "--workers", "1"]
     run = CliRunner()
     said = run.invoke(cli.app, ["plan", image, *sets, "--price-per-hour", "3.6"]).stdout
     for name in ("volume", "network", "blocks", "tiles", "redundancy", "reads", "writes", "memory", "time", "cost"):
@@ -173,7 +173,7 @@ def test_the_plan_is_printed_and_kept(image, tmp_path):
 
 @pytest.mark.usefixtures("own_cache")
 def test_a_plan_that_does_not_fit_ends_in_one_line(image, tmp_path):
-    limit = ["--set", "cluster.memory_limit=0.1", "--set", "predict.tile=128", "--set", "predict.overlap=32", "--workers", "1"]
+    limit = ["--set", "cluster.memory_limit=0.1", "--set", "predict.tile=96", "--set", "predict.overlap=32", "--workers", "1"]
     found = CliRunner().invoke(cli.app, ["plan", image, *limit])
     assert isinstance(found.exception, UserError)
     assert "cluster.memory_limit" in str(found.exception)

@@ -15,7 +15,7 @@ BOTH = [("openvino", "fp32"), ("onnx", "fp32")]
 
 @pytest.fixture(scope="module")
 def tiles(image):
-    return describe.sample_tiles(volume.open(image), 3, settings(), (128.0, 40.0))[:2, :, :64, :96]
+    return describe.sample_tiles(volume.open(image), {"sections": 3}, settings(), (128.0, 40.0))[:2, :, :64, :96]
 
 
 def test_the_fastest_that_is_close_is_taken():

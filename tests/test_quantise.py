@@ -25,7 +25,7 @@ def quantised(image, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tile(image):
     source = volume.open(image)
-    whole = quantise._tile(source, 15, (0, 0), 3, normalisation(source.shape, source.read))
+    whole = quantise._tile(source, 15, quantise._grid(source, {}).place((0, 0)), 3, normalisation(source.shape, source.read))
     return np.ascontiguousarray(whole[..., :96, :128])
 
 

@@ -28,7 +28,7 @@ SEEDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
 DEPTHS = (0.0, 0.02, 0.05, 0.1)
 MEANS = (0.0, 0.5, 0.6, 0.7, 0.8)  # only those below the seed level: no border's mean is higher than its lowest saddle
 SIZES = (0, 100, 250, 500, 1000, 2000, 4000, 8000)
-KNOBS = ("seed", "persistence", "join_mean", "min_voxels", "seed_low")  # the last is the run's own in all but the defaults
+KNOBS = ("seed", "persistence", "join_mean", "min_voxels", "seed_low")  # the last as the run has it, where it can be
 SCORES = ("pq", "sa50", "voi_split", "voi_merge", "split", "merged", "missed", "spurious")
 
 
@@ -52,8 +52,9 @@ def calibrate(run: str, truth: str, *, box: Box | None = None) -> list[dict]:
 
 def candidates(own: Stitch) -> list[Stitch]:
     """What is tried, each once: the run's own settings, the defaults, and all combinations of the lists above."""
-    steps = ((s, d, m, n) for s, d, m, n in product(SEEDS, DEPTHS, MEANS, SIZES) if m < s)
-    tried = (own.model_copy(update=dict(zip(KNOBS, (*step, own.seed_low), strict=True))) for step in steps)
+    low = own.seed_low
+    steps = ((s, d, m, n, low * (low < s)) for s, d, m, n in product(SEEDS, DEPTHS, MEANS, SIZES) if m < s)
+    tried = (own.model_copy(update=dict(zip(KNOBS, step, strict=True))) for step in steps)
     return list(dict.fromkeys([own, _default(own), *tried]))
 
 

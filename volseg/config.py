@@ -57,7 +57,7 @@ class Predict(Section):
     model: str = ""  # a .safetensors file; "" takes the one that ships with volseg
     backend: Literal["auto", "openvino", "onnx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
-    tile: Annotated[int, Field(ge=64)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
+    tile: Annotated[int, Field(ge=32)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
     overlap: Count = 64  # voxels shared by neighbouring tiles
     batch: Count = 0  # tiles in one forward pass; 0 takes what is fastest on a GPU, and 1 on a CPU
     tta: Literal[1, 4, 8] = 1  # ways to lay a tile that are averaged: 4 flips it, 8 also transposes it
@@ -66,8 +66,8 @@ class Predict(Section):
 
     @model_validator(mode="after")
     def _room_between_overlaps(self) -> Predict:
-        if self.overlap > self.tile // 64 * 32:
-            raise ValueError(f"overlap {self.overlap} is more than half of a tile of {self.tile // 64 * 64}")
+        if self.overlap > self.tile // 32 * 16:
+            raise ValueError(f"overlap {self.overlap} is more than half of a tile of {self.tile // 32 * 32}")
         return self
 
 
@@ -123,6 +123,12 @@ class Stitch(Section):
     reduce: Literal["auto", "flat", "tree"] = "auto"  # one process, or a tree of blocks beyond its memory; same labels
 
     @model_validator(mode="after")
+    def _low_is_lower(self) -> Stitch:
+        if self.seed_low and self.seed_low >= self.seed:
+            raise ValueError(f"seed_low {self.seed_low:g} is not below seed {self.seed:g}; lower it, or set it to 0")
+        return self
+
+    @model_validator(mode="after")
     def _tree_can(self) -> Stitch:
         if self.reduce == "tree" and (needs := self.needs_all()):
             raise ValueError(f"{needs[0]} needs all edges in one process; set it to 0, or reduce to 'flat' or 'auto'")
@@ -130,8 +136,7 @@ class Stitch(Section):
 
     def needs_all(self) -> list[str]:
         """The rules in use that cannot be decided in parts of the volume."""
-        lower = ["seed_low"] if 0 < self.seed_low < self.seed else []
-        return lower + [name for name in ("persistence", "join_mean", "fill_holes_voxels") if getattr(self, name)]
+        return [name for name in ("seed_low", "persistence", "join_mean", "fill_holes_voxels") if getattr(self, name)]
 
 
 class Output(Section):

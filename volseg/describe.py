@@ -128,7 +128,7 @@ def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std:
     card = model.load_card(path)
     choice = probe.choose(
         config.predict, path, forward.int8_allowed(card), prod(source.shape),
-        lambda: sample_tiles(source, card["sections"], config, (mean, std)),
+        lambda: sample_tiles(source, card, config, (mean, std)),
     )  # fmt: skip
     if choice.precision == "int8":
         model.quantised(path)
@@ -155,21 +155,21 @@ def try_backends(path: str, config: Config) -> list[probe.Row]:
     source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
     file = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(file)
-    batch = sample_tiles(source, card["sections"], config, normalisation(source.shape, source.read))
+    batch = sample_tiles(source, card, config, normalisation(source.shape, source.read))
     return probe.measure(file, probe.candidates(config.predict, model.INT8 in card), config.predict.batch, batch)
 
 
-def sample_tiles(source: volume.Volume, sections: int, config: Config, norm: tuple[float, float]) -> np.ndarray:
-    """A few tiles of a volume, spread over its depth, as the network takes them: (4, sections, Y, X) float32.
+def sample_tiles(source: volume.Volume, card: dict, config: Config, norm: tuple[float, float]) -> np.ndarray:
+    """A few tiles of a volume, spread over its depth, as the network of a ``card`` takes them: (4, sections, Y, X) float32.
 
     On a CPU, whose speed hardly depends on their size, they are at most 512 wide.
     """
     longest = config.predict.tile if forward.gpus() else min(512, config.predict.tile)
-    grid = tiles.grid(source.shape[1:], longest, 0)
+    grid = tiles.grid(source.shape[1:], longest, 0, card.get("binning", 1))
     places = grid.meeting(*(slice(0, n) for n in source.shape[1:]))
     depths = [(2 * k + 1) * source.shape[0] // 8 for k in range(4)]
     return np.stack([
-        normalised_tile(source, z, grid.place(places[(2 * k + 1) * len(places) // 8]), sections, norm)
+        normalised_tile(source, z, grid.place(places[(2 * k + 1) * len(places) // 8]), card["sections"], norm)
         for k, z in enumerate(depths)
     ])  # fmt: skip
 

@@ -50,10 +50,12 @@ def plane_logits(network: torch.nn.Module, source: Source, z: int, knobs: Train)
 
 
 def _logits(network: torch.nn.Module, image: np.ndarray, knobs: Train) -> torch.Tensor:
-    """(heads, Y, X) for a standardised image (sections, Y, X), its edges mirrored to a multiple of 64."""
+    """(heads, Y, X) for a standardised image (sections, Y, X), its edges mirrored to a multiple that the network takes."""
     device = next(network.parameters()).device
-    height, width = image.shape[1:]
-    padded = np.pad(image.astype(np.float32), ((0, 0), (0, -height % MULTIPLE), (0, -width % MULTIPLE)), mode="symmetric")
+    (height, width), multiple = image.shape[1:], MULTIPLE * knobs.binning
+    padded = np.pad(
+        image.astype(np.float32), ((0, 0), (0, -height % multiple), (0, -width % multiple)), mode="symmetric"
+    )
     with torch.inference_mode(), autocast(device, knobs.precision):
         logits = network(torch.from_numpy(padded)[None].to(device, memory_format=torch.channels_last))
     return logits[0, :, :height, :width].float().cpu()
@@ -246,7 +248,7 @@ def objects(slabs: list[Slab], config: Config) -> list[dict]:
     own = (config.stitch.seed, config.stitch.min_voxels)
     cut = [_cut(slab, config.fragments) for slab in slabs]
     rows = []
-    for seed, size in dict.fromkeys([own, *product(SEEDS, SIZES)]):
+    for seed, size in dict.fromkeys([own, *product((s for s in SEEDS if s > config.stitch.seed_low), SIZES)]):
         knobs = config.stitch.model_copy(update={"seed": seed, "min_voxels": size})
         rows.append({"seed": seed, "min_voxels": size, "pq": _quality(slabs, cut, config.model_copy(update={"stitch": knobs}))})
     best = sorted(rows, key=lambda row: (-row["pq"], abs(row["seed"] - own[0]), abs(row["min_voxels"] - own[1])))

@@ -176,7 +176,7 @@ def _smaller(run: Run) -> str:
     """What to set where no worker could hold a block."""
     if run.config.blocks.shape:
         return "leave out blocks.shape, or make it smaller"
-    return f"set predict.tile={max(256, run.config.predict.tile // 2 // tiles.MULTIPLE * tiles.MULTIPLE)}"
+    return f"set predict.tile={max(256, run.config.predict.tile // 2 // 32 * 32)}"
 
 
 def room_on_disk(run: Run) -> int | None:

@@ -43,8 +43,9 @@ def quantise(
     real = evaluate.truth_in(truth, source.shape, box)(box) > 0 if truth else None
     on = [on[i] for i in sorted(set(np.linspace(0, len(on) - 1, min(len(on), CALIBRATED_ON)).round().astype(int)))]
     norm = normalisation(source.shape, source.read)
-    tile_of = itertools.cycle(_grid(source).meeting(*(slice(0, n) for n in source.shape[1:])))
-    form = _form(path, [_tile(source, z, next(tile_of), card["sections"], norm) for z in on])
+    grid = _grid(source, card)
+    tile_of = itertools.cycle(grid.meeting(*(slice(0, n) for n in source.shape[1:])))
+    form = _form(path, [_tile(source, z, grid.place(next(tile_of)), card["sections"], norm) for z in on])
     facts = {
         "calibrated": {"volume": Path(image).name, "checksum": source.checksum(), "sections": on},
         "versions": {name: metadata.version(name) for name in ("nncf", "openvino")},
@@ -55,13 +56,15 @@ def quantise(
     return facts
 
 
-def _grid(source: volume.Volume) -> tiles.Grid:
-    return tiles.grid(source.shape[1:], Predict().tile, Predict().overlap)
+def _grid(source: volume.Volume, card: dict) -> tiles.Grid:
+    return tiles.grid(source.shape[1:], Predict().tile, Predict().overlap, card.get("binning", 1))
 
 
-def _tile(source: volume.Volume, z: int, tile: tuple[int, int], channels: int, norm: tuple[float, float]) -> np.ndarray:
+def _tile(
+    source: volume.Volume, z: int, place: tuple[slice, slice], channels: int, norm: tuple[float, float]
+) -> np.ndarray:
     """One tile of a section, (1, sections, Y, X) float32."""
-    return describe.normalised_tile(source, z, _grid(source).place(tile), channels, norm)[None]
+    return describe.normalised_tile(source, z, place, channels, norm)[None]
 
 
 def _form(path: Path, batches: list[np.ndarray]) -> bytes:
@@ -121,14 +124,14 @@ def _probabilities(
     blob: bytes, precision: str, source: volume.Volume, box: Box, card: dict, norm: tuple[float, float]
 ) -> np.ndarray:
     """Both heads' probabilities of whole sections, uint8, as a run would store them."""
-    grid = _grid(source)
+    grid = _grid(source, card)
     network = forward.load(blob, "openvino", precision, (1, card["sections"], *grid.size))
     plane = tuple(slice(0, n) for n in source.shape[1:])
     out = np.empty((len(card["heads"]), *box.shape), np.uint8)
     for z in range(box.start[0], box.stop[0]):
         blend = tiles.Blend(len(card["heads"]), grid, *plane)
         for tile in grid.meeting(*plane):
-            blend.add(tile, network(_tile(source, z, tile, card["sections"], norm))[0])
+            blend.add(tile, network(_tile(source, z, grid.place(tile), card["sections"], norm))[0])
         blend.quantise(out[:, z - box.start[0]])
     return out
 

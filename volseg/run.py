@@ -87,7 +87,8 @@ class Run:
 
     def tile_grid(self, plane: str) -> tiles.Grid:
         """The tiles of every section of a pass: a function of the volume's shape."""
-        return tiles.grid(turned(self.shape, tiles.PLANES[plane])[1:], self.config.predict.tile, self.config.predict.overlap)
+        section, knobs = turned(self.shape, tiles.PLANES[plane])[1:], self.config.predict
+        return tiles.grid(section, knobs.tile, knobs.overlap, self.binning)
 
     def core(self, box: Box) -> Box:
         """The part of ``box`` outside of which no voxel is wanted."""
@@ -155,7 +156,7 @@ class Run:
         first = _hash(
             self.checksum, self.shape, self.model_sha256, self.mean, self.std, bits(self.engine), self.predict_block,
             c.predict.tile, c.predict.overlap, c.predict.batch, c.predict.tta, sorted(c.predict.planes), c.output.chunk,
-            CONSTANT, tiles.MULTIPLE,
+            CONSTANT,
         )  # fmt: skip
         if self.taken:
             roles = [(channel.name, channel.source is not None, channel.inverted) for channel in self.taken]

@@ -19,12 +19,11 @@ from volseg.config import Train, TrainData, UserError
 from volseg.grey import normalisation
 from volseg.synth import VOXEL_SIZE_NM, synth
 from volseg.targets import UNLABELLED, contacts, distances, mask_and_contour, normalise_labels, parse_sections
-from volseg.tiles import PLANES
+from volseg.tiles import MULTIPLE, PLANES
 
 KEPT_SPOTS = 200_000  # foreground positions remembered per volume
 FOREGROUND = 0.5  # share of patches centred near an object
 CONTACT = 0.4  # share of these centred near a contact of two objects, where there is one
-TURNED = 32  # sections that patches along other axes need at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +108,9 @@ def _turned(source: Source, plane: str, where: str) -> Source:
         told = "nobody says how large a voxel is" if size is None else f"voxels are {size} nm (z y x)"
         raise UserError(f"{where}: planes other than xy need voxels as long as wide, and {told}; set planes = ['xy']")
     run = max(np.split(z := np.array(source.learn), np.flatnonzero(np.diff(z) > 1) + 1), key=len)
-    if len(run) < TURNED:
+    if len(run) < MULTIPLE:
         raise UserError(
-            f"{where}: planes other than xy need {TURNED} neighbouring sections to learn from, and the longest run has "
+            f"{where}: planes other than xy need {MULTIPLE} neighbouring sections to learn from, and the longest run has "
             f"{len(run)}; annotate more in a row, or set planes = ['xy']"
         )
 

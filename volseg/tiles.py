@@ -15,7 +15,7 @@ import numpy as np
 
 from volseg.device import HOST, Device
 
-MULTIPLE = 64  # the encoder halves a tile five times, and a network may bin it by 2 before
+MULTIPLE = 32  # the encoder halves a tile five times
 PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
 
 
@@ -47,26 +47,28 @@ def _ramp(n: int) -> np.ndarray:
     return ((np.arange(n, dtype=np.float32) + np.float32(1)) / np.float32(n + 1)).astype(np.float32)
 
 
-def axis(length: int, tile: int, overlap: int) -> Axis:
-    """Evenly spread tiles of at most ``tile`` voxels (a multiple of 64) that share at least ``overlap`` and cover ``length``.
+def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis:
+    """Evenly spread tiles of at most ``tile`` voxels that share at least ``overlap`` and cover ``length``.
+
+    Their size is a ``multiple``, at least one.
 
     >>> axis(1024, 1280, 64)
     Axis(length=1024, size=1024, origins=(0,))
     >>> axis(100, 64, 16).origins
     (0, 36)
     """
-    longest = max(MULTIPLE, tile // MULTIPLE * MULTIPLE)
+    longest = max(multiple, tile // multiple * multiple)
     if length <= longest:
-        return Axis(length, _up(length), (0,))
+        return Axis(length, _up(length, multiple), (0,))
     if overlap >= longest:
         raise ValueError(f"overlap {overlap} leaves no room in tiles of {longest}; use overlap < tile")
     count = -(-(length - overlap) // (longest - overlap))
-    size = min(longest, _up(-(-(length + (count - 1) * overlap) // count)))
+    size = min(longest, _up(-(-(length + (count - 1) * overlap) // count), multiple))
     return Axis(length, size, tuple(round(i * (length - size) / (count - 1)) for i in range(count)))
 
 
-def _up(n: int) -> int:
-    return -(-n // MULTIPLE) * MULTIPLE
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,14 @@ class Grid:
         return slice(y, y + self.y.size), slice(x, x + self.x.size)
 
 
-def grid(plane: tuple[int, int], tile: int, overlap: int) -> Grid:
-    """The tile grid of a volume whose sections have the shape ``plane``."""
-    return Grid(axis(plane[0], tile, overlap), axis(plane[1], tile, overlap))
+def grid(plane: tuple[int, int], tile: int, overlap: int, binning: int = 1) -> Grid:
+    """The tile grid of a volume whose sections have the shape ``plane``, for a network of that ``binning``.
+
+    >>> grid((100, 96), 1280, 64).size, grid((100, 96), 1280, 64, binning=2).size
+    ((128, 96), (128, 128))
+    """
+    y, x = (axis(length, tile, overlap, MULTIPLE * binning) for length in plane)
+    return Grid(y, x)
 
 
 def cut(plane: np.ndarray, y: slice, x: slice) -> np.ndarray:
