@@ -455,6 +455,42 @@ def test_heights_are_what_their_definition_says():
     np.testing.assert_array_equal(got, want)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    smooth=st.tuples(*[st.integers(0, 3)] * 3),
+    contour=st.sampled_from([0.0, 0.5, 1.0]),
+    share=st.sampled_from([0.0, 0.01, 0.1, 0.6]),
+    data=st.data(),
+)
+def test_heights_of_long_rows_are_what_their_definition_says(seed, smooth, contour, share, data):
+    """Rows of several stretches, empty and not, whole and in blocks, against scipy: a stretch left out changes nothing."""
+    shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 90)))
+    rng = np.random.default_rng(seed)
+    probability = rng.integers(0, 256, (2, *shape)).astype(np.uint8)
+    probability[0][rng.random(shape) >= share] //= 4
+    knobs = Fragments(smooth=smooth, contour=contour, threshold=0.4)
+    less = np.maximum(0, probability[0].astype(int) - ((probability[1].astype(int) * round(contour * 256)) >> 8))
+    level, inside = (_smoothed(field, smooth) for field in (probability[0], less))
+    want = np.where(level >= np.ceil(0.4 * 255 * 64), 255 * 64 - inside, OUTSIDE)
+    block = tuple(data.draw(st.integers(1, n)) for n in shape)
+    for box in [Box.whole(shape), *Blocks(shape, block)]:
+        have = box.grow(halo(knobs)).clip(shape)
+        got = heights(probability[(slice(None), *have.slices)], box, shape, knobs)
+        np.testing.assert_array_equal(got[1:-1, 1:-1, 1:-1], want[box.slices])
+
+
+def _smoothed(field, passes):
+    """By whole numbers: the field, its ends repeated, after [1 2 1] as often as told, times 64, rounded down once."""
+    out, row = field.astype(np.int64), np.array([1, 2, 1])
+    out = np.pad(out, [(p, p) for p in passes], mode="edge")
+    for axis, count in enumerate(passes):
+        for _ in range(count):
+            out = ndimage.correlate1d(out, row, axis, mode="nearest")
+    core = out[tuple(slice(p, n - p) for p, n in zip(passes, out.shape, strict=True))]
+    return (core * 64) >> (2 * sum(passes))
+
+
 def blobs(seed, shape):
     """A smooth random field, 0..255."""
     field = ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), 2)
