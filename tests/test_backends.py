@@ -37,6 +37,33 @@ def test_threads_side_by_side_change_no_bit(backend, batch):
         np.testing.assert_array_equal(got, want, err_msg=f"tile {i}")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_network_kept_compiled_gives_the_same_bits(precision, batch, tmp_path, monkeypatch):
+    monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path))
+    blob = forward.prepare(model.shipped(), "openvino", precision)
+    first = forward.load(blob, "openvino", precision, SHAPE)(batch)
+    (kept,) = tmp_path.glob("*.openvino")
+    whole = kept.read_bytes()
+    np.testing.assert_array_equal(forward.load(blob, "openvino", precision, SHAPE)(batch), first)
+    kept.write_bytes(whole[: len(whole) // 2])
+    np.testing.assert_array_equal(forward.load(blob, "openvino", precision, SHAPE)(batch), first)
+    assert kept.stat().st_size > 0.9 * len(whole), "what was cut off is made anew"
+
+
+def test_the_cache_keeps_the_networks_of_late(tmp_path, monkeypatch):
+    monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path))
+    monkeypatch.setattr(forward, "KEPT", 2)
+    blob = forward.prepare(model.shipped(), "openvino")
+    found = []
+    for width in (64, 96, 128):
+        forward.load(blob, "openvino", "fp32", (1, 3, 64, width))
+        found.append(set(tmp_path.glob("*.openvino")))
+    assert len(found[1]) == len(found[2]) == 2
+    assert found[0] <= found[1]
+    assert not found[0] & found[2]
+    assert list(tmp_path.glob("*.onnx")), "other forms are counted apart"
+
+
 def test_auto_takes_a_backend_that_runs_here():
     backend, precision = forward.choose()
     assert forward.version(backend)

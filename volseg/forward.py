@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Forward = Callable[[np.ndarray], np.ndarray]  # (B, sections, Y, X) float32, normalised -> (B, heads, Y, X) float32, 0..1
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
 PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "onnx": ("fp32",), "torch": ("fp32", "bf16", "fp16")}
+KEPT = 32  # networks of each form in the user's cache
 INT8_LOSS = 0.003  # held-out IoU that a quantised form may lose for auto to take it
 
 
@@ -129,14 +131,20 @@ def _onnx(path: Path) -> bytes:
     if cached.exists():
         return cached.read_bytes()
     graph = _export(path)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
-            file.write(graph)
-        os.replace(file.name, cached)
-    except OSError:
-        pass  # a read-only home only costs the next run its start
+    _keep(cached, graph)
     return graph
+
+
+def _keep(path: Path, made: bytes) -> None:
+    """``path``, in the cache, holds that all at once; of its kind only the `KEPT` that were written last stay."""
+    with suppress(OSError):  # a read-only home only costs the next run its start
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(made)
+        os.replace(file.name, path)
+        alike = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda other: other.stat().st_mtime, reverse=True)
+        for old in alike[KEPT:]:
+            old.unlink()
 
 
 def _export(path: Path) -> bytes:
@@ -198,20 +206,14 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or its import calls home
     import openvino as ov
 
-    core = ov.Core()
-    network = core.read_model(*_graph(blob, precision))
-    network.reshape(list(shape))
     rest = "bf16" if precision == "bf16" or (precision == "int8" and has_bf16()) else "f32"  # of int8: what stays float
-    compiled = core.compile_model(
-        network,
-        "CPU",
-        {
-            "INFERENCE_PRECISION_HINT": rest,
-            "NUM_STREAMS": threads,  # with as many threads: one thread for each tile, so the bits do not depend on them
-            "INFERENCE_NUM_THREADS": threads,
-            "ENABLE_CPU_PINNING": False,  # or every worker process would sit on the first core
-        },
-    )
+    knobs = {
+        "INFERENCE_PRECISION_HINT": rest,
+        "NUM_STREAMS": threads,  # with as many threads: one thread for each tile, so the bits do not depend on them
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,  # or every worker process would sit on the first core
+    }
+    compiled = _compiled(blob, precision, shape, knobs)
     ov.Tensor(np.zeros(1, np.float32))  # two threads that make the process's first tensor at once wait for each other forever
     mine = threading.local()
 
@@ -222,6 +224,25 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
         return mine.request.get_output_tensor(0).data.copy()
 
     return forward
+
+
+def _compiled(blob: bytes, precision: str, shape: tuple[int, int, int, int], knobs: dict) -> Any:
+    """The network as OpenVINO compiles it for this CPU; made once, kept in the user's cache, and the same bits from there."""
+    import openvino as ov
+
+    core = ov.Core()
+    here = [ov.get_version(), core.get_property("CPU", "FULL_DEVICE_NAME"), sorted(_cpu_flags()), precision, shape, knobs]
+    cached = cache_folder() / f"{hashlib.sha256(blob + repr(here).encode()).hexdigest()[:32]}.openvino"
+    try:
+        return core.import_model(cached.read_bytes(), "CPU", knobs)
+    except (OSError, RuntimeError):  # there is none, or not a whole one
+        pass
+    network = core.read_model(*_graph(blob, precision))
+    network.reshape(list(shape))
+    compiled = core.compile_model(network, "CPU", knobs)
+    made = compiled.export_model()
+    _keep(cached, made if isinstance(made, bytes) else made.getvalue())
+    return compiled
 
 
 def _graph(blob: bytes, precision: str) -> tuple[bytes, bytes]:
