@@ -142,13 +142,14 @@ def throughput(
     sections: Annotated[int, typer.Option(help="How many of its last sections volseg predicts.")] = 96,
     few: Annotated[int, typer.Option(help="How many of them the slower peers get.")] = 4,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
+    standard: Annotated[str, typer.Option(help="The others' model; ours (predict.model) if not given.")] = "",
     out: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/throughput",
     sets: Decoding = None,
 ) -> None:
     """The predict stage against the bare model, MONAI and dask map_overlap, outputs compared (needs volseg[bench])."""
     from benchmarks import throughput as bench
 
-    bench.measure(image, sections, few, repeats, out, tuple(sets or ()))
+    bench.measure(image, sections, few, repeats, standard, out, tuple(sets or ()))
 
 
 @app.command()

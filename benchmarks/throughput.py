@@ -25,8 +25,11 @@ from volseg.grey import standardised
 OVERLAP = 64  # voxels, of the peers' windows as of volseg's tiles
 
 
-def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: tuple[str, ...]) -> None:
-    """A row for each way to the same probabilities: million voxels/s, and how far they lie from the plain network's."""
+def measure(image: str, sections: int, few: int, repeats: int, standard: str, out: str, sets: tuple[str, ...]) -> None:
+    """A row for each way to the same probabilities: million voxels/s, and how far they lie from the plain network's.
+
+    The others run the model at ``standard``, or ours where that is empty.
+    """
     folder = Path(out)
     path = last_sections(image, sections, folder)
     depth, *plane = volume.open(str(path)).shape
@@ -37,10 +40,12 @@ def measure(image: str, sections: int, few: int, repeats: int, out: str, sets: t
             predicted[name].append(_predict(path, folder / f"{name}.volseg.zarr", changes))
     told = {name: json.loads((folder / f"{name}.volseg.zarr/run.json").read_text()) for name in runs}
     slab = standardised(tifffile.imread(path), told["auto"]["mean"], told["auto"]["std"])
+    own = Path(told["auto"]["config"]["predict"]["model"] or model.shipped())
+    network, _ = model.load(Path(standard) if standard else own)
     candidates = {
-        **{_bare_name(run): _bare(slab, run) for run in told.values()},
-        **{f"MONAI sliding_window_inference, {name}": call for name, call in _monai(slab[: few + 2]).items()},
-        "dask map_overlap + torch fp32": partial(_map_overlap, slab[: few + 2]),
+        **{_bare_name(run): _bare(slab, run, own) for run in told.values()},
+        **{f"MONAI sliding_window_inference, {name}": call for name, call in _monai(network, slab[: few + 2]).items()},
+        "dask map_overlap + torch fp32": partial(_map_overlap, network, slab[: few + 2]),
     }
     results = {}
 
@@ -94,21 +99,20 @@ def _windows(slab: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(slab, 3, axis=0).transpose(0, 3, 1, 2)
 
 
-def _bare(slab: np.ndarray, run: dict) -> Callable[[], np.ndarray]:
+def _bare(slab: np.ndarray, run: dict, path: Path) -> Callable[[], np.ndarray]:
     """The backend alone over tiles that lie in memory, on all cores, once it is loaded."""
     threads = cluster.CPU_COUNT
-    grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP, model.load_card(model.shipped()).get("binning", 1))
-    blob = forward.prepare(model.shipped(), run["engine"]["backend"], run["engine"]["precision"])
+    grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP, model.load_card(path).get("binning", 1))
+    blob = forward.prepare(path, run["engine"]["backend"], run["engine"]["precision"])
     shape = (1, 3, *grid.size)
     network = forward.load(blob, run["engine"]["backend"], run["engine"]["precision"], shape, threads)
     batches = [(z, np.ascontiguousarray(window)[None]) for z, window in enumerate(_windows(slab))]
     return lambda: np.stack([done[0] for _, done in forward.stream(network, batches, threads)])
 
 
-def _monai(slab: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
+def _monai(network: object, slab: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
     import torch
 
-    network, _ = model.load(model.shipped())
     network = torch.nn.Sequential(network, torch.nn.Sigmoid()).eval()
     last = torch.nn.Sequential(network).to(memory_format=torch.channels_last)
     return {
@@ -151,15 +155,13 @@ def slide(
 
 
 @as_it_comes()
-def _map_overlap(slab: np.ndarray) -> np.ndarray:
+def _map_overlap(network: object, slab: np.ndarray) -> np.ndarray:
     """A dask.array pipeline as tutorials write it: 512 x 512 chunks with an overlap, torch in each."""
     import dask.array
     import torch
 
-    network, _ = model.load(model.shipped())
-
     def infer(block: np.ndarray) -> np.ndarray:
-        padded = np.pad(block[None], ((0, 0), (0, 0), (0, -block.shape[1] % 32), (0, -block.shape[2] % 32)), mode="symmetric")
+        padded = np.pad(block[None], ((0, 0), (0, 0), (0, -block.shape[1] % 64), (0, -block.shape[2] % 64)), mode="symmetric")
         with torch.inference_mode():
             found = torch.sigmoid(network(torch.from_numpy(padded)))[0].numpy()
         return found[:, : block.shape[1], : block.shape[2]]
