@@ -15,13 +15,15 @@ def epfl(
     image: Annotated[str, typer.Option(help="The EPFL training stack.")] = f"{EPFL}/training.tif",
     truth: Annotated[str, typer.Option(help="Its labels.")] = f"{EPFL}/training_groundtruth.tif",
     box: Annotated[str, typer.Option(help="Part that the model never saw.")] = "140:165,0:768,0:1024",
-    out: Annotated[str, typer.Option(help="Where the run goes.")] = "runs/epfl.volseg.zarr",
+    beside: Annotated[list[str] | None, typer.Option(help="A model file to run in turn with the shipped one.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 3,
+    out: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/epfl.volseg.zarr",
     workers: Annotated[int, typer.Option(help="0 takes one per core.")] = 0,
 ) -> None:
     """Time, peak memory and scores of `volseg infer` on the whole EPFL training stack, as a user would type it."""
     from benchmarks import epfl as bench
 
-    bench.measure(image, truth, box, out, workers)
+    bench.measure(image, truth, box, ("", *(beside or ())), repeats, out, workers)
 
 
 @app.command()

@@ -92,7 +92,7 @@ def _started(knobs: Cluster, count: int, gpu: bool) -> Iterator[LocalCluster]:
     settings = {
         "distributed.worker.multiprocessing-method": prefork.method(),
         "distributed.worker.profile.enabled": False,  # it keeps a tree of calls for every second: 0.1 MB/s
-        "distributed.admin.tick.interval": "500ms",  # each process asks 50 times a second whether its loop is late: 3 % of a core
+        "distributed.admin.tick.interval": "500ms",  # 50 times a second each process asks whether its loop is late
     }
     with dask.config.set(settings), _processes(knobs, count, gpu) as found:
         if gpu:

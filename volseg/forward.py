@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numcodecs import Zstd
 
 from volseg import model
 from volseg.config import UserError
@@ -37,6 +38,7 @@ Forward = Callable[[np.ndarray], np.ndarray]  # (B, sections, Y, X) float32, nor
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
 PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "onnx": ("fp32",), "torch": ("fp32", "bf16", "fp16")}
 KEPT = 32  # networks of each form in the user's cache
+XZ = b"\xfd7zXZ"  # how a form begins that was packed before 2026-11-23
 INT8_LOSS = 0.003  # held-out IoU that a quantised form may lose for auto to take it
 
 
@@ -103,13 +105,13 @@ def prepare(path: Path, backend: str, precision: str = "fp32") -> bytes:
 
 
 def pack(xml: bytes, weights: bytes) -> bytes:
-    """An OpenVINO graph as a model file carries it: the length of its xml (8 bytes, low first), xml, weights; as LZMA."""
-    return lzma.compress(len(xml).to_bytes(8, "little") + xml + weights, preset=9)
+    """An OpenVINO graph as a model file carries it: the length of its xml (8 bytes, low first), xml, weights; as Zstandard."""
+    return Zstd(22).encode(len(xml).to_bytes(8, "little") + xml + weights)
 
 
 def unpack(form: bytes) -> bytes:
     """A packed graph as workers read it: undone once for each run, not in each worker."""
-    return lzma.decompress(form)
+    return lzma.decompress(form) if form.startswith(XZ) else bytes(Zstd().decode(form))
 
 
 def int8_allowed(card: dict) -> bool:

@@ -32,14 +32,16 @@ from volseg.run import Run, bits, redundancy
 
 START = 4.0  # seconds: 3 until workers are there, 1 for the table and the picture
 SPEED = {
-    "openvino fp32": 1.1, "openvino int8": 1.5, "onnx fp32": 0.9, "torch fp32": 0.45,
+    "openvino fp32": 1.1, "openvino int8": 1.9, "onnx fp32": 0.9, "torch fp32": 0.45,
 }  # fmt: skip  # million voxels/s of a core
 FAST = {"openvino bf16": 2.1, "openvino int8": 3.5, "torch fp32": 0.7, "torch bf16": 1.4}  # where it multiplies in bf16
 GPU_SPEED = 60.0  # million voxels/s of a GPU, a guess
-INSTANCES = 3.2e6  # voxels/s of a core for all that follows the network
+BINNED = 2.5  # times as fast where the network bins by 2, likewise
+INSTANCES = 4.5e6  # voxels/s of a core for all that follows the network
 PACKED = {"probability": 0.05, "fragments": 0.03, "labels": 0.01, "tables": 1.4}  # stored bytes for each voxel (and channel)
-NETWORK = 0.87  # share of predict's time in the network, of 0.86 in int8 and 0.91 in fp32: what a probe does not see
-AFTER = 0.16e-6  # seconds of a core for a voxel: reading, storing, faces, relabelling and levels, likewise
+LAID = 0.05e-6  # seconds of a core for a voxel inferred: reading, laying tiles, blending and storing, which no probe sees
+ON_GPU = 0.87  # share of predict's time in the network on a GPU, a guess
+AFTER = 0.12e-6  # seconds of a core for a voxel: reading, storing, faces, relabelling and levels, likewise
 LINKED = 1.33  # bytes of all tables for each one of the blocks' own, likewise
 SECTIONS = 8  # sections of the probe, fewer where tiles are large
 PROBE_VOXELS = 1 << 22  # voxels that are enough
@@ -254,7 +256,7 @@ def known(run: Run, crew: cluster.Crew) -> Rates:
     engine, cuda = run.engine, run.engine.get("device") == "cuda"
     speeds = {**SPEED, **(FAST if forward.has_bf16() else {})}
     of_core = speeds.get(f"{engine.get('backend')} {engine.get('precision')}", 1.0)
-    speed = crew.workers * (GPU_SPEED if cuda else crew.threads * of_core)
+    speed = crew.workers * (GPU_SPEED if cuda else crew.threads * of_core * (BINNED if run.binning > 1 else 1))
     return Rates(1e6 * speed, INSTANCES * (crew.workers + crew.beside), memory.network(run, crew.threads))
 
 
@@ -281,7 +283,7 @@ def probe(run: Run, crew: cluster.Crew) -> Rates:
         found = _together(folder, 1 if run.engine["device"] == "cuda" else crew.workers)
     count = crew.workers / len(found)
     rates = Rates(
-        predict=NETWORK * count * sum(one["predict"] for one in found),
+        predict=count * sum(_predicted(one["predict"], run.engine["device"]) for one in found),
         instances=(crew.workers + crew.beside) / (float(np.mean([1 / one["instances"] for one in found])) + AFTER),
         engine_bytes=max(one["engine_bytes"] for one in found),
         device_bytes=found[0]["device_bytes"],
@@ -290,6 +292,11 @@ def probe(run: Run, crew: cluster.Crew) -> Rates:
     )
     _keep(_cache_file(run, crew), rates)
     return rates
+
+
+def _predicted(network: float, device: str) -> float:
+    """Voxels/s of predict where the network alone does so many."""
+    return ON_GPU * network if device == "cuda" else 1 / (1 / network + LAID)
 
 
 def _keep(file: Path, rates: Rates) -> None:
