@@ -92,7 +92,8 @@ def forwards(image, run, axes, ways):
     seen = np.transpose((image - run.mean) / run.std, axes).astype(np.float32)
     length, y, x = seen.shape
     seen = np.pad(seen, [(1, 1), (0, 0), (0, 0)], mode="edge")
-    seen = np.pad(seen, [(0, 0), (0, -y % 32), (0, -x % 32)], mode="symmetric")
+    multiple = 32 * card["binning"]
+    seen = np.pad(seen, [(0, 0), (0, -y % multiple), (0, -x % multiple)], mode="symmetric")
     assert card["sections"] == 3
     out = np.zeros((2, length, *seen.shape[1:]))
     for z, (transpose, flips) in product(range(length), ways):
@@ -166,11 +167,11 @@ def test_planes_that_make_no_sense_are_refused(planes):
 def test_the_headline_counts_every_look(small):
     run = describe.from_image(volume.open(small), settings(**LOOKS), "out")
     grid = {plane: run.tile_grid(plane).size for plane in run.passes.values()}
-    assert grid == {"xy": (32, 64), "xz": (32, 64), "yz": (32, 32)}
-    one = {"xy": 32 * 2 * 64 / (16 * 70), "xz": 32 * 2 * 64 / (8 * 70), "yz": 32 * 32 / (8 * 16)}
+    assert grid == {"xy": (64, 64), "xz": (64, 64), "yz": (64, 64)}
+    one = {"xy": 64 * 2 * 64 / (16 * 70), "xz": 64 * 2 * 64 / (8 * 70), "yz": 64 * 64 / (8 * 16)}
     assert redundancy(run) == pytest.approx(4 * sum(one.values()))
     said = describe.headline(run)
-    assert "32 x 64 (xy), 32 x 64 (xz), 32 x 32 (yz) laid in 4 ways" in said
+    assert "64 x 64 (xy), 64 x 64 (xz), 64 x 64 (yz) laid in 4 ways" in said
 
 
 @pytest.mark.parametrize("plane", tiles.PLANES)

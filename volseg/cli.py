@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -49,6 +50,8 @@ def main() -> None:
     except OSError as error:
         typer.echo(f"volseg: {error.filename or 'the system'}: {error.strerror or error or type(error).__name__}", err=True)
         sys.exit(2)
+    finally:
+        gc.freeze()  # the process ends: looking for garbage among all that the libraries made would take most of a second
 
 
 # ---------------------------------------------------------------- progress

@@ -1,0 +1,7 @@
+"""What local workers would each do first: imported by the process that they are forked from (`prefork`), so done once."""
+
+import numpy as np
+
+from volseg.device import HOST
+
+HOST.lay(np.zeros((1, 1), np.uint8), np.zeros((1, 1), np.float32), 0, 1)  # numba sets itself up in the first call: half a second
