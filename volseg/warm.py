@@ -4,4 +4,4 @@ import numpy as np
 
 from volseg.device import HOST
 
-HOST.lay(np.zeros((1, 1), np.uint8), np.zeros((1, 1), np.float32), 0, 1)  # numba sets itself up in the first call: half a second
+HOST.lay(np.zeros((1, 1), np.uint8), np.zeros((1, 1), np.float32), 0, 1)  # the first call sets numba up: half a second
