@@ -117,7 +117,7 @@ FLIPS = [(transpose, flips) for transpose in (False, True) for flips in ((), (2,
 )  # fmt: skip
 def test_stored_probabilities_are_the_mean_of_whole_plane_forwards(looks, ways, planes, tmp_path):
     """Planes of one tile, in the product's blocks and in torch on the whole volume: within one step of 1/255."""
-    image = synth(Box((0, 0, 0), (7, 24, 40)), seed=3)[0]
+    image = synth(Box((0, 0, 0), (7, 24, 40)), seed=1)[0]
     path = str(tmp_path / "em.zarr")
     volume.create_array(tmp_path, "em.zarr", shape=image.shape, dtype="uint8", chunk=image.shape, shard=image.shape)
     volume.write(volume.open_array(tmp_path, "em.zarr"), Box.whole(image.shape), image)
