@@ -131,11 +131,12 @@ def ablations(
     only: Annotated[list[str] | None, typer.Option(help="Names of the changes to measure; all.")] = None,
     out: Annotated[str, typer.Option(help="Folder of models and runs; what is done there is kept.")] = "runs/ablations",
     train_sets: Changes = None,
+    name: Annotated[str, typer.Option(help="Rows go to results/ablations-NAME.json.")] = "",
 ) -> None:
     """What each part of the training recipe is worth: one thing changed at a time, on the same held-out sections."""
     from benchmarks import ablations as bench
 
-    bench.measure(data, sections, learn, hold, test, seeds, recipe, tuple(only or ()), out, tuple(train_sets or ()))
+    bench.measure(data, sections, learn, hold, test, seeds, recipe, tuple(only or ()), out, tuple(train_sets or ()), name)
 
 
 @app.command()

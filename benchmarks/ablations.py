@@ -31,7 +31,7 @@ DECODED = {
 
 def measure(
     pair: tuple[str, str], sections: int, learn: str, hold: str, test: str, seeds: int, recipe: str, only: tuple[str, ...],
-    out: str, train_sets: tuple[str, ...],
+    out: str, train_sets: tuple[str, ...], of: str = "",
 ) -> None:  # fmt: skip
     """A row for each change, mean over ``seeds``; ``sections`` of ``learn`` teach, ``hold`` chooses the threshold."""
     folder, rows = Path(out), []
@@ -50,7 +50,7 @@ def measure(
             for way, decoding in ways.items():
                 found[way].append(trial.row(card, trial.scored(model, image, label, box, decoding)[1]))
         rows += [_mean(way, found[way]) for way in ways]
-        report.keep("ablations", rows)
+        report.keep(f"ablations-{of}" if of else "ablations", rows)
 
 
 def _mean(name: str, rows: list[dict]) -> dict:
