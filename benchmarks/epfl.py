@@ -25,7 +25,8 @@ def measure(image: str, truth: str, box: str, models: tuple[str, ...], repeats: 
 
 def _place(out: str, file: str) -> str:
     """Where a model's run goes: the shipped one's to ``out``."""
-    return out if not file else out.removesuffix(".volseg.zarr") + f"-{Path(file).parent.name or Path(file).stem}.volseg.zarr"
+    name = "-".join(Path(file).with_suffix("").parts[-3:]).strip("/-")
+    return out.removesuffix(".volseg.zarr") + f"-{name}.volseg.zarr" if file else out
 
 
 def _infer(image: str, file: str, out: str, workers: int) -> float:
@@ -45,7 +46,7 @@ def _row(truth: str, box: str, file: str, out: str, took: list[float]) -> dict:
         "model": file or "shipped",
         "seconds": round(median(took), 1),
         "each": ", ".join(f"{seconds:.1f}" for seconds in took),
-        "stages": ", ".join(f"{name} {seconds:.0f}" for name, seconds in facts["seconds"].items()),
+        "stages": ", ".join(f"{name} {seconds:.0f}" for name, seconds in facts["seconds"].items() if name != "total"),
         "engine": f"{facts['engine']['backend']} {facts['engine']['precision']}",
         "worker GiB": round(facts["peak_bytes"]["worker"] / 2**30, 2),
         "client GiB": round(facts["peak_bytes"]["client"] / 2**30, 2),

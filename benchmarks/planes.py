@@ -81,7 +81,7 @@ def scores(run: str, truth: str, chosen: Box, tested: Box) -> dict:
         return tables[part].renamed(np.r_[0, decide(basins, rules(both, nm))])
 
     own = config.stitch
-    ways = [(own.seed, own.min_voxels), *product(SEEDS, SIZES)]
+    ways = [(own.seed, own.min_voxels), *product((seed for seed in SEEDS if seed > own.seed_low), SIZES)]
     seed, least = max(ways, key=lambda way: instances(labelled(*way, chosen))["pq"])
     found = instances(table := labelled(seed, least, tested))
     return {

@@ -429,3 +429,14 @@ def test_a_scheduler_that_does_not_answer_is_refused():
         Cluster(scheduler="tcp://127.0.0.1:9")
     ):  # fmt: skip
         pass
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [({"tile": 127, "overlap": 48}, r"overlap = 48 is more than half of a tile of 64.*tile = 127.*set 32 or less"),
+     ({"tile": 32, "overlap": 16}, r"tile = 32: this network takes multiples of 64; set 64 or more")],
+)  # fmt: skip
+def test_tiles_that_a_network_which_bins_cannot_take_are_refused(image, knobs, said):
+    """Half of a tile of 127 is more for a network that takes multiples of 32: only the model file tells."""
+    with pytest.raises(UserError, match=said):
+        describe.from_image(volume.open(image), settings(predict=knobs), "out")

@@ -121,7 +121,7 @@ def test_a_plan_of_more_than_one_worker_is_shorter(tmp_path):
 def test_two_workers_keep_within_a_small_limit_and_change_nothing(noise, tmp_path):
     """Blocks are cut to fit, each worker holds less than its limit, and the labels are those of other blocks."""
     knobs = {"predict": {"tile": 128, "overlap": 32}, "stitch": {"min_voxels": 10}, "input": {"roi": "0:3,0:200,0:260"}}
-    limit = 0.4
+    limit = 0.36
     config = settings(**knobs, cluster={"workers": 2, "memory_limit": limit})
     free = describe.from_image(volume.open(noise), settings(**knobs, cluster={"workers": 2}), str(tmp_path / "x"))
     tight = describe.from_image(volume.open(noise), config, str(tmp_path / "x"))
@@ -136,7 +136,7 @@ def test_two_workers_keep_within_a_small_limit_and_change_nothing(noise, tmp_pat
 def test_a_begun_run_keeps_its_blocks_whatever_is_free(noise, tmp_path):
     from volseg import folder
 
-    tight = settings(cluster={"memory_limit": 0.4})
+    tight = settings(cluster={"memory_limit": 0.36})
     begun = describe.from_image(volume.open(noise), tight, str(tmp_path / "run"))
     folder.begin(begun, overwrite=False)
     again = describe.from_image(volume.open(noise), settings(), str(tmp_path / "run"))

@@ -12,7 +12,7 @@ import numpy as np
 
 from volseg import cluster, folder, foreign, forward, machine, memory, model, probe, tiles, volume, wanted
 from volseg.box import Box
-from volseg.config import Cluster, Config, UserError
+from volseg.config import Cluster, Config, Predict, UserError
 from volseg.grey import normalisation, standardised
 from volseg.run import Run, blocks, redundancy
 
@@ -25,6 +25,7 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
         raise UserError(f"{path} has heads {card['heads']}; the watershed wants mask and contour, perhaps distance: train "
                         "such a model")  # fmt: skip
     check_channels(config, tuple(card["heads"]))
+    _check_tiles(config.predict, tiles.MULTIPLE * card.get("binning", 1))
     if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
         raise UserError(f"{source.path} holds {source.dtype}; inference wants grey values: convert it to uint8 or float32")
     voxel_size_nm = source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0))
@@ -51,6 +52,16 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
         wanted=wanted.find(config.input, source.shape, voxel_size_nm),
     )
     return _blocked(run)
+
+
+def _check_tiles(knobs: Predict, multiple: int) -> None:
+    """Refuses tiles that are smaller than the network's ``multiple``, or share more than half of the largest that it takes."""
+    longest = knobs.tile // multiple * multiple
+    if not longest:
+        raise UserError(f"predict.tile = {knobs.tile}: this network takes multiples of {multiple}; set {multiple} or more")
+    if 2 * knobs.overlap > longest:
+        raise UserError(f"predict.overlap = {knobs.overlap} is more than half of a tile of {longest}, the largest within "
+                        f"predict.tile = {knobs.tile} that this network takes; set {longest // 2} or less")  # fmt: skip
 
 
 def from_probabilities(taken: tuple[foreign.Channel, ...], config: Config, out: str) -> Run:

@@ -106,7 +106,7 @@ def prepare(path: Path, backend: str, precision: str = "fp32") -> bytes:
 
 def pack(xml: bytes, weights: bytes) -> bytes:
     """An OpenVINO graph as a model file carries it: the length of its xml (8 bytes, low first), xml, weights; as Zstandard."""
-    return Zstd(22).encode(len(xml).to_bytes(8, "little") + xml + weights)
+    return Zstd(22, checksum=True).encode(len(xml).to_bytes(8, "little") + xml + weights)
 
 
 def unpack(form: bytes) -> bytes:
@@ -130,7 +130,7 @@ def _onnx(path: Path) -> bytes:
     """The model as ONNX with the sigmoid inside; made once for each network and kept in the user's cache."""
     key = hashlib.sha256((model.network_digest(path) + version("torch")).encode()).hexdigest()[:32]
     cached = cache_folder() / f"{key}.onnx"
-    if cached.exists():
+    with suppress(OSError):  # there is none, or it is not for us
         return cached.read_bytes()
     graph = _export(path)
     _keep(cached, graph)
@@ -141,9 +141,9 @@ def _keep(path: Path, made: bytes) -> None:
     """``path``, in the cache, holds that all at once; of its kind only the `KEPT` that were written last stay."""
     with suppress(OSError):  # a read-only home only costs the next run its start
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(made)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # gone again where the disk is full
+            Path(folder, path.name).write_bytes(made)
+            os.replace(Path(folder, path.name), path)
         alike = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda other: other.stat().st_mtime, reverse=True)
         for old in alike[KEPT:]:
             old.unlink()
@@ -229,22 +229,25 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
 
 
 def _compiled(blob: bytes, precision: str, shape: tuple[int, int, int, int], knobs: dict) -> Any:
-    """The network as OpenVINO compiles it for this CPU; made once, kept in the user's cache, and the same bits from there."""
+    """The network as OpenVINO compiles it for this CPU: once, for what it made is kept in the user's cache, after its hash.
+
+    All take what was exported, also who made it, so that no bit depends on who did.
+    """
     import openvino as ov
 
     core = ov.Core()
     here = [ov.get_version(), core.get_property("CPU", "FULL_DEVICE_NAME"), sorted(_cpu_flags()), precision, shape, knobs]
     cached = cache_folder() / f"{hashlib.sha256(blob + repr(here).encode()).hexdigest()[:32]}.openvino"
-    try:
-        return core.import_model(cached.read_bytes(), "CPU", knobs)
-    except (OSError, RuntimeError):  # there is none, or not a whole one
-        pass
+    with suppress(OSError):
+        digest, made = (kept := cached.read_bytes())[:32], kept[32:]
+        if hashlib.sha256(made).digest() == digest:
+            return core.import_model(made, "CPU", knobs)
     network = core.read_model(*_graph(blob, precision))
     network.reshape(list(shape))
-    compiled = core.compile_model(network, "CPU", knobs)
-    made = compiled.export_model()
-    _keep(cached, made if isinstance(made, bytes) else made.getvalue())
-    return compiled
+    made = core.compile_model(network, "CPU", knobs).export_model()
+    made = made if isinstance(made, bytes) else made.getvalue()
+    _keep(cached, hashlib.sha256(made).digest() + made)
+    return core.import_model(made, "CPU", knobs)
 
 
 def _graph(blob: bytes, precision: str) -> tuple[bytes, bytes]:

@@ -101,7 +101,7 @@ def _take(run: Run, block: Triple) -> int:
 
 def _fragments(run: Run, block: Triple) -> int:
     halo = basins.halo(run.config.fragments, run.voxel_size_nm)
-    around = prod(n + 2 * h for n, h in zip(block, halo, strict=True))
+    around = prod(min(n + 2 * h, most + 2) for n, h, most in zip(block, halo, run.shape, strict=True))
     return around * (BASINS + DISTANCE * bool(run.metric.cap) + 2 * len(run.heads) - 4)
 
 

@@ -178,7 +178,8 @@ def _smaller(run: Run) -> str:
     """What to set where no worker could hold a block."""
     if run.config.blocks.shape:
         return "leave out blocks.shape, or make it smaller"
-    return f"set predict.tile={max(256, run.config.predict.tile // 2 // 32 * 32)}"
+    multiple = tiles.MULTIPLE * run.binning
+    return f"set predict.tile={max(256, run.config.predict.tile // 2 // multiple * multiple)}"
 
 
 def room_on_disk(run: Run) -> int | None:
@@ -283,7 +284,7 @@ def probe(run: Run, crew: cluster.Crew) -> Rates:
         found = _together(folder, 1 if run.engine["device"] == "cuda" else crew.workers)
     count = crew.workers / len(found)
     rates = Rates(
-        predict=count * sum(_predicted(one["predict"], run.engine["device"]) for one in found),
+        predict=count * sum(_predicted(run, one["predict"], crew.threads) for one in found),
         instances=(crew.workers + crew.beside) / (float(np.mean([1 / one["instances"] for one in found])) + AFTER),
         engine_bytes=max(one["engine_bytes"] for one in found),
         device_bytes=found[0]["device_bytes"],
@@ -294,9 +295,11 @@ def probe(run: Run, crew: cluster.Crew) -> Rates:
     return rates
 
 
-def _predicted(network: float, device: str) -> float:
-    """Voxels/s of predict where the network alone does so many."""
-    return ON_GPU * network if device == "cuda" else 1 / (1 / network + LAID)
+def _predicted(run: Run, network: float, threads: int) -> float:
+    """Voxels/s of predict in a worker whose network alone does so many."""
+    if run.engine["device"] == "cuda":
+        return ON_GPU * network
+    return 1 / (1 / network + LAID / (threads * run.config.predict.tta))
 
 
 def _keep(file: Path, rates: Rates) -> None:
