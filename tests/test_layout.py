@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
     {"box", "config", "device", "machine", "prefork"},
-    {"grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "voids", "decide", "tree", "merges", "objects",
-     "metrics", "ready", "synth"},
+    {"warm", "grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "voids", "decide", "tree", "merges",
+     "objects", "metrics", "ready", "synth"},
     {"volume", "model"},
     {"pyramid", "samples", "forward", "foreign", "store", "wanted"},
     {"run", "cluster"},

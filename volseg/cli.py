@@ -51,7 +51,8 @@ def main() -> None:
         typer.echo(f"volseg: {error.filename or 'the system'}: {error.strerror or error or type(error).__name__}", err=True)
         sys.exit(2)
     finally:
-        gc.freeze()  # the process ends: looking for garbage among all that the libraries made would take most of a second
+        if "torch" not in sys.modules:  # which complains of what was not collected
+            gc.freeze()  # the process ends: looking for garbage among all that libraries made would take most of a second
 
 
 # ---------------------------------------------------------------- progress
