@@ -25,8 +25,10 @@ def measure(image: str, truth: str, box: str, models: tuple[str, ...], repeats: 
 
 def _place(out: str, file: str) -> str:
     """Where a model's run goes: the shipped one's to ``out``."""
+    if not file:
+        return out
     name = "-".join(Path(file).with_suffix("").parts[-3:]).strip("/-")
-    return out.removesuffix(".volseg.zarr") + f"-{name}.volseg.zarr" if file else out
+    return out.removesuffix(".volseg.zarr") + f"-{name}.volseg.zarr"
 
 
 def _infer(image: str, file: str, out: str, workers: int) -> float:
