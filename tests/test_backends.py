@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from volseg import forward, model
+from volseg import cache, forward, model
 
 SHAPE = (1, 3, 96, 128)
 
@@ -52,7 +52,7 @@ def test_a_network_kept_compiled_gives_the_same_bits(precision, batch, tmp_path,
 
 def test_the_cache_keeps_the_networks_of_late(tmp_path, monkeypatch):
     monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path))
-    monkeypatch.setattr(forward, "KEPT", 2)
+    monkeypatch.setattr(cache, "KEPT", 2)
     blob = forward.prepare(model.shipped(), "openvino")
     found = []
     for width in (64, 96, 128):
@@ -73,3 +73,9 @@ def test_auto_takes_a_backend_that_runs_here():
     assert out.dtype == np.float32
     assert out.min() >= 0
     assert out.max() <= 1
+
+
+def test_a_cache_that_cannot_be_written_stops_nobody(batch, tmp_path, monkeypatch):
+    tmp_path.joinpath("a file").touch()
+    monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path / "a file"))
+    assert forward.load(forward.prepare(model.shipped(), "openvino"), "openvino", "fp32", SHAPE)(batch).shape[1] == 2

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "volseg"
 RANKS = [
-    {"box", "config", "device", "machine", "prefork"},
+    {"box", "cache", "config", "device", "machine", "prefork"},
     {"warm", "grey", "losses", "parallel", "tiles", "targets", "fragments", "stitch", "voids", "decide", "tree", "merges",
      "objects", "metrics", "ready", "synth"},
     {"volume", "model"},

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tests.test_pipeline import Quiet, digest, settings
 from tests.test_wanted import made, store
-from volseg import cli, cluster, describe, forward, launch, machine, memory, plan, volume
+from volseg import cache, cli, cluster, describe, launch, machine, memory, plan, volume
 from volseg.config import Config, UserError
 from volseg.run import Run, blocks, redundancy
 
@@ -148,7 +148,7 @@ def test_a_begun_run_keeps_its_blocks_whatever_is_free(noise, tmp_path):
 def own_cache(tmp_path, monkeypatch):
     """A cache of its own, which knows the exported network already."""
     (tmp_path / "cache").mkdir()
-    for file in forward.cache_folder().glob("*.onnx"):
+    for file in cache.folder().glob("*.onnx"):
         (tmp_path / "cache" / file.name).symlink_to(file)
     monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path / "cache"))
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numcodecs import Zstd
 
-from volseg import model
+from volseg import cache, model
 from volseg.config import UserError
 from volseg.device import HOST, Call, Device, Torch, replayed
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 Forward = Callable[[np.ndarray], np.ndarray]  # (B, sections, Y, X) float32, normalised -> (B, heads, Y, X) float32, 0..1
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
 PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "onnx": ("fp32",), "torch": ("fp32", "bf16", "fp16")}
-KEPT = 32  # networks of each form in the user's cache
 XZ = b"\xfd7zXZ"  # how a form begins that was packed before 2026-11-23
 INT8_LOSS = 0.003  # held-out IoU that a quantised form may lose for auto to take it
 
@@ -120,33 +119,15 @@ def int8_allowed(card: dict) -> bool:
     return held is not None and held["iou_fp32"] - held["iou_int8"] <= INT8_LOSS
 
 
-def cache_folder() -> Path:
-    """Where volseg keeps what can be made again: ``VOLSEG_CACHE``, else a folder in the user's cache."""
-    told = os.environ.get("VOLSEG_CACHE")
-    return Path(told) if told else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volseg"
-
-
 def _onnx(path: Path) -> bytes:
     """The model as ONNX with the sigmoid inside; made once for each network and kept in the user's cache."""
     key = hashlib.sha256((model.network_digest(path) + version("torch")).encode()).hexdigest()[:32]
-    cached = cache_folder() / f"{key}.onnx"
+    cached = cache.folder() / f"{key}.onnx"
     with suppress(OSError):  # there is none, or it is not for us
         return cached.read_bytes()
     graph = _export(path)
-    _keep(cached, graph)
+    cache.keep(cached, graph)
     return graph
-
-
-def _keep(path: Path, made: bytes) -> None:
-    """``path``, in the cache, holds that all at once; of its kind only the `KEPT` that were written last stay."""
-    with suppress(OSError):  # a read-only home only costs the next run its start
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # gone again where the disk is full
-            Path(folder, path.name).write_bytes(made)
-            os.replace(Path(folder, path.name), path)
-        alike = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda other: other.stat().st_mtime, reverse=True)
-        for old in alike[KEPT:]:
-            old.unlink()
 
 
 def _export(path: Path) -> bytes:
@@ -237,7 +218,7 @@ def _compiled(blob: bytes, precision: str, shape: tuple[int, int, int, int], kno
 
     core = ov.Core()
     here = [ov.get_version(), core.get_property("CPU", "FULL_DEVICE_NAME"), sorted(_cpu_flags()), precision, shape, knobs]
-    cached = cache_folder() / f"{hashlib.sha256(blob + repr(here).encode()).hexdigest()[:32]}.openvino"
+    cached = cache.folder() / f"{hashlib.sha256(blob + repr(here).encode()).hexdigest()[:32]}.openvino"
     with suppress(OSError):
         digest, made = (kept := cached.read_bytes())[:32], kept[32:]
         if hashlib.sha256(made).digest() == digest:
@@ -246,7 +227,7 @@ def _compiled(blob: bytes, precision: str, shape: tuple[int, int, int, int], kno
     network.reshape(list(shape))
     made = core.compile_model(network, "CPU", knobs).export_model()
     made = made if isinstance(made, bytes) else made.getvalue()
-    _keep(cached, hashlib.sha256(made).digest() + made)
+    cache.keep(cached, hashlib.sha256(made).digest() + made)
     return core.import_model(made, "CPU", knobs)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg import cluster, describe, forward, machine, memory, model, objects, pipeline, prefork, tiles, volume
+from volseg import cache, cluster, describe, forward, machine, memory, model, objects, pipeline, prefork, tiles, volume
 from volseg import fragments as basins
 from volseg.box import Box, Triple, back, turned
 from volseg.config import Fragments, UserError
@@ -266,7 +266,7 @@ def _cache_file(run: Run, crew: cluster.Crew) -> Path:
     facts = [run.checksum, run.model_sha256, bits(run.engine), sorted(PACKED), sizes, run.config.predict.tta, run.heads,
              run.config.fragments.model_dump(mode="json"), asdict(crew), os.cpu_count()]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    return forward.cache_folder() / f"{key}.plan.json"
+    return cache.folder() / f"{key}.plan"
 
 
 def probe(run: Run, crew: cluster.Crew) -> Rates:
@@ -291,7 +291,7 @@ def probe(run: Run, crew: cluster.Crew) -> Rates:
         packed=found[0]["packed"],
         probed=True,
     )
-    _keep(_cache_file(run, crew), rates)
+    cache.keep(_cache_file(run, crew), json.dumps(asdict(rates)).encode())
     return rates
 
 
@@ -300,15 +300,6 @@ def _predicted(run: Run, network: float, threads: int) -> float:
     if run.engine["device"] == "cuda":
         return ON_GPU * network
     return 1 / (1 / network + LAID / (threads * run.config.predict.tta))
-
-
-def _keep(file: Path, rates: Rates) -> None:
-    """The rates are in the user's cache; one that cannot be written costs the next plan its time."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(rates)))
-    except OSError:
-        pass
 
 
 def _sample(run: Run) -> np.ndarray:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg import forward
+from volseg import cache, forward
 from volseg.config import Predict, UserError
 
 PROBED_VOXELS = 1 << 29  # a smaller volume is done before a probe has paid for itself
@@ -129,7 +129,7 @@ def table(rows: list[Row]) -> str:
 def _cached_rows(path: Path, wanted: list, size: int, batch: np.ndarray) -> tuple[list[Row], bool]:
     """The measured candidates, and whether they were measured earlier.
 
-    A cache that cannot be written costs time only. What broke is measured again the next time.
+    What broke is measured again the next time.
     """
     file = cache_file(path, wanted, size, batch.shape)
     try:
@@ -138,13 +138,7 @@ def _cached_rows(path: Path, wanted: list, size: int, batch: np.ndarray) -> tupl
         rows = measure(path, wanted, size, batch)
     if any(row.broken for row in rows):
         return rows, False
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps([asdict(row) for row in rows]))
-        os.replace(partial, file)
-    except OSError:
-        pass
+    cache.keep(file, json.dumps([asdict(row) for row in rows]).encode())
     return rows, False
 
 
@@ -153,7 +147,7 @@ def cache_file(path: Path, wanted: list, size: int, shape: tuple) -> Path:
     engines = [forward.describe(*pair) for pair in wanted]
     facts = [hashlib.sha256(path.read_bytes()).hexdigest(), engines, size, shape, os.cpu_count(), forward.gpus()]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    return forward.cache_folder() / f"{key}.probe.json"
+    return cache.folder() / f"{key}.probe"
 
 
 # ---------------------------------------------------------------- measuring

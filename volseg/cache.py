@@ -1,0 +1,31 @@
+"""What can be made again, kept in the user's cache: exported and compiled networks, choices of backends, rates for plans."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+KEPT = 32  # files of each kind
+
+
+def folder() -> Path:
+    """Where they lie: ``VOLSEG_CACHE``, else a folder in the user's cache."""
+    told = os.environ.get("VOLSEG_CACHE")
+    return Path(told) if told else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volseg"
+
+
+def keep(path: Path, made: bytes) -> None:
+    """``path``, in the cache, holds that all at once; of its kind (its suffix) only the `KEPT` written last stay.
+
+    A cache that cannot be written, or a full disk, only costs the next run what it would have saved.
+    """
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as beside:  # gone again where the disk is full
+            Path(beside, path.name).write_bytes(made)
+            os.replace(Path(beside, path.name), path)
+        alike = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda other: other.stat().st_mtime, reverse=True)
+        for old in alike[KEPT:]:
+            old.unlink()
