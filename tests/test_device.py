@@ -12,8 +12,7 @@ from tests.test_pipeline import settings
 from tests.test_wanted import store
 from volseg import describe, folder, forward, model, pipeline, tiles, volume
 from volseg.box import Box
-from volseg.config import UserError
-from volseg.device import HOST, Torch, replayed
+from volseg.device import HOST, Full, Torch, replayed
 from volseg.grey import scale, standardised
 
 SHAPE = (4, 70, 90)  # of tiles of 64: two along y, two along x
@@ -205,9 +204,22 @@ def test_memory_that_runs_out_is_collected_once():
 
     batch = torch.zeros(4, 3, 64, 96)
     assert Torch("cpu").done(call)(batch) is batch
-    with pytest.raises(UserError, match=r"out of memory with 4 tiles of 64 x 96 at once.*predict\.batch=2"):
+    with pytest.raises(Full, match="does not hold 4 tiles of 64 x 96 at once"):
         Torch("cpu").done(call)(batch)
     assert calls == [4] * 4
+
+
+@pytest.mark.parametrize("device", [HOST, Torch("cpu")])
+def test_what_is_no_lack_of_memory_is_raised_as_it_is(device):
+    calls = []
+
+    def call(batch):
+        calls.append(len(batch))
+        raise RuntimeError("the shapes differ")
+
+    with pytest.raises(RuntimeError, match="the shapes differ"):
+        device.done(call)(torch.zeros(4, 3, 64, 96))
+    assert calls == [4]
 
 
 @needs_gpu

@@ -1,6 +1,7 @@
 """Whole runs: a real LocalCluster, real files, real kills. The model is the one that ships."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ import numpy as np
 import pandas
 import psutil
 import pytest
+import tifffile
 import zarr
+from distributed import Client, LocalCluster
 
 from volseg import calibrate, cluster, describe, flow, folder, launch, model, pipeline, review, verify, volume
 from volseg.box import Box
@@ -214,6 +217,53 @@ def test_a_block_that_cannot_be_read_leaves_a_run_that_can_go_on(image, referenc
     shard.write_bytes(whole)
     launch.infer(str(copy), str(out), config, overwrite=False, show=Quiet())
     assert digest(out) == digest(reference)
+
+
+def hold_at_most(more):
+    """This process, once its libraries are loaded, is given so many bytes more and no others."""
+    import resource
+
+    importlib.import_module("volseg.pipeline")
+    model.load(model.shipped())
+    status = Path("/proc/self/status").read_text()
+    held = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData:"))) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (held + more, held + more))
+
+
+@pytest.fixture
+def small():
+    """Address of a scheduler whose one worker has 300 MB for what it computes."""
+    if sys.platform != "linux":
+        pytest.skip("limits a process's memory as Linux does")
+    with LocalCluster(n_workers=1, threads_per_worker=1, memory_limit=0, dashboard_address=None) as workers:
+        with Client(workers, set_as_default=False) as client:
+            client.run(hold_at_most, 300 << 20)
+        yield workers.scheduler_address
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_halved_and_the_run_begins_again(image, small, tmp_path):
+    out, show = str(tmp_path / "run.volseg.zarr"), Quiet()
+    knobs = {"predict": {"backend": "torch", "precision": "fp32", "batch": 512}}
+    launch.infer(image, out, settings(**knobs, cluster={"scheduler": small}), overwrite=False, show=show)
+    said = [text for text in show.said if "beginning again" in text]
+    assert "512 tiles of 64 x 64 at once (" in said[0]
+    assert said[0].endswith("beginning again, 256 at once")
+    facts = json.loads(Path(out, "run.json").read_text())
+    fits = facts["engine"]["batch"]
+    assert fits == 512 >> len(said) > 1
+    assert facts["config"]["predict"]["batch"] == 512
+    again = str(tmp_path / "again.volseg.zarr")
+    knobs["predict"]["batch"] = fits
+    launch.infer(image, again, settings(**knobs, cluster={"workers": 1}), overwrite=False, show=Quiet())
+    np.testing.assert_array_equal(*(zarr.open_array(f"{run}/0", mode="r")[:] for run in (out, again)))
+
+
+def test_one_tile_that_does_not_fit_the_memory_is_refused(small, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (2, 2048, 2048), np.uint8)
+    tifffile.imwrite(tmp_path / "em.tif", noise)
+    large = settings(predict={"backend": "torch", "precision": "fp32", "tile": 2048}, cluster={"scheduler": small})
+    with pytest.raises(UserError, match=r"1 tile of 2048 x 2048 at once .*: set a smaller predict\.tile"):
+        launch.infer(str(tmp_path / "em.tif"), str(tmp_path / "run.volseg.zarr"), large, overwrite=False, show=Quiet())
 
 
 def test_a_run_is_an_ome_zarr_image_with_labels(reference):

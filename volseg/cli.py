@@ -65,6 +65,7 @@ class Terminal:
         self.console = Console(stderr=True)
         self.live: Any = None
         self.open: dict[str, Progressed] = {}
+        self.bars: dict[str, Any] = {}
         self.told = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -100,7 +101,9 @@ class Terminal:
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console, speed_estimate_period=120,
             )  # fmt: skip
             self.live.start()
-        task = self.live.add_task(name, total=voxels, completed=done)
+        if name in self.bars:  # the run has begun again
+            self.live.remove_task(self.bars[name])
+        task = self.bars[name] = self.live.add_task(name, total=voxels, completed=done)
         return lambda n: self.live.advance(task, n)
 
     def _tell(self, name: str, voxels: int) -> None:

@@ -212,6 +212,7 @@ def run(
     tries: int = 3,
     window: int = 0,
     done: Callable[[Any, Any], None] = lambda item, result: None,
+    final: type[Exception] | tuple[()] = (),
 ) -> list[Failure]:
     """Calls ``task(*args, item)`` on the workers for every item; ``done(item, result)`` here as each one ends.
 
@@ -222,17 +223,19 @@ def run(
 
     At most ``window`` tasks of either kind are known to the scheduler at once, so its memory does not grow with the number
     of items. A task is one item, or several of one stage where they take less than `SHORT`, since a message costs more
-    than an empty block. An item that fails is tried ``tries`` times; what still fails is returned, and the rest goes on.
+    than an empty block. An item that fails is tried ``tries`` times; what still fails is returned, and the rest goes on. An
+    error of the kind ``final`` fails all: nothing more is handed out, what is under way ends, and the error is raised here.
     """
-    call = partial(_each, partial(task, *args))
+    call = partial(_each, partial(task, *args), final)
     lanes = [_Lane(client, call, *lane, window=window) for lane in _lanes(client, items, device)]
     lane_of: dict[str, _Lane] = {}
     tried: dict[Item, int] = {}
     failures: list[Failure] = []
+    ended: list[BaseException] = []
     loop = as_completed([], loop=client.loop, raise_errors=False)
 
     def refill() -> None:
-        for lane in lanes:
+        for lane in [] if ended else lanes:
             futures = lane.refill()
             lane_of.update((future.key, lane) for future in futures)
             loop.update(futures)
@@ -257,9 +260,13 @@ def run(
                     done(item, result)
         for future in (future for future in batch if future.status != "finished"):
             error, lane = future.exception(), lane_of.pop(future.key)
+            if isinstance(error, final):
+                ended.append(error)
             for item in lane.flying.pop(future.key):
                 failed(lane, item, _reason(error))
         refill()
+    if ended:
+        raise ended[0]
     return sorted(failures, key=lambda failure: failure.item)
 
 
@@ -344,14 +351,18 @@ class _Pace:
         return max(1, int(SHORT / self.seconds))
 
 
-def _each(call: Callable[..., Any], items: list[Item]) -> tuple[float, list[tuple[Any, str]]]:
-    """On a worker: seconds, and for each item what ``call`` returned or why it failed."""
+def _each(
+    call: Callable[..., Any], final: type[Exception] | tuple[()], items: list[Item]
+) -> tuple[float, list[tuple[Any, str]]]:
+    """On a worker: seconds, and for each item what ``call`` returned or why it failed; raises what is ``final``."""
     start = time.perf_counter()
     outcomes = []
     for item in items:
         try:
             outcomes.append((call(*item) if isinstance(item, tuple) else call(item), ""))
         except Exception as error:
+            if isinstance(error, final):
+                raise
             outcomes.append((None, _reason(error)))
     return time.perf_counter() - start, outcomes
 

@@ -161,6 +161,12 @@ def _begun_engine(out: str, config: Config, path: Path) -> dict:
     return {**old["engine"], **here}
 
 
+def halved(run: Run) -> Run:
+    """The run with half as many tiles in a forward pass: other bits, so nothing that was predicted can be kept."""
+    why = f"{run.engine.get('why', 'as begun')}; memory holds no more tiles at once"
+    return replace(run, engine={**run.engine, "batch": run.batch // 2, "why": why})
+
+
 def try_backends(path: str, config: Config) -> list[probe.Row]:
     """Speed and distance from float32 of every backend and precision that could run the volume at ``path`` here."""
     source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)

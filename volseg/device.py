@@ -6,6 +6,10 @@ numpy would go over a tile in memory once for each, one loop does them all while
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import platform
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +26,19 @@ if TYPE_CHECKING:
     import torch
 
 Call = Callable[[Any], Any]  # of a batch, where it lies
+FULL = (  # how the libraries say that memory is out; the last but one is oneDNN's, the last ONNX Runtime's
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
+    "could not create a", "failed to allocate",
+)  # fmt: skip
+
+
+class Full(UserError):
+    """The memory that a network computes in does not hold what it was asked to."""
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a library's error says that memory is out."""
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in FULL)
 
 
 class Host:
@@ -57,7 +74,8 @@ class Host:
         return nullcontext()
 
     def done(self, call: Call) -> Call:
-        return call
+        """``call``, which raises `Full` where memory is out."""
+        return lambda batch: roomy(lambda: call(batch), lambda: _tiles(batch))
 
 
 @njit(cache=True, nogil=True)
@@ -160,25 +178,18 @@ class Torch:
                 yield
 
     def done(self, call: Call) -> Call:
-        """``call`` for any thread, which returns when the device has done what was asked of it."""
+        """``call`` for any thread, which returns when the device has done what was asked of it; `Full` where memory is out."""
 
         def waited(batch: torch.Tensor) -> torch.Tensor:
-            def advice() -> str:
-                less = max(1, len(batch) // 2)
-                return (
-                    f"with {len(batch)} tiles of {batch.shape[2]} x {batch.shape[3]} at once; begin again with --set "
-                    f"predict.batch={less} or a smaller predict.tile, and --overwrite"
-                )
-
             with self.inside():
-                made = _roomy(lambda: call(batch), advice)
+                made = roomy(lambda: call(batch), lambda: _tiles(batch))
                 self._wait()
             return made
 
         return waited
 
     def _allocated(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return _roomy(make, lambda: "beside what it holds; begin again with a smaller blocks.shape, and --overwrite")
+        return roomy(make, lambda: "a block's voxels beside what it has")
 
     def _wait(self) -> None:
         """All that was queued before is done; other threads may go on queueing."""
@@ -206,18 +217,34 @@ def _made_streams(name: str) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     return torch.cuda.Stream(name), torch.cuda.Stream(name)
 
 
-def _roomy(make: Callable[[], Any], advice: Callable[[], str]) -> Any:
-    """What ``make`` returns. Memory that runs out is collected once before it is given up with `UserError`."""
-    import torch
+def roomy(make: Callable[[], Any], what: Callable[[], str]) -> Any:
+    """What ``make`` returns. Memory that is out is collected once before it is given up: `Full` says ``what`` it was for."""
+    try:
+        return make()
+    except Exception as error:
+        if not is_full(error):
+            raise
+    give_back()
+    try:
+        return make()
+    except Exception as error:
+        if not is_full(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    raise Full(f"memory does not hold {what()} ({reason})")
 
-    try:
-        return make()
-    except torch.cuda.OutOfMemoryError:
+
+def _tiles(batch: Any) -> str:
+    return f"{len(batch)} tile{'s' * (len(batch) > 1)} of {batch.shape[2]} x {batch.shape[3]} at once"
+
+
+def give_back() -> None:
+    """What nothing refers to any more is the system's again, and free on the GPUs that this process uses."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    try:
-        return make()
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(f"the GPU is out of memory {advice()}") from None
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def replayed(call: Call, shape: tuple[int, ...], name: str) -> Call:

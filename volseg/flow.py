@@ -23,6 +23,7 @@ from volseg import cluster, folder, machine, pyramid, store, tree, volume
 from volseg import fragments as basins
 from volseg.box import Box
 from volseg.config import UserError
+from volseg.device import Full
 from volseg.pipeline import work
 from volseg.ready import Ready, Region
 from volseg.run import Run, level_of
@@ -163,7 +164,8 @@ def run_stage(client: Any, run: Run, stage: str, show: Show, ledger: Ledger) -> 
 
 
 def _steps(client: Any, run: Run, steps: list[Step], show: Show, ledger: Ledger) -> None:
-    """Some stages are done over all their blocks, side by side; raises `Incomplete` that names the blocks given up."""
+    """Some stages are done over all their blocks, side by side; raises `Incomplete` that names the blocks given up, and
+    `Full` as soon as a batch does not fit a worker's memory."""
     blocks: dict[str, Ready] = {}
     for step in steps:
         done = cluster.marked(run.out, step.stage, run.keys[step.stage])
@@ -191,7 +193,7 @@ def _steps(client: Any, run: Run, steps: list[Step], show: Show, ledger: Ledger)
     infers = [step.stage for step in steps if step.device]
     failures = cluster.run(
         client, work, ready([step.stage for step in reversed(steps) if not step.device]), run.out, run.id,
-        device=ready(infers) if infers else (), tries=knobs.tries, window=knobs.window, done=ended,
+        device=ready(infers) if infers else (), tries=knobs.tries, window=knobs.window, done=ended, final=Full,
     )  # fmt: skip
     _refuse(run, [step.stage for step in steps], failures)
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from volseg import cluster, describe, flow, folder, foreign, machine, merges, ob
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
 from volseg.decide import rules
+from volseg.device import Full
 from volseg.flow import Show
 from volseg.run import Run, blocks, fit, redundancy
 
@@ -146,8 +148,21 @@ def _go(
             show.say(f"dashboard {link}")
         threading.Thread(target=_load_ahead, daemon=True).start()
         started = time.perf_counter()
-        ledger = flow.stages(client, run, show)
+        run, ledger = _stages(client, run, show)
     return finish(run, out, ledger, start, started, made)
+
+
+def _stages(client: Any, run: Run, show: Show) -> tuple[Run, flow.Ledger]:
+    """Every stage is done, in batches that the workers' memory holds: a run whose own are too large begins again."""
+    while True:
+        try:
+            return run, flow.stages(client, run, show)
+        except Full as error:
+            if run.batch == 1:
+                raise UserError(f"{error}: set a smaller predict.tile or blocks.shape, and --overwrite") from None
+            run = describe.halved(run)
+            show.say(f"{error}: beginning again, {run.batch} at once")
+            folder.begin(run, overwrite=True)
 
 
 def _load_ahead() -> None:

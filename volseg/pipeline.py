@@ -38,7 +38,7 @@ from volseg import fragments as basins
 from volseg.box import Box, back, turned
 from volseg.config import UserError
 from volseg.decide import decide, label_dtype, rules
-from volseg.device import Call
+from volseg.device import Call, Full, give_back, roomy
 from volseg.grey import scale
 from volseg.run import Run, bits, level_of, tiles_of
 
@@ -450,17 +450,28 @@ def work(out: str, key: str, stage: str, i: int) -> dict:
     run = _run(out, key)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    if stage in run.passes:
-        facts = predict_plane(run, i, seconds, stage)
-    elif stage in STAGES:
-        facts = STAGES[stage](run, i, seconds)
-    else:
-        name, level = level_of(stage)
-        facts = OF_LEVEL[name](run, i, seconds, level)
+    facts, full = None, ""
+    try:
+        facts = _done(run, stage, i, seconds)
+    except Full as error:
+        full = str(error)
+    if full:  # the run will begin again with a smaller batch, which needs the room of all that the error refers to
+        _loaded.cache_clear()
+        give_back()
+        raise Full(full)
     seconds["other"] = time.perf_counter() - start - sum(seconds.values())
     receipt = {"voxels": run.grid_of(stage)[i].voxels, "seconds": seconds, **(facts or {})}
     cluster.count(stage, receipt)
     return cluster.mark(out, stage, run.keys[stage], i, receipt)
+
+
+def _done(run: Run, stage: str, i: int, seconds: dict[str, float]) -> dict | None:
+    if stage in run.passes:
+        return predict_plane(run, i, seconds, stage)
+    if stage in STAGES:
+        return STAGES[stage](run, i, seconds)
+    name, level = level_of(stage)
+    return OF_LEVEL[name](run, i, seconds, level)
 
 
 @lru_cache(maxsize=2)
@@ -491,7 +502,10 @@ def _loaded(out: str, key: str, size: tuple[int, int]) -> Call:
     shape = (run.batch, run.sections, *size)
     blob = volume.read_bytes(out, "work/model.bin")
     engine = run.engine["backend"], run.engine["precision"]
-    return forward.network(blob, *engine, shape, _threads(run), cluster.place_here())
+    return roomy(
+        lambda: forward.network(blob, *engine, shape, _threads(run), cluster.place_here()),
+        lambda: f"the network for {run.batch} tile{'s' * (run.batch > 1)} of {size[0]} x {size[1]} at once",
+    )
 
 
 def _threads(run: Run) -> int:

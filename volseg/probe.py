@@ -229,11 +229,15 @@ def _doubling() -> list[int]:
 def _timed(
     blob: bytes, backend: str, precision: str, count: int, batch: np.ndarray, exact: np.ndarray, threads: int
 ) -> Row:
-    """One candidate at one batch: its speed over all tiles, and its distance from ``exact``."""
-    network = forward.load(blob, backend, precision, (count, *batch.shape[1:]), threads)
-    found = _run(network, batch, count)
+    """One candidate at one batch: its speed over all tiles, and its distance from ``exact``.
+
+    Tiles lie where the network takes them, since a run cuts them there.
+    """
+    there = forward.device(backend)
+    network = there.done(forward.network(blob, backend, precision, (count, *batch.shape[1:]), threads))
+    found = _run(lambda tiles: there.get(network(there.put(tiles))), batch, count)
     sides, apart = float(np.mean((found >= 0.5) != (exact >= 0.5))), float(np.abs(found - exact).mean())
-    load = [(i, _padded(batch, i, count)) for i in range(0, max(len(batch), threads * count), count)]
+    load = [(i, there.put(_padded(batch, i, count))) for i in range(0, max(len(batch), threads * count), count)]
     took = []
     for _ in range(TIMES):
         start = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import gc
 import hashlib
 import json
 import math
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from volseg import checkpoint, losses, model, parallel, report
 from volseg.checkpoint import State
 from volseg.config import Config, Stitch, Train, UserError
+from volseg.device import give_back, is_full
 from volseg.heldout import Decoding, autocast, calibrate, resolved, validate
 from volseg.samples import Source, batch, batches, load_sources, mixed
 
@@ -29,7 +29,6 @@ CHECKPOINT_SECONDS = 120
 WARM_UP = 0.1  # share of the run in which the learning rate rises
 SETTLE = 40  # batches, at most, that set the batch-norm statistics of the averaged weights
 FIRST_SETTLE = 1_000_000_000  # their step numbers, which no run reaches
-FULL = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "could not create a")  # oneDNN's last
 
 Say = Callable[[str], None]
 
@@ -166,9 +165,9 @@ def _fitting(
         try:
             return gradients(state, patches, knobs)
         except (MemoryError, RuntimeError) as error:
-            reason = str(error)
-            if not isinstance(error, MemoryError) and not any(text in reason.lower() for text in FULL):
+            if not is_full(error):
                 raise
+            reason = str(error)
         if state.parts >= len(patches[0]):
             advice = f"set a smaller train.patch than {knobs.patch}"
             raise UserError(f"not even one patch fits the memory: {advice} ({reason.splitlines()[0] if reason else 'full'})")
@@ -448,14 +447,6 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no piece comes from mmap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
-
-
-def give_back() -> None:
-    """Returns freed memory to the system, after a batch that did not fit."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 # ---------------------------------------------------------------- the terminal
