@@ -25,6 +25,7 @@ from volseg import fragments, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
 from volseg.decide import Rules, decide
+from volseg.machine import keep_memory
 from volseg.synth import synth
 
 SIDES = (256, 128, 64, 32)  # of the blocks, voxels; cut to the volume
@@ -80,7 +81,11 @@ def _objects(name: str, timed: list[Alone], counted: dict[int, Found]) -> dict:
 
 
 def _load(stored: Path, method: Callable) -> Callable[[int], Found]:
-    """``method`` on stored probabilities, by the side of a block; it has been called once, on a crop of them."""
+    """``method`` on stored probabilities, by the side of a block; it has been called once, on a crop of them.
+
+    The process keeps the memory that it frees, as volseg's workers do.
+    """
+    keep_memory()
     probability = np.load(stored)
     method(np.ascontiguousarray(probability[(slice(None), *map(slice, CROP))]), CROP[1] // 2)
     return partial(method, probability)

@@ -34,7 +34,7 @@ MAY = {
 }
 # Inside one rank: stitch reads the tables that fragments writes, decide what stitch and voids gather, merges tells what was
 # decided, tree decides likewise.
-SAME_RANK = {("config", "box"), ("device", "config"), ("stitch", "fragments"),
+SAME_RANK = {("config", "box"), ("device", "config"), ("device", "machine"), ("stitch", "fragments"),
              ("voids", "stitch"), ("decide", "stitch"), ("decide", "fragments"), ("decide", "voids"),
              ("merges", "decide"), ("merges", "fragments"), ("merges", "stitch"),
              ("tree", "decide"), ("tree", "fragments"), ("tree", "stitch"),

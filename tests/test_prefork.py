@@ -3,6 +3,7 @@
 import os
 import sys
 
+import numpy as np
 import pytest
 
 from volseg import cluster, prefork
@@ -31,3 +32,20 @@ def test_the_environment_here_is_left_alone(monkeypatch):
     prefork.start()
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert "MKL_NUM_THREADS" not in os.environ
+
+
+def _faults():
+    """Pages that an array of 50 MB is given by the system, where one as large has just been freed."""
+    import resource
+
+    np.ones(50 << 20, np.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(50 << 20, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@linux
+def test_workers_keep_the_memory_that_they_free():
+    with cluster.connect(Cluster(workers=1, dashboard="")) as client:
+        (found,) = client.run(_faults).values()
+    assert found < 1000

@@ -6,10 +6,6 @@ numpy would go over a tile in memory once for each, one loop does them all while
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import platform
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +17,7 @@ import numpy as np
 from numba import njit
 
 from volseg.config import UserError
+from volseg.machine import give_back
 
 if TYPE_CHECKING:
     import torch
@@ -236,15 +233,6 @@ def roomy(make: Callable[[], Any], what: Callable[[], str]) -> Any:
 
 def _tiles(batch: Any) -> str:
     return f"{len(batch)} tile{'s' * (len(batch) > 1)} of {batch.shape[2]} x {batch.shape[3]} at once"
-
-
-def give_back() -> None:
-    """What nothing refers to any more is the system's again, and free on the GPUs that this process uses."""
-    gc.collect()
-    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def replayed(call: Call, shape: tuple[int, ...], name: str) -> Call:

@@ -38,8 +38,9 @@ from volseg import fragments as basins
 from volseg.box import Box, back, turned
 from volseg.config import UserError
 from volseg.decide import decide, label_dtype, rules
-from volseg.device import Call, Full, give_back, roomy
+from volseg.device import Call, Full, roomy
 from volseg.grey import scale
+from volseg.machine import give_back
 from volseg.run import Run, bits, level_of, tiles_of
 
 INFERS = threading.Lock()  # held by the task of this process that infers, while others read and write

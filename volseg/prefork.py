@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 
 PRELOAD = ["volseg.pipeline", "volseg.cli", "volseg.warm"]  # cli: a worker runs the console script's imports again
-# What Dask sets before it spawns a worker (distributed.nanny.pre-spawn-environ): read when the libraries are loaded.
-ENVIRONMENT = {
-    "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-}  # fmt: skip
+# What Dask sets before it spawns a worker (distributed.nanny.pre-spawn-environ): read when the libraries are loaded. But
+# not MALLOC_TRIM_THRESHOLD_, so that `warm` may decide.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def method() -> str:

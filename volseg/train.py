@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import hashlib
 import json
 import math
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -23,6 +21,7 @@ from volseg.checkpoint import State
 from volseg.config import Config, Stitch, Train, UserError
 from volseg.device import give_back, is_full
 from volseg.heldout import Decoding, autocast, calibrate, resolved, validate
+from volseg.machine import keep_memory
 from volseg.samples import Source, batch, batches, load_sources, mixed
 
 CHECKPOINT_SECONDS = 120
@@ -436,17 +435,6 @@ def _from_model(knobs: Train) -> torch.nn.Module:
     if card.get("binning", 1) not in (1, knobs.binning):
         raise UserError(f"train.start = {knobs.start} bins its input already; set train.binning = {card['binning']}")
     return model.adapted(network, card, knobs.heads, knobs.binning)
-
-
-def keep_memory() -> None:
-    """Keeps freed memory for the next step: glibc returns large pieces to the system and faults them in again.
-
-    A step of 8 patches of 192 x 192 took about 50 000 page faults before and almost none after.
-    """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no piece comes from mmap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 # ---------------------------------------------------------------- the terminal

@@ -15,8 +15,9 @@ import torch
 from volseg import model
 from volseg.config import Config, Train, TrainData, UserError
 from volseg.heldout import refuse_nothing_held_out, validate
+from volseg.machine import keep_memory
 from volseg.samples import Source, load_sources
-from volseg.train import check, keep_memory, start, steps
+from volseg.train import check, start, steps
 
 STUDY = "volseg"
 CHECKS = 5  # validations of a trial, after each of which it may be ended
