@@ -35,12 +35,15 @@ def test_the_environment_here_is_left_alone(monkeypatch):
 
 
 def _faults():
-    """Pages that an array of 50 MB is given by the system, where one as large has just been freed."""
+    """Pages that the system gives for 60 MB, where as much has just been freed (in pieces for which none is 2 MB long)."""
     import resource
 
-    np.ones(50 << 20, np.uint8)
+    def hold():
+        return [np.ones(1 << 20, np.uint8) for _ in range(60)]
+
+    hold()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.ones(50 << 20, np.uint8)
+    hold()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
