@@ -23,9 +23,9 @@ from volseg.box import Blocks, Box
 
 GROWTH = {  # piece, blocks and tiles, and how often the piece is laid along z, y and x: once, then 8 and 64 times as much
     "z": ((16, 512, 512), ("blocks.shape=[8, 512, 512]",), ((1, 1, 1), (8, 1, 1), (64, 1, 1))),
-    "zyx": (
-        (8, 256, 256),
-        ("blocks.shape=[4, 256, 256]", "predict.tile=128", "predict.overlap=32"),
+    "zyx": (  # three blocks along each axis, so that the smallest volume too has one with neighbours on all sides
+        (12, 384, 384),
+        ("blocks.shape=[4, 128, 128]", "predict.tile=128", "predict.overlap=32"),
         ((1, 1, 1), (2, 2, 2), (4, 4, 4)),
     ),
 }
