@@ -69,8 +69,13 @@ def _predict(run: Run, plane: str, grid: Blocks, threads: int) -> int:
     under_way = 4 * tile * ((threads + 2) * run.sections + (threads + 1) * heads)
     blend = rows * columns * (4 + 8 * heads)
     if run.engine["device"] == "cuda" and run.engine["backend"] == "torch":
-        return masked + 2 * (slab + out)  # once more page-locked; the rest lies on the GPU
+        return masked + slab + out + _locked(slab) + _locked(out)  # the rest lies on the GPU
     return out + masked + max(slab + under_way + blend, slab + out)
+
+
+def _locked(size: int) -> int:
+    """What torch locks in memory for so many bytes: the next power of two."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def source_bytes(run: Run, plane: str, grid: Blocks) -> int:

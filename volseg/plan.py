@@ -348,7 +348,8 @@ def _together(folder: str, count: int) -> list[dict]:
 
 
 def main(folder: str, number: str) -> None:
-    """What `probe` starts: one worker's share of it."""
+    """What `probe` starts: one worker's share of it, in a process that treats memory as workers do."""
+    machine.keep_memory()
     asked = json.loads(Path(folder, "asked.json").read_text())
     batch = np.load(Path(folder, "tiles.npy"))
     found, probability = _network(asked, Path(folder, "model.bin").read_bytes(), batch)

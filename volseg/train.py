@@ -342,9 +342,9 @@ def _card(config: Config, sources: list[Source], state: State, scores: dict, cho
     data = [
         {
             "name": Path(s.name).name, "learn": len(s.learn), "unlabelled": len(s.free),
-            "held": [s.first + z for z in s.held], "share": s.share,
+            "held": [s.first + z for z in s.held], "share": s.share, "planes": list(given.planes),
         }
-        for s in sources
+        for s, given in zip(sources, knobs.data, strict=True)
     ]  # fmt: skip
     settings = checkpoint.settings(knobs)
     training = {
