@@ -12,7 +12,7 @@ from tests.test_pipeline import settings
 from tests.test_wanted import store
 from volseg import describe, folder, forward, model, pipeline, tiles, volume
 from volseg.box import Box
-from volseg.device import HOST, Full, Torch, replayed
+from volseg.device import HOST, Full, Torch, holding, is_full, replayed
 from volseg.grey import scale, standardised
 
 SHAPE = (4, 70, 90)  # of tiles of 64: two along y, two along x
@@ -204,13 +204,31 @@ def test_memory_that_runs_out_is_collected_once():
 
     batch = torch.zeros(4, 3, 64, 96)
     assert Torch("cpu").done(call)(batch) is batch
-    with pytest.raises(Full, match="does not hold 4 tiles of 64 x 96 at once"):
+    with pytest.raises(Full, match=r"does not hold 4 tiles \(CUDA out of memory\)"), holding("4 tiles"):
         Torch("cpu").done(call)(batch)
     assert calls == [4] * 4
 
 
-@pytest.mark.parametrize("device", [HOST, Torch("cpu")])
-def test_what_is_no_lack_of_memory_is_raised_as_it_is(device):
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("could not create a memory object"), True),
+        (RuntimeError("Failed to allocate memory for requested buffer of size 18874368"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"), False),
+        (ImportError("libgomp.so.1: cannot allocate memory in static TLS block"), False),
+        (RuntimeError("the shapes differ"), False),
+    ],
+)
+def test_errors_of_a_full_memory_are_told_from_others(error, full):
+    assert is_full(error) is full
+    with pytest.raises(Full if full else type(error)), holding("a tile"):
+        raise error
+
+
+def test_what_is_no_lack_of_memory_is_not_tried_twice():
     calls = []
 
     def call(batch):
@@ -218,7 +236,7 @@ def test_what_is_no_lack_of_memory_is_raised_as_it_is(device):
         raise RuntimeError("the shapes differ")
 
     with pytest.raises(RuntimeError, match="the shapes differ"):
-        device.done(call)(torch.zeros(4, 3, 64, 96))
+        Torch("cpu").done(call)(torch.zeros(4, 3, 64, 96))
     assert calls == [4]
 
 

@@ -24,6 +24,7 @@ from distributed import Client, LocalCluster
 from volseg import calibrate, cluster, describe, flow, folder, launch, model, pipeline, review, verify, volume
 from volseg.box import Box
 from volseg.config import Cluster, UserError, load
+from volseg.run import Run
 from volseg.synth import synth
 
 SHAPE = (22, 150, 170)
@@ -252,17 +253,56 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved_and_the_run_begins_again
     fits = facts["engine"]["batch"]
     assert fits == 512 >> len(said) > 1
     assert facts["config"]["predict"]["batch"] == 512
+    assert facts["engine"]["why"].count("memory holds no more") == 1
     again = str(tmp_path / "again.volseg.zarr")
     knobs["predict"]["batch"] = fits
     launch.infer(image, again, settings(**knobs, cluster={"workers": 1}), overwrite=False, show=Quiet())
     np.testing.assert_array_equal(*(zarr.open_array(f"{run}/0", mode="r")[:] for run in (out, again)))
 
 
+def test_a_run_that_has_come_far_is_kept_where_a_batch_does_not_fit(image, small, tmp_path):
+    out = str(tmp_path / "run.volseg.zarr")
+    sets = {"predict": {"backend": "torch", "precision": "fp32", "batch": 512}, "blocks": {"shape": [2, 150, 170]}}
+    config = settings(**sets, cluster={"scheduler": small})
+    run = describe.from_image(volume.open(image), config, folder.partial(out))
+    folder.begin(run, overwrite=False)
+    for i in range(2):  # of 11
+        cluster.mark(run.out, "predict", run.keys["predict"], i, {"voxels": 0, "seconds": {}})
+    with pytest.raises(flow.Incomplete, match=r"what is done is kept.* --set predict\.batch=256 --overwrite"):
+        launch.infer(image, out, config, overwrite=False, show=Quiet())
+    assert cluster.marked(run.out, "predict", run.keys["predict"]) == {0, 1}
+
+
+def test_a_removal_that_was_stopped_leaves_nothing_that_counts(image, reference, tmp_path, monkeypatch):
+    out = tmp_path / "run.volseg.zarr"
+    shutil.copytree(reference, f"{out}.partial")
+    run = replace(Run.from_json(json.loads(Path(reference, "work/run.json").read_text())), out=f"{out}.partial")
+    remove, left = volume.remove, Path(f"{out}.partial")
+    every = len(list(left.iterdir())) + len(list((left / "work").iterdir()))
+    for stopped in range(1, every - 2, 3):
+        removed = []
+
+        def stop(path, removed=removed, most=stopped):
+            if len(removed) == most:
+                raise KeyboardInterrupt
+            removed.append(path)
+            remove(path)
+
+        monkeypatch.setattr(volume, "remove", stop)
+        with pytest.raises(KeyboardInterrupt):
+            folder.begin_again(run)
+        monkeypatch.undo()
+        assert not (left / "work/run.json").exists()
+        folder.make_room([], str(out), overwrite=False)
+        shutil.rmtree(left)
+        shutil.copytree(reference, left)
+
+
 def test_one_tile_that_does_not_fit_the_memory_is_refused(small, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (2, 2048, 2048), np.uint8)
     tifffile.imwrite(tmp_path / "em.tif", noise)
     large = settings(predict={"backend": "torch", "precision": "fp32", "tile": 2048}, cluster={"scheduler": small})
-    with pytest.raises(UserError, match=r"1 tile of 2048 x 2048 at once .*: set a smaller predict\.tile"):
+    with pytest.raises(flow.Incomplete, match=r"1 tile of 2048 x 2048 at once .*; a smaller predict\.tile takes less"):
         launch.infer(str(tmp_path / "em.tif"), str(tmp_path / "run.volseg.zarr"), large, overwrite=False, show=Quiet())
 
 

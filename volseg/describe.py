@@ -16,6 +16,8 @@ from volseg.config import Cluster, Config, Predict, UserError
 from volseg.grey import normalisation, standardised
 from volseg.run import Run, blocks, redundancy
 
+TOO_LARGE = "; memory holds no more tiles at once"  # of why a run computes as it does
+
 
 def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     """The run as plain data, every choice made."""
@@ -163,7 +165,7 @@ def _begun_engine(out: str, config: Config, path: Path) -> dict:
 
 def halved(run: Run) -> Run:
     """The run with half as many tiles in a forward pass: other bits, so nothing that was predicted can be kept."""
-    why = f"{run.engine.get('why', 'as begun')}; memory holds no more tiles at once"
+    why = run.engine.get("why", "as begun").removesuffix(TOO_LARGE) + TOO_LARGE
     return replace(run, engine={**run.engine, "batch": run.batch // 2, "why": why})
 
 

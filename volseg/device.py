@@ -6,6 +6,7 @@ numpy would go over a tile in memory once for each, one loop does them all while
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 Call = Callable[[Any], Any]  # of a batch, where it lies
-FULL = (  # how the libraries say that memory is out; the last but one is oneDNN's, the last ONNX Runtime's
-    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
-    "could not create a", "failed to allocate",
+FULL = re.compile(  # how the libraries say that memory is out; "could not create" are oneDNN's words, the last ONNX Runtime's
+    r"out of memory|can(no|')t allocate memory|not enough memory|bad_alloc|alloc_failed"
+    r"|could not create a (memory|primitive(?! desc))|failed to allocate", re.IGNORECASE,
 )  # fmt: skip
 
 
@@ -35,7 +36,19 @@ class Full(UserError):
 
 def is_full(error: Exception) -> bool:
     """Whether a library's error says that memory is out."""
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in FULL)
+    return isinstance(error, MemoryError) or (not isinstance(error, ImportError) and bool(FULL.search(str(error))))
+
+
+@contextmanager
+def holding(what: str, advice: str = "") -> Iterator[None]:
+    """Where memory is out inside, `Full` is raised that says ``what`` it did not hold, with ``advice``."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Full) or not is_full(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise Full(f"memory does not hold {what} ({reason}){advice}") from None
 
 
 class Host:
@@ -71,8 +84,7 @@ class Host:
         return nullcontext()
 
     def done(self, call: Call) -> Call:
-        """``call``, which raises `Full` where memory is out."""
-        return lambda batch: roomy(lambda: call(batch), lambda: _tiles(batch))
+        return call
 
 
 @njit(cache=True, nogil=True)
@@ -175,18 +187,18 @@ class Torch:
                 yield
 
     def done(self, call: Call) -> Call:
-        """``call`` for any thread, which returns when the device has done what was asked of it; `Full` where memory is out."""
+        """``call`` for any thread, which returns when the device has done what was asked of it."""
 
         def waited(batch: torch.Tensor) -> torch.Tensor:
             with self.inside():
-                made = roomy(lambda: call(batch), lambda: _tiles(batch))
+                made = _roomy(lambda: call(batch))
                 self._wait()
             return made
 
         return waited
 
     def _allocated(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return roomy(make, lambda: "a block's voxels beside what it has")
+        return _roomy(make)
 
     def _wait(self) -> None:
         """All that was queued before is done; other threads may go on queueing."""
@@ -214,25 +226,15 @@ def _made_streams(name: str) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     return torch.cuda.Stream(name), torch.cuda.Stream(name)
 
 
-def roomy(make: Callable[[], Any], what: Callable[[], str]) -> Any:
-    """What ``make`` returns. Memory that is out is collected once before it is given up: `Full` says ``what`` it was for."""
+def _roomy(make: Callable[[], Any]) -> Any:
+    """What ``make`` returns. Memory that is out is collected once before it is given up."""
     try:
         return make()
     except Exception as error:
         if not is_full(error):
             raise
     give_back()
-    try:
-        return make()
-    except Exception as error:
-        if not is_full(error):
-            raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    raise Full(f"memory does not hold {what()} ({reason})")
-
-
-def _tiles(batch: Any) -> str:
-    return f"{len(batch)} tile{'s' * (len(batch) > 1)} of {batch.shape[2]} x {batch.shape[3]} at once"
+    return make()
 
 
 def replayed(call: Call, shape: tuple[int, ...], name: str) -> Call:

@@ -133,6 +133,13 @@ def stages(client: Any, run: Run, show: Show) -> Ledger:
     return ledger
 
 
+def predicted_share(run: Run) -> float:
+    """Share of the blocks that have gone through the network, of all passes together."""
+    inferring = list(run.passes) or [run.first]
+    done = sum(len(cluster.marked(run.out, stage, run.keys[stage])) for stage in inferring)
+    return done / sum(len(run.grid_of(stage)) for stage in inferring)
+
+
 def to_faces(run: Run) -> list[Step]:
     """From the image, or what is taken for it, to tables that name neighbours."""
     halo = basins.halo(run.config.fragments, run.voxel_size_nm)
@@ -165,7 +172,7 @@ def run_stage(client: Any, run: Run, stage: str, show: Show, ledger: Ledger) -> 
 
 def _steps(client: Any, run: Run, steps: list[Step], show: Show, ledger: Ledger) -> None:
     """Some stages are done over all their blocks, side by side; raises `Incomplete` that names the blocks given up, and
-    `Full` as soon as a batch does not fit a worker's memory."""
+    `Full` as soon as a batch of several tiles does not fit a worker's memory."""
     blocks: dict[str, Ready] = {}
     for step in steps:
         done = cluster.marked(run.out, step.stage, run.keys[step.stage])
@@ -193,7 +200,8 @@ def _steps(client: Any, run: Run, steps: list[Step], show: Show, ledger: Ledger)
     infers = [step.stage for step in steps if step.device]
     failures = cluster.run(
         client, work, ready([step.stage for step in reversed(steps) if not step.device]), run.out, run.id,
-        device=ready(infers) if infers else (), tries=knobs.tries, window=knobs.window, done=ended, final=Full,
+        device=ready(infers) if infers else (), tries=knobs.tries, window=knobs.window, done=ended,
+        final=Full if run.batch > 1 else (),
     )  # fmt: skip
     _refuse(run, [step.stage for step in steps], failures)
 
@@ -219,6 +227,7 @@ def _stitch(client: Any, run: Run, show: Show, ledger: Ledger) -> None:
         volume.remove(f"{run.out}/work/markers/stitch")
     if cluster.marked(run.out, "stitch", run.keys["stitch"]):
         return
+    cluster.give_back(client)  # or what workers keep for no use now would count as taken
     if _fits_one_process(run):
         run_stage(client, run, "stitch", show, ledger)
         return

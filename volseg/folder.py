@@ -63,7 +63,17 @@ def begin(run: Run, overwrite: bool) -> None:
         if not overwrite:
             raise UserError(f"an unfinished run at {run.out} {difference}; finish it with its own settings, or start again "
                             "with --overwrite")  # fmt: skip
-    volume.remove(run.out)
+    _lay_out(run, None)
+
+
+def begin_again(run: Run) -> None:
+    """The run's folder holds nothing that was computed, and this description, with the network as it was."""
+    _lay_out(run, volume.read_bytes(run.out, "work/model.bin"))
+
+
+def _lay_out(run: Run, network: bytes | None) -> None:
+    """The run's folder holds its description, empty arrays, and the network: this one, or what its model file gives."""
+    _clear(run.out)
     volume.write_bytes(run.out, "work/begun", b"")
     volume.create_group(run.out)
     lead = len(run.heads)
@@ -81,9 +91,23 @@ def begin(run: Run, overwrite: bool) -> None:
     _create_fragments(run)
     if not run.taken:
         path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
-        blob = forward.prepare(path, run.engine["backend"], run.engine["precision"])
+        blob = network or forward.prepare(path, run.engine["backend"], run.engine["precision"])
         volume.write_bytes(run.out, "work/model.bin", blob)
     volume.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
+
+
+def _clear(out: str) -> None:
+    """Of what a run made at ``out`` only the mark is left that one was begun there.
+
+    What describes it goes first, the mark never: if this is stopped, the rest counts for nothing and is a run's all the same.
+    """
+    volume.remove(f"{out}/work/run.json")
+    for name in volume.names(f"{out}/work"):
+        if name != "begun":
+            volume.remove(f"{out}/work/{name}")
+    for name in volume.names(out):
+        if name != "work":
+            volume.remove(f"{out}/{name}")
 
 
 def _create_fragments(run: Run) -> None:

@@ -23,6 +23,7 @@ from volseg.device import Full
 from volseg.flow import Show
 from volseg.run import Run, blocks, fit, redundancy
 
+LITTLE = 0.1  # share of predict's blocks that may be lost where a batch turns out to be too large
 LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
 
 
@@ -147,22 +148,30 @@ def _go(
         if (link := cluster.dashboard(client)) and not light:
             show.say(f"dashboard {link}")
         threading.Thread(target=_load_ahead, daemon=True).start()
-        started = time.perf_counter()
-        run, ledger = _stages(client, run, show)
+        run, ledger, started = _stages(client, run, show)
     return finish(run, out, ledger, start, started, made)
 
 
-def _stages(client: Any, run: Run, show: Show) -> tuple[Run, flow.Ledger]:
-    """Every stage is done, in batches that the workers' memory holds: a run whose own are too large begins again."""
+def _stages(client: Any, run: Run, show: Show) -> tuple[Run, flow.Ledger, float]:
+    """Every stage is done, in batches that the workers' memory holds; the run as it was done, and when it began.
+
+    A run whose batch is too large begins again with half of it, as long as little is done: too large a batch shows in the
+    first blocks, and later ones most likely lack what something else has taken for a while.
+    """
     while True:
+        started = time.perf_counter()
         try:
-            return run, flow.stages(client, run, show)
+            return run, flow.stages(client, run, show), started
         except Full as error:
-            if run.batch == 1:
-                raise UserError(f"{error}: set a smaller predict.tile or blocks.shape, and --overwrite") from None
-            run = describe.halved(run)
-            show.say(f"{error}: beginning again, {run.batch} at once")
-            folder.begin(run, overwrite=True)
+            smaller = describe.halved(run)
+            if flow.predicted_share(run) > LITTLE:
+                raise flow.Incomplete(
+                    f"{error}; what is done is kept: make room and give the same command again, or begin again with --set "
+                    f"predict.batch={smaller.batch} --overwrite"
+                ) from None
+            show.say(f"{error}: beginning again, {smaller.batch} at once")
+            folder.begin_again(smaller)
+            run = smaller
 
 
 def _load_ahead() -> None:

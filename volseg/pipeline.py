@@ -38,7 +38,7 @@ from volseg import fragments as basins
 from volseg.box import Box, back, turned
 from volseg.config import UserError
 from volseg.decide import decide, label_dtype, rules
-from volseg.device import Call, Full, roomy
+from volseg.device import Call, Full, holding
 from volseg.grey import scale
 from volseg.machine import give_back
 from volseg.run import Run, bits, level_of, tiles_of
@@ -113,7 +113,9 @@ def _infer(
             yield keys, batch
 
     at, count = None, 0
-    with _turn(seconds), cluster.timed(seconds, "infer"), device.inside():
+    at_once = f"{run.batch} tile{'s' * (run.batch > 1)} of {grid.size[0]} x {grid.size[1]} at once"
+    advice = "" if run.batch > 1 else "; a smaller predict.tile takes less"
+    with _turn(seconds), holding(at_once, advice), cluster.timed(seconds, "infer"), device.inside():
         with cluster.timed(seconds, "load"):
             network = forward.Busy(device.done(_network(run, grid.size)))
         made, blend = device.room(out), tiles.Blend(len(run.heads), grid, y, x, device)
@@ -456,7 +458,7 @@ def work(out: str, key: str, stage: str, i: int) -> dict:
         facts = _done(run, stage, i, seconds)
     except Full as error:
         full = str(error)
-    if full:  # the run will begin again with a smaller batch, which needs the room of all that the error refers to
+    if full:  # the run may begin again with a smaller batch, which needs the room of all that the error refers to
         _loaded.cache_clear()
         give_back()
         raise Full(full)
@@ -477,7 +479,12 @@ def _done(run: Run, stage: str, i: int, seconds: dict[str, float]) -> dict | Non
 
 @lru_cache(maxsize=2)
 def _run(out: str, key: str) -> Run:
-    """The run stored at ``out``; ``key`` is its id, so that a new run at the same place is read anew."""
+    """The run stored at ``out``; ``key`` is its id, so that a new run at the same place is read anew.
+
+    The network of an earlier run makes room for its own.
+    """
+    _loaded.cache_clear()
+    give_back()
     return replace(Run.from_json(json.loads(volume.read_bytes(out, "work/run.json"))), out=out)
 
 
@@ -503,10 +510,7 @@ def _loaded(out: str, key: str, size: tuple[int, int]) -> Call:
     shape = (run.batch, run.sections, *size)
     blob = volume.read_bytes(out, "work/model.bin")
     engine = run.engine["backend"], run.engine["precision"]
-    return roomy(
-        lambda: forward.network(blob, *engine, shape, _threads(run), cluster.place_here()),
-        lambda: f"the network for {run.batch} tile{'s' * (run.batch > 1)} of {size[0]} x {size[1]} at once",
-    )
+    return forward.network(blob, *engine, shape, _threads(run), cluster.place_here())
 
 
 def _threads(run: Run) -> int:

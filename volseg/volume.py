@@ -1102,5 +1102,13 @@ def list_keys(path: str, prefix: str = "") -> list[str]:
     return sorted(os.path.relpath(os.path.join(*pair), base).replace(os.sep, "/") for pair in walked)
 
 
+def names(path: str) -> list[str]:
+    """Names of what lies directly in the folder at ``path``; none is no error."""
+    if not is_remote(path):
+        return os.listdir(path) if os.path.isdir(path) else []
+    fs, root = _remote(path)
+    return [key.rstrip("/").rpartition("/")[2] for key in fs.ls(root, detail=False)] if fs.exists(root) else []
+
+
 def _temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
