@@ -231,12 +231,40 @@ def hold_at_most(more):
     resource.setrlimit(resource.RLIMIT_DATA, (held + more, held + more))
 
 
+def test_a_run_is_no_image(reference, tmp_path):
+    for work in (launch.infer, lambda path, out, config, **_: launch.planned(path, out, config)):
+        with pytest.raises(UserError, match=r"is a run, not an image: decide it anew with volseg segment"):
+            work(reference, str(tmp_path / "run.volseg.zarr"), settings(), overwrite=False, show=Quiet())
+    with pytest.raises(UserError, match="is a run, not an image"):
+        describe.try_backends(reference, settings())
+
+
+@pytest.mark.parametrize(
+    ("sets", "why"),
+    [
+        ({"fragments": {"threshold": 0.7}}, "no voxel, smoothed, reaches fragments.threshold = 0.7"),
+        ({"stitch": {"seed": 0.8}}, "none of 1 basins holds a seed: mask less contour, smoothed, is at most 0.60, stitch.seed "
+                                    "= 0.8"),
+        ({"stitch": {"seed": 0.5, "min_voxels": 9999}}, "all are of another size than stitch.min_voxels = 9999 and the like "
+                                                        "want them"),
+    ],
+)  # fmt: skip
+def test_a_run_without_objects_says_what_it_lacks(tmp_path, sets, why):
+    chance = np.zeros((9, 20, 20), np.uint8)
+    chance[:, 5:15, 5:15] = 153
+    tifffile.imwrite(tmp_path / "chance.tif", chance)
+    config = load(base={"fragments": {"threshold": 0.5}, "cluster": {"workers": 1, "dashboard": ""}, **sets})
+    paths = str(tmp_path / "chance.tif"), str(tmp_path / "run.volseg.zarr")
+    summary = launch.segment_probabilities(*paths, config, overwrite=False, show=Quiet())
+    assert (summary.objects, summary.lacks) == (0, why)
+
+
 @pytest.fixture
 def small():
     """Address of a scheduler whose one worker has 300 MB for what it computes."""
     if sys.platform != "linux":
         pytest.skip("limits a process's memory as Linux does")
-    with LocalCluster(n_workers=1, threads_per_worker=1, memory_limit=0, dashboard_address=None) as workers:
+    with LocalCluster(n_workers=1, threads_per_worker=1, memory_limit=0, dashboard_address=":0") as workers:
         with Client(workers, set_as_default=False) as client:
             client.run(hold_at_most, 300 << 20)
         yield workers.scheduler_address

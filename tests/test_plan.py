@@ -61,9 +61,9 @@ def test_with_memory_to_spare_blocks_are_as_ever(tmp_path):
     [
         (2 * GB, 100 * GB, 0, r"2 worker\(s\) of .* GB and .* GB here would hold .*, and 2\.00 GB of memory are free: "
                               r"set cluster\.workers=1"),
-        (GB // 2, 100 * GB, 0, r"0\.50 GB of memory are free: set predict\.tile=640"),
+        (GB // 2, 100 * GB, 0, r"0\.50 GB of memory are free: set predict\.tile=544"),
         (64 * GB, GB // 2, 0, r"would be written to .*, and 0\.50 GB are free there: give --out on a larger disk"),
-        (64 * GB, 100 * GB, GB // 5, r"may hold 0\.20 GB: set predict\.tile=640, or give it more with cluster\.memory_limit"),
+        (64 * GB, 100 * GB, GB // 5, r"may hold 0\.20 GB: set predict\.tile=544, or give it more with cluster\.memory_limit"),
     ],
 )  # fmt: skip
 def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, limit, said):
@@ -75,6 +75,14 @@ def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, li
     plan.refuse(found, run, 64 * GB, 100 * GB)
     with pytest.raises(UserError, match=said):
         _ = plan.refuse_limit(found, run, limit) or plan.refuse(found, run, memory_free, disk_free)
+
+
+def test_a_batch_that_will_not_fit_is_what_the_advice_is_about(tmp_path):
+    run = unread((64, 4096, 4096), tmp_path)
+    run = replace(run, engine={**run.engine, "batch": 64})
+    found = plan.make(run, cluster.Crew(1), plan.known(run, cluster.Crew(1)))
+    with pytest.raises(UserError, match=r"set predict\.batch=32 or less$"):
+        plan.refuse(found, run, 8 * GB, 100 * GB)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,8 @@ def resume(state: State, path: Path, knobs: Train) -> bool:
     changed = [key for key, value in settings(knobs).items() if stored[key] != value]
     if changed:
         raise UserError(
-            f"{path} was made with another train.{', train.'.join(changed)}; give another train.out, or delete it"
+            f"{path} was made with another train.{', train.'.join(changed)}; give another train.out (and train.start = its "
+            "model, to go on from what it learnt), or delete it"
         )
     state.network.load_state_dict(_under("network.", tensors))
     state.averaged.load_state_dict(_under("averaged.", tensors))

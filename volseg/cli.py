@@ -35,6 +35,8 @@ Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Worker pr
 Scheduler = Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")]
 Mask = Annotated[str, typer.Option("--mask", metavar="VOLUME", help="Do nothing where this volume is 0; may be coarser.")]
 Roi = Annotated[str, typer.Option("--roi", metavar="z0:z1,y0:y1,x0:x1", help="Do only this part.")]
+Backend = Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")]
+Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 INTERRUPTED = 130  # exit code after Ctrl-C
 EVERY = 10  # seconds between lines of progress where there is no terminal
@@ -133,6 +135,8 @@ class Progressed:
 
     def line(self, now: float) -> str:
         """Its name, share, speed and the time that it still takes."""
+        if self.before >= self.voxels:
+            return f"{self.name:10} 100 %  done before"
         speed = (self.done - self.before) / max(now - self.start, 1e-9)
         left = f", {(self.voxels - self.done) / speed:.0f} s left" if speed and self.done < self.voxels else ""
         return f"{self.name:10} {100 * self.done / self.voxels:3.0f} %  {speed / 1e6:.2f} Mvoxel/s{left}"
@@ -150,8 +154,8 @@ def infer(
     sets: Sets = None,
     workers: Workers = None,
     scheduler: Scheduler = "",
-    backend: Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")] = "",
-    precision: Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")] = "",
+    backend: Backend = "",
+    precision: Precision = "",
     mask: Mask = "",
     roi: Roi = "",
     overwrite: Overwrite = False,
@@ -176,6 +180,8 @@ def plan(
     sets: Sets = None,
     workers: Workers = None,
     scheduler: Scheduler = "",
+    backend: Backend = "",
+    precision: Precision = "",
     mask: Mask = "",
     roi: Roi = "",
     price: Annotated[float | None, typer.Option("--price-per-hour", min=0.0, help="Of all workers together.")] = None,
@@ -185,7 +191,8 @@ def plan(
 
     Exit code 2, with what to set, where it would not fit memory or disk.
     """
-    settings = _of_model(config, sets, _given(model, mask, roi, workers, scheduler))
+    engine = {"predict.backend": backend, "predict.precision": precision}
+    settings = _of_model(config, sets, _given(model, mask, roi, workers, scheduler) | engine)
     from dataclasses import asdict
 
     from volseg import launch
@@ -395,7 +402,7 @@ def default_out(volume: str) -> str:
 
 def _conclude(summary: Any) -> None:
     if not summary.objects:
-        typer.echo("no object: no voxel reached fragments.threshold, or none of those stitch.seed or stitch.seed_low")
+        typer.echo(f"no object: {summary.lacks}")
     typer.echo(f"{summary.objects} objects in {summary.voxels / 1e6:.1f} million voxels")
     for line in _spent(summary):
         typer.echo(line)
@@ -437,17 +444,20 @@ def train(
 ) -> None:
     """Train a model on annotated sections."""
     settings = load(config, sets or ())
+    from volseg.checkpoint import NAME
     from volseg.train import train as run
 
-    _until_stopped(lambda: run(settings))
+    _until_stopped(lambda: run(settings), Path(settings.train.out, NAME))
 
 
-def _until_stopped(work: Callable[[], Any]) -> None:
+def _until_stopped(work: Callable[[], Any], checkpoint: Path | None = None) -> None:
     """Does ``work``; Ctrl-C ends it with a line that says how to go on."""
     try:
         work()
     except KeyboardInterrupt:
-        typer.echo("volseg: stopped; the same command goes on from the last checkpoint", err=True)
+        nothing = checkpoint is not None and not checkpoint.exists()
+        goes_on = "begins anew: nothing was learnt yet" if nothing else "goes on from the last checkpoint"
+        typer.echo(f"volseg: stopped; the same command {goes_on}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -514,6 +524,8 @@ def evaluate(
 
     scores = scoring.evaluate(pred, truth, box=region)
     typer.echo(json.dumps(scores, indent=1) if as_json else scoring.table(scores))
+    if not scores["instances"]["truth_objects"]:
+        typer.echo(f"volseg: {truth} holds no object here, so most of these scores say nothing", err=True)
 
 
 @app.command()
@@ -561,7 +573,11 @@ def clean(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
 
     if not volume.exists(f"{run}/run.json"):
         raise UserError(f"{run} is not a finished volseg run (no run.json in it); give a folder that volseg infer made")
-    volume.remove(f"{run.rstrip('/')}/work")
+    where = f"{run.rstrip('/')}/work"
+    freed = volume.stored_bytes(where)
+    volume.remove(where)
+    told = "" if freed is None else f" ({freed / 1e9:.2f} GB)"
+    typer.echo(f"removed {where}{told}; volseg segment then needs --recompute")
 
 
 @app.command()

@@ -171,6 +171,7 @@ def halved(run: Run) -> Run:
 
 def try_backends(path: str, config: Config) -> list[probe.Row]:
     """Speed and distance from float32 of every backend and precision that could run the volume at ``path`` here."""
+    folder.refuse_run(path)
     source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
     file = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(file)

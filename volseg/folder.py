@@ -35,6 +35,13 @@ def is_run(path: str) -> bool:
     return any(volume.exists(f"{p}/{name}") for p in {path, partial(path)} for name in ("run.json", "work/run.json"))
 
 
+def refuse_run(path: str) -> None:
+    """Refuses a run where an image is wanted: its labels are no grey values."""
+    if is_run(path.rstrip("/")):
+        raise UserError(f"{path} is a run, not an image: decide it anew with volseg segment {path}, or give the volume that it "
+                        "was made from")  # fmt: skip
+
+
 def make_room(sources: list[volume.Volume], out: str, overwrite: bool) -> None:
     """A run may be made at ``out``; on an object store, what `overwrite` is to replace is gone."""
     for source in sources:

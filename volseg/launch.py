@@ -21,6 +21,7 @@ from volseg.config import Config, UserError
 from volseg.decide import rules
 from volseg.device import Full
 from volseg.flow import Show
+from volseg.fragments import probability_of, seed_height
 from volseg.run import Run, blocks, fit, redundancy
 
 LITTLE = 0.1  # share of predict's blocks that may be lost where a batch turns out to be too large
@@ -48,10 +49,12 @@ class Summary:
     table: str
     picture: str
     compared: str = ""  # plan against actual, in words
+    lacks: str = ""  # why there is no object, where there is none
 
 
 def planned(path: str, out: str, config: Config) -> tuple[plan.Plan, UserError | None]:
     """What `infer` would take, measured on a few tiles, and why it would be refused; nothing is made at ``out``."""
+    folder.refuse_run(path)
     source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
     run = describe.from_image(source, config, folder.partial(folder.absolute(out)))
     crew = describe.crew_of(run)
@@ -84,6 +87,7 @@ def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -
     `UserError` for a bad volume or model, an existing output, or a changed configuration; `Incomplete` when blocks failed.
     """
     start = time.perf_counter()
+    folder.refuse_run(path)
     source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
     out = folder.absolute(out)
     folder.make_room([source], out, overwrite)
@@ -221,7 +225,7 @@ def finish(
         "peak_bytes": {"worker": ledger.peak_bytes, "client": cluster.peak_bytes()},
         "versions": {name: metadata.version(name) for name in ("volseg", "zarr", "zarrs", "dask", "numba", "numpy")},
     }
-    compared = ""
+    compared, lacks = "", "" if facts["objects"] else _lacks(run)
     if made:
         facts |= {"plan": {**asdict(made), "total_seconds": made.total_seconds}, "actual": _actual(run, ledger, facts)}
         compared = plan.compared(made, seconds["total"], facts["peak_bytes"]["worker"], facts["actual"]["written_bytes"])
@@ -245,7 +249,23 @@ def finish(
         table=f"{out}/tables/objects.parquet",
         picture=f"{out}/overlay.png",
         compared=compared,
+        lacks=lacks,
     )
+
+
+def _lacks(run: Run) -> str:
+    """Why a run in which one process stitched has no object."""
+    knobs, rule = run.config.fragments, run.config.stitch
+    if not volume.exists(f"{run.out}/work/basins.npz"):
+        return "no voxel reaches fragments.threshold, none of those that do reaches stitch.seed, or all objects are too small"
+    depth = store.load(run.out, "work/basins.npz")["depth"]
+    if not depth.size:
+        return f"no voxel, smoothed, reaches fragments.threshold = {knobs.threshold:g}"
+    most = float(probability_of(depth.min(), knobs, run.voxel_size_nm))
+    what = {"probability": "mask less contour"}.get(knobs.height, knobs.height)
+    if depth.min() > seed_height(rule.seed, knobs, run.voxel_size_nm) and not rule.keep_unseeded:
+        return f"none of {depth.size} basins holds a seed: {what}, smoothed, is at most {most:.2f}, stitch.seed = {rule.seed:g}"
+    return f"all are of another size than stitch.min_voxels = {rule.min_voxels} and the like want them"
 
 
 def _actual(run: Run, ledger: flow.Ledger, facts: dict) -> dict:

@@ -19,7 +19,7 @@ from volseg.run import Run, fit
 
 PROCESS = 190_000_000  # a worker that has read and written a little
 CLIENT = 350_000_000  # the process where the command was given, with the scheduler
-NETWORK = 90_000_000  # a network with its library, on a CPU
+NETWORK = {"openvino": 110_000_000, "onnx": 130_000_000, "torch": 700_000_000}  # a network with its library, on a CPU
 CUDA = 3_500_000_000  # torch with CUDA in host memory; not measured
 PASS = {"openvino": 160, "onnx": 310, "torch": 660}  # inside a network on a CPU for each of its pixels, rough
 ENDS = 8  # for each voxel of each channel that goes into a network or comes out
@@ -37,7 +37,7 @@ def network(run: Run, threads: int) -> int:
         return CUDA
     tile = max(prod(run.tile_grid(plane).size) for plane in run.config.predict.planes)
     each = PASS[run.engine["backend"]] / run.binning**2 + ENDS * (run.sections + len(run.heads))
-    return NETWORK + threads * run.batch * round(tile * each)
+    return NETWORK[run.engine["backend"]] + threads * run.batch * round(tile * each)
 
 
 def stages(run: Run, threads: int) -> dict[str, int]:

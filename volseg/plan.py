@@ -176,10 +176,14 @@ def refuse_limit(plan: Plan, run: Run, limit: int) -> None:
 
 def _smaller(run: Run) -> str:
     """What to set where no worker could hold a block."""
+    if run.batch > 1:
+        return f"set predict.batch={run.batch // 2} or less"
     if run.config.blocks.shape:
         return "leave out blocks.shape, or make it smaller"
     multiple = tiles.MULTIPLE * run.binning
-    return f"set predict.tile={max(256, run.config.predict.tile // 2 // multiple * multiple)}"
+    longest = max(max(run.tile_grid(plane).size) for plane in run.config.predict.planes)
+    smaller = max(multiple, min(longest, run.config.predict.tile) // 2 // multiple * multiple)
+    return f"set predict.tile={smaller}" if smaller < longest else "give it more memory"
 
 
 def room_on_disk(run: Run) -> int | None:

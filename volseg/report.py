@@ -128,7 +128,7 @@ def curves(history: list[dict], every: int) -> bytes:
             axes.plot(steps, values, color=colour, label=split, marker="o" if len(values) < 30 else None, markersize=3)
         if top:
             axes.axvline(top["step"], color="tab:orange", linestyle=":", label=f"best: step {top['step']}")
-        axes.set(title=title, xlabel=f"step (an epoch: {every} steps)")
+        axes.set(title=title, xlabel=f"step (an epoch: {min(every, max(row['step'] for row in history))} steps)")
         axes.grid(alpha=0.3)
         axes.legend()
     return _png(figure)
@@ -283,7 +283,8 @@ def _decoding(decoding: Decoding, figures: dict[str, bytes]) -> list[str]:
         why = "No section was held out, so these are the settings given, not chosen."
         return [f"<p class=note>{why}</p>", _key_values(rows)]
     tried = [{**row, "pq": f"{row['pq']:.4f}"} for row in decoding.rows[:5]]
-    return [_key_values(rows), _figure(figures["threshold"], ""), "<p class=note>Best candidates:</p>", _table(tried)]
+    curve = _figure(figures["threshold"], "IoU of the held-out sections at each threshold of the mask.")
+    return [_key_values(rows), curve, "<p class=note>Best candidates:</p>", _table(tried)]
 
 
 def _data(sources: tuple[Source, ...]) -> str:
@@ -305,7 +306,8 @@ def _key_values(values: dict[str, str]) -> str:
 
 def _figure(png: bytes, caption: str) -> str:
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return f'<figure><img src="{source}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
+    told = html.escape(caption)
+    return f'<figure><img src="{source}" alt="{told}"><figcaption>{told}</figcaption></figure>'
 
 
 def _chip(text: str, colour: tuple[int, int, int]) -> str:

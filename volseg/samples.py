@@ -55,10 +55,18 @@ def load_sources(knobs: Train) -> list[Source]:
     """Every volume of ``train.data``; raises :class:`UserError` for one that cannot be learnt from."""
     if not knobs.data:
         raise UserError("train.data is empty: add a [[train.data]] table with image and label")
-    sources = [_load(data, knobs, f"train.data[{i}]") for i, data in enumerate(knobs.data)]
+    sources = [_named(data, knobs, f"train.data[{i}]") for i, data in enumerate(knobs.data)]
     if knobs.self_training:
         _check_self_training(sources, knobs)
     return sources
+
+
+def _named(data: TrainData, knobs: Train, where: str) -> Source:
+    """`_load`, whose refusals all say which table of the config they are about."""
+    try:
+        return _load(data, knobs, where)
+    except UserError as error:
+        raise (error if str(error).startswith(where) else UserError(f"{where}: {error}")) from None
 
 
 def _check_self_training(sources: list[Source], knobs: Train) -> None:

@@ -7,8 +7,11 @@ import hashlib
 import json
 import math
 import platform
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from volseg.machine import keep_memory
 from volseg.samples import Source, batch, batches, load_sources, mixed
 
 CHECKPOINT_SECONDS = 120
+TOLD_SECONDS = 60
 WARM_UP = 0.1  # share of the run in which the learning rate rises
 SETTLE = 40  # batches, at most, that set the batch-norm statistics of the averaged weights
 FIRST_SETTLE = 1_000_000_000  # their step numbers, which no run reaches
@@ -50,7 +54,8 @@ def train(config: Config, say: Say = print) -> Path:
             say(f"going on from step {state.step} in {out}")
         with _progress() as bar:
             task = bar.add_task("train", total=knobs.steps, completed=state.step, shown="", left="")
-            _lead(state, sources, config, lambda row: _show(bar, task, row), say)
+            show = _lines(knobs, say) if bar.disable else lambda row: _show(bar, task, row)
+            _lead(state, sources, config, show, say)
     return finish(state, sources, config, say)
 
 
@@ -92,17 +97,41 @@ def _lead(state: State, sources: list[Source], config: Config, show: Callable, s
     """Trains to the end of the run; validates and saves a model every so many steps, and a checkpoint more often."""
     knobs, out = config.train, Path(config.train.out)
     last_saved = time.monotonic()
-    for row in steps(state, sources, knobs, say):
-        show({**row, "left": _left(state, knobs)})
-        if state.step % knobs.every == 0:
-            scores = validate(state.averaged, sources, knobs)
-            state.history += [{"step": state.step, "split": "validation", **scores["all"]}] if scores else []
-            say(_line(state, knobs))
-            model.save(out / "model.safetensors", state.averaged, _card(config, sources, state, scores, None))
-        if state.step % knobs.every == 0 or time.monotonic() - last_saved > CHECKPOINT_SECONDS:
-            checkpoint.save(state, out / checkpoint.NAME, knobs)
-            last_saved = time.monotonic()
+    with _interrupted() as interrupted:
+        for row in steps(state, sources, knobs, say):
+            show({**row, "left": _left(state, knobs)})
+            if state.step % knobs.every == 0:
+                scores = validate(state.averaged, sources, knobs)
+                state.history += [{"step": state.step, "split": "validation", **scores["all"]}] if scores else []
+                say(_line(state, knobs))
+                model.save(out / "model.safetensors", state.averaged, _card(config, sources, state, scores, None))
+            stop = interrupted()
+            if state.step % knobs.every == 0 or stop or time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+                checkpoint.save(state, out / checkpoint.NAME, knobs)
+                last_saved = time.monotonic()
+            if stop:
+                raise KeyboardInterrupt
     checkpoint.save(state, out / checkpoint.NAME, knobs)
+
+
+@contextmanager
+def _interrupted() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is only remembered, for the end of a step; a second one stops at once."""
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def hear(signum: int, _: object) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(signum)
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield lambda: bool(heard)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------- steps
@@ -311,6 +340,8 @@ def _closing(scores: dict, chosen: Decoding, state: State) -> Iterator[str]:
     z, y, x = chosen.smooth
     decoding = f"mask threshold {chosen.threshold:.2f}, smoothing {z} {y} {x}, seed {chosen.seed:g}, "
     decoding += f"objects from {chosen.min_voxels} voxels"
+    if chosen.pq == 0:
+        yield "none of the settings tried finds an object on the held-out sections; train for longer, or annotate more"
     if chosen.iou is None:
         yield f"no section was held out, so decoding is left as set: {decoding}"
     else:
@@ -454,6 +485,19 @@ def _show(bar: Progress, task: int, row: dict) -> None:
     """Moves the bar to a step's row."""
     shown = f"loss {row['loss']:.3f} IoU {row['iou']:.3f}"
     bar.update(task, completed=row["step"], shown=shown, left=f"{row['left']} left")
+
+
+def _lines(knobs: Train, say: Say) -> Callable[[dict], None]:
+    """Says a line of a step's row now and then, where no bar moves."""
+    last = time.monotonic()
+
+    def show(row: dict) -> None:
+        nonlocal last
+        if time.monotonic() - last > TOLD_SECONDS:
+            last = time.monotonic()
+            say(f"step {row['step']}/{knobs.steps}: loss {row['loss']:.3f} IoU {row['iou']:.3f}, {row['left']} left")
+
+    return show
 
 
 def _left(state: State, knobs: Train) -> str:

@@ -96,7 +96,9 @@ class Volume:
         readers = {"zarr": self._read_zarr, "tiff": self._read_tiff, "slices": self._read_slices}
         out = readers[self.kind](box)
         if out.dtype.kind == "f" and not np.isfinite(out).all():
-            raise UserError(f"{self.path} holds NaN or infinity in box {box}; replace these voxels, for instance by 0")
+            bad = np.argwhere(~np.isfinite(out))
+            at = Box(tuple((bad.min(0) + box.start).tolist()), tuple((bad.max(0) + 1 + box.start).tolist()))
+            raise UserError(f"{self.path} holds NaN or infinity in box {at}; replace these voxels, for instance by 0")
         return out
 
     def checksum(self) -> str:
