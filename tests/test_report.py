@@ -41,6 +41,13 @@ def test_the_data_table_has_a_row_for_each_volume_and_advice_below(tables, tmp_p
     assert (first.split()[1], second.split()[1]) == ("6", "2")
     assert any("all 2 sections lie in 0:2 of 8: spread evenly" in line for line in advice)
     assert any("4 annotated objects, fewer than 150" in line for line in advice)
+    assert not any("held out" in line for line in advice)
+
+
+def test_sections_both_to_learn_from_and_held_out_are_told(tables, tmp_path):
+    both = {**tables["data"][0], "train": [0, 6, 7]}
+    text = data_table(load_sources(config_of(tables, tmp_path, data=[both]).train))
+    assert "not learnt from, since held out: section 6 and 1 more of train" in text
 
 
 @pytest.fixture

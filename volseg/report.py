@@ -83,8 +83,17 @@ def data_rows(sources: tuple[Source, ...] | list[Source]) -> list[dict]:
             "empty": len(found["empty"]),
             "labels": source.kind,
         }
-        rows.append({"row": row, "advice": found["advice"]})
+        held = [f"not learnt from, since held out: {_few(source.taken)} of train"] if source.taken else []
+        rows.append({"row": row, "advice": [*found["advice"], *held]})
     return rows
+
+
+def _few(sections: tuple[int, ...]) -> str:
+    """
+    >>> _few((5,)), _few((5, 6, 9))
+    ('section 5', 'section 5 and 2 more')
+    """
+    return f"section {sections[0]}" + (f" and {len(sections) - 1} more" if len(sections) > 1 else "")
 
 
 def data_table(sources: list[Source]) -> str:

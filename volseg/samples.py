@@ -49,6 +49,7 @@ class Source:
     kind: str  # how the labels were read: "instances", or "mask" and how that was written
     depth: int  # sections of the whole volume
     turned: tuple[Source, ...] = ()  # what teaches, seen along other axes
+    taken: tuple[int, ...] = ()  # sections of the volume named to learn from, but held out
 
 
 def load_sources(knobs: Train) -> list[Source]:
@@ -89,7 +90,8 @@ def _load(data: TrainData, knobs: Train, where: str) -> Source:
     where = f"{where} ({f'synth {data.synth_seed}' if made else data.image})"
     depth = data.synth_shape[0] if made else volume.open(data.image).shape[0]
     held = parse_sections(data.validate_on, depth)
-    learn = [z for z in parse_sections(data.train or (f"0:{depth}",), depth) if z not in set(held)]
+    named = parse_sections(data.train or (f"0:{depth}",), depth)
+    learn = [z for z in named if z not in set(held)]
     if not learn:
         raise UserError(f"{where}: every section is held out; leave some to learn from")
     free = _free(data, learn, held, around, depth) if knobs.self_training else []
@@ -103,6 +105,7 @@ def _load(data: TrainData, knobs: Train, where: str) -> Source:
     touching = contacts(found["labels"], knobs.contour_width, size is not None and volume.isotropic(size))
     source = Source(
         first=first, learn=learn, held=held, free=free, spots=spots, share=data.share, depth=depth, touching=touching,
+        taken=tuple(sorted(set(named) & set(held))) if data.train else (),
         meetings=_positions(np.flatnonzero(touching[list(learn)]), learn, touching.shape),
         distance=_distance(found["labels"], annotated, size, knobs, where), **found,
     )  # fmt: skip
