@@ -21,6 +21,7 @@ from volseg import cluster, forward, model, tiles, volume
 from volseg.box import Box
 from volseg.config import Config
 from volseg.grey import standardised
+from volseg.machine import keep_memory
 
 OVERLAP = 64  # voxels, of the peers' windows as of volseg's tiles
 
@@ -28,8 +29,10 @@ OVERLAP = 64  # voxels, of the peers' windows as of volseg's tiles
 def measure(image: str, sections: int, few: int, repeats: int, standard: str, out: str, sets: tuple[str, ...]) -> None:
     """A row for each way to the same probabilities: million voxels/s, and how far they lie from the plain network's.
 
-    The others run the model at ``standard``, or ours where that is empty.
+    The others run the model at ``standard``, or ours where that is empty. Their process keeps the memory that it frees, as
+    volseg's workers do.
     """
+    keep_memory()
     folder = Path(out)
     path = last_sections(image, sections, folder)
     depth, *plane = volume.open(str(path)).shape

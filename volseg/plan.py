@@ -30,18 +30,18 @@ from volseg.config import Fragments, UserError
 from volseg.grey import scale
 from volseg.run import Run, bits, redundancy
 
-START = 4.0  # seconds: 3 until workers are there, 1 for the table and the picture
+START = 3.0  # seconds: 2 until workers are there, 1 for the table and the picture
 SPEED = {
-    "openvino fp32": 1.1, "openvino int8": 1.9, "onnx fp32": 0.9, "torch fp32": 0.45,
+    "openvino fp32": 1.1, "openvino int8": 2.1, "onnx fp32": 0.9, "torch fp32": 0.45,
 }  # fmt: skip  # million voxels/s of a core
 FAST = {"openvino bf16": 2.1, "openvino int8": 3.5, "torch fp32": 0.7, "torch bf16": 1.4}  # where it multiplies in bf16
 GPU_SPEED = 60.0  # million voxels/s of a GPU, a guess
-BINNED = 2.5  # times as fast where the network bins by 2, likewise
-INSTANCES = 4.5e6  # voxels/s of a core for all that follows the network
+BINNED = 2.6  # times as fast where the network bins by 2, likewise
+INSTANCES = 10e6  # voxels/s of a core for all that follows the network
 PACKED = {"probability": 0.05, "fragments": 0.03, "labels": 0.01, "tables": 1.4}  # stored bytes for each voxel (and channel)
-LAID = 0.05e-6  # seconds of a core for a voxel inferred: reading, laying tiles, blending and storing, which no probe sees
+LAID = 0.03e-6  # seconds of a core for a voxel inferred: reading, laying tiles, blending and storing, which no probe sees
 ON_GPU = 0.87  # share of predict's time in the network on a GPU, a guess
-AFTER = 0.12e-6  # seconds of a core for a voxel: reading, storing, faces, relabelling and levels, likewise
+AFTER = 0.04e-6  # seconds of a core for a voxel: reading, storing, faces, relabelling and levels, likewise
 LINKED = 1.33  # bytes of all tables for each one of the blocks' own, likewise
 SECTIONS = 8  # sections of the probe, fewer where tiles are large
 PROBE_VOXELS = 1 << 22  # voxels that are enough
