@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from benchmarks import report
-from volseg import cluster, config, volume
+from volseg import cluster, config, stitch, volume
 from volseg.box import Blocks, Box
 
 GROWTH = {  # piece, blocks and tiles, and how often the piece is laid along z, y and x: once, then 8 and 64 times as much
@@ -44,6 +44,7 @@ def volumes(out: str, most: int, reduce: str, along: str) -> None:
     flags = (*cut, f"stitch.reduce={reduce}", "cluster.workers=1")
     cores, rows = _cores(), []
     _infer(_laid(Path(out, "first"), piece, (1, 1, 1)), flags, cores)
+    _warm()
     for times in (times for times in copies if prod(times) <= most):
         facts = _infer(_laid(Path(out, f"{along}{prod(times)}"), piece, times), flags, cores)
         shape = " x ".join(str(n) for n in facts["source"]["shape"])
@@ -51,6 +52,13 @@ def volumes(out: str, most: int, reduce: str, along: str) -> None:
     report.keep(f"scaling-volume-{along}", rows)
     told = f"one worker, stitch.reduce={reduce}"
     print(f"\n{told}: its memory grows by {100 * (rows[-1]['worker MB'] / rows[0]['worker MB'] - 1):.1f} %")
+
+
+def _warm() -> None:
+    """Kernels that sort long tables are compiled: only the larger volumes have any, and compiling takes 56 MB of a worker."""
+    many = np.arange(1 << 16)
+    for high in (many.astype(np.int32), many):
+        stitch.order(high, many)
 
 
 def workers(out: str, counts: tuple[int, ...]) -> None:
