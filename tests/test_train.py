@@ -26,7 +26,6 @@ from volseg.train import (
     FIRST_SETTLE,
     _decode,
     _fitting,
-    _lead,
     check,
     guess,
     learning_rate,
@@ -156,23 +155,6 @@ def test_a_distance_head_is_learnt_on_top_of_a_model_and_cuts_alike_in_any_block
         found.append(digest(out))
         assert zarr.open_array(f"{out}/0", mode="r").shape[0] == 3
     assert found[0] == found[1]
-
-
-def test_ctrl_c_ends_a_run_after_its_step_and_keeps_it(tables, tmp_path):
-    config = config_of(tables, tmp_path, steps=100, every=100)
-    state, sources = start(config.train, torch.device("cpu")), load_sources(config.train)
-
-    def show(row):
-        if row["step"] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        _lead(state, sources, config, show, print)
-    assert signal.getsignal(signal.SIGINT) is before
-    again = start(config.train, torch.device("cpu"))
-    assert checkpoint.resume(again, tmp_path / checkpoint.NAME, config.train)
-    assert again.step == state.step == 2
 
 
 def test_a_height_that_nothing_learns_is_refused_at_once(tables, tmp_path):
