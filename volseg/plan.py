@@ -183,7 +183,7 @@ def _smaller(run: Run) -> str:
     multiple = tiles.MULTIPLE * run.binning
     longest = max(max(run.tile_grid(plane).size) for plane in run.config.predict.planes)
     smaller = max(multiple, min(longest, run.config.predict.tile) // 2 // multiple * multiple)
-    return f"set predict.tile={smaller}" if smaller < longest else "give it more memory"
+    return f"set predict.tile={smaller}" if smaller < longest else "use a machine with more"
 
 
 def room_on_disk(run: Run) -> int | None:
