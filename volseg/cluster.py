@@ -22,7 +22,7 @@ import dask.config
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
 
-from volseg import machine, prefork, store, volume
+from volseg import prefork, store, volume
 from volseg.config import Cluster, UserError
 
 THREADS = "VOLSEG_THREADS"  # environment of a worker: how many tiles it runs at once
@@ -170,11 +170,6 @@ def dashboard(client: Client) -> str:
 def threads(client: Client) -> int:
     """Task slots of all workers together."""
     return sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
-
-
-def give_back(client: Client) -> None:
-    """Workers hold no memory that they do not use."""
-    client.run(machine.give_back)
 
 
 def threads_here() -> int:

@@ -24,7 +24,7 @@ from volseg import fragments as basins
 from volseg.box import Box
 from volseg.config import UserError
 from volseg.device import Full
-from volseg.pipeline import work
+from volseg.pipeline import let_go, work
 from volseg.ready import Ready, Region
 from volseg.run import Run, level_of
 
@@ -227,7 +227,7 @@ def _stitch(client: Any, run: Run, show: Show, ledger: Ledger) -> None:
         volume.remove(f"{run.out}/work/markers/stitch")
     if cluster.marked(run.out, "stitch", run.keys["stitch"]):
         return
-    cluster.give_back(client)  # or what workers keep for no use now would count as taken
+    client.run(let_go)  # nothing is inferred from here on: the graph takes the room that the network had
     if _fits_one_process(run):
         run_stage(client, run, "stitch", show, ledger)
         return

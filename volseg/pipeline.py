@@ -279,19 +279,26 @@ def _gathered_voids(run: Run, basin_of: list[np.ndarray]) -> tuple[voids.Voids |
 
 def contracted(run: Run, n: int, seconds: dict[str, float], level: int) -> dict:
     """Part ``n`` of that level is contracted: what goes up is stored, what became of the rest, and what it finished."""
+    sizes: list[int] = []
+
+    def opened(columns: dict[str, np.ndarray]) -> tree.Graph:
+        sizes.append(columns["depth"].size)
+        return tree.Graph(**columns)
+
     with cluster.timed(seconds, "read"):
         if level == 0:
             table = basins.Table(**store.load(run.out, f"work/tables/{n}.npz"))
             near = tree.near(run.grid, n, run.config.fragments.connectivity)
             links = zip(near, store.each(run.out, [f"work/links/{j}.npz" for j in near]), strict=True)
-            graph, sizes = tree.leaf(n, table, {j: stitch.Links(**l) for j, l in links}), []
+            graph = tree.leaf(n, table, {j: stitch.Links(**l) for j, l in links})
         else:
-            below = tree.children(run.grid, level, n)
-            graphs = [tree.Graph(**g) for g in store.each(run.out, [f"work/tree/{level - 1}/up/{c}.npz" for c in below])]
-            graph, sizes = tree.join(graphs, run.grid, level, n), [g.depth.size for g in graphs]
+            keys = [f"work/tree/{level - 1}/up/{c}.npz" for c in tree.children(run.grid, level, n)]
+            graphs = store.each(run.out, keys, most=max(1, 8 >> level))  # the higher, the larger: fewer at once
+            graph = tree.join(map(opened, graphs), run.grid, level, n)
     with cluster.timed(seconds, "contract"):
         deciding = rules(run.config, run.voxel_size_nm)
         up, finished, fate = tree.contract(graph, deciding.seed_height)
+        del graph
         kept = tree.kept(finished, deciding)
     with cluster.timed(seconds, "write"):
         store.save(run.out, f"work/tree/{level}/up/{n}.npz", **asdict(up))
@@ -459,8 +466,7 @@ def work(out: str, key: str, stage: str, i: int) -> dict:
     except Full as error:
         full = str(error)
     if full:  # the run may begin again with a smaller batch, which needs the room of all that the error refers to
-        _loaded.cache_clear()
-        give_back()
+        let_go()
         raise Full(full)
     seconds["other"] = time.perf_counter() - start - sum(seconds.values())
     receipt = {"voxels": run.grid_of(stage)[i].voxels, "seconds": seconds, **(facts or {})}
@@ -477,14 +483,19 @@ def _done(run: Run, stage: str, i: int, seconds: dict[str, float]) -> dict | Non
     return OF_LEVEL[name](run, i, seconds, level)
 
 
+def let_go() -> None:
+    """This process keeps no network, nor memory that it does not use."""
+    _loaded.cache_clear()
+    give_back()
+
+
 @lru_cache(maxsize=2)
 def _run(out: str, key: str) -> Run:
     """The run stored at ``out``; ``key`` is its id, so that a new run at the same place is read anew.
 
     The network of an earlier run makes room for its own.
     """
-    _loaded.cache_clear()
-    give_back()
+    let_go()
     return replace(Run.from_json(json.loads(volume.read_bytes(out, "work/run.json"))), out=out)
 
 

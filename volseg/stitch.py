@@ -213,7 +213,7 @@ def find(parent, i):
 def _between(edges: np.ndarray, basin: np.ndarray, offset: np.ndarray, count: int) -> np.ndarray:
     """Edges made to join basins, without those inside one basin, one for each pair, in the total order."""
     edges.resize(_rename(edges, basin, offset), refcheck=False)
-    edges.resize(_collapse(edges, np.empty(edges.size, _positions(edges.size)), count), refcheck=False)
+    edges.resize(_collapse(edges, np.empty(edges.size, positions(edges.size)), count), refcheck=False)
     _rearrange(edges, by_key(*(edges[key] for key in KEY)))
     return edges
 
@@ -271,15 +271,16 @@ def _merge_pairs(edges, rows):
             best = e
             continue
         worse = e
-        if _before(edges[e], edges[best]):
+        if before(edges[e], edges[best]):
             best, worse = e, best
         edges[best].area += edges[worse].area
         edges[best].height += edges[worse].height
         edges[worse].area = -1
 
 
-@njit(cache=True)
-def _before(e, f):
+@njit(cache=True, nogil=True)
+def before(e, f):
+    """Whether edge ``e`` comes before ``f`` in the total order."""
     if e.high != f.high:
         return e.high < f.high
     if e.high_at != f.high_at:
@@ -317,7 +318,7 @@ def by_key(high: np.ndarray, high_at: np.ndarray, low: np.ndarray, low_at: np.nd
     return rows
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _settle(rows, high, high_at, low, low_at):
     """Among rows that share their higher end, insertion by the lower end."""
     for i in range(1, rows.size):
@@ -343,8 +344,8 @@ def order(*columns: np.ndarray) -> np.ndarray:
     """
     size = columns[0].size
     if size < _FEW:
-        return np.lexsort(columns[::-1]).astype(_positions(size))
-    rows, spare = np.arange(size, dtype=_positions(size)), np.empty(size, _positions(size))
+        return np.lexsort(columns[::-1]).astype(positions(size))
+    rows, spare = np.arange(size, dtype=positions(size)), np.empty(size, positions(size))
     for column in reversed(columns):
         lowest = column.min()
         for shift in range(0, int(column.max() - lowest).bit_length(), _DIGIT):
@@ -353,7 +354,7 @@ def order(*columns: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _positions(size: int) -> type:
+def positions(size: int) -> type:
     """The dtype that holds positions in so many rows."""
     return np.uint32 if size <= LOCAL else np.int64
 

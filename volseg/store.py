@@ -20,7 +20,7 @@ ONE_READS = threading.Lock()  # headers go through Python's parser, which in 3.1
 def save(out: str, key: str, **arrays: np.ndarray) -> None:
     file = io.BytesIO()
     np.savez(file, **arrays)
-    volume.write_bytes(out, key, file.getvalue())
+    volume.write_bytes(out, key, file.getbuffer())
 
 
 def load(out: str, key: str, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
@@ -30,18 +30,20 @@ def load(out: str, key: str, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray
         return {name: np.empty(0) if name in skip else stored[name] for name in stored.files}
 
 
-def each(out: str, keys: Iterable[str], skip: tuple[str, ...] = ()) -> Iterator[dict[str, np.ndarray]]:
-    """What is saved under each key."""
-    return ahead(lambda key: load(out, key, skip), keys)
+def each(
+    out: str, keys: Iterable[str], skip: tuple[str, ...] = (), most: int = 2 * IO_THREADS
+) -> Iterator[dict[str, np.ndarray]]:
+    """What is saved under each key; at most so many are in memory that were not taken yet."""
+    return ahead(lambda key: load(out, key, skip), keys, most)
 
 
-def ahead(read: Callable[[Any], Any], keys: Iterable[Any]) -> Iterator[Any]:
-    """``read(key)`` for each key, in order, some of them read ahead side by side: an object store answers slowly."""
+def ahead(read: Callable[[Any], Any], keys: Iterable[Any], most: int = 2 * IO_THREADS) -> Iterator[Any]:
+    """``read(key)`` for each key, in order, up to ``most`` of them read ahead side by side: an object store answers slowly."""
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(IO_THREADS) as pool:
         for key in keys:
             waiting.append(pool.submit(read, key))
-            if len(waiting) >= 2 * IO_THREADS:
+            if len(waiting) >= most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

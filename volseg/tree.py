@@ -19,7 +19,7 @@ On the way back each part tells its parts what became of the components that the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,11 +28,12 @@ from numba import njit
 from volseg.box import Blocks
 from volseg.decide import Rules
 from volseg.fragments import EDGE, KEY, Table
-from volseg.stitch import LOCAL, Links, add_up, by_key, find, least, order
+from volseg.stitch import LOCAL, Links, add_up, before, by_key, find, least, order, positions
 
 _SADDLE = [(key, EDGE[key]) for key in KEY]
-INNER = np.dtype([("a", np.int64), ("b", np.int64), *_SADDLE])
-OUTER = np.dtype([("of", np.int64), ("here", np.int64), ("there", np.int64), *_SADDLE])
+INNER = np.dtype([("a", np.uint32), ("b", np.uint32), *_SADDLE])
+OUTER = np.dtype([("of", np.uint32), ("here", np.int64), ("there", np.int64), *_SADDLE])
+BACK = np.dtype([("of", np.uint32), ("here", np.int64), ("there", np.int64)])  # what `join` keeps of a second side
 DRAIN = -1  # `high` of what is joined before all edges; heights are not negative
 SUMS = ("depth", "voxels", "first", "mass")
 
@@ -123,15 +124,14 @@ def contract(graph: Graph, level: int) -> tuple[Graph, Graph, np.ndarray]:
     depth at most ``level``; of two rows to the same region outside only the lowest goes up.
     """
     count = graph.depth.size
-    outside, there = np.unique(graph.outer["there"], return_inverse=True)
-    a = np.concatenate([graph.inner["a"], graph.outer["of"]])
-    b = np.concatenate([graph.inner["b"], there + count])
-    keys = [np.concatenate([graph.inner[key], graph.outer[key]]) for key in KEY]
-    known = np.arange(count + outside.size) < count
-    seeded = np.concatenate([graph.depth <= level, np.zeros(outside.size, bool)])
-    root, keep = _contract(a, b, keys[0], by_key(*keys), known, seeded, level)
-    inner, outer = graph.inner[keep[: graph.inner.size]], graph.outer[keep[graph.inner.size :]]
-    group, sums = _sum(graph, root[:count])
+    there, outside = _numbered(graph.outer["there"])
+    seeded = np.concatenate([graph.depth <= level, np.zeros(outside, bool)])
+    by_inner, by_outer = (by_key(*(rows[key] for key in KEY)) for rows in (graph.inner, graph.outer))
+    whole, root = (np.arange(size, dtype=positions(seeded.size)) for size in (seeded.size, count))
+    of_inner, of_outer = _contract(graph.inner, graph.outer, there, by_inner, by_outer, seeded, whole, root, level)
+    del there, seeded, by_inner, by_outer, whole
+    inner, outer = graph.inner[of_inner], graph.outer[of_outer]
+    group, sums = _sum(graph, root)
     is_open = np.zeros(sums["depth"].size, bool)
     for ends in (inner["a"], inner["b"], outer["of"]):
         is_open[group[ends]] = True
@@ -147,35 +147,62 @@ def contract(graph: Graph, level: int) -> tuple[Graph, Graph, np.ndarray]:
     return up, finished, fate
 
 
+def _numbered(names: np.ndarray) -> tuple[np.ndarray, int]:
+    """The number (from 0) of each name among the distinct ones in ascending order, and how many these are."""
+    return _count_up(names, order(names)) if names.size else (np.empty(0, np.uint32), 0)
+
+
 @njit(cache=True, nogil=True)
-def _contract(a, b, high, rows, known, seeded, level):
-    """The root of each component along joins that are certain, and which rows must go up.
+def _count_up(names, rows):
+    out = np.empty_like(rows)
+    last = 0
+    for k in range(rows.size):
+        last += k > 0 and names[rows[k]] != names[rows[k - 1]]
+        out[rows[k]] = last
+    return out, last + 1
+
+
+@njit(cache=True, nogil=True)
+def _contract(inner, outer, there, by_inner, by_outer, seeded, whole, sure, level):
+    """Which rows of both kinds must go up; ``sure`` becomes the root of each component along joins that are certain.
 
     Rows are taken in ascending order, as Kruskal's algorithm does, once with all that could be joined (``whole``) and once
     with what is certain (``sure``). A set without a seed, of which nothing unknown is reached by lower rows, knows all that
-    leaves it: the row at hand is the lowest.
+    leaves it: the row at hand is the lowest. Regions outside, which are unknown, stand after the components.
     """
-    whole, sure = np.arange(known.size), np.arange(known.size)
-    shut = known.copy()
-    for k in range(known.size):
-        shut[k] = known[k] and not seeded[k]
-    keep = np.zeros(a.size, np.bool_)
-    for e in rows:
-        p, q = find(whole, a[e]), find(whole, b[e])
-        free = high[e] <= level or high[e] == DRAIN
+    count = sure.size
+    shut = np.zeros(seeded.size, np.bool_)
+    for k in range(count):
+        shut[k] = not seeded[k]
+    keep_inner, keep_outer = np.zeros(inner.size, np.bool_), np.zeros(outer.size, np.bool_)
+    i = j = 0
+    while i < by_inner.size or j < by_outer.size:
+        known = j == by_outer.size or (i < by_inner.size and not before(outer[by_outer[j]], inner[by_inner[i]]))
+        if known:
+            e = np.int64(by_inner[i])
+            a, b, high = np.int64(inner[e].a), np.int64(inner[e].b), inner[e].high
+            i += 1
+        else:
+            e = np.int64(by_outer[j])
+            a, b, high = np.int64(outer[e].of), count + np.int64(there[e]), outer[e].high
+            j += 1
+        p, q = find(whole, a), find(whole, b)
+        free = high <= level or high == DRAIN
         if p == q or (not free and seeded[p] and seeded[q]):
             continue
-        if known[b[e]] and (free or shut[p] or shut[q]):
-            r, s = find(sure, a[e]), find(sure, b[e])
+        if known and (free or shut[p] or shut[q]):
+            r, s = find(sure, a), find(sure, b)
             sure[max(r, s)] = min(r, s)
+        elif known:
+            keep_inner[e] = True
         else:
-            keep[e] = True
+            keep_outer[e] = True
         whole[q] = p
         seeded[p] = seeded[p] or seeded[q]
         shut[p] = shut[p] and shut[q]
-    for k in range(sure.size):
+    for k in range(count):
         sure[k] = find(sure, k)
-    return sure, keep
+    return keep_inner, keep_outer
 
 
 def _sum(graph: Graph, root: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -200,17 +227,42 @@ def kept(finished: Graph, rules: Rules) -> np.ndarray:
 # ---------------------------------------------------------------- 3
 
 
-def join(below: Sequence[Graph], grid: Blocks, level: int, n: int) -> Graph:
+def join(below: Iterable[Graph], grid: Blocks, level: int, n: int) -> Graph:
     """The `Graph` of part ``n`` of that level from those of its `children`; components are numbered one after another.
 
-    A row over a face between two of them is an edge where both still have it: what either dropped is in no forest.
+    A row over a face between two of them is an edge where both still have it: what either dropped is in no forest. They
+    are taken one at a time, and what is no longer needed of one is let go before the next.
     """
-    offset = np.cumsum([0, *(graph.depth.size for graph in below)])
-    inner = [_moved(graph.inner, ("a", "b"), by) for graph, by in zip(below, offset, strict=False)]
-    outer = np.concatenate([_moved(graph.outer, ("of",), by) for graph, by in zip(below, offset, strict=False)])
-    within = _inside(outer["there"], grid, level, n)
-    sums = {name: np.concatenate([getattr(graph, name) for graph in below]) for name in SUMS}
-    return Graph(**sums, inner=np.concatenate([*inner, _meet(outer[within])]), outer=outer[~within])
+    sums: dict[str, list[np.ndarray]] = {name: [] for name in SUMS}
+    inner, outer = [np.empty(0, INNER)], [np.empty(0, OUTER)]
+    ahead, back = {}, {}  # by pair of children: what the first lists of the second, and the second of the first
+    each, graphs, count = children(grid, level, n), iter(below), 0
+    for child in each:
+        graph = next(graphs)
+        inner.append(_moved(graph.inner, ("a", "b"), count))
+        rows = _moved(graph.outer, ("of",), count)
+        for name, column in sums.items():
+            column.append(getattr(graph, name))
+        count += graph.depth.size
+        del graph
+        at = _parts_of(rows["there"], grid, level - 1)
+        outer.append(rows[~np.isin(at, each)])
+        for other in each:
+            if other > child:
+                ahead[child, other] = rows[at == other]
+            elif other < child:
+                back[other, child] = rows[at == other][[*BACK.names]].astype(BACK)
+        del rows, at
+    for pair in list(ahead):
+        inner.append(_meet(ahead.pop(pair), back.pop(pair)))
+    return Graph(**{name: np.concatenate(column) for name, column in sums.items()}, inner=_all(inner), outer=_all(outer))
+
+
+def _all(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts in one piece; the list is empty then."""
+    out = np.concatenate(parts)
+    parts.clear()
+    return out
 
 
 def _moved(rows: np.ndarray, fields: tuple[str, ...], by: int) -> np.ndarray:
@@ -220,23 +272,40 @@ def _moved(rows: np.ndarray, fields: tuple[str, ...], by: int) -> np.ndarray:
     return out
 
 
-def _inside(names: np.ndarray, grid: Blocks, level: int, n: int) -> np.ndarray:
-    """Which of the named regions lie in part ``n``."""
+def _parts_of(names: np.ndarray, grid: Blocks, level: int) -> np.ndarray:
+    """The part of that level in which each named region lies."""
     place = np.unravel_index(names >> 32, grid.counts)
-    return np.all([p >> level == c for p, c in zip(place, parts(grid, level).coords(n), strict=True)], axis=0)
+    return np.ravel_multi_index([p >> level for p in place], parts(grid, level).counts)
 
 
-def _meet(outer: np.ndarray) -> np.ndarray:
-    """INNER rows of the pairs of regions that both sides list."""
-    low, high = np.minimum(outer["here"], outer["there"]), np.maximum(outer["here"], outer["there"])
-    rows = order(low, high)
-    same = np.flatnonzero((low[rows[1:]] == low[rows[:-1]]) & (high[rows[1:]] == high[rows[:-1]]))
-    one, other = outer[rows[same]], outer["of"][rows[same + 1]]
-    out = np.empty(one.size, INNER)
-    out["a"], out["b"] = one["of"], other
+def _meet(ahead: np.ndarray, back: np.ndarray) -> np.ndarray:
+    """INNER rows of the pairs of regions that both sides list: OUTER rows, and BACK rows of the other side.
+
+    A contracted graph lists no pair twice.
+    """
+    found, of = _paired(ahead, back, order(ahead["here"], ahead["there"]), order(back["there"], back["here"]))
+    out = np.empty(found.size, INNER)
+    out["a"], out["b"] = ahead["of"][found], of
     for key in KEY:
-        out[key] = one[key]
+        out[key] = ahead[key][found]
     return out
+
+
+@njit(cache=True, nogil=True)
+def _paired(ahead, back, by_ahead, by_back):
+    """Positions of the rows ahead that are answered, and the components of those that answer. Both in order of the pair."""
+    used = j = 0
+    of = np.empty(min(ahead.size, back.size), np.uint32)
+    for e in by_ahead:
+        here, there = ahead[e].here, ahead[e].there
+        while j < by_back.size and (
+            back[by_back[j]].there < here or (back[by_back[j]].there == here and back[by_back[j]].here < there)
+        ):
+            j += 1
+        if j < by_back.size and back[by_back[j]].there == here and back[by_back[j]].here == there:
+            by_ahead[used], of[used] = e, back[by_back[j]].of
+            used += 1
+    return by_ahead[:used], of[:used]
 
 
 # ---------------------------------------------------------------- numbers, and the way back

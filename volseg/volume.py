@@ -1074,7 +1074,7 @@ def read_bytes(path: str, key: str) -> bytes:
     return fs.cat_file(root)
 
 
-def write_bytes(path: str, key: str, data: bytes) -> None:
+def write_bytes(path: str, key: str, data: bytes | memoryview) -> None:
     """The object ``key`` under ``path`` is ``data``: readers see the old bytes or the new ones, never a part."""
     where = _join(path, key)
     if is_remote(where):
