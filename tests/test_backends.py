@@ -20,6 +20,21 @@ def expected(batch):
     return network(batch)
 
 
+def test_a_gpu_that_torch_cannot_use_is_told_and_not_counted(monkeypatch):
+    for count, driver, built, used, said in (
+        (0, 0, 13, 0, ""),
+        (2, 13, 13, 2, ""),
+        (2, 14, 13, 2, ""),
+        (1, 12, 13, 0, "is made for CUDA 13 and the driver has 12"),
+        (1, 13, 0, 0, "has no CUDA"),
+    ):
+        monkeypatch.setattr(forward, "_driver", lambda found=(count, driver): found)
+        monkeypatch.setattr(forward, "_built_for", lambda found=built: found)
+        assert forward.gpus() == used
+        told = f"the GPU here is not used: the installed torch {said}; install one that fits the driver"
+        assert forward.idle_gpus() == (told if said else "")
+
+
 @pytest.mark.parametrize("backend", ["openvino", "onnx"])
 def test_backends_agree_with_torch(backend, batch, expected):
     network = forward.load(forward.prepare(model.shipped(), backend), backend, "fp32", SHAPE)

@@ -12,7 +12,7 @@ from tests.test_pipeline import settings
 from tests.test_wanted import store
 from volseg import describe, folder, forward, model, pipeline, tiles, volume
 from volseg.box import Box
-from volseg.device import HOST, Full, Torch, holding, is_full, replayed
+from volseg.device import HOST, Full, Torch, holding, is_full, replayed, row_by_row
 from volseg.grey import scale, standardised
 
 SHAPE = (4, 70, 90)  # of tiles of 64: two along y, two along x
@@ -191,6 +191,7 @@ def test_voxels_of_the_other_byte_order_are_cut_alike():
     for kind, out in zip((voxels, voxels.astype("=u2")), found, strict=True):
         tiles.Slab(kind, (0, 0, 0), 1, 3).cut(1, (slice(0, 32), slice(0, 32)), out, scale(101.3, 39.1))
     np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(Torch("cpu").get(Torch("cpu").put(voxels)), voxels)
 
 
 def test_memory_that_runs_out_is_collected_once():
@@ -215,6 +216,7 @@ def test_memory_that_runs_out_is_collected_once():
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("could not create a memory object"), True),
         (RuntimeError("Failed to allocate memory for requested buffer of size 18874368"), True),
         (RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"), False),
@@ -238,6 +240,44 @@ def test_what_is_no_lack_of_memory_is_not_tried_twice():
     with pytest.raises(RuntimeError, match="the shapes differ"):
         Torch("cpu").done(call)(torch.zeros(4, 3, 64, 96))
     assert calls == [4]
+
+
+@pytest.mark.parametrize("device", [HOST, Torch("cpu")], ids=["numpy", "torch"])
+def test_tiles_go_through_one_by_one_where_their_bits_depend_on_the_row(device):
+    """As with kernels that split their sums otherwise in each row; none of those at hand does so."""
+    shape, calls = (3, 2, 8, 8), []
+
+    def make(size):
+        def call(batch):
+            calls.append(len(batch))
+            out = batch.sum(1)[:, None] * 0.1
+            out[1:] += 1e-7 * slant
+            return out
+
+        return call
+
+    batch = np.random.default_rng(0).random(shape, np.float32)
+    for slant in (0, 1):
+        calls.clear()
+        with device.inside():
+            found = device.get(row_by_row(make, shape, device)(device.put(batch)))
+        assert calls == ([3, 3], [3, 1, 1, 1])[slant]
+        assert found.shape == (3, 1, 8, 8)
+        np.testing.assert_allclose(found[:, 0], batch.sum(1) * 0.1, rtol=1e-6)
+        alone = [device.get(make(None)(device.put(batch[k : k + 1].copy())))[0] for k in range(3)]
+        np.testing.assert_array_equal(found, alone)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("precision", "batch"), [("fp16", 8), ("fp16", 32), ("fp32", 8)])
+def test_a_tile_has_the_same_bits_in_each_row_of_a_large_batch(precision, batch):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(batch, 3, 1024, 1024)).astype(np.float32)
+    call = forward.load(forward.prepare(model.shipped(), "torch"), "torch", precision, rows.shape)
+    found = call(rows)
+    np.testing.assert_array_equal(call(rows[::-1])[::-1], found)
+    rows[1:] = rng.normal(size=rows[1:].shape)
+    np.testing.assert_array_equal(call(rows)[0], found[0])
 
 
 @needs_gpu

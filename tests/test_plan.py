@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from tests.test_pipeline import Quiet, digest, settings
 from tests.test_wanted import made, store
-from volseg import cache, cli, cluster, describe, launch, machine, memory, plan, volume
+from volseg import cache, cli, cluster, describe, launch, machine, memory, plan, tiles, volume
+from volseg.box import turned
 from volseg.config import Config, UserError
-from volseg.run import Run, blocks, redundancy
+from volseg.run import Run, blocks, filling, redundancy
 
 GB = 10**9
 ENGINE = {"backend": "openvino", "precision": "fp32", "device": "cpu", "batch": 1}
@@ -47,6 +48,32 @@ def test_the_redundancy_is_that_of_the_tiles_that_blocks_need(tmp_path):
 def test_blocks_are_cut_until_they_fit(tmp_path, shape, room):
     run = memory.fitted(unread(shape, tmp_path), room, threads=1)
     assert memory.worker(run, 1) <= room
+
+
+@pytest.mark.parametrize(
+    ("shape", "planes", "gpus", "deep"),
+    [
+        ((165, 768, 1024), ("xy",), 1, {"xy": 48}),
+        ((165, 768, 1024), ("xy",), 2, {"xy": 24}),
+        ((1024, 1024, 1024), ("xy",), 1, {"xy": 64}),
+        ((512, 4096, 4096), ("xy",), 1, {"xy": 4}),
+        ((165, 768, 1024), ("xy", "xz", "yz"), 1, {"xy": 48, "xz": 64, "yz": 64}),
+        ((5, 768, 1024), ("xy",), 1, {"xy": 5}),
+    ],
+)
+def test_blocks_on_a_gpu_fill_its_batches(tmp_path, shape, planes, gpus, deep):
+    run = unread(shape, tmp_path, predict={"tile": 1280, "overlap": 64, "planes": planes})
+    run = filling(replace(run, engine={**ENGINE, "device": "cuda", "batch": 8}), gpus)
+    found = {p: turned(run.pass_grid(p).block if run.passes else run.predict_block, tiles.PLANES[p])[0] for p in planes}
+    assert found == deep
+    for plane, depth in found.items():
+        grid = run.tile_grid(plane)
+        sections, *section = turned(shape, tiles.PLANES[plane])
+        each = len(grid.meeting(*(slice(0, n) for n in section)))
+        slots = sum(-(-min(depth, sections - z) * each // 8) * 8 for z in range(0, sections, depth))
+        assert sections * each / slots > 0.9 or sections < 8
+    own = unread(shape, tmp_path, blocks={"shape": (3, 300, 300)})
+    assert filling(own, gpus) == own
 
 
 def test_with_memory_to_spare_blocks_are_as_ever(tmp_path):

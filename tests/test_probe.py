@@ -47,7 +47,7 @@ def test_a_small_volume_is_not_kept_waiting():
     for int8 in (False, True):
         choice = probe.choose(Predict(), model.shipped(), int8, probe.PROBED_VOXELS - 1, sample)
         assert (choice.backend, choice.precision) == forward.choose(int8=int8)
-        assert choice.batch == 1
+        assert choice.batch == (probe.GPU_BATCH if forward.gpus() else 1)
     assert probe.choose(Predict(backend="onnx", batch=3), model.shipped(), True, 1 << 40, sample) == probe.Choice(
         "onnx", "fp32", 3, "as set"
     )

@@ -416,6 +416,27 @@ def test_float16_scales_its_losses(tables, tmp_path):
     assert not torch.equal(before, next(state.network.parameters()))
 
 
+def test_a_run_begun_without_a_loss_scale_goes_on_with_one(tables, tmp_path):
+    """As one that was begun on a CPU goes on in float16 on a GPU; moments lie in memory as their weights do."""
+    knobs = config_of(tables, tmp_path).train
+    state, sources = start(knobs, torch.device("cpu")), load_sources(knobs)
+    state.network.to(memory_format=torch.channels_last)
+    list(steps(state, sources, knobs, print))
+    checkpoint.save(state, tmp_path / checkpoint.NAME, knobs)
+    again = start(knobs, torch.device("cpu"))
+    again.network.to(memory_format=torch.channels_last)
+    again.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    assert checkpoint.resume(again, tmp_path / checkpoint.NAME, knobs)
+    assert again.scaler.state_dict()["scale"] > 1
+    pairs = list(zip(again.network.parameters(), state.network.parameters(), strict=True))
+    known = [(a, b) for a, b in pairs if b in state.optimizer.state]
+    assert len(known) > 100
+    for a, b in known:
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert again.optimizer.state[a][name].stride() == a.stride()
+            assert torch.equal(again.optimizer.state[a][name], state.optimizer.state[b][name])
+
+
 def test_two_processes_go_on_after_a_stop_to_the_same_bits(tables, tmp_path):
     changes = {"processes": 2, "batch": 3, "steps": 4, "data": [{**tables["data"][0], "train": [0, 4]}],
                "self_training": 0.4, "self_training_confidence": [0.5, 0.5]}  # fmt: skip

@@ -74,7 +74,11 @@ def resume(state: State, path: Path, knobs: Train) -> bool:
         moments.setdefault(int(index), {})[name] = value
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    state.scaler.load_state_dict(note.get("scaler", {}))
+    for weight, kept in state.optimizer.state.items():  # in the weights' own order in memory, or steps are slow
+        for name in ("exp_avg", "exp_avg_sq"):
+            kept[name] = torch.empty_like(weight).copy_(kept[name])
+    if note.get("scaler"):  # a CPU's is empty
+        state.scaler.load_state_dict(note["scaler"])
     state.step, state.seconds, state.history = note["step"], note["seconds"], note["history"]
     state.waited, state.parts = note.get("waited", 0.0), note.get("parts", 1)
     return True

@@ -52,7 +52,8 @@ def crew(knobs: Cluster, gpus: int = 0) -> Crew:
     if not knobs.scheduler:
         count = knobs.workers or gpus or min(8, CPU_COUNT)
         beside = (knobs.cpu_workers or min(8, max(1, CPU_COUNT - count))) if gpus else 0
-        return Crew(count, max(1, CPU_COUNT // count), TASKS_PER_GPU if gpus else 1, beside)
+        tasks = TASKS_PER_GPU if gpus else 1
+        return Crew(count, tasks if gpus else max(1, CPU_COUNT // count), tasks, beside)
     with _given(knobs.scheduler) as client:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]

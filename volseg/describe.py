@@ -14,7 +14,7 @@ from volseg import cluster, folder, foreign, forward, machine, memory, model, pr
 from volseg.box import Box
 from volseg.config import Cluster, Config, Predict, UserError
 from volseg.grey import normalisation, standardised
-from volseg.run import Run, blocks, redundancy
+from volseg.run import Run, blocks, filling, redundancy
 
 TOO_LARGE = "; memory holds no more tiles at once"  # of why a run computes as it does
 
@@ -97,6 +97,8 @@ def _blocked(run: Run) -> Run:
         if old.config.blocks == run.config.blocks and plain["keys"].get(run.first) == begun.keys[run.first]:
             return begun
     crew = crew_of(run)
+    if on := gpus(run):
+        run = filling(run, on)
     room = memory_limit(run.config.cluster, crew)
     return memory.fitted(run, room, crew.threads, crew.tasks) if room else run
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 Call = Callable[[Any], Any]  # of a batch, where it lies
 FULL = re.compile(  # how the libraries say that memory is out; "could not create" are oneDNN's words, the last ONNX Runtime's
-    r"out of memory|can(no|')t allocate memory|not enough memory|bad_alloc|alloc_failed"
+    r"out of memory|can(no|')t allocate memory|not enough memory|bad_alloc|alloc(ation)?_failed"
+    r"|unable to find an engine"  # torch, where no kernel of cudnn finds room to work in
     r"|could not create a (memory|primitive(?! desc))|failed to allocate", re.IGNORECASE,
 )  # fmt: skip
 
@@ -122,12 +124,12 @@ class Torch:
         """The array's values there. A GPU copies them from page-locked memory while the caller goes on."""
         import torch
 
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
         self.sent += array.nbytes
         if self.name == "cpu":
             return torch.from_numpy(array)
-        work, copies = _streams(self.name)
-        with torch.cuda.stream(copies):
+        work, copies, _ = _streams(self.name)
+        with torch.cuda.device(self.name), torch.cuda.stream(copies):
             locked = torch.from_numpy(array).pin_memory()
             there = self._allocated(lambda: torch.empty(locked.shape, dtype=locked.dtype, device=self.name))
             there.copy_(locked, non_blocking=True)
@@ -183,7 +185,7 @@ class Torch:
             if self.name == "cpu":
                 yield
                 return
-            with torch.cuda.stream(_streams(self.name)[0]):
+            with torch.cuda.device(self.name), torch.cuda.stream(_streams(self.name)[0]):
                 yield
 
     def done(self, call: Call) -> Call:
@@ -213,17 +215,20 @@ class Torch:
 Device: TypeAlias = Host | Torch
 
 
-def _streams(name: str) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """The streams of this process on a GPU, the same for all its threads: what computes, what copies."""
+def _streams(name: str) -> tuple[torch.cuda.Stream, ...]:
+    """The streams of this process on a GPU, the same for all its threads: what computes, what copies, what is captured.
+
+    torch has 32 and gives them out in turn, so that a new one for each network would in the end be one of these.
+    """
     with ONE:
         return _made_streams(name)
 
 
 @lru_cache
-def _made_streams(name: str) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+def _made_streams(name: str) -> tuple[torch.cuda.Stream, ...]:
     import torch
 
-    return torch.cuda.Stream(name), torch.cuda.Stream(name)
+    return tuple(torch.cuda.Stream(name) for _ in range(3))
 
 
 def _roomy(make: Callable[[], Any]) -> Any:
@@ -241,22 +246,28 @@ def replayed(call: Call, shape: tuple[int, ...], name: str) -> Call:
     """``call`` for float32 batches of one ``shape`` on a GPU as a CUDA graph: launched at once, not kernel by kernel.
 
     The graph holds the kernels that the plain call launches: cudnn chooses them by shape, not by timing, so the bits are
-    those of the plain call, which takes over where none can be captured (or its memory is not to be had).
+    those of the plain call, which takes over where none can be captured. Where memory does not hold what a kernel works in,
+    torch takes the next, which may have other bits: that counts as memory that is out.
     """
     import torch
 
     torch.cuda.synchronize(name)
-    aside, graph = torch.cuda.Stream(name), torch.cuda.CUDAGraph()
-    try:
-        with torch.inference_mode(), torch.cuda.device(name):
-            with torch.cuda.stream(aside):
-                given = torch.zeros(shape, device=name)
-                call(given)  # libraries set themselves up in a first call, which no graph may hold
-            aside.synchronize()
+    refused = _refusals(name)
+    aside, graph, made = _streams(name)[2], torch.cuda.CUDAGraph(), None
+    with torch.inference_mode(), torch.cuda.device(name), torch.cuda.stream(torch.cuda.current_stream(name)):
+        with torch.cuda.stream(aside):
+            given = torch.zeros(shape, device=name)
+            call(given)  # libraries set themselves up in a first call, which no graph may hold
+        aside.synchronize()
+        try:
             with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):  # others may copy meanwhile
                 made = call(given)
-        torch.cuda.synchronize(name)
-    except RuntimeError:
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph of the network, which makes it slower: {error}", stacklevel=2)
+    torch.cuda.synchronize(name)
+    if _refusals(name) != refused:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory for what cudnn's kernels work in")
+    if made is None:
         return call
     lock = threading.Lock()
 
@@ -267,3 +278,37 @@ def replayed(call: Call, shape: tuple[int, ...], name: str) -> Call:
             return made.clone()
 
     return replay
+
+
+def _refusals(name: str) -> int:
+    """How often a GPU had not the memory that this process asked it for."""
+    import torch
+
+    return torch.cuda.memory_stats(name).get("num_ooms", 0)
+
+
+def row_by_row(make: Callable[[tuple[int, ...]], Call], shape: tuple[int, ...], device: Device) -> Call:
+    """What ``make`` makes for batches of ``shape``; for tiles one by one, where the bits of one depend on its row.
+
+    In other blocks a tile has another row, and no library promises that its kernels sum up in the same order in each.
+    """
+    call = make(shape)
+    if shape[0] == 1 or _rows_agree(call, shape, device):
+        return call
+    alone = make((1, *shape[1:]))
+
+    def each(batch: Any) -> Any:
+        rows = [alone(batch[k : k + 1])[0] for k in range(shape[0])]
+        made = device.zeros((shape[0], *rows[0].shape))
+        for k, row in enumerate(rows):
+            made[k] = row
+        return made
+
+    return each
+
+
+def _rows_agree(call: Call, shape: tuple[int, ...], device: Device) -> bool:
+    tile = np.random.default_rng(0).standard_normal(shape[1:], np.float32)
+    with device.inside():
+        made = device.get(call(device.put(np.repeat(tile[None], shape[0], axis=0))))
+    return bool((made == made[:1]).all())

@@ -12,6 +12,7 @@ import hashlib
 import lzma
 import os
 import platform
+import re
 import sys
 import tempfile
 import threading
@@ -20,7 +21,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +32,7 @@ from numcodecs import Zstd
 
 from volseg import cache, model
 from volseg.config import UserError
-from volseg.device import HOST, Call, Device, Torch, replayed
+from volseg.device import HOST, Call, Device, Torch, replayed, row_by_row
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +48,46 @@ INT8_LOSS = 0.003  # held-out IoU that a quantised form may lose for auto to tak
 
 
 def gpus() -> int:
-    """How many CUDA devices the driver shows, without loading torch."""
+    """How many CUDA devices torch can use, without loading it."""
+    count, version = _driver()
+    return count if 0 < _built_for() <= version else 0
+
+
+def idle_gpus() -> str:
+    """Why the GPUs that are here are of no use; nothing where they are, or where there are none."""
+    count, version = _driver()
+    if not count or gpus():
+        return ""
+    built = _built_for()
+    torch = f"is made for CUDA {built} and the driver has {version}" if built else "has no CUDA"
+    return f"the GPU here is not used: the installed torch {torch}; install one that fits the driver"
+
+
+def _driver() -> tuple[int, int]:
+    """How many CUDA devices the driver shows, and the version of CUDA that it has; zeros where there is no driver."""
+    count, version = ctypes.c_int(0), ctypes.c_int(0)
     try:
-        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        cuda = _libcuda()
     except OSError:
+        return 0, 0
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or cuda.cuDriverGetVersion(ctypes.byref(version)):
+        return 0, 0
+    return count.value, version.value // 1000
+
+
+def _libcuda() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+@lru_cache
+def _built_for() -> int:
+    """The version of CUDA that the installed torch was built for; 0 for none."""
+    found = find_spec("torch")
+    if found is None or found.origin is None:
         return 0
-    count = ctypes.c_int(0)
-    return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+    text = Path(found.origin).with_name("version.py").read_text()
+    cuda = re.search(r"^cuda\b[^=]*=\s*['\"](\d+)", text, re.MULTILINE)
+    return int(cuda[1]) if cuda else 0
 
 
 def has_bf16() -> bool:
@@ -180,9 +216,14 @@ def network(
     blob: bytes, backend: str, precision: str, shape: tuple[int, int, int, int], threads: int = 1, place: int = 0
 ) -> Call:
     """What `load` gives, for batches that lie on its `device`, which may not be done when the function returns."""
-    if backend == "openvino":
-        return _openvino(blob, precision, shape, threads)
-    return _onnxruntime(blob, place) if backend == "onnx" else _torch(blob, precision, shape, device(backend, place).name)
+    there = device(backend, place)
+
+    def make(shape: tuple[int, int, int, int]) -> Call:
+        if backend == "openvino":
+            return _openvino(blob, precision, shape, threads)
+        return _onnxruntime(blob, place) if backend == "onnx" else _torch(blob, precision, shape, there.name)
+
+    return row_by_row(make, shape, there)
 
 
 def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], threads: int) -> Forward:
@@ -248,11 +289,14 @@ def _onnxruntime(blob: bytes, place: int) -> Forward:
     options.log_severity_level = 3
     wanted: list = ["CPUExecutionProvider"]
     if gpus():
-        wanted.insert(0, ("CUDAExecutionProvider", {"device_id": place % gpus(), "cudnn_conv_algo_search": "HEURISTIC"}))
+        exact = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}  # not by timing, and fp32 is fp32
+        wanted.insert(0, ("CUDAExecutionProvider", {"device_id": place % gpus(), **exact}))
+        options.use_deterministic_compute = True
         onnxruntime.preload_dlls()
     session = onnxruntime.InferenceSession(blob, options, providers=wanted)
     if gpus() and "CUDAExecutionProvider" not in session.get_providers():
-        raise UserError("predict.backend = 'onnx' finds a GPU but not its CUDA libraries; use torch, or hide the GPU")
+        raise UserError("predict.backend = 'onnx' finds a GPU but not all its CUDA libraries; install them (pip install "
+                        "'cuda-toolkit[curand]' is mostly what lacks), use torch, or hide the GPU")  # fmt: skip
 
     def forward(batch: np.ndarray) -> np.ndarray:
         return session.run(None, {"tiles": np.ascontiguousarray(batch)})[0]
@@ -326,14 +370,17 @@ def stream(forward: Call, batches: Iterable[tuple[Any, Any]], threads: int) -> I
             yield done, future.result()
 
 
-def describe(backend: str, precision: str) -> dict:
-    """What decides the bits of a forward pass besides the model: recorded in the run, compared on restart and workers."""
+def describe(backend: str, precision: str, place: int = 0) -> dict:
+    """What decides the bits of a forward pass besides the model: recorded in the run, compared on restart and workers.
+
+    ``place`` as for `load`: a machine may have GPUs of several kinds.
+    """
     cuda = backend != "openvino" and gpus() > 0
     return {
         "backend": backend,
         "precision": precision,
         "device": "cuda" if cuda else "cpu",
-        "processor": _gpu_name() if cuda else _instructions(),
+        "processor": _gpu_name(place % gpus()) if cuda else _instructions(),
         "version": version(backend),
         "volseg": metadata.version("volseg"),
     }
@@ -345,12 +392,11 @@ def device_bytes() -> int:
     return torch.cuda.max_memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
 
 
-def _gpu_name() -> str:
-    """The first GPU's name as its driver gives it."""
-    cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    name = ctypes.create_string_buffer(128)
+def _gpu_name(number: int) -> str:
+    """A GPU's name as its driver gives it."""
+    cuda, name = _libcuda(), ctypes.create_string_buffer(128)
     cuda.cuInit(0)
-    cuda.cuDeviceGetName(name, len(name), 0)
+    cuda.cuDeviceGetName(name, len(name), number)
     return name.value.decode()
 
 

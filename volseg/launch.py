@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from volseg import cluster, describe, flow, folder, foreign, machine, merges, objects, plan, store, volume
+from volseg import cluster, describe, flow, folder, foreign, forward, machine, merges, objects, plan, store, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, UserError
 from volseg.decide import rules
@@ -93,6 +93,8 @@ def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -
     folder.make_room([source], out, overwrite)
     run = describe.from_image(source, config, folder.partial(out))
     show.say(describe.headline(run))
+    if idle := forward.idle_gpus():
+        show.say(idle)
     return _go(run, out, start, show, lambda: folder.begin(run, overwrite), made=_plan(run))
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -74,7 +76,10 @@ def together(count: int, work: Callable[..., Any], *args: Any) -> Iterator[None]
             process.start()
     try:
         _join(0, count, kind, port)
+        if kind == "nccl":
+            threading.Thread(target=_watch, args=(others,), daemon=True).start()
         yield
+        dist.destroy_process_group()  # nccl ends in all processes at once, so before any is waited for
         for process in others:
             process.join()
     except RuntimeError:  # an end of the line is gone
@@ -89,7 +94,26 @@ def together(count: int, work: Callable[..., Any], *args: Any) -> Iterator[None]
         for process in others:
             process.terminate()
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave(kind)
+
+
+def _leave(kind: str) -> None:
+    """This process is of no group; the others may be gone, whom nccl's own way to end would wait for."""
+    if kind == "nccl":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
+
+
+def _watch(others: list) -> None:
+    """With nccl, a process waits half an hour for one that has failed: number 0 ends as soon as one does."""
+    running = {process.sentinel: process for process in others}
+    while running:
+        for sentinel in wait(list(running)):
+            if running.pop(sentinel).exitcode:
+                print("volseg: a training process ended, as it says above; the same command goes on from the last checkpoint",
+                      file=sys.stderr, flush=True)  # fmt: skip
+                os._exit(2)
 
 
 def _other(number: int, count: int, kind: str, port: int, work: Callable, args: tuple) -> None:
@@ -98,10 +122,11 @@ def _other(number: int, count: int, kind: str, port: int, work: Callable, args: 
     _join(number, count, kind, port)
     try:
         work(*args)
-    except UserError as error:
-        sys.exit(f"volseg: process {number}: {error}")
-    finally:
-        dist.destroy_process_group()
+    except Exception as error:
+        print(f"volseg: process {number}: {error}" if isinstance(error, UserError) else traceback.format_exc(),
+              file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(1)  # at once: the others see that the line is gone
+    dist.destroy_process_group()
 
 
 def _join(number: int, count: int, kind: str, port: int) -> None:

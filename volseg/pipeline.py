@@ -102,7 +102,8 @@ def _infer(
     device = forward.device(run.engine["backend"], cluster.place_here())
     with cluster.timed(seconds, "read"):
         here = slab(run, plane, box, grid.meeting(y, x))
-        there = replace(here, voxels=device.put(here.voxels))
+        with holding(f"{here.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
+            there = replace(here, voxels=device.put(here.voxels))
 
     def batches() -> Iterator[tuple[list, Any]]:
         kept = ((z, tile) for z, tile in todo if not tiles.is_constant(here.sections(z, grid.place(tile))))
@@ -512,7 +513,7 @@ def _network(run: Run, size: tuple[int, int]) -> Call:
 def _loaded(out: str, key: str, size: tuple[int, int]) -> Call:
     """The network of a run for tiles of one size, once for each worker process."""
     run = _run(out, key)
-    here = forward.describe(run.engine["backend"], run.engine["precision"])
+    here = forward.describe(run.engine["backend"], run.engine["precision"], cluster.place_here())
     if bits({**run.engine, **here}) != bits(run.engine):
         raise UserError(
             f"this worker would run {here}, the run was begun with {bits(run.engine)}; their bits differ, "

@@ -362,22 +362,29 @@ def main(folder: str, number: str) -> None:
 
 
 def _network(asked: dict, blob: bytes, batch: np.ndarray) -> tuple[dict, np.ndarray]:
-    """Speed and memory of the network, and the probabilities (uint8; heads, sections, y, x) of the tiles."""
+    """Speed and memory of the network, and the probabilities (uint8; heads, sections, y, x) of the tiles.
+
+    Tiles lie where the network takes them, since a run cuts them there.
+    """
     count, threads, size = len(batch), asked["threads"], asked["batch"]
     before = machine.resident()
-    network = forward.load(blob, asked["backend"], asked["precision"], (size, *batch.shape[1:]), threads)
+    there = forward.device(asked["backend"])
+    network = there.done(forward.network(blob, asked["backend"], asked["precision"], (size, *batch.shape[1:]), threads))
     steps = range(0, max(count, 2 * threads * size), size)
-    load = [(at, np.ascontiguousarray(batch[np.arange(at, at + size) % count])) for at in steps]
+    load = [(at, there.put(np.ascontiguousarray(batch[np.arange(at, at + size) % count]))) for at in steps]
     for _ in forward.stream(network, load[:threads], threads):
         pass
     start = time.perf_counter()
-    parts = [part for _, part in forward.stream(network, load, threads)]
+    made = [part for _, part in forward.stream(network, load, threads)]
     took = time.perf_counter() - start
-    held = sum(part.nbytes for part in parts) + sum(one.nbytes for _, one in load)
+    engine_bytes = machine.resident("HWM") - before
+    if asked["device"] == "cpu" or asked["backend"] != "torch":
+        engine_bytes -= sum(part.nbytes for part in made) + sum(one.nbytes for _, one in load)
+    parts = [there.get(part) for part in made]
     every = np.concatenate(parts)[:count].transpose(1, 0, 2, 3)
     found = {
         "predict": len(load) * size * batch[0, 0].size / took,
-        "engine_bytes": max(0, machine.resident("HWM") - before - held),
+        "engine_bytes": max(0, engine_bytes),
         "device_bytes": forward.device_bytes(),
     }
     return found, np.floor(every * np.float32(255) + np.float32(0.5)).astype(np.uint8)

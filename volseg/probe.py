@@ -23,6 +23,7 @@ import numpy as np
 
 from volseg import cache, forward
 from volseg.config import Predict, UserError
+from volseg.device import Full, is_full
 
 PROBED_VOXELS = 1 << 29  # a smaller volume is done before a probe has paid for itself
 SIDES = 0.001  # share of voxels that may change sides of 0.5 against float32
@@ -30,6 +31,7 @@ APART = 0.2 / 255  # mean difference from float32 that is allowed
 GROSS = 10  # int8 is judged by its held-out IoU; on the tiles it may differ by so many times more
 TIMES = 3  # the median of so many passes is a candidate's speed
 LARGEST_BATCH = 32
+GPU_BATCH = 4  # tiles at once on a GPU where nothing is measured
 GAIN = 1.05  # a batch twice as large must be faster by this
 SECONDS = 300  # what a probe has not measured by then is not taken
 
@@ -76,7 +78,9 @@ def choose(knobs: Predict, path: Path, int8: bool, voxels: int, sample: Callable
         return Choice(*wanted[0], knobs.batch or 1, "as set")
     if voxels < PROBED_VOXELS:
         found = forward.choose(knobs.backend, knobs.precision, int8)
-        return Choice(*found, knobs.batch or 1, "known to be fastest on such a machine; the volume is too small to try others")
+        known = GPU_BATCH if forward.describe(*found)["device"] == "cuda" else 1
+        why = "known to be fastest on such a machine; the volume is too small to try others"
+        return Choice(*found, knobs.batch or known, why)
     rows, kept = _cached_rows(path, wanted, knobs.batch, sample())
     best = fastest(rows)
     where = "measured earlier" if kept else "measured"
@@ -212,8 +216,8 @@ def _largest(sizes: Iterable[int], timed: Callable[[int], Row]) -> Row:
     for count in sizes:
         try:
             row = timed(count)
-        except (RuntimeError, UserError) as error:  # where memory is out, backends say so
-            if best is None or "memory" not in str(error).lower():
+        except (RuntimeError, UserError) as error:
+            if best is None or not (isinstance(error, Full) or is_full(error)):
                 raise
             break
         if best is not None and row.speed < GAIN * best.speed:

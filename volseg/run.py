@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from volseg.config import Config, UserError
 from volseg.wanted import Wanted
 
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
+BATCHES = 8  # of a block on a GPU: while the first is cut and the last is fetched, nothing is computed
 SLAB_VOXELS = 1 << 27  # voxels up to which predict's blocks grow to the source's chunks
 SAMPLED = 64  # blocks whose tiles are counted where a mask decides
 CONSTANT = "constant tiles are 0"  # of a key: what predict does with them
@@ -264,6 +265,27 @@ def slabs(shape: Triple, chunk: int = 1) -> Triple:
     depth = next((d for d in parts if d > depth and 16 * d <= z and d * y * x <= SLAB_VOXELS), depth)
     strips = -(-depth * y * x // (1 << 28))
     return depth, -(-y // strips), x
+
+
+def filling(run: Run, gpus: int) -> Run:
+    """The run in predict's blocks that GPUs are busy with: of `BATCHES` batches or more, all full, where ``gpus`` get 4 each.
+
+    The rest of a batch is empty and costs as much, and a batch is of one block. Blocks that were asked for stay.
+    """
+    if run.config.blocks.shape or run.batch == 1:
+        return run
+    deeper = {plane: _filling(run, plane, gpus) for plane in run.config.predict.planes}
+    return replace(run, pass_blocks=deeper) if run.passes else replace(run, predict_block=deeper["xy"])
+
+
+def _filling(run: Run, plane: str, gpus: int) -> Triple:
+    axes = tiles.PLANES[plane]
+    sections = run.shape[axes[0]]
+    depth, rows, columns = turned(run.pass_grid(plane).block if run.passes else run.predict_block, axes)
+    each = len(run.tile_grid(plane).meeting(slice(0, rows), slice(0, columns)))
+    whole = run.batch // gcd(run.batch, each)  # sections whose tiles fill batches
+    depth = max(depth, min(-(-BATCHES * run.batch // each), -(-sections // (4 * gpus))))
+    return turned((min(-(-depth // whole) * whole, sections), rows, columns), back(axes))
 
 
 def _target(shape: Triple) -> int:
