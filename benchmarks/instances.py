@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from benchmarks import report
 from benchmarks.repeat import Alone, aside
-from volseg import fragments, stitch, volume
+from volseg import fragments, objects, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
 from volseg.decide import Rules, decide
@@ -151,7 +151,7 @@ def ours(probability: np.ndarray, side: int) -> Found:
     label = decide(basins, Rules(fragments.seed_height(CONFIG.stitch.seed, knobs), min_voxels=SMALL))
     out = np.empty(shape, np.uint32)
     for box, cut, basin in zip(grid, cuts, basin_of, strict=True):
-        out[box.slices] = np.r_[0, label[basin]].astype(np.uint32)[cut.region]
+        objects.painted(cut.region, np.r_[0, label[basin]].astype(np.uint32), out[box.slices])
     return Found(int(out.max()), spent)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import reduce
 from itertools import product
 from math import ceil, gcd
 
@@ -195,9 +196,10 @@ def _heights(probability: np.ndarray, real: tuple, knobs: Fragments, around: Met
         return _smooth(field, knobs.smooth, in_mask)
 
     def composed(first: np.ndarray, second: np.ndarray, most_first: int, most_second: int) -> np.ndarray:
-        inside = np.zeros_like(mask)
-        inside[real] = mask[real]
-        return _compose(first, second, inside, in_mask, most_first, most_second)
+        for axis, part in enumerate(real):  # where there is no volume is no mask
+            along = np.moveaxis(mask, axis, 0)
+            along[: part.start], along[part.stop :] = False, False
+        return _compose(first, second, mask, in_mask, most_first, most_second)
 
     most = around.cap**2
     if knobs.height == "contour":
@@ -236,37 +238,29 @@ def _near(field: np.ndarray, passes: Triple, least: int) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _holds(field, least):
-    """Which stretches hold a voxel that is ``least`` or more."""
+    """Which stretches hold a voxel that is ``least`` or more. A row is compared first, then eight voxels are seen at once."""
     nz, ny, nx = field.shape
     out = np.zeros((nz, ny, (nx + STRETCH - 1) // STRETCH), np.bool_)
+    room = np.zeros(out.shape[2] * STRETCH, np.uint8)
+    reached, words = room[:nx], room.view(np.uint64).reshape(out.shape[2], STRETCH // 8)
     for z in range(nz):
         for y in range(ny):
-            row = field[z, y]
-            for s in range(nx // STRETCH):
-                most = row[s * STRETCH]
-                for k in range(STRETCH):
-                    most = max(most, row[s * STRETCH + k])
-                out[z, y, s] = most >= least
-            for x in range(nx // STRETCH * STRETCH, nx):
-                out[z, y, nx // STRETCH] |= row[x] >= least
+            row, found = field[z, y], out[z, y]
+            for x in range(row.size):
+                reached[x] = row[x] >= least
+            for s in range(found.size):
+                some = words[s, 0]
+                for k in range(1, STRETCH // 8):
+                    some |= words[s, k]
+                found[s] = some != 0
     return out
 
 
-@njit(cache=True, nogil=True)
-def _dilated(holds, nz, ny, stretches):
+def _dilated(holds: np.ndarray, nz: int, ny: int, stretches: int) -> np.ndarray:
     """Which stretches of a mean, shorter than the field by its windows, lie over one that holds something."""
-    depth, rows = holds.shape[0] - nz + 1, holds.shape[1] - ny + 1
-    out = np.zeros((nz, ny, stretches), np.bool_)
-    column = np.empty(holds.shape[1:], np.bool_)
-    for z in range(nz):
-        column[:] = holds[z]
-        for t in range(1, depth):
-            column |= holds[z + t]
-        for y in range(ny):
-            for t in range(rows):
-                for s in range(stretches):
-                    out[z, y, s] |= column[y + t, s] | column[y + t, min(s + 1, column.shape[1] - 1)]
-    return out
+    holds = reduce(np.logical_or, (holds[t : t + nz] for t in range(holds.shape[0] - nz + 1)))
+    holds = reduce(np.logical_or, (holds[:, t : t + ny] for t in range(holds.shape[1] - ny + 1)))
+    return (holds | np.concatenate([holds[..., 1:], holds[..., -1:]], axis=2))[..., :stretches]
 
 
 def _smooth(field: np.ndarray, passes: Triple, near: np.ndarray) -> np.ndarray:
@@ -274,27 +268,22 @@ def _smooth(field: np.ndarray, passes: Triple, near: np.ndarray) -> np.ndarray:
 
     The result is shorter by ``2 * passes`` on each axis, and 0 where it is not `_near`. uint16.
     """
-    rows = [_binomial(n) for n in passes]
-    return _smooth_rows(np.ascontiguousarray(field), *rows, 2 * sum(passes), near)
-
-
-def _binomial(n: int) -> np.ndarray:
-    row = np.array([1], np.int32)
-    for _ in range(n):
-        row = np.convolve(row, [1, 2, 1]).astype(np.int32)
-    return row
+    small = 255 * 4 ** (passes[0] + passes[1]) <= np.iinfo(np.uint16).max  # what sums along z and y fit
+    plane = np.empty(field.shape[1:], np.uint16 if small else np.uint32)
+    return _smooth_rows(np.ascontiguousarray(field), passes, near, plane)
 
 
 @njit(cache=True, nogil=True)
-def _smooth_rows(field, along_z, along_y, along_x, shift, near):
-    """Sums over z in a plane, of these over y in a row, and of these over x: only what is near."""
+def _smooth_rows(field, passes, near, plane):
+    """Sums over z in a ``plane``, of these over y in a row, and of these over x: only what is near."""
+    along_z, along_y, along_x = passes
     nz, ny, stretches = near.shape
-    nx = field.shape[2] - along_x.size + 1
+    _, rows, columns = field.shape
+    nx = columns - 2 * along_x
     out = np.zeros((nz, ny, nx), np.uint16)
-    plane = np.empty(field.shape[1:], np.int32)
-    made = np.empty((field.shape[1], (field.shape[2] + STRETCH - 1) // STRETCH), np.bool_)
-    row = np.empty(field.shape[2], np.int32)
-    total = np.empty(nx, np.int32)
+    made = np.empty((rows, (columns + STRETCH - 1) // STRETCH), np.bool_)
+    row, sums = np.empty(columns, plane.dtype), np.empty(nx, np.uint32)
+    voxels, sheet = field.reshape(-1), plane.reshape(-1)
     for z in range(nz):
         made[:] = False
         for y in range(ny):
@@ -307,23 +296,19 @@ def _smooth_rows(field, along_z, along_y, along_x, shift, near):
                 while s < stretches and near[z, y, s]:
                     s += 1
                 last = min(s * STRETCH, nx)
-                stop = last + along_x.size - 1
-                row[first:stop] = 0
-                for t in range(along_y.size):
-                    _sum_columns(field, along_z, z, y + t, first, stop, plane, made)
-                    for x in range(first, stop):
-                        row[x] += along_y[t] * plane[y + t, x]
-                total[first:last] = 0
-                for t in range(along_x.size):
-                    for x in range(first, last):
-                        total[x] += along_x[t] * row[x + t]
+                stop = last + 2 * along_x
+                for below in range(y, y + 2 * along_y + 1):
+                    _sum_columns(voxels, along_z, z, below, first, stop, sheet, made, columns)
+                _filter(sheet, y * columns + first, columns, along_y, row, first, stop)
+                _filter(row, first, 1, along_x, sums, first, last)
+                rounded = out[z, y]
                 for x in range(first, last):
-                    out[z, y, x] = (np.uint32(total[x]) * np.uint32(LEVELS)) >> np.uint32(shift)
+                    rounded[x] = (sums[x] * np.uint32(LEVELS)) >> np.uint32(2 * (along_z + along_y + along_x))
     return out
 
 
 @njit(cache=True, nogil=True)
-def _sum_columns(field, along_z, z, y, first, stop, plane, made):
+def _sum_columns(voxels, passes, z, y, first, stop, sheet, made, columns):
     """Row ``y`` of the plane holds the sums over z in all stretches from ``first`` to ``stop``; ``made`` are those done."""
     s, until = first // STRETCH, (stop - 1) // STRETCH + 1
     while s < until:
@@ -334,12 +319,37 @@ def _sum_columns(field, along_z, z, y, first, stop, plane, made):
         while s < until and not made[y, s]:
             made[y, s] = True
             s += 1
-        end = min(field.shape[2], s * STRETCH)
-        for x in range(begin, end):
-            plane[y, x] = along_z[0] * np.int32(field[z, y, x])
-        for t in range(1, along_z.size):
-            for x in range(begin, end):
-                plane[y, x] += along_z[t] * np.int32(field[z + t, y, x])
+        row = y * columns
+        _filter(voxels, z * sheet.size + row + begin, sheet.size, passes, sheet, row + begin, row + min(columns, s * STRETCH))
+
+
+@njit(cache=True, nogil=True)
+def _filter(values, at, step, passes, out, first, last):
+    """``out[first:last]``: passes of [1 2 1], not divided, over ``values[at]``, ``values[at + step]``, ...; then from the next.
+
+    Places are unsigned: where none can be negative, the compiler makes several at a time.
+    """
+    i, o, one, n = np.uint64(at), np.uint64(first), np.uint64(step), np.uint64(last - first)
+    two = one + one
+    three, four = two + one, two + two
+    five, six = four + one, three + three
+    if passes == 0:
+        for x in range(n):
+            out[o + x] = values[i + x]
+    elif passes == 1:
+        for x in range(n):
+            k = i + x
+            out[o + x] = values[k] + 2 * values[k + one] + values[k + two]
+    elif passes == 2:
+        for x in range(n):
+            k = i + x
+            inner = values[k + one] + values[k + three]
+            out[o + x] = values[k] + 4 * inner + 6 * values[k + two] + values[k + four]
+    else:
+        for x in range(n):
+            k = i + x
+            outer, inner = values[k + one] + values[k + five], values[k + two] + values[k + four]
+            out[o + x] = values[k] + 6 * outer + 15 * inner + 20 * values[k + three] + values[k + six]
 
 
 def _squared_distance(body: np.ndarray, real: tuple, around: Metric) -> np.ndarray:
@@ -463,14 +473,22 @@ class _Raster:
     shape: Triple
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
-        z, y, x = np.unravel_index(np.asarray(index, np.int64), self.padded)
-        (z0, y0, x0), (_, ny, nx) = self.box.start, self.shape
-        return ((z + (z0 - 1)) * ny + (y + (y0 - 1))) * np.int64(nx) + (x + (x0 - 1))
+        return _in_volume(np.asarray(index, np.int64), self.padded, self.box.start, self.shape)
 
     def is_halo(self, index: np.ndarray) -> np.ndarray:
         """Which of the voxels lie outside the block."""
         at = np.unravel_index(index, self.padded)
         return np.any([(a == 0) | (a == n - 1) for a, n in zip(at, self.padded, strict=True)], axis=0)
+
+
+@njit(cache=True, nogil=True)
+def _in_volume(index, padded, start, shape):
+    out = np.empty(index.size, np.int64)
+    for k in range(index.size):
+        row, x = index[k] // padded[2], index[k] % padded[2]
+        z, y = row // padded[1], row % padded[1]
+        out[k] = ((z + start[0] - 1) * shape[1] + (y + start[1] - 1)) * shape[2] + (x + start[2] - 1)
+    return out
 
 
 def _steps(connectivity: int, padded: Triple) -> tuple[int, ...]:
@@ -619,7 +637,7 @@ def _collect(region, height, ahead, spans, capacity):
     """
     nz, ny, nx = region.shape
     flat, of = height.ravel(), region.ravel()
-    slots = np.zeros(capacity, np.int32)  # 1 + where the pair stands
+    codes, slots = np.zeros(capacity, np.int64), np.empty(capacity, np.int32)  # the pair, and where it stands
     pairs = np.empty(capacity // 2, np.int64)
     saddles = np.empty((capacity // 2, 6), np.int64)
     used = 0
@@ -627,27 +645,27 @@ def _collect(region, height, ahead, spans, capacity):
         for y in range(1, ny - 1):
             row = (z * ny + y) * nx
             for v in range(row + spans[z, y, 0], row + spans[z, y, 1]):
-                if of[v] == 0:
+                p = of[v]
+                if p == 0:
                     continue
                 for d in range(len(ahead)):
                     u = v + ahead[d]
-                    if of[u] == 0 or of[u] == of[v]:
+                    q = of[u]
+                    if q == 0 or q == p:
                         continue
-                    a, b = min(of[v], of[u]), max(of[v], of[u])
-                    code = (np.int64(a) << 32) | np.int64(b)
+                    code = (np.int64(min(p, q)) << 32) | np.int64(max(p, q))
                     slot = ((code * 0x9E3779B97F4A7C1) >> 20) & (capacity - 1)
-                    while slots[slot] != 0 and pairs[slots[slot] - 1] != code:
+                    while codes[slot] != 0 and codes[slot] != code:
                         slot = (slot + 1) & (capacity - 1)
                     hi, lo = (v, u) if flat[v] > flat[u] else (u, v)
-                    new = slots[slot] == 0
+                    new = codes[slot] == 0
                     if new:
                         if used == capacity // 2:
                             return used + 1, pairs, saddles
-                        pairs[used] = code
-                        saddles[used] = 0
+                        codes[slot], slots[slot] = code, used
+                        pairs[used], saddles[used] = code, 0
                         used += 1
-                        slots[slot] = used
-                    s = saddles[slots[slot] - 1]
+                    s = saddles[slots[slot]]
                     if new or _before(flat[hi], hi, flat[lo], lo, s):
                         s[0], s[1], s[2], s[3] = flat[hi], hi, flat[lo], lo
                     if u - v == 1 or u - v == nx or u - v == ny * nx:

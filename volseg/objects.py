@@ -78,6 +78,22 @@ def measure(
     return merge([Sums(rows[(rows["voxels"] > 0) & (ids > 0)], np.concatenate(touching))])
 
 
+def painted(region: np.ndarray, label: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """``label[region]``, in ``out`` where that is given: of ``region``, 3-D, every number is less than ``label.size``."""
+    out = np.empty(region.shape, label.dtype) if out is None else out
+    _paint(region, label, out)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _paint(region, label, out):
+    for z in range(region.shape[0]):
+        for y in range(region.shape[1]):
+            of, to = region[z, y], out[z, y]
+            for x in range(of.size):
+                to[x] = label[of[x]]
+
+
 def near_face(face_at: np.ndarray, face_label: np.ndarray, box: Box, shape: Triple, axis: int) -> np.ndarray:
     """The labels (2-D, uint64) of the first plane of ``box`` along ``axis``.
 

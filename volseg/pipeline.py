@@ -378,7 +378,7 @@ def relabel(run: Run, i: int, seconds: dict[str, float]) -> dict:
             place = voids.places(region) if run.fills else region
             sums = objects.measure(place, label, mass, box, behind)
         with cluster.timed(seconds, "write"):
-            volume.write(volume.open_array(run.out, "labels/instances/0"), box, label[place])
+            volume.write(volume.open_array(run.out, "labels/instances/0"), box, objects.painted(place, label))
             store.save(run.out, f"work/objects/{i}.npz", **asdict(sums))
 
     return _unless_kept(run, "relabel", i, stamp, make)

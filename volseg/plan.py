@@ -401,7 +401,7 @@ def _instances(probability: np.ndarray, knobs: Fragments, voxel_size_nm: tuple) 
         height = basins.heights(probability, box, shape, knobs, voxel_size_nm)
         region, table = basins.fragments(height, mass, box, shape, knobs.connectivity)
         label = np.arange(table.root.size + 1, dtype=np.uint32)
-        labels = label[region]
+        labels = objects.painted(region, label)
         objects.measure(region, label, mass, box, [None] * 3)
         packed = {"probability": probability, "fragments": region, "labels": labels}
         sizes = {name: len(Zstd(1).encode(np.ascontiguousarray(data))) / data.size for name, data in packed.items()}
