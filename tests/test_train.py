@@ -481,6 +481,26 @@ def test_a_process_that_fails_ends_the_others_with_a_line_and_no_traceback(tmp_p
     assert parallel.size() == 1
 
 
+def test_with_nccl_the_first_process_ends_with_one_that_fails_but_not_with_one_that_it_ends():
+    """What watches over the others is no part of nccl, which is not here."""
+    told = """
+import multiprocessing, sys, threading, time
+from volseg import parallel
+other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=sys.argv[2:])  # without a number, it fails
+ending = threading.Event()
+if __name__ == "__main__":
+    other.start()
+    threading.Thread(target=parallel._watch, args=([other], ending)).start()
+    if sys.argv[1] == "ends":
+        ending.set()
+        other.terminate()
+"""
+    for words, code, said in ((["ends", "60"], 0, ""), (["waits"], 2, "volseg: a training process ended, as it says above")):
+        done = subprocess.run([sys.executable, "-c", told, *words], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == code
+        assert said in done.stderr
+
+
 def _fail():
     raise UserError(f"the memory of process {parallel.rank()} is full")
 

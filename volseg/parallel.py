@@ -68,7 +68,7 @@ def together(count: int, work: Callable[..., Any], *args: Any) -> Iterator[None]
         yield
         return
     kind = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= count else "gloo"
-    port = _free_port()
+    port, ending = _free_port(), threading.Event()
     context = torch.multiprocessing.get_context("spawn")
     others = [context.Process(target=_other, args=(r, count, kind, port, work, args), daemon=True) for r in range(1, count)]
     with prefork.deaf_to_interrupts():  # number 0 alone hears Ctrl-C
@@ -77,7 +77,7 @@ def together(count: int, work: Callable[..., Any], *args: Any) -> Iterator[None]
     try:
         _join(0, count, kind, port)
         if kind == "nccl":
-            threading.Thread(target=_watch, args=(others,), daemon=True).start()
+            threading.Thread(target=_watch, args=(others, ending), daemon=True).start()
         yield
         dist.destroy_process_group()  # nccl ends in all processes at once, so before any is waited for
         for process in others:
@@ -91,6 +91,7 @@ def together(count: int, work: Callable[..., Any], *args: Any) -> Iterator[None]
                             "the last checkpoint") from None  # fmt: skip
         raise
     finally:
+        ending.set()
         for process in others:
             process.terminate()
         if dist.is_initialized():
@@ -105,12 +106,14 @@ def _leave(kind: str) -> None:
         dist.destroy_process_group()
 
 
-def _watch(others: list) -> None:
-    """With nccl, a process waits half an hour for one that has failed: number 0 ends as soon as one does."""
+def _watch(others: list, ending: threading.Event) -> None:
+    """With nccl, a process waits half an hour for one that has failed: number 0 ends as soon as one does, before ``ending``."""
     running = {process.sentinel: process for process in others}
     while running:
         for sentinel in wait(list(running)):
-            if running.pop(sentinel).exitcode:
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode and not ending.is_set():
                 print("volseg: a training process ended, as it says above; the same command goes on from the last checkpoint",
                       file=sys.stderr, flush=True)  # fmt: skip
                 os._exit(2)
