@@ -10,6 +10,7 @@ import pytest
 import tifffile
 import zarr
 
+from volseg import card as cards
 from volseg import cli, model
 from volseg.config import load
 
@@ -153,11 +154,25 @@ def test_synth_infer_evaluate_and_clean_work_together(run, tmp_path, monkeypatch
 
 
 def test_info_prints_the_card_of_the_shipped_model(run):
-    code, out, _ = run("info")
+    code, out, _ = run("info", "--json")
     card = json.loads(out)
     assert code == 0
     assert card["heads"] == ["mask", "contour"]
     assert card == model.load_card(model.shipped())
+    code, out, _ = run("info")
+    assert code == 0
+    assert len(out.splitlines()) < 20
+    iou = card["int8"]["held_out"]["iou_int8"]
+    for told in (card["use"], card["encoder"], "mask, contour", f"IoU {iou:.4f}", "seed = 0.9", "held out 120:130"):
+        assert told in out
+
+
+def test_a_card_with_little_in_it_is_printed_too(tmp_path):
+    path = tmp_path / "small.safetensors"
+    path.write_bytes(b"")
+    lines = cards.page(path, {"encoder": "e", "decoder": [8, 4], "sections": 1, "heads": ["mask"]}).splitlines()
+    assert [line.split()[0] for line in lines] == ["model", "file", "network", "sees", "tells", "int8", "all"]
+    assert lines[0] == "model     small: no use is given"
 
 
 def test_the_shipped_model_is_small_enough_to_ship():

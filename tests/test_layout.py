@@ -19,7 +19,7 @@ RANKS = [
     {"memory", "probe", "pipeline", "folder", "evaluate", "view", "heldout", "checkpoint"},
     {"describe", "flow"},
     {"plan"},
-    {"launch", "calibrate", "verify", "quantise", "report", "review"},
+    {"launch", "calibrate", "verify", "quantise", "report", "review", "card"},
     {"train"},
     {"tune"},
     {"cli", "__init__", "__main__"},

@@ -559,11 +559,17 @@ def _triple(text: str, option: str) -> Triple:
 
 
 @app.command()
-def info(model: Annotated[Path | None, typer.Argument(help="Model file; the shipped one if not given.")] = None) -> None:
-    """Print a model's card."""
+def info(
+    model: Annotated[Path | None, typer.Argument(help="Model file; the shipped one if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole card, with every setting of its training.")] = False,
+) -> None:
+    """Print a model's card: what it is for, what it learnt from, how good it is."""
+    from volseg.card import page
     from volseg.model import load_card, shipped
 
-    typer.echo(json.dumps(load_card(model or shipped()), indent=1))
+    path = model or shipped()
+    card = load_card(path)
+    typer.echo(json.dumps(card, indent=1) if as_json else page(path, card))
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -306,11 +307,19 @@ def resolve(*layers: tuple[str, dict]) -> Config:
     for where, tables in layers:
         _check(where, tables, alone=True)
         merged = _merge(merged, tables)
-    return _check(", ".join(where for where, tables in layers if tables) or "settings", merged)
+    return _check(", ".join(where for where, tables in layers if tables) or "settings", merged, origins(layers))
 
 
-def _check(where: str, tables: dict, *, alone: bool = False) -> Config | None:
-    """The settings in ``tables``. ``alone``: rules between settings are left for when all layers are together."""
+def origins(layers: Iterable[tuple[str, dict]]) -> dict[tuple[str, str], str]:
+    """The layer that each setting comes from, by section and key."""
+    return {(section, key): where for where, tables in layers for section, of in tables.items() for key in of}
+
+
+def _check(where: str, tables: dict, origin: dict[tuple[str, str], str] | None = None, *, alone: bool = False) -> Config | None:
+    """The settings in ``tables``, each from its ``origin``, else from ``where``.
+
+    ``alone``: rules between settings are left for when all layers are together.
+    """
     try:
         return Config.model_validate(tables)
     except ValidationError as error:
@@ -319,6 +328,7 @@ def _check(where: str, tables: dict, *, alone: bool = False) -> Config | None:
         return None
     first = found[0]
     key = ".".join(str(part) for part in first["loc"])
+    where = (origin or {}).get(first["loc"][:2], where)
     if first["type"] == "extra_forbidden":
         raise UserError(f"{where}: unknown key {key!r}{_suggest(first['loc'], tables)}")
     if first["type"] == "value_error":
@@ -345,8 +355,7 @@ def page(config: Config, layers: list[tuple[str, dict]]) -> str:
     >>> print(page(resolve(), []).split("[stitch]")[1].splitlines()[1])
     seed = 0.6
     """
-    origin = {(section, key): where for where, tables in layers for section, of in tables.items() for key in of}
-    lines = []
+    origin, lines = origins(layers), []
     for section, values in config.model_dump(mode="json").items():
         lines += ["", f"[{section}]"]
         for key, value in values.items():
