@@ -385,6 +385,19 @@ def test_a_run_from_and_to_an_object_store(bucket, image, reference):
         launch.infer(em, out, config, overwrite=False, show=Quiet())
 
 
+def test_a_run_on_an_object_store_begins_again(bucket, image, reference):
+    out, config = f"{bucket}/again.volseg.zarr", settings(cluster={"workers": 1})
+    run = describe.from_image(volume.open(image), config, folder.partial(out))
+    folder.begin(run, overwrite=False)
+    volume.write(volume.open_array(run.out, "0"), run.predict_grid[0], np.full((2, *run.predict_grid[0].shape), 9, np.uint8))
+    cluster.mark(run.out, "predict", run.keys["predict"], 0, {"voxels": 0, "seconds": {}})
+    folder.begin_again(run)
+    assert cluster.marked(run.out, "predict", run.keys["predict"]) == set()
+    assert not volume.open_array(run.out, "0")[:].any()
+    launch.infer(image, out, config, overwrite=False, show=Quiet())
+    assert digest(out) == digest(reference)
+
+
 def with_sets(*sets):
     return lambda config: load(sets=sets, base=config.model_dump(mode="json", exclude={"train"}))
 
