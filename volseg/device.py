@@ -76,6 +76,10 @@ class Host:
         """``total`` (channels, y, x) grows by a tile with weights ``rows`` x ``columns``."""
         _add(total, tile, rows, columns)
 
+    def quantise(self, total: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
+        """``out``, uint8, is ``total`` (channels, y, x) over ``weight``, 255 for 1, halves round up. ``total`` is 0 then."""
+        _quantise(total, weight, out)
+
     def room(self, out: np.ndarray) -> np.ndarray:
         return out
 
@@ -102,6 +106,17 @@ def _add(total, tile, rows, columns):
         for y in range(total.shape[1]):
             for x in range(total.shape[2]):
                 total[c, y, x] += tile[c, y, x] * (rows[y] * columns[x])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _quantise(total, weight, out):
+    for c in range(total.shape[0]):
+        for y in range(total.shape[1]):
+            of, by, to = total[c, y], weight[y], out[c, y]
+            for x in range(of.size):
+                share = min(max(of[x] / by[x], np.float32(0)), np.float32(1))
+                to[x] = np.uint8(share * np.float32(255) + np.float32(0.5))
+                of[x] = 0
 
 
 HOST = Host()
@@ -165,6 +180,15 @@ class Torch:
     def add(self, total: torch.Tensor, tile: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """As `Host.add`."""
         total += tile * (rows[:, None] * columns[None, :])
+
+    def quantise(self, total: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """As `Host.quantise`."""
+        total /= weight
+        blended = total.clip(0, 1)
+        blended *= 255
+        blended += 0.5
+        out[...] = blended
+        total[...] = 0
 
     def room(self, out: np.ndarray) -> torch.Tensor:
         """Zeros that `fetch` brings into ``out``, uint8."""

@@ -204,12 +204,7 @@ class Blend:
 
     def quantise(self, out: Any) -> None:
         """``out``, uint8, holds the blended probabilities, 255 for 1, halves round up; the next section begins at 0."""
-        self.total /= self.weight
-        blended = self.total.clip(0, 1)
-        blended *= 255
-        blended += 0.5
-        out[...] = blended
-        self.total[...] = 0
+        self.device.quantise(self.total, self.weight, out)
 
 
 # ---------------------------------------------------------------- several looks at one voxel
