@@ -490,7 +490,7 @@ other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=sys
 ending = threading.Event()
 if __name__ == "__main__":
     other.start()
-    threading.Thread(target=parallel._watch, args=([other], ending)).start()
+    threading.Thread(target=parallel._watch, args=([other], ending, 1)).start()
     if sys.argv[1] == "ends":
         ending.set()
         other.terminate()

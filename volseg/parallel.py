@@ -80,6 +80,7 @@ def together(count: int, work: Callable[..., Any], *args: Any) -> Iterator[None]
             threading.Thread(target=_watch, args=(others, ending), daemon=True).start()
         yield
         dist.destroy_process_group()  # nccl ends in all processes at once, so before any is waited for
+        ending.set()
         for process in others:
             process.join()
     except RuntimeError:  # an end of the line is gone
@@ -106,16 +107,20 @@ def _leave(kind: str) -> None:
         dist.destroy_process_group()
 
 
-def _watch(others: list, ending: threading.Event) -> None:
-    """With nccl, a process waits half an hour for one that has failed: number 0 ends as soon as one does, before ``ending``."""
+def _watch(others: list, ending: threading.Event, patience: float = LAST_WORDS) -> None:
+    """With nccl, a process waits half an hour for one that has failed: number 0 ends soon after one does.
+
+    Not where it comes to its ``ending`` by itself, as when all fail alike.
+    """
     running = {process.sentinel: process for process in others}
     while running:
         for sentinel in wait(list(running)):
             process = running.pop(sentinel)
             process.join()
-            if process.exitcode and not ending.is_set():
+            if process.exitcode and not ending.wait(patience):
                 print("volseg: a training process ended, as it says above; the same command goes on from the last checkpoint",
                       file=sys.stderr, flush=True)  # fmt: skip
+                sys.stdout.flush()
                 os._exit(2)
 
 

@@ -198,7 +198,7 @@ def rows(path: Path, wanted: Iterable[tuple[str, str]], size: int, batch: np.nda
     for backend, precision in wanted:
         try:
             yield _row(path, backend, precision, size, batch, exact)
-        except (UserError, ImportError, OSError, RuntimeError) as error:
+        except Exception as error:
             yield Row(backend, precision, refused=str(error).strip().splitlines()[0] if str(error) else type(error).__name__)
 
 
@@ -216,7 +216,7 @@ def _largest(sizes: Iterable[int], timed: Callable[[int], Row]) -> Row:
     for count in sizes:
         try:
             row = timed(count)
-        except (RuntimeError, UserError) as error:
+        except Exception as error:  # ONNX Runtime's are no RuntimeError
             if best is None or not (isinstance(error, Full) or is_full(error)):
                 raise
             break
