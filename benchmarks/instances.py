@@ -57,7 +57,7 @@ def measure(run: str, sections: int, repeats: int) -> None:
         timed, counted = aside(calls, TIMED, repeats, more)
     rows = [{"method": name, **_row(timed[name], voxels), **_objects(name, timed[name], counted[name])} for name in methods]
     print(f"{voxels / 1e6:.1f} million voxels, {100 * share:.1f} % in the mask; blocks of {TIMED}; medians of {repeats}")
-    report.keep("instances", rows)
+    report.keep("instances-run" if run else "instances", rows)
     (own, own_heights), (other, other_heights) = ((row["s"], row["of it heights"]) for row in rows[:2])
     print(f"\nscikit-image / volseg, seconds: {other / own:.2f}; heights given to both: "
           f"{(other - other_heights) / (own - own_heights):.2f}")  # fmt: skip

@@ -29,7 +29,7 @@ GROWTH = {  # piece, blocks and tiles, and how often the piece is laid along z, 
         ((1, 1, 1), (2, 2, 2), (4, 4, 4)),
     ),
 }
-SHAPE = (48, 768, 768)  # of the volume that several workers share, in blocks of whole planes
+SHAPE = (192, 768, 768)  # of the volume that several workers share, in blocks of whole planes
 SLABS = ("blocks.shape=[4, 768, 768]",)
 TOLD = 20  # memory is looked at that often
 
