@@ -306,12 +306,16 @@ def _level(pattern: Pattern, below: dict[int, tree.Graph], level: int, last: boo
             build = lambda n=n, links=links: tree.leaf(n, pattern.tables[n], links)  # noqa: E731
             size = pattern.tables[n].edges.nbytes + sum(l.edges.nbytes for l in links.values())
         else:
-            graphs = [_at(pattern, below, c, level - 1) for c in tree.children(pattern.grid, level, n)]
-            graphs = [_alone(pattern, g, level, n) for g in graphs] if last else graphs
-            build = lambda n=n, graphs=graphs: tree.join(graphs, pattern.grid, level, n)  # noqa: E731
+            def opened(c: int, n: int = n) -> tree.Graph:
+                graph = _at(pattern, below, c, level - 1)
+                return _alone(pattern, graph, level, n) if last else graph
+
+            each = tree.children(pattern.grid, level, n)
+            build = lambda n=n, each=each: tree.join(map(opened, each), pattern.grid, level, n)  # noqa: E731
+            graphs = [opened(c) for c in each]
             size = sum(_bytes(g) for g in graphs)
         clock = _Clock()
-        graph = build()
+        graph = build() if level == 0 else tree.join(graphs, pattern.grid, level, n)
         ups[n], finished, _ = tree.contract(graph, pattern.rules.seed_height)
         costs.append((clock.lap()[1], graph.depth.size, graph.inner.size + graph.outer.size, finished.depth.size,
                       size, _bytes(ups[n]), ups[n].depth.size))  # fmt: skip
@@ -343,7 +347,7 @@ def _bytes(graph: tree.Graph) -> int:
 
 
 def _peak(build: object, pattern: Pattern) -> int:
-    """Most bytes that one part takes beyond what it was given."""
+    """Most bytes that one part takes, with what it is given: as in a run, a part of its own at a time."""
     tracemalloc.start()
     tree.contract(build(), pattern.rules.seed_height)
     peak = tracemalloc.get_traced_memory()[1]
