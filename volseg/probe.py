@@ -33,6 +33,7 @@ TIMES = 3  # the median of so many passes is a candidate's speed
 LARGEST_BATCH = 32
 GPU_BATCH = 4  # tiles at once on a GPU where nothing is measured
 GAIN = 1.05  # a batch twice as large must be faster by this
+EXPECTED = (UserError, ImportError, OSError, RuntimeError)  # by which a candidate says that it does not run here
 SECONDS = 300  # what a probe has not measured by then is not taken
 
 
@@ -199,6 +200,8 @@ def rows(path: Path, wanted: Iterable[tuple[str, str]], size: int, batch: np.nda
         try:
             yield _row(path, backend, precision, size, batch, exact)
         except Exception as error:
+            if not (isinstance(error, EXPECTED) or is_full(error)):
+                raise
             yield Row(backend, precision, refused=str(error).strip().splitlines()[0] if str(error) else type(error).__name__)
 
 
