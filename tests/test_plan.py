@@ -138,7 +138,8 @@ def test_a_probe_tells_the_bytes_of_the_tables_that_a_run_stores(reference):
     probability = np.asarray(volume.open_array(reference, "0"))
     found = plan._instances(probability, Config(**facts["config"]).fragments, tuple(facts["voxel_size_nm"]))
     stored = sum(volume.stored_bytes(f"{reference}/work/{name}") for name in ("tables", "links", "labels"))
-    assert 0.5 < found["packed"]["tables"] * probability[0].size / stored < 2
+    block = Run.from_json(json.loads(Path(reference, "work/run.json").read_text())).block
+    assert 0.5 < plan.table_bytes(probability.shape[1:], block, found["packed"]) / stored < 2
 
 
 def test_a_height_that_the_model_cannot_give_is_refused_before_anything_is_measured(image, tmp_path):

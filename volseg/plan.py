@@ -38,7 +38,8 @@ FAST = {"openvino bf16": 2.1, "openvino int8": 3.5, "torch fp32": 0.7, "torch bf
 GPU_SPEED = 60.0  # million voxels/s of a GPU, a guess
 BINNED = 2.6  # times as fast where the network bins by 2, likewise
 INSTANCES = 10e6  # voxels/s of a core for all that follows the network
-PACKED = {"probability": 0.05, "fragments": 0.03, "labels": 0.01, "tables": 1.4}  # stored bytes for each voxel (and channel)
+PACKED = {"probability": 0.05, "fragments": 0.03, "labels": 0.01, "tables": 1.4, "cut": 0.0}  # stored bytes for each voxel (and
+# channel); of the tables, more for each voxel of a plane where blocks meet, which the rough figure has in it
 LAID = 0.03e-6  # seconds of a core for a voxel inferred: reading, laying tiles, blending and storing, which no probe sees
 ON_GPU = 0.87  # share of predict's time in the network on a GPU, a guess
 AFTER = 0.04e-6  # seconds of a core for a voxel: reading, storing, faces, relabelling and levels, likewise
@@ -141,9 +142,15 @@ def _read_bytes(run: Run) -> int:
 def _written_bytes(run: Run, rates: Rates) -> int:
     levels = sum(prod(shape) for shape, _ in run.levels)
     probability = len(run.heads) * rates.packed["probability"] * (1 + len(run.passes))
-    each = prod(run.shape) * (probability + rates.packed["fragments"] + rates.packed["tables"])
+    each = prod(run.shape) * (probability + rates.packed["fragments"]) + table_bytes(run.shape, run.block, rates.packed)
     each += levels * rates.packed["labels"]
     return round(each)
+
+
+def table_bytes(shape: Triple, block: Triple, packed: dict[str, float]) -> float:
+    """What the tables take of a volume in such blocks: by its voxels, and by those of the planes where blocks meet."""
+    planes = sum((n - 1) // b / n for b, n in zip(block, shape, strict=True))
+    return prod(shape) * (packed["tables"] + packed["cut"] * planes)
 
 
 # ---------------------------------------------------------------- whether it fits
@@ -406,8 +413,16 @@ def _instances(probability: np.ndarray, knobs: Fragments, voxel_size_nm: tuple) 
         packed = {"probability": probability, "fragments": region, "labels": labels}
         sizes = {name: len(Zstd(1).encode(np.ascontiguousarray(data))) / data.size for name, data in packed.items()}
         took = time.perf_counter() - start
-    sizes["tables"] = LINKED * sum(column.nbytes for column in vars(table).values()) / mass.size
+    whole = _bytes(table)
+    parts = [Box((a, 0, 0), (b, *shape[1:])) for a, b in ((0, shape[0] // 2), (shape[0] // 2, shape[0]))]
+    cut = [basins.fragments(height[p.start[0] : p.stop[0] + 2], mass[p.slices], p, shape, knobs.connectivity)[1] for p in parts]
+    sizes["tables"] = LINKED * whole / mass.size
+    sizes["cut"] = LINKED * max(0, sum(map(_bytes, cut)) - whole) / prod(shape[1:])
     return {"instances": mass.size / took, "packed": sizes}
+
+
+def _bytes(table: basins.Table) -> int:
+    return sum(column.nbytes for column in vars(table).values())
 
 
 if __name__ == "__main__":
