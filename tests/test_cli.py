@@ -201,3 +201,14 @@ def test_the_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-m", "volseg", "infer", "absent.tif"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+
+
+def test_scores_of_a_part_say_how_to_score_it_alone(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("synth", "em.zarr", "--shape", "8,96,96", "--seed", "5")[0] == 0
+    out = ["--out", "part.volseg.zarr", "--set", "cluster.workers=1"]
+    assert run("infer", "em.zarr", "--roi", "0:4,0:96,0:96", *out)[0] == 0
+    code, _, said = run("evaluate", "part.volseg.zarr", "em.zarr/labels/truth")
+    assert code == 0
+    assert "did only 0:4,0:96,0:96, all else counts as missed; --box 0:4,0:96,0:96 scores that part" in said
+    assert "did only" not in run("evaluate", "part.volseg.zarr", "em.zarr/labels/truth", "--box", "0:4,0:96,0:96")[2]

@@ -302,6 +302,16 @@ def test_boxes_are_drawn_by_the_seed_and_lie_inside(run):
     assert all(len(large.grid.meeting(box)) > 1 for box in found[::2])
 
 
+def test_boxes_lie_in_what_was_wanted(run):
+    stored = verify.load(run)
+    told = stored.config.input.model_copy(update={"roi": "100:180,1700:2000,0:20"})
+    config = stored.config.model_copy(update={"input": told})
+    large = replace(stored, labels=replace(stored.labels, shape=(300, 2000, 900)), block=(100, 500, 900), config=config)
+    found = verify.places(large, 9, np.random.default_rng(3))
+    assert all(box.shape == verify.BOX and box.clip(large.shape) == box for box in found)
+    assert all(box.start[0] >= 100 and box.stop[0] <= 180 and box.start[1] >= 1700 and box.start[2] == 0 for box in found)
+
+
 def test_a_path_is_named_where_the_table_is_missing(copy):
     Path(copy, "tables/objects.parquet").unlink()
     with pytest.raises(UserError, match=r"lacks tables/objects\.parquet"):

@@ -526,6 +526,8 @@ def evaluate(
     typer.echo(json.dumps(scores, indent=1) if as_json else scoring.table(scores))
     if not scores["instances"]["truth_objects"]:
         typer.echo(f"volseg: {truth} holds no object here, so most of these scores say nothing", err=True)
+    if not box and (roi := scoring.roi_of(pred)):
+        typer.echo(f"volseg: {pred} did only {roi}, all else counts as missed; --box {roi} scores that part", err=True)
 
 
 @app.command()

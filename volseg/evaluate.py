@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
@@ -201,6 +202,14 @@ def evaluate(pred: str, truth: str, *, box: Box | None = None, iou: float = 0.5)
         "foreground": foreground(counts),
         "instances": instances(counts, iou),
     } | ({} if masks["truth"] else {"touching": pairs(counts, touching_in(truth_side.read, boxes, box), iou)})
+
+
+def roi_of(pred: str) -> str:
+    """The part of the volume that a run was told to do alone; nothing for other runs, and for labels that are no run's."""
+    try:
+        return json.loads(volume.read_bytes(pred, "run.json"))["config"]["input"]["roi"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def truth_in(path: str, shape: Triple, box: Box) -> Read:

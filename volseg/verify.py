@@ -71,6 +71,11 @@ class Stored:
         return Blocks(self.shape, self.block)
 
     @property
+    def roi(self) -> Box:
+        """The part that was wanted."""
+        return Box.parse(self.config.input.roi) if self.config.input.roi else Box.whole(self.shape)
+
+    @property
     def rules(self) -> Rules:
         return rules(self.config, self.voxel_size_nm)
 
@@ -171,7 +176,7 @@ def verify(run: str, *, boxes: int = 5, seed: int = 0) -> dict:
         "block": list(stored.block),
         "objects": len(stored.table),
         "seed": seed,
-        "notes": [stored.why_not] if stored.why_not else [],
+        "notes": [note for note in (stored.why_not, _empty(checked)) if note],
         "boxes": checked,
         "joined": joined,
         "whole": whole,
@@ -179,17 +184,23 @@ def verify(run: str, *, boxes: int = 5, seed: int = 0) -> dict:
     }
 
 
+def _empty(checked: list[dict]) -> str:
+    """That no box held anything, where it is so."""
+    return "" if any(row["masked"] for row in checked) else "no box held a voxel of the mask: give more boxes or another seed"
+
+
 def places(stored: Stored, count: int, rng: np.random.Generator) -> list[Box]:
-    """Up to ``count`` different random boxes, every other one around a corner where blocks meet."""
+    """Up to ``count`` different random boxes in what was wanted, every other one around a corner where blocks meet."""
     size = np.minimum(BOX, stored.shape)
-    room = stored.shape - size
+    least = np.minimum(stored.roi.start, stored.shape - size)
+    room = np.maximum(least, np.array(stored.roi.stop) - size)
     found = []
     for i in range(count):
-        start = rng.integers(0, room + 1)
+        start = rng.integers(least, room + 1)
         if i % 2 == 0:
             counts = np.array(stored.grid.counts)
             corner = rng.integers(np.minimum(1, counts - 1), np.maximum(counts, 1)) * stored.block
-            start = np.where(counts > 1, np.clip(corner - size // 2, 0, room), start)
+            start = np.where(counts > 1, np.clip(corner - size // 2, least, room), start)
         found.append(Box(tuple(start.tolist()), tuple((start + size).tolist())))
     return list(dict.fromkeys(found))
 
