@@ -177,45 +177,35 @@ def test_a_card_keeps_what_its_seed_was_chosen_with():
     assert _decode(Config(), None) == {}
 
 
-def test_ctrl_c_ends_a_run_in_one_line(tables, tmp_path):
-    knobs = {**tables, "steps": 100_000, "out": str(tmp_path / "run")}
+def interrupted(knobs, tmp_path, line, telling="pass"):
+    """Has `volseg train` in a process of its own, to which Ctrl-C comes as it says that ``line``; ``telling`` is done first."""
     data = knobs.pop("data")[0]
     text = [f"{key} = {json.dumps(value)}" for key, value in knobs.items()]
     text = ["[train]", *text, "[[train.data]]", *(f"{key} = {json.dumps(value)}" for key, value in data.items())]
     (tmp_path / "train.toml").write_text("\n".join(text))
     hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background may be deaf
-    code = f"{hearing}; from volseg.__main__ import main; main()"
+    code = f"{hearing}; {telling}; from volseg.__main__ import main; main()"
     command = [sys.executable, "-u", "-c", code, "train", str(tmp_path / "train.toml")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("step 4/"):
+        for told in process.stdout:
+            if told.startswith(line):
                 process.send_signal(signal.SIGINT)
                 break
         _, said = process.communicate()
     assert process.returncode == 130, said
     assert said == "volseg: stopped; the same command goes on from the last checkpoint\n"
+
+
+def test_ctrl_c_ends_a_run_in_one_line(tables, tmp_path):
+    interrupted({**tables, "steps": 100_000, "out": str(tmp_path / "run")}, tmp_path, "step 4/")
     assert (tmp_path / "run" / checkpoint.NAME).exists()
 
 
 def test_ctrl_c_keeps_the_step_that_a_run_was_at(tables, tmp_path):
     """No validation and no interval of checkpoints comes in between: what is kept was kept for the interrupt."""
     knobs = {**tables, "steps": 100_000, "every": 100_000, "out": str(tmp_path / "run")}
-    data = knobs.pop("data")[0]
-    text = [f"{key} = {json.dumps(value)}" for key, value in knobs.items()]
-    text = ["[train]", *text, "[[train.data]]", *(f"{key} = {json.dumps(value)}" for key, value in data.items())]
-    (tmp_path / "train.toml").write_text("\n".join(text))
-    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     telling = "import volseg.train; volseg.train.TOLD_SECONDS = 0"  # a line for each step
-    code = f"{hearing}; {telling}; from volseg.__main__ import main; main()"
-    command = [sys.executable, "-u", "-c", code, "train", str(tmp_path / "train.toml")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                process.send_signal(signal.SIGINT)
-                break
-        _, said = process.communicate()
-    assert process.returncode == 130, said
-    assert said == "volseg: stopped; the same command goes on from the last checkpoint\n"
+    interrupted(knobs, tmp_path, "step 3/", telling)
     config = config_of(tables, tmp_path / "run", steps=100_000, every=100_000)
     state = start(config.train, torch.device("cpu"))
     assert checkpoint.resume(state, tmp_path / "run" / checkpoint.NAME, config.train)

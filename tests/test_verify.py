@@ -304,12 +304,13 @@ def test_boxes_are_drawn_by_the_seed_and_lie_inside(run):
 
 def test_boxes_lie_in_what_was_wanted(run):
     stored = verify.load(run)
-    told = stored.config.input.model_copy(update={"roi": "100:180,1700:2000,0:20"})
+    told = stored.config.input.model_copy(update={"roi": "100:220,1400:2000,0:20"})
     config = stored.config.model_copy(update={"input": told})
     large = replace(stored, labels=replace(stored.labels, shape=(300, 2000, 900)), block=(100, 500, 900), config=config)
     found = verify.places(large, 9, np.random.default_rng(3))
     assert all(box.shape == verify.BOX and box.clip(large.shape) == box for box in found)
-    assert all(box.start[0] >= 100 and box.stop[0] <= 180 and box.start[1] >= 1700 and box.start[2] == 0 for box in found)
+    assert all(box.start[0] >= 100 and box.stop[0] <= 220 and box.start[1] >= 1400 and box.start[2] == 0 for box in found)
+    assert len(large.grid.meeting(found[0])) == 4  # the one corner in there; the boxes around it are one
 
 
 def test_a_path_is_named_where_the_table_is_missing(copy):

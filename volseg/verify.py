@@ -186,7 +186,8 @@ def verify(run: str, *, boxes: int = 5, seed: int = 0) -> dict:
 
 def _empty(checked: list[dict]) -> str:
     """That no box held anything, where it is so."""
-    return "" if any(row["masked"] for row in checked) else "no box held a voxel of the mask: give more boxes or another seed"
+    held = any(row["masked"] for row in checked)
+    return "" if held else "no box held a voxel of the mask: give more --blocks or another --seed"
 
 
 def places(stored: Stored, count: int, rng: np.random.Generator) -> list[Box]:
@@ -199,7 +200,8 @@ def places(stored: Stored, count: int, rng: np.random.Generator) -> list[Box]:
         start = rng.integers(least, room + 1)
         if i % 2 == 0:
             counts = np.array(stored.grid.counts)
-            corner = rng.integers(np.minimum(1, counts - 1), np.maximum(counts, 1)) * stored.block
+            first, end = np.array(stored.roi.start) // stored.block + 1, -(-np.array(stored.roi.stop) // stored.block)
+            corner = rng.integers(first, np.maximum(end, first + 1)) * stored.block
             start = np.where(counts > 1, np.clip(corner - size // 2, least, room), start)
         found.append(Box(tuple(start.tolist()), tuple((start + size).tolist())))
     return list(dict.fromkeys(found))
