@@ -61,9 +61,15 @@ def exact(
 def stitch(
     edges: Annotated[float, typer.Option(help="Edges of the volume that is stitched flat; 0 leaves that out.")] = 1e8,
     simulate: Annotated[float, typer.Option(help="Voxels of the volume that is stitched in a tree; 0: not.")] = 1e12,
-    run: Annotated[str, typer.Option(help="A finished run, whose probabilities are the pattern.")] = "runs/epfl.volseg.zarr",
+    run: Annotated[
+        str, typer.Option(help="A finished run, whose probabilities are the pattern.")
+    ] = "runs/epfl.volseg.zarr",
     block: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a block, z y x.")] = (64, 64, 64),
-    most: Annotated[tuple[int, int, int], typer.Option(help="Most voxels of the run that are taken.")] = (128, 256, 512),
+    most: Annotated[tuple[int, int, int], typer.Option(help="Most voxels of the run that are taken.")] = (
+        128,
+        256,
+        512,
+    ),
 ) -> None:
     """Seconds and memory of stitching edge tables with the statistics of real blocks, in one process and in a tree."""
     from benchmarks import stitch as bench
@@ -79,17 +85,23 @@ Decoding = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KE
 @app.command()
 def labels(
     train: Annotated[Pair, typer.Option(help="IMAGE LABEL to learn from.")] = (
-        f"{EPFL}/training.tif", f"{EPFL}/training_groundtruth.tif",
+        f"{EPFL}/training.tif",
+        f"{EPFL}/training_groundtruth.tif",
     ),
     test: Annotated[Pair, typer.Option(help="IMAGE LABEL to test on.")] = (
-        f"{EPFL}/training.tif", f"{EPFL}/training_groundtruth.tif",
+        f"{EPFL}/training.tif",
+        f"{EPFL}/training_groundtruth.tif",
     ),
     train_on: Annotated[str, typer.Option(metavar="START:STOP", help="Sections that may be learnt from; all.")] = "",
     test_on: Annotated[str, typer.Option(metavar="START:STOP", help="Sections that are scored; all.")] = "",
     counts: Annotated[str, typer.Option(help="Numbers of annotated sections.")] = "1,3,6,12,24,all",
     seeds: Annotated[int, typer.Option(min=1, help="Models for each number.")] = 3,
-    recipe: Annotated[str, typer.Option("--config", help="TOML file whose [train] table is the recipe.")] = "configs/few.toml",
-    out: Annotated[str, typer.Option(help="Folder of models, runs and figures; what is done there is kept.")] = "runs/labels",
+    recipe: Annotated[
+        str, typer.Option("--config", help="TOML file whose [train] table is the recipe.")
+    ] = "configs/few.toml",
+    out: Annotated[
+        str, typer.Option(help="Folder of models, runs and figures; what is done there is kept.")
+    ] = "runs/labels",
     train_sets: Changes = None,
     infer_sets: Decoding = None,
 ) -> None:
@@ -97,17 +109,24 @@ def labels(
     from benchmarks import labels as bench
 
     if train[0] == test[0] and not (train_on and test_on):
-        raise typer.BadParameter("train and test are one volume: give --train-on and --test-on, for instance 0:130, 140:165")
+        raise typer.BadParameter(
+            "train and test are one volume: give --train-on and --test-on, for instance 0:130, 140:165"
+        )
     sets = tuple(train_sets or ()), tuple(infer_sets or ())
     bench.measure(train, test, counts.split(","), seeds, recipe, train_on, test_on, out, *sets)
 
 
 @app.command()
 def folds(
-    data: Annotated[Pair, typer.Option(help="IMAGE LABEL.")] = ("../shared/data/vnc/raw", "../shared/data/vnc/mitochondria"),
+    data: Annotated[Pair, typer.Option(help="IMAGE LABEL.")] = (
+        "../shared/data/vnc/raw",
+        "../shared/data/vnc/mitochondria",
+    ),
     count: Annotated[int, typer.Option("--folds", min=2)] = 5,
     voxel_size: Annotated[str, typer.Option(help="nm along z,y,x.")] = "50,4.6,4.6",
-    recipe: Annotated[str, typer.Option("--config", help="TOML file whose [train] table is the recipe.")] = "configs/vnc.toml",
+    recipe: Annotated[
+        str, typer.Option("--config", help="TOML file whose [train] table is the recipe.")
+    ] = "configs/vnc.toml",
     out: Annotated[str, typer.Option(help="Folder of models and runs; what is done there is kept.")] = "runs/vnc",
     train_sets: Changes = None,
     infer_sets: Decoding = None,
@@ -121,13 +140,18 @@ def folds(
 
 @app.command()
 def ablations(
-    data: Annotated[Pair, typer.Option(help="IMAGE LABEL.")] = (f"{EPFL}/training.tif", f"{EPFL}/training_groundtruth.tif"),
+    data: Annotated[Pair, typer.Option(help="IMAGE LABEL.")] = (
+        f"{EPFL}/training.tif",
+        f"{EPFL}/training_groundtruth.tif",
+    ),
     sections: Annotated[int, typer.Option(help="How many are learnt from, evenly spaced.")] = 12,
     learn: Annotated[str, typer.Option(metavar="START:STOP", help="Where these lie.")] = "0:119",
     hold: Annotated[str, typer.Option(metavar="START:STOP", help="Sections that choose the threshold.")] = "120:130",
     test: Annotated[str, typer.Option(metavar="START:STOP", help="Sections that are scored.")] = "140:165",
     seeds: Annotated[int, typer.Option(min=1)] = 1,
-    recipe: Annotated[str, typer.Option("--config", help="TOML file whose [train] table is the recipe.")] = "configs/few.toml",
+    recipe: Annotated[
+        str, typer.Option("--config", help="TOML file whose [train] table is the recipe.")
+    ] = "configs/few.toml",
     only: Annotated[list[str] | None, typer.Option(help="Names of the changes to measure; all.")] = None,
     out: Annotated[str, typer.Option(help="Folder of models and runs; what is done there is kept.")] = "runs/ablations",
     train_sets: Changes = None,
@@ -136,7 +160,9 @@ def ablations(
     """What each part of the training recipe is worth: one thing changed at a time, on the same held-out sections."""
     from benchmarks import ablations as bench
 
-    bench.measure(data, sections, learn, hold, test, seeds, recipe, tuple(only or ()), out, tuple(train_sets or ()), name)
+    bench.measure(
+        data, sections, learn, hold, test, seeds, recipe, tuple(only or ()), out, tuple(train_sets or ()), name
+    )
 
 
 @app.command()

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks import report, trial
 
-EVERYTHING = ("flip", "affine", "elastic", "grey", "neighbours")
+EVERYTHING = ("flip", "affine", "elastic", "gray", "neighbors")
 TRAINED = {
     "the recipe": (),
     "loss: BCE + Dice": ('loss = "bce"',),
@@ -20,7 +20,9 @@ TRAINED = {
     "flips alone": ('augment = ["flip"]',),
     "self-training": ("self_training = 0.34",),
 }  # what is trained anew, and the settings of [train] that differ
-NEEDS = {"no contour": ("fragments.contour=0",)}  # what nobody taught says nothing, neither when seeds are chosen nor after
+NEEDS = {
+    "no contour": ("fragments.contour=0",)
+}  # what nobody taught says nothing, neither when seeds are chosen nor after
 DECODED = {
     "threshold 0.5": ("fragments.threshold=0.5",),
     "not smoothed": ("fragments.smooth=[0,0,0]",),

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report
-from volseg import describe, forward, model, probe, tiles, volume
 from volseg.config import Config, Predict
-from volseg.grey import normalisation
+from volseg.inference import autoselect as probe
+from volseg.inference import forward, model, tiles
+from volseg.inference.normalization import normalization
+from volseg.io import volume
+from volseg.planning import prepare as describe
 
 PLANES = 2  # whole planes that each pass computes
 
@@ -21,11 +24,11 @@ def measure(image: str, model_file: str, threads: tuple[int, ...], repeats: int)
     path = Path(model_file) if model_file else model.shipped()
     card = model.load_card(path)
     source = volume.open(image)
-    norm = normalisation(source.shape, source.read)
+    norm = normalization(source.shape, source.read)
     grid = tiles.grid(source.shape[1:], Config().predict.tile, Config().predict.overlap, card.get("binning", 1))
     first = source.shape[0] - PLANES
     batch = np.stack([
-        describe.normalised_tile(source, z, grid.place((0, 0)), card["sections"], norm)
+        describe.normalized_tile(source, z, grid.place((0, 0)), card["sections"], norm)
         for z in range(first, source.shape[0])
     ])  # fmt: skip
     rows = [
@@ -41,11 +44,14 @@ def measure(image: str, model_file: str, threads: tuple[int, ...], repeats: int)
 def _side_by_side(path: Path, engines: list, batch: np.ndarray, threads: int, repeats: int) -> list[dict]:
     """All engines in turn, ``repeats`` times over, so that whatever else the machine does meets all of them."""
     networks = {
-        engine: forward.load(forward.prepare(path, *engine), *engine, (1, *batch.shape[1:]), threads) for engine in engines
+        engine: forward.load(forward.prepare(path, *engine), *engine, (1, *batch.shape[1:]), threads)
+        for engine in engines
     }
     load = [(i, batch[i % len(batch)][None]) for i in range(max(len(batch), threads))]
     took: dict = {engine: [] for engine in engines}
-    out = {engine: np.concatenate([p for _, p in forward.stream(net, load, threads)]) for engine, net in networks.items()}
+    out = {
+        engine: np.concatenate([p for _, p in forward.stream(net, load, threads)]) for engine, net in networks.items()
+    }
     for _ in range(repeats):
         for engine, network in networks.items():
             start = time.perf_counter()

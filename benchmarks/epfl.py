@@ -11,7 +11,7 @@ from statistics import median
 
 from benchmarks import report
 from volseg.box import Box
-from volseg.evaluate import evaluate
+from volseg.evaluation.evaluate import evaluate
 
 
 def measure(image: str, truth: str, box: str, models: tuple[str, ...], repeats: int, out: str, workers: int) -> None:

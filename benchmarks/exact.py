@@ -18,10 +18,11 @@ import tifffile
 from scipy.ndimage import gaussian_filter
 
 from benchmarks import report
-from volseg import fragments, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
-from volseg.decide import decide, rules
+from volseg.io import volume
+from volseg.segmentation import fragments, stitch
+from volseg.segmentation.rules import decide, rules
 
 VNC = ("input.voxel_size_nm=[50, 4.6, 4.6]", "fragments.smooth=[0, 2, 2]")  # settings of the runs on VNC
 
@@ -112,7 +113,9 @@ def of_vnc(folder: str, sections: int) -> None:
         path = f"{place}/probabilities.tif"
         mask, contour = vnc_probabilities(folder, Box((0, 0, 0), (depth, ny, nx)))
         tifffile.imwrite(path, np.stack([mask, contour], axis=1), metadata={"axes": "ZCYX"}, photometric="minisblack")
-        for i, block in enumerate([(depth, ny, nx), (4, ny, nx), (7, 500, 301), (depth, 96, 96), (1, ny, nx), (5, 333, nx)]):
+        for i, block in enumerate(
+            [(depth, ny, nx), (4, ny, nx), (7, 500, 301), (depth, 96, 96), (1, ny, nx), (5, 333, nx)]
+        ):
             out = f"{place}/{i}.volseg.zarr"
             line = [sys.executable, "-m", "volseg", "segment", path, "--mask-channel=0", "--contour-channel=1", "--out", out,
                     f"--set=blocks.shape={list(block)}", *(f"--set={text}" for text in VNC)]  # fmt: skip

@@ -11,8 +11,13 @@ COUNTS = ("true_positive_voxels", "false_positive_voxels", "false_negative_voxel
 
 
 def measure(
-    data: tuple[str, str], folds: int, voxel_size_nm: list[float], recipe: str, out: str,
-    train_sets: tuple[str, ...], infer_sets: tuple[str, ...],
+    data: tuple[str, str],
+    folds: int,
+    voxel_size_nm: list[float],
+    recipe: str,
+    out: str,
+    train_sets: tuple[str, ...],
+    infer_sets: tuple[str, ...],
 ) -> None:
     """A row for each fold, and the foreground IoU of all held-out sections together."""  # fmt: skip
     first, stop = trial.span(data[0], "")

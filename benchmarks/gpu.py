@@ -15,11 +15,14 @@ import numpy as np
 from benchmarks import report
 from benchmarks.repeat import side_by_side
 from benchmarks.throughput import difference, last_sections, slide
-from volseg import cluster, describe, folder, forward, model, pipeline, volume
 from volseg.box import Box
 from volseg.config import load
-from volseg.grey import standardised
-from volseg.run import Run
+from volseg.engine import cluster, folder, pipeline
+from volseg.engine.run import Run
+from volseg.inference import forward, model
+from volseg.inference.normalization import standardized
+from volseg.io import volume
+from volseg.planning import prepare as describe
 
 BATCH = 8  # tiles at once where predict.batch is not set
 COLUMNS = ("way", "Mvoxel/s", "of the bare model", "TFLOP/s", "bytes sent / voxel", "bytes fetched / voxel", "mean diff /255",
@@ -30,7 +33,9 @@ def measure(image: str, sections: int, repeats: int, out: str, sets: tuple[str, 
     """A row for each way to the probabilities of the same voxels, and how far these are from volseg's in float32."""
     name = forward.device("torch").name
     if name == "cpu" != device:
-        raise SystemExit("no CUDA device here, nothing was measured; --device cpu goes through all of it on the processor")
+        raise SystemExit(
+            "no CUDA device here, nothing was measured; --device cpu goes through all of it on the processor"
+        )
     path = last_sections(image, sections, Path(out))
     precisions = dict.fromkeys((forward.choose("torch")[1], "fp32"))
     runs = {p: _begun(path, Path(out, f"{p}.volseg.zarr"), p, sets) for p in precisions}
@@ -114,7 +119,7 @@ def _monai(run: Run, device: str) -> dict[str, Callable[[], np.ndarray]]:
         return {}
     import torch
 
-    slab = standardised(run.source.read(Box.whole(run.shape)), run.mean, run.std)
+    slab = standardized(run.source.read(Box.whole(run.shape)), run.mean, run.std)
     slab = np.pad(slab, ((1, 1), (0, 0), (0, 0)), mode="edge")
     network = torch.nn.Sequential(model.load(model.shipped())[0], torch.nn.Sigmoid()).eval()
     network = network.to(device, memory_format=torch.channels_last)

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report
-from volseg import evaluate, fragments, stitch, volume
 from volseg.box import Box
-from volseg.calibrate import SCORES
 from volseg.config import Fragments
-from volseg.decide import Rules, decide
-from volseg.metrics import Contingency, foreground, instances, pairs
+from volseg.evaluation import evaluate
+from volseg.evaluation.calibrate import SCORES
+from volseg.evaluation.metrics import Contingency, foreground, instances, pairs
+from volseg.io import volume
+from volseg.segmentation import fragments, stitch
+from volseg.segmentation.rules import Rules, decide
 
 SEEDS = (0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9)
 PERSISTENCE = (0.0, 0.1)

@@ -21,12 +21,13 @@ from scipy import ndimage
 
 from benchmarks import report
 from benchmarks.repeat import Alone, aside
-from volseg import fragments, objects, stitch, volume
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
-from volseg.decide import Rules, decide
-from volseg.machine import keep_memory
-from volseg.synth import synth
+from volseg.evaluation.synthetic import synth
+from volseg.io import volume
+from volseg.segmentation import fragments, objects, stitch
+from volseg.segmentation.rules import Rules, decide
+from volseg.system import keep_memory
 
 SIDES = (256, 128, 64, 32)  # of the blocks, voxels; cut to the volume
 TIMED = 128
@@ -53,10 +54,16 @@ def measure(run: str, sections: int, repeats: int) -> None:
         np.save(stored, probability)
         del probability
         calls = {name: partial(_load, stored, method) for name, method in methods.items()}
-        more = {name: () if name in (WHOLE, DASK) else tuple(side for side in SIDES if side != TIMED) for name in methods}
+        more = {
+            name: () if name in (WHOLE, DASK) else tuple(side for side in SIDES if side != TIMED) for name in methods
+        }
         timed, counted = aside(calls, TIMED, repeats, more)
-    rows = [{"method": name, **_row(timed[name], voxels), **_objects(name, timed[name], counted[name])} for name in methods]
-    print(f"{voxels / 1e6:.1f} million voxels, {100 * share:.1f} % in the mask; blocks of {TIMED}; medians of {repeats}")
+    rows = [
+        {"method": name, **_row(timed[name], voxels), **_objects(name, timed[name], counted[name])} for name in methods
+    ]
+    print(
+        f"{voxels / 1e6:.1f} million voxels, {100 * share:.1f} % in the mask; blocks of {TIMED}; medians of {repeats}"
+    )
     report.keep("instances-run" if run else "instances", rows)
     (own, own_heights), (other, other_heights) = ((row["s"], row["of it heights"]) for row in rows[:2])
     print(f"\nscikit-image / volseg, seconds: {other / own:.2f}; heights given to both: "
@@ -201,7 +208,9 @@ def _touching(labels: np.ndarray, block: Triple, shrink: bool) -> Iterator[np.nd
     """Pairs of labels that meet at block faces."""
     for axis, (size, length) in enumerate(zip(block, labels.shape, strict=True)):
         for at in range(size, length, size):
-            near, far = (_shrunk(plane) if shrink else plane for plane in (labels.take(at - 1, axis), labels.take(at, axis)))
+            near, far = (
+                _shrunk(plane) if shrink else plane for plane in (labels.take(at - 1, axis), labels.take(at, axis))
+            )
             both = (near > 0) & (far > 0)
             yield from np.unique(np.stack([near[both], far[both]], axis=1), axis=0)
 

@@ -14,10 +14,10 @@ from zarr.storage import LocalStore, WrapperStore
 
 from benchmarks import report
 from benchmarks.repeat import side_by_side
-from volseg import volume
 from volseg.box import Box
 from volseg.config import Config
-from volseg.synth import synth
+from volseg.evaluation.synthetic import synth
+from volseg.io import volume
 
 LATENCY = 0.03  # seconds before the far store answers
 PIPELINES = {"zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline", "zarrs": "zarrs.ZarrsCodecPipeline"}
@@ -43,7 +43,9 @@ def measure(repeats: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for what, data in (("image", image), ("labels", labels)):
             for where in ("disk", "30 ms away"):
-                pipelines = PIPELINES if where == "disk" else {"zarr": PIPELINES["zarr"]}  # zarrs opens local files itself
+                pipelines = (
+                    PIPELINES if where == "disk" else {"zarr": PIPELINES["zarr"]}
+                )  # zarrs opens local files itself
                 arrays = {name: _array(Path(folder, f"{what}-{where[0]}-{name}"), data, where) for name in pipelines}
                 for verb, act in (("write", _write), ("read", _read)):
                     calls = {n: partial(_with, pipelines[n], act, arrays[n], data) for n in pipelines}
@@ -57,7 +59,13 @@ def _array(path: Path, data: np.ndarray, where: str) -> zarr.Array:
     """A sharded array as volseg makes them, opened in the store asked for."""
     volume.create_group(str(path))
     volume.create_array(
-        str(path), "0", shape=data.shape, dtype=data.dtype, chunk=Config().output.chunk, shard=(32, *data.shape[1:]), axes="zyx"
+        str(path),
+        "0",
+        shape=data.shape,
+        dtype=data.dtype,
+        chunk=Config().output.chunk,
+        shard=(32, *data.shape[1:]),
+        axes="zyx",
     )
     store = LocalStore(path)
     return zarr.open_array(Late(store) if where != "disk" else store, path="0", mode="r+")

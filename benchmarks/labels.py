@@ -7,17 +7,25 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report, trial
-from volseg import volume
 from volseg.box import Box
-from volseg.view import grey, paint
+from volseg.io import volume
+from volseg.io.pictures import gray, paint
 
 PICTURED = 12  # annotated sections of the model in the picture, beside the model of all
 CALIBRATED = 0.08  # share of the sections, held out at the end, that choose the threshold where all are annotated
 
 
 def measure(
-    train: tuple[str, str], test: tuple[str, str], counts: list[str], seeds: int, recipe: str,
-    train_on: str, test_on: str, out: str, train_sets: tuple[str, ...], infer_sets: tuple[str, ...],
+    train: tuple[str, str],
+    test: tuple[str, str],
+    counts: list[str],
+    seeds: int,
+    recipe: str,
+    train_on: str,
+    test_on: str,
+    out: str,
+    train_sets: tuple[str, ...],
+    infer_sets: tuple[str, ...],
 ) -> None:
     """Rows of every count and seed, ``labels.png`` with the curve and ``sections.png``, under ``out``."""  # fmt: skip
     folder = Path(out)
@@ -72,10 +80,12 @@ def _curve(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.subplots()
     counts = sorted({row["sections"] for row in rows})
-    for key, colour in (("IoU", "tab:blue"), ("PQ", "tab:green")):
-        axes.plot([row["sections"] for row in rows], [row[key] for row in rows], "o", color=colour, alpha=0.4, markersize=4)
+    for key, color in (("IoU", "tab:blue"), ("PQ", "tab:green")):
+        axes.plot(
+            [row["sections"] for row in rows], [row[key] for row in rows], "o", color=color, alpha=0.4, markersize=4
+        )
         means = [np.mean([row[key] for row in rows if row["sections"] == count]) for count in counts]
-        axes.plot(counts, means, color=colour, label=key)
+        axes.plot(counts, means, color=color, label=key)
     axes.set(xscale="log", xlabel="annotated sections", ylabel="score on the test volume", ylim=(0, 1))
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
@@ -93,7 +103,7 @@ def _sections_picture(image: str, label: str, box: Box, runs: dict[int, str], pa
     figure = Figure(figsize=(4.2 * (2 + len(runs)), 2 * 4.2 * box.shape[1] / box.shape[2] + 0.4), layout="constrained")
     for line, z in zip(figure.subplots(2, 2 + len(runs), squeeze=False), (depth // 3, 2 * depth // 3), strict=True):
         plane = Box((box.start[0] + z, *box.start[1:]), (box.start[0] + z + 1, *box.stop[1:]))
-        shown = grey(volume.open(image).read(plane)[0])
+        shown = gray(volume.open(image).read(plane)[0])
         truth = volume.open(label).read(plane)[0]
         truth = components(truth > 0) if np.unique(truth).size <= 2 else truth
         panels = {f"original, section {z}": shown, "truth": paint(shown, truth)}

@@ -15,13 +15,18 @@ import numpy as np
 import tifffile
 
 from benchmarks import report
-from volseg import describe, evaluate, folder, fragments, model, pipeline, volume
 from volseg.box import Blocks, Box
-from volseg.calibrate import SEEDS, SIZES
 from volseg.config import Config, Fragments, load
-from volseg.decide import decide, rules
-from volseg.metrics import Contingency, foreground, instances
-from volseg.stitch import Basins, gather, link
+from volseg.engine import folder, pipeline
+from volseg.evaluation import evaluate
+from volseg.evaluation.calibrate import SEEDS, SIZES
+from volseg.evaluation.metrics import Contingency, foreground, instances
+from volseg.inference import model
+from volseg.io import volume
+from volseg.planning import prepare as describe
+from volseg.segmentation import fragments
+from volseg.segmentation.rules import decide, rules
+from volseg.segmentation.stitch import Basins, gather, link
 
 THREE = 'predict.planes=["xy","xz","yz"]'
 WAYS = {"plain": (), "tta 4": ("predict.tta=4",), "planes 3": (THREE,), "tta 8": ("predict.tta=8",),
@@ -71,24 +76,26 @@ def scores(run: str, truth: str, chosen: Box, tested: Box) -> dict:
     config, nm = Config(**facts["config"]), tuple(facts["voxel_size_nm"])
     probability = np.asarray(volume.open_array(run, "0")[:])
     true = {part: evaluate.truth_in(truth, probability.shape[1:], part)(part) for part in (chosen, tested)}
-    knobs = config.fragments.model_copy(update={"threshold": threshold(probability, config.fragments, chosen, true[chosen])})
+    knobs = config.fragments.model_copy(
+        update={"threshold": threshold(probability, config.fragments, chosen, true[chosen])}
+    )
     basins, basin = cut(probability, knobs, nm)
     tables = {part: Contingency.of(labels, basin[part.slices]) for part, labels in true.items()}
 
-    def labelled(seed: float, least: int, part: Box) -> Contingency:
+    def labeled(seed: float, least: int, part: Box) -> Contingency:
         stitch = config.stitch.model_copy(update={"seed": seed, "min_voxels": least})
         both = config.model_copy(update={"fragments": knobs, "stitch": stitch})
         return tables[part].renamed(np.r_[0, decide(basins, rules(both, nm))])
 
     own = config.stitch
     ways = [(own.seed, own.min_voxels), *product((seed for seed in SEEDS if seed > own.seed_low), SIZES)]
-    seed, least = max(ways, key=lambda way: instances(labelled(*way, chosen))["pq"])
-    found = instances(table := labelled(seed, least, tested))
+    seed, least = max(ways, key=lambda way: instances(labeled(*way, chosen))["pq"])
+    found = instances(table := labeled(seed, least, tested))
     return {
         "IoU": round(foreground(table)["iou"], 4),
         **{name: round(found[name], 4) for name in ("pq", "sa50", "voi_split", "voi_merge")},
         "threshold": knobs.threshold, "seed": seed, "min_voxels": least,
-        "PQ where chosen": round(instances(labelled(seed, least, chosen))["pq"], 4),
+        "PQ where chosen": round(instances(labeled(seed, least, chosen))["pq"], 4),
     }  # fmt: skip
 
 

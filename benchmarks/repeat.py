@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from volseg import machine
+from volseg import system as machine
 
 
 @dataclass(frozen=True)

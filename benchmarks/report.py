@@ -10,14 +10,16 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from volseg import forward
+from volseg.inference import forward
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict:
     """Machine, versions, commit and date of a measurement."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     packages = ("volseg", "torch", "openvino", "zarr", "dask", "numba")
     return {
         "date": datetime.date.today().isoformat(),

@@ -18,12 +18,15 @@ import numpy as np
 import psutil
 
 from benchmarks import report
-from volseg import cluster, config, stitch, volume
+from volseg import config
 from volseg.box import Blocks, Box
+from volseg.engine import cluster
+from volseg.io import volume
+from volseg.segmentation import stitch
 
 GROWTH = {  # piece, blocks and tiles, and how often the piece is laid along z, y and x: once, then 8 and 64 times as much
     "z": ((16, 512, 512), ("blocks.shape=[8, 512, 512]",), ((1, 1, 1), (8, 1, 1), (64, 1, 1))),
-    "zyx": (  # three blocks along each axis, so that the smallest volume too has one with neighbours on all sides
+    "zyx": (  # three blocks along each axis, so that the smallest volume too has one with neighbors on all sides
         (12, 384, 384),
         ("blocks.shape=[4, 128, 128]", "predict.tile=128", "predict.overlap=32"),
         ((1, 1, 1), (2, 2, 2), (4, 4, 4)),
@@ -94,7 +97,9 @@ def _laid(folder: Path, piece: tuple[int, ...], times: tuple[int, ...]) -> Path:
     voxels = one.read(Box.whole(one.shape))
     laid = np.pad(voxels, [(0, n * (k - 1)) for n, k in zip(piece, times, strict=True)], mode="symmetric")
     volume.create_group(str(image))
-    volume.create_array(str(image), "0", shape=laid.shape, dtype=laid.dtype, chunk=(16, 256, 256), shard=piece, axes="zyx")
+    volume.create_array(
+        str(image), "0", shape=laid.shape, dtype=laid.dtype, chunk=(16, 256, 256), shard=piece, axes="zyx"
+    )
     volume.set_group_attributes(str(image), "", volume.ome_multiscales("em", "zyx", [("0", one.voxel_size_nm)]))
     for box in Blocks(laid.shape, piece):
         volume.write(volume.open_array(str(image), "0"), box, laid[box.slices])

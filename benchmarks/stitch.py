@@ -25,10 +25,14 @@ import numpy as np
 import typer
 
 from benchmarks import report
-from volseg import cluster, fragments, stitch, tree, volume
 from volseg.box import Blocks, Box, Triple
-from volseg.config import Config, Fragments, UserError
-from volseg.decide import Rules, decide, rules
+from volseg.config import Config, Fragments
+from volseg.engine import cluster
+from volseg.errors import UserError
+from volseg.io import volume
+from volseg.segmentation import fragments, stitch
+from volseg.segmentation import hierarchy as tree
+from volseg.segmentation.rules import Rules, decide, rules
 
 LEVELS = 8  # of the tree that the simulated volumes have room for
 
@@ -140,7 +144,9 @@ def _moved_graph(pattern: Pattern, graph: tree.Graph, by: Triple) -> tree.Graph:
     _, ny, nx = pattern.grid.counts
     names = ((by[0] * ny + by[1]) * nx + by[2]) << 32
     inner = _shifted(graph.inner, far, 0, ())
-    return replace(graph, first=graph.first + far, inner=inner, outer=_shifted(graph.outer, far, names, ("here", "there")))
+    return replace(
+        graph, first=graph.first + far, inner=inner, outer=_shifted(graph.outer, far, names, ("here", "there"))
+    )
 
 
 # ---------------------------------------------------------------- flat
@@ -196,7 +202,7 @@ def _relative(pattern: Pattern, names: np.ndarray, number: dict[int, int]) -> tu
 
 
 def _periods_around(at: Triple, repeats: Triple) -> np.ndarray:
-    """The numbers of a period and its neighbours in a volume of so many periods, below 0 for those outside it."""
+    """The numbers of a period and its neighbors in a volume of so many periods, below 0 for those outside it."""
     out = np.full(27, -1, np.int64)
     for k, way in enumerate(product((-1, 0, 1), repeat=3)):
         z, y, x = (a + w for a, w in zip(at, way, strict=True))
@@ -295,7 +301,9 @@ def _top(pattern: Pattern, voxels: float) -> int:
     return level
 
 
-def _level(pattern: Pattern, below: dict[int, tree.Graph], level: int, last: bool) -> tuple[dict[int, tree.Graph], dict]:
+def _level(
+    pattern: Pattern, below: dict[int, tree.Graph], level: int, last: bool
+) -> tuple[dict[int, tree.Graph], dict]:
     """The contracted parts of one period at that level, and their mean cost."""
     start, ups, costs = pattern.origin >> level, {}, []
     parts = tree.parts(pattern.grid, level)
@@ -306,6 +314,7 @@ def _level(pattern: Pattern, below: dict[int, tree.Graph], level: int, last: boo
             build = lambda n=n, links=links: tree.leaf(n, pattern.tables[n], links)  # noqa: E731
             size = pattern.tables[n].edges.nbytes + sum(l.edges.nbytes for l in links.values())
         else:
+
             def opened(c: int, n: int = n) -> tree.Graph:
                 graph = _at(pattern, below, c, level - 1)
                 return _alone(pattern, graph, level, n) if last else graph

@@ -17,11 +17,13 @@ import tifffile
 
 from benchmarks import report
 from benchmarks.repeat import side_by_side
-from volseg import cluster, forward, model, tiles, volume
 from volseg.box import Box
 from volseg.config import Config
-from volseg.grey import standardised
-from volseg.machine import keep_memory
+from volseg.engine import cluster
+from volseg.inference import forward, model, tiles
+from volseg.inference.normalization import standardized
+from volseg.io import volume
+from volseg.system import keep_memory
 
 OVERLAP = 64  # voxels, of the peers' windows as of volseg's tiles
 
@@ -42,7 +44,7 @@ def measure(image: str, sections: int, few: int, repeats: int, standard: str, ou
         for name, changes in runs.items():
             predicted[name].append(_predict(path, folder / f"{name}.volseg.zarr", changes))
     told = {name: json.loads((folder / f"{name}.volseg.zarr/run.json").read_text()) for name in runs}
-    slab = standardised(tifffile.imread(path), told["auto"]["mean"], told["auto"]["std"])
+    slab = standardized(tifffile.imread(path), told["auto"]["mean"], told["auto"]["std"])
     own = Path(told["auto"]["config"]["predict"]["model"] or model.shipped())
     network, _ = model.load(Path(standard) if standard else own)
     candidates = {
@@ -98,7 +100,7 @@ def _predict(path: Path, out: Path, sets: tuple[str, ...]) -> float:
 
 
 def _windows(slab: np.ndarray) -> np.ndarray:
-    """Each section between its neighbours: (n - 2, 3, y, x)."""
+    """Each section between its neighbors: (n - 2, 3, y, x)."""
     return np.lib.stride_tricks.sliding_window_view(slab, 3, axis=0).transpose(0, 3, 1, 2)
 
 
@@ -164,7 +166,9 @@ def _map_overlap(network: object, slab: np.ndarray) -> np.ndarray:
     import torch
 
     def infer(block: np.ndarray) -> np.ndarray:
-        padded = np.pad(block[None], ((0, 0), (0, 0), (0, -block.shape[1] % 64), (0, -block.shape[2] % 64)), mode="symmetric")
+        padded = np.pad(
+            block[None], ((0, 0), (0, 0), (0, -block.shape[1] % 64), (0, -block.shape[2] % 64)), mode="symmetric"
+        )
         with torch.inference_mode():
             found = torch.sigmoid(network(torch.from_numpy(padded)))[0].numpy()
         return found[:, : block.shape[1], : block.shape[2]]

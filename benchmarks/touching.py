@@ -8,15 +8,17 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.trial import volseg
-from volseg import volume
 from volseg.box import Box
-from volseg.metrics import Contingency, instances, pairs, touching
+from volseg.evaluation.metrics import Contingency, instances, pairs, touching
+from volseg.io import volume
 
 SMALL = 2000  # voxels; an object of fewer is a sliver that the volume's border cuts off
 SUMS = ("pairs", "separated", "whole pairs", "separated whole", "objects", "split", "merged", "missed", "spurious")
 
 
-def measure(seeds: tuple[int, ...], shape: str, config: str, model: str, sets: tuple[str, ...], out: str, name: str) -> None:
+def measure(
+    seeds: tuple[int, ...], shape: str, config: str, model: str, sets: tuple[str, ...], out: str, name: str
+) -> None:
     """A row for each volume, and one for all: pairs of touching objects, those told apart, and objects in pieces."""
     rows = [_row(seed, shape, config, model, sets, Path(out)) for seed in seeds]
     total = {column: sum(row[column] for row in rows) for column in SUMS}
@@ -29,7 +31,12 @@ def _row(seed: int, shape: str, config: str, model: str, sets: tuple[str, ...], 
     out.mkdir(parents=True, exist_ok=True)
     if not image.exists():
         volseg("synth", str(image), "--shape", shape, "--seed", str(seed))
-    options = ["--config", config, *(["--model", model] if model else []), *(part for text in sets for part in ("--set", text))]
+    options = [
+        "--config",
+        config,
+        *(["--model", model] if model else []),
+        *(part for text in sets for part in ("--set", text)),
+    ]
     volseg("infer", str(image), "--out", str(run), "--overwrite", *options)
     truth, found = (_labels(path, name) for path, name in ((image, "labels/truth"), (run, "labels/instances/0")))
     return {"seed": seed, **_counts(truth, found)}

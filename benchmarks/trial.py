@@ -13,11 +13,11 @@ from pathlib import Path
 
 import tifffile
 
-from volseg import volume
 from volseg.box import Box
 from volseg.config import parse_set, read_file
-from volseg.evaluate import evaluate
-from volseg.targets import parse_sections
+from volseg.evaluation.evaluate import evaluate
+from volseg.io import volume
+from volseg.training.targets import parse_sections
 
 MARGIN = 8  # sections read on both sides of those that are scored
 
@@ -83,7 +83,7 @@ def settings(
 
 def trained(config: Path) -> tuple[Path, dict]:
     """The model of ``config``, trained unless that is done, and its card."""
-    from volseg.model import load_card
+    from volseg.inference.model import load_card
 
     model = config.with_name("model.safetensors")
     done = config.with_name("done")

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import gc
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+
+from volseg import cli
 
 
 @pytest.fixture(scope="session")
@@ -22,19 +25,19 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def image(tmp_path_factory):
     """A synthetic volume with objects on every kind of block border. Tests must not change it."""
-    from tests.test_pipeline import SHAPE, Quiet
-    from volseg import launch
+    from tests.helpers import SHAPE, Quiet
+    from volseg import api as launch
 
     path = str(tmp_path_factory.mktemp("image") / "em.zarr")
-    launch.synthesise(path, SHAPE, (22, 75, 170), seed=12, overwrite=False, show=Quiet())
+    launch.synthesize(path, SHAPE, (22, 75, 170), seed=12, overwrite=False, show=Quiet())
     return path
 
 
 @pytest.fixture(scope="session")
 def reference(image, tmp_path_factory):
     """A run of it in one block on one worker. Tests must not change it."""
-    from tests.test_pipeline import Quiet, settings
-    from volseg import launch
+    from tests.helpers import Quiet, settings
+    from volseg import api as launch
 
     out = str(tmp_path_factory.mktemp("reference") / "run.volseg.zarr")
     launch.infer(image, out, settings(cluster={"workers": 1}), overwrite=False, show=Quiet())
@@ -62,7 +65,7 @@ def bucket() -> Iterator[str]:
 
 def forget_sessions(filesystem: type) -> None:
     """The sessions that s3fs leaves open are collected here, and not in a later test."""
-    from volseg import volume
+    from volseg.io import volume
 
     volume.forget()
     filesystem.clear_instance_cache()
@@ -94,8 +97,8 @@ def whole_run(tables, tmp_path_factory):
     """Folder and report of a training run that nothing stopped, with one thread. Tests must not change it."""
     import torch
 
-    from tests.test_train import config_of
-    from volseg.train import train
+    from tests.helpers import config_of
+    from volseg.training.train import train
 
     out, lines = tmp_path_factory.mktemp("whole"), []
     before = torch.get_num_threads()
@@ -103,3 +106,17 @@ def whole_run(tables, tmp_path_factory):
     train(config_of(tables, out), lines.append)
     torch.set_num_threads(before)
     return out, lines
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Calls the command line in this process: exit code, standard output, standard error."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["volseg", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr()
+        return end.value.code or 0, said.out, said.err
+
+    return call

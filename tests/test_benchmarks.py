@@ -28,9 +28,11 @@ from benchmarks import (
     trial,
 )
 from benchmarks.__main__ import app
-from volseg import cluster, forward, volume
 from volseg.box import Box
 from volseg.config import load
+from volseg.engine import cluster
+from volseg.inference import forward
+from volseg.io import volume
 
 
 def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, tmp_path, capsys):
@@ -204,7 +206,9 @@ def test_objects_that_touch_are_counted_over_volumes(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     config = tmp_path / "quick.toml"
     config.write_text("[stitch]\nmin_voxels = 100\n[cluster]\nworkers = 1\ndashboard = ''\n")
-    touching.measure((3, 5), "16,128,128", str(config), "", ("predict.backend=openvino",), str(tmp_path / "runs"), "two")
+    touching.measure(
+        (3, 5), "16,128,128", str(config), "", ("predict.backend=openvino",), str(tmp_path / "runs"), "two"
+    )
     *rows, total = json.loads((tmp_path / "touching-two.json").read_text())["rows"]
     assert [row["seed"] for row in rows] == [3, 5]
     assert total["objects"] == sum(row["objects"] for row in rows) > 0

@@ -10,23 +10,9 @@ import pytest
 import tifffile
 import zarr
 
-from volseg import card as cards
-from volseg import cli, model
 from volseg.config import load
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Calls the command line in this process: exit code, standard output, standard error."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["volseg", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        said = capsys.readouterr()
-        return end.value.code or 0, said.out, said.err
-
-    return call
+from volseg.inference import model
+from volseg.inference import model_card as cards
 
 
 def stack(path, data=None):

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from volseg.config import Config, UserError, load, parse_set, resolve
+from volseg.config import Config, load, parse_set, resolve
+from volseg.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -75,7 +76,9 @@ def test_a_set_names_itself_when_it_is_wrong():
 
 def test_settings_that_belong_together_are_checked_together():
     assert load(sets=["predict.tile=64", "predict.overlap=16"]).predict.overlap == 16
-    with pytest.raises(UserError, match=r"--set predict\.tile=64: predict: overlap 64 is more than half of a tile of 64"):
+    with pytest.raises(
+        UserError, match=r"--set predict\.tile=64: predict: overlap 64 is more than half of a tile of 64"
+    ):
         load(sets=["predict.tile=64"])
 
 

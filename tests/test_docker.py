@@ -21,8 +21,9 @@ import pytest
 import typer
 import yaml
 
-from volseg import cli, cluster
+from volseg import cli
 from volseg.config import Cluster
+from volseg.engine import cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
@@ -105,11 +106,15 @@ def test_no_registry_is_named():
     assert "index-url" not in text
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="CUDA wheels are for Linux on x86-64")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux", reason="CUDA wheels are for Linux on x86-64"
+)
 def test_the_cuda_libraries_are_where_the_gpu_image_looks():
     given = dict(part.split("=", 1) for rest in every("ENV") for part in rest.split())
     folders = given["LD_LIBRARY_PATH"].split(":")
-    (python,) = {re.fullmatch(r"python:(\S+)-slim AS \w+", rest)[1] for rest in every("FROM") if rest.startswith("python")}
+    (python,) = {
+        re.fullmatch(r"python:(\S+)-slim AS \w+", rest)[1] for rest in every("FROM") if rest.startswith("python")
+    }
     assert all(folder.startswith(f"/usr/local/lib/python{python}/site-packages/") for folder in folders)
     packages = Path(sysconfig.get_path("purelib"))
     if not (packages / "nvidia").is_dir():
@@ -173,7 +178,12 @@ def started(service: str, ports: dict[str, int], log: Path) -> Iterator[subproce
     command = [shutil.which(program, path=PROGRAMS), *rest]
     with open(log, "wb") as out:
         process = subprocess.Popen(
-            command, env=os.environ | environment(service), stdout=out, stderr=out, cwd=log.parent, start_new_session=True
+            command,
+            env=os.environ | environment(service),
+            stdout=out,
+            stderr=out,
+            cwd=log.parent,
+            start_new_session=True,
         )
     try:
         yield process

@@ -148,7 +148,7 @@ class Blocks:
     def __iter__(self) -> Iterator[Box]:
         return (self[i] for i in range(len(self)))
 
-    def neighbours(self, i: int) -> list[int]:
+    def neighbors(self, i: int) -> list[int]:
         """Numbers of the blocks that share a face with block ``i``."""
         here = self.coords(i)
         found = []

@@ -13,9 +13,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from volseg import __version__, prefork
+from volseg import __version__
 from volseg.box import Box, Triple
-from volseg.config import Config, UserError, layers, load, page
+from volseg.config import Config, layers, load, page
+from volseg.engine import forkserver as prefork
+from volseg.errors import UserError
 
 app = typer.Typer(
     name="volseg",
@@ -33,7 +35,9 @@ Model = Annotated[str, typer.Option("--model", help="Model file; the shipped one
 Out = Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")]
 Scheduler = Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")]
-Mask = Annotated[str, typer.Option("--mask", metavar="VOLUME", help="Do nothing where this volume is 0; may be coarser.")]
+Mask = Annotated[
+    str, typer.Option("--mask", metavar="VOLUME", help="Do nothing where this volume is 0; may be coarser.")
+]
 Roi = Annotated[str, typer.Option("--roi", metavar="z0:z1,y0:y1,x0:x1", help="Do only this part.")]
 Backend = Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")]
 Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")]
@@ -50,7 +54,9 @@ def main() -> None:
         typer.echo(f"volseg: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
     except OSError as error:
-        typer.echo(f"volseg: {error.filename or 'the system'}: {error.strerror or error or type(error).__name__}", err=True)
+        typer.echo(
+            f"volseg: {error.filename or 'the system'}: {error.strerror or error or type(error).__name__}", err=True
+        )
         sys.exit(2)
     finally:
         if "torch" not in sys.modules:  # which complains of what was not collected
@@ -165,7 +171,7 @@ def infer(
     settings = _of_model(config, sets, _given(model, mask, roi, workers, scheduler) | engine)
     _expect_workers(settings)
 
-    from volseg import launch
+    from volseg import api as launch
 
     where = (out or default_out(volume)).rstrip("/")
     _run(lambda show: launch.infer(volume, where, settings, overwrite=overwrite, show=show))
@@ -195,8 +201,8 @@ def plan(
     settings = _of_model(config, sets, _given(model, mask, roi, workers, scheduler) | engine)
     from dataclasses import asdict
 
-    from volseg import launch
-    from volseg import plan as planning
+    from volseg import api as launch
+    from volseg.planning import plan as planning
 
     made, refusal = launch.planned(volume, (out or default_out(volume)).rstrip("/"), settings)
     told = {**asdict(made), "total_seconds": made.total_seconds}
@@ -215,7 +221,7 @@ def _given(model: str, mask: str, roi: str, workers: int | None, scheduler: str)
 
 def _of_model(config: Path | None, sets: list[str] | None, given: dict[str, str | int | None]) -> Config:
     """The settings of an inference: the model's own, the config file's, ``--set``, and what options gave."""
-    from volseg.model import load_card, shipped
+    from volseg.inference.model import load_card, shipped
 
     chosen = given["predict.model"] or load(config, sets or ()).predict.model
     flags = [f"{name}={_toml(value)}" for name, value in given.items() if value]
@@ -224,7 +230,9 @@ def _of_model(config: Path | None, sets: list[str] | None, given: dict[str, str 
 
 def _channel(name: str, more: str) -> Any:
     """The type of an option that says which channel is what."""
-    option = typer.Option(f"--{name}-channel", metavar="N", min=0, help=f"Number of the {name} channel, from 0; {more}.")
+    option = typer.Option(
+        f"--{name}-channel", metavar="N", min=0, help=f"Number of the {name} channel, from 0; {more}."
+    )
     return Annotated[int | None, option]
 
 
@@ -234,12 +242,18 @@ def segment(
     mask_channel: _channel("mask", "may be left out where there is one channel") = None,
     contour_channel: _channel("contour", "without one the height is the mask's alone") = None,
     distance_channel: _channel("distance", "for fragments.height = head") = None,
-    contour: Annotated[str, typer.Option("--contour", metavar="PATH", help="A volume of its own with the contour.")] = "",
+    contour: Annotated[
+        str, typer.Option("--contour", metavar="PATH", help="A volume of its own with the contour.")
+    ] = "",
     distance: Annotated[str, typer.Option("--distance", metavar="PATH", help="The same with the distance.")] = "",
     inverted: Annotated[
         list[str] | None,
-        typer.Option("--inverted", metavar="mask|contour|distance", help="Take 1 - value of this channel; repeatable. "
-                     "A membrane map is --inverted mask: objects are where it is low."),
+        typer.Option(
+            "--inverted",
+            metavar="mask|contour|distance",
+            help="Take 1 - value of this channel; repeatable. "
+            "A membrane map is --inverted mask: objects are where it is low.",
+        ),
     ] = None,
     out: Out = "",
     config: ConfigFile = None,
@@ -249,7 +263,9 @@ def segment(
     mask: Mask = "",
     roi: Roi = "",
     overwrite: Overwrite = False,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Make a run's basins anew if work/ was cleaned.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Make a run's basins anew if work/ was cleaned.")
+    ] = False,
 ) -> None:
     """Segment probabilities without a network: a run's own, or those of any other network.
 
@@ -272,7 +288,8 @@ def segment(
     }
     flags = [f"{name}={_toml(value)}" for name, value in given.items() if value is not None]
     settings = load(config, [*(sets or ()), *flags])
-    from volseg import folder, launch
+    from volseg import api as launch
+    from volseg.engine import folder
 
     path = path.rstrip("/")
     if not folder.is_run(path):
@@ -303,8 +320,8 @@ def calibrate(
     Searched are seed, persistence, join_mean and min_voxels. [fragments] makes the basins and cannot be searched here.
     """
     region = _box(box)
-    from volseg import calibrate as search
-    from volseg import launch
+    from volseg import api as launch
+    from volseg.evaluation import calibrate as search
 
     rows = search.calibrate(run.rstrip("/"), truth, box=region)
     typer.echo(search.table(rows))
@@ -335,7 +352,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Recompute parts of a run with other blocks and compare them bit for bit. Exit code 1 where they differ."""
-    from volseg import verify as checks
+    from volseg.evaluation import verify as checks
 
     result = checks.verify(run.rstrip("/"), boxes=blocks, seed=seed)
     typer.echo(json.dumps(result, indent=1) if as_json else checks.table(result))
@@ -349,7 +366,7 @@ def review(
     top: Annotated[int, typer.Option("--top", min=1, help="How many of the least certain.")] = 50,
 ) -> None:
     """List the least certain joins and borders, with a picture of each in RUN/review."""
-    from volseg import review as queue
+    from volseg.evaluation import review as queue
 
     path = run.rstrip("/")
     rows = queue.review(path, top)
@@ -444,8 +461,8 @@ def train(
 ) -> None:
     """Train a model on annotated sections."""
     settings = load(config, sets or ())
-    from volseg.checkpoint import NAME
-    from volseg.train import train as run
+    from volseg.training.checkpoint import NAME
+    from volseg.training.train import train as run
 
     _until_stopped(lambda: run(settings), Path(settings.train.out, NAME))
 
@@ -471,7 +488,7 @@ def tune(
     """Search a learning rate and batch size, and write the best into a config for volseg train."""
     flags = [f"tune.trials={trials}"] * (trials is not None) + [f"tune.minutes={minutes}"] * (minutes is not None)
     settings = load(config, [*(sets or ()), *flags])
-    from volseg.tune import tune as run
+    from volseg.training.tune import tune as run
 
     _until_stopped(lambda: run(settings))
 
@@ -485,15 +502,16 @@ def backends(
 ) -> None:
     """Try every backend and precision that this machine has on a volume: speed, and distance from float32."""
     settings = load(config, [*(sets or ()), *[f"predict.model={_toml(model)}"] * bool(model)])
-    from volseg import describe, probe
+    from volseg.inference import autoselect as probe
+    from volseg.planning import prepare as describe
 
     rows = describe.try_backends(volume, settings)
     typer.echo(f"{probe.table(rows)}\nfastest  {probe.fastest(rows).name}")
 
 
 @app.command()
-def quantise(
-    model: Annotated[Path, typer.Argument(help="Model file; its quantised form is stored in it.")],
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Model file; its quantized form is stored in it.")],
     image: Annotated[str, typer.Argument(help="A volume that the model was trained on.")],
     sections: Annotated[str, typer.Option("--sections", metavar="0:120,130", help="Sections to calibrate on.")] = "",
     truth: Annotated[str, typer.Option("--truth", help="Labels of the volume: measure what it loses.")] = "",
@@ -502,9 +520,9 @@ def quantise(
     """Add an INT8 form to a model file; with --truth and --held-out, auto takes it where it loses little. Needs nncf."""
     if bool(truth) != bool(held):
         raise UserError("--truth and --held-out belong together: labels, and the sections of them to measure on")
-    from volseg import quantise as form
+    from volseg.training import quantize as form
 
-    typer.echo(form.table(form.quantise(model, image, sections=_parts(sections), truth=truth, held=_parts(held))))
+    typer.echo(form.table(form.quantize(model, image, sections=_parts(sections), truth=truth, held=_parts(held))))
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -520,7 +538,7 @@ def evaluate(
 ) -> None:
     """Score labels against the truth: foreground and instances."""
     region = _box(box)
-    from volseg import evaluate as scoring
+    from volseg.evaluation import evaluate as scoring
 
     scores = scoring.evaluate(pred, truth, box=region)
     typer.echo(json.dumps(scores, indent=1) if as_json else scoring.table(scores))
@@ -539,12 +557,12 @@ def synth(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a synthetic EM volume with exact instance labels."""
-    from volseg import launch
+    from volseg import api as launch
 
     sizes = _triple(shape, "--shape"), _triple(block, "--block")
     show = Terminal()
     try:
-        launch.synthesise(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, show=show)
+        launch.synthesize(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, show=show)
     finally:
         show.stop()
     typer.echo(f"image    {out}\ntruth    {out.rstrip('/')}/labels/truth")
@@ -563,11 +581,13 @@ def _triple(text: str, option: str) -> Triple:
 @app.command()
 def info(
     model: Annotated[Path | None, typer.Argument(help="Model file; the shipped one if not given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole card, with every setting of its training.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The whole card, with every setting of its training.")
+    ] = False,
 ) -> None:
     """Print a model's card: what it is for, what it learnt from, how good it is."""
-    from volseg.card import page
-    from volseg.model import load_card, shipped
+    from volseg.inference.model import load_card, shipped
+    from volseg.inference.model_card import page
 
     path = model or shipped()
     card = load_card(path)
@@ -577,7 +597,7 @@ def info(
 @app.command()
 def clean(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
     """Remove a finished run's work folder; labels, table and probabilities stay."""
-    from volseg import volume
+    from volseg.io import volume
 
     if not volume.exists(f"{run}/run.json"):
         raise UserError(f"{run} is not a finished volseg run (no run.json in it); give a folder that volseg infer made")
@@ -596,7 +616,7 @@ def settings(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print every setting of an infer as a config file, and where it comes from if it is no default."""
-    from volseg.model import load_card, shipped
+    from volseg.inference.model import load_card, shipped
 
     base = load_card(model or load(config, sets or ()).predict.model or shipped())["decode"]
     found = load(config, sets or (), base=base)
@@ -607,7 +627,9 @@ def settings(
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
     if version:
         typer.echo(f"volseg {__version__}")
         raise typer.Exit

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from volseg.box import Box
+from volseg.errors import UserError
 
 Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -23,10 +24,6 @@ Confidence = Annotated[float, Field(ge=0.5, lt=1)]
 Rate = Annotated[float, Field(gt=0)]
 Passes = Annotated[int, Field(ge=0, le=3)]  # of the smoothing filter: three along each axis fit int32
 Nm = Annotated[float, Field(gt=0)]
-
-
-class UserError(ValueError):
-    """A mistake that its user can mend: one line that says what was wanted, what came and what to do."""
 
 
 def _each_once(planes: tuple[str, ...]) -> tuple[str, ...]:
@@ -59,7 +56,7 @@ class Predict(Section):
     backend: Literal["auto", "openvino", "onnx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     tile: Annotated[int, Field(ge=32)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
-    overlap: Count = 64  # voxels shared by neighbouring tiles
+    overlap: Count = 64  # voxels shared by neighboring tiles
     batch: Count = 0  # tiles in one forward pass; 0 takes what is fastest on a GPU, and 1 on a CPU
     tta: Literal[1, 4, 8] = 1  # ways to lay a tile that are averaged: 4 flips it, 8 also transposes it
     planes: Planes = ("xy",)  # passes over the volume that are averaged
@@ -89,12 +86,18 @@ class Blocks(Section):
 
 class Fragments(Section):
     threshold: Share = 0.5  # a voxel belongs to the mask where the smoothed mask probability reaches this
-    height: Literal["probability", "contour", "distance", "head"] = "probability"  # what the watershed follows, see below
+    height: Literal["probability", "contour", "distance", "head"] = (
+        "probability"  # what the watershed follows, see below
+    )
     contour: Share = 1.0  # how much of the contour probability is taken from the mask probability for the height
     smooth: tuple[Passes, Passes, Passes] = (2, 2, 2)  # passes of the [1 2 1] filter along z y x
-    distance: Annotated[int, Field(ge=0, le=64)] = 0  # plateaus are split by the distance to the mask's border, up to this
-    distance_nm: Annotated[float, Field(ge=0)] = 0.0  # the same in nm, for voxels that are no cubes; 0 takes ``distance``
-    connectivity: Literal[6, 26] = 6  # neighbours of a voxel: those that share a face, or also an edge or a corner
+    distance: Annotated[int, Field(ge=0, le=64)] = (
+        0  # plateaus are split by the distance to the mask's border, up to this
+    )
+    distance_nm: Annotated[float, Field(ge=0)] = (
+        0.0  # the same in nm, for voxels that are no cubes; 0 takes ``distance``
+    )
+    connectivity: Literal[6, 26] = 6  # neighbors of a voxel: those that share a face, or also an edge or a corner
 
     # What objects are cut by. ``stitch.seed`` is a share of what the height says, smoothed:
     #   probability  mask probability minus contour; then the distance to the mask's border
@@ -113,9 +116,11 @@ class Fragments(Section):
 
 class Stitch(Section):
     seed: Share = 0.6  # basins joined above this smoothed probability (or what fragments.height takes) are one seed
-    seed_low: Share = 0.0  # what reaches this is a seed too where it meets others below ``seed``; 0: what reaches ``seed``
+    seed_low: Share = (
+        0.0  # what reaches this is a seed too where it meets others below ``seed``; 0: what reaches ``seed``
+    )
     persistence: Share = 0.0  # seeds less than this below the saddle between them are one seed
-    join_mean: Share = 0.0  # neighbours are joined whose whole border has at least this mean probability; 0: none
+    join_mean: Share = 0.0  # neighbors are joined whose whole border has at least this mean probability; 0: none
     keep_unseeded: bool = False  # keep objects that hold no seed
     min_voxels: Count = 500  # smaller objects are dropped
     min_volume_nm3: Annotated[float, Field(ge=0)] = 0.0  # so are those of less than this volume
@@ -150,7 +155,9 @@ class Cluster(Section):
     workers: Count = 0  # processes that infer; 0 takes one per GPU, else one per core up to 8
     cpu_workers: Count = 0  # processes beside those of GPUs, for all else; 0 takes one per other core up to 8
     scheduler: str = ""  # tcp://host:port of a running Dask scheduler; "" starts a local cluster
-    memory_limit: Annotated[float, Field(ge=0)] = 0.0  # GB that a worker may hold; 0 takes an even share of what is free
+    memory_limit: Annotated[float, Field(ge=0)] = (
+        0.0  # GB that a worker may hold; 0 takes an even share of what is free
+    )
     tries: Size = 3  # how often a block is tried before it is given up
     window: Count = 0  # blocks in flight; 0 takes three per worker thread
     dashboard: str = ":8787"  # address of the Dask dashboard; "" for none
@@ -165,8 +172,8 @@ class TrainData(Section):
     synth_shape: tuple[Size, Size, Size] = (64, 512, 512)
     train: tuple[str | int, ...] = ()  # sections to learn from: numbers and "start:stop" ranges; empty takes all others
     validate_on: tuple[str | int, ...] = ()  # contiguous sections held out
-    unlabelled: int | None = None  # label value that the loss ignores
-    unlabelled_sections: tuple[str | int, ...] | None = None  # for self-training; None takes those between ``train``
+    unlabeled: int | None = None  # label value that the loss ignores
+    unlabeled_sections: tuple[str | int, ...] | None = None  # for self-training; None takes those between ``train``
     planes: Planes = ("xy",)  # of patches to learn from; others than xy for voxels as long as wide
     share: Annotated[float, Field(gt=0)] = 1.0  # how often this volume is drawn, against the others
     voxel_size_nm: tuple[Nm, Nm, Nm] | None = None
@@ -189,7 +196,7 @@ class Train(Section):
     data: tuple[TrainData, ...] = ()
     encoder: str = "tu-tf_efficientnet_lite0"
     decoder: tuple[Size, Size, Size, Size, Size] = (128, 64, 32, 16, 16)
-    sections: Literal[1, 3, 5] = 3  # neighbouring sections seen as channels
+    sections: Literal[1, 3, 5] = 3  # neighboring sections seen as channels
     binning: Literal[1, 2] = 1  # the network sees squares of that many voxels a side as one, and tells of each voxel
     pretrained: bool = True  # ImageNet encoder weights from the installed package
     start: str = ""  # an earlier volseg model to start from
@@ -204,15 +211,20 @@ class Train(Section):
     contour_weight: Annotated[float, Field(ge=0)] = 0.5
     contour_width: Size = 2  # voxels on each side of an object's border, in the plane
     contact_weight: Annotated[int, Field(ge=1, le=255)] = 4  # of the contour's voxels where two objects touch
-    distance_nm: Annotated[float, Field(ge=0)] = 0.0  # a third head learns the distance to an object's end, up to this; 0: none
+    distance_nm: Annotated[float, Field(ge=0)] = (
+        0.0  # a third head learns the distance to an object's end, up to this; 0: none
+    )
     distance_weight: Annotated[float, Field(ge=0)] = 1.0  # of that head's loss
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    augment: tuple[Literal["flip", "affine", "elastic", "grey", "neighbours"], ...] = (
-        "flip", "affine", "elastic", "grey", "neighbours",
+    augment: tuple[Literal["flip", "affine", "elastic", "gray", "neighbors"], ...] = (
+        "flip", "affine", "elastic", "gray", "neighbors",
     )  # fmt: skip
     self_training: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of a batch from sections that nobody annotated
     self_training_after: Share = 0.3  # share of the run before that begins
-    self_training_confidence: tuple[Confidence, Confidence] = (0.9, 0.7)  # of mask, contour: less sure voxels are left out
+    self_training_confidence: tuple[Confidence, Confidence] = (
+        0.9,
+        0.7,
+    )  # of mask, contour: less sure voxels are left out
     every: Size = 100  # steps between validations
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -315,7 +327,9 @@ def origins(layers: Iterable[tuple[str, dict]]) -> dict[tuple[str, str], str]:
     return {(section, key): where for where, tables in layers for section, of in tables.items() for key in of}
 
 
-def _check(where: str, tables: dict, origin: dict[tuple[str, str], str] | None = None, *, alone: bool = False) -> Config | None:
+def _check(
+    where: str, tables: dict, origin: dict[tuple[str, str], str] | None = None, *, alone: bool = False
+) -> Config | None:
     """The settings in ``tables``, each from its ``origin``, else from ``where``.
 
     ``alone``: rules between settings are left for when all layers are together.
@@ -360,7 +374,9 @@ def page(config: Config, layers: list[tuple[str, dict]]) -> str:
         lines += ["", f"[{section}]"]
         for key, value in values.items():
             plain = value is None or (section, key) == ("train", "data")  # no TOML value, and tables
-            line = f"# {key} is {json.dumps(value) if value else 'not set'}" if plain else f"{key} = {json.dumps(value)}"
+            line = (
+                f"# {key} is {json.dumps(value) if value else 'not set'}" if plain else f"{key} = {json.dumps(value)}"
+            )
             where = origin.get((section, key))
             lines.append(f"{line:<40}  # {where}" if where else line)
     return "\n".join(lines[1:])

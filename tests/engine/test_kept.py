@@ -1,0 +1,105 @@
+"""Blocks whose labels do_stages not change are left alone when a run is decided anew; what is there is what a fresh run has."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from scipy import ndimage
+
+from tests.helpers import Quiet, Stops, digest, do_stages, segment_here
+from volseg import api as launch
+from volseg.box import Box
+from volseg.config import load
+from volseg.engine import cluster, folder
+from volseg.io import volume
+
+SHAPE = (17, 40, 140)
+PLAIN = ["probabilities.mask_channel=0", "fragments.smooth=[0, 0, 0]", "stitch.seed=0.5", "stitch.min_voxels=10",
+         "cluster.dashboard=", "cluster.workers=1", "output.levels=3", "blocks.shape=[5, 20, 73]"]  # fmt: skip
+
+
+def sets(*more):
+    return lambda config: load(sets=more, base=config.model_dump(mode="json", exclude={"train"}))
+
+
+@pytest.fixture(scope="module")
+def mask(tmp_path_factory):
+    field = ndimage.gaussian_filter(np.random.default_rng(8).random(SHAPE), 2)
+    path = tmp_path_factory.mktemp("kept") / "mask.tif"
+    tifffile.imwrite(path, np.where(field > np.quantile(field, 0.7), 255, 0).astype(np.uint8), photometric="minisblack")
+    return str(path)
+
+
+def same(out, mask, tmp_path, *more):
+    """Whether all that a user sees of labels is what a fresh run with these settings has."""
+    fresh = str(tmp_path / "fresh.volseg.zarr")
+    shutil.rmtree(fresh, ignore_errors=True)
+    segment_here(mask, fresh, load(sets=[*PLAIN, *more]))
+    levels = [f"labels/instances/{k}" for k in range(3)]
+    equal = [
+        np.array_equal(*(zarr.open_array(f"{run}/{name}", mode="r")[:] for run in (out, fresh))) for name in levels
+    ]
+    tables = [volume.read_bytes(run, "tables/objects.parquet") for run in (out, fresh)]
+    return all(equal) and tables[0] == tables[1]
+
+
+def kept(out, stage="relabel"):
+    run = folder.stored(out, False)
+    return [receipt["kept"] for receipt in cluster.receipts(out, stage, run.keys[stage])]
+
+
+def test_a_decision_that_changes_nothing_writes_no_labels(mask, tmp_path):
+    out = str(tmp_path / "run.volseg.zarr")
+    segment_here(mask, out, load(sets=PLAIN))
+    assert not any(kept(out))
+    launch.segment(out, sets("stitch.seed=0.4"), show=Quiet())  # every voxel is 0 or 1
+    assert len(kept(out)) == 16
+    assert all(kept(out) + kept(out, "pyramid1") + kept(out, "pyramid2"))
+    assert same(out, mask, tmp_path, "stitch.seed=0.4")
+
+
+def test_back_and_forth_with_stops_between_gives_what_a_fresh_run_has(mask, tmp_path):
+    out = str(tmp_path / "run.volseg.zarr")
+    segment_here(mask, out, load(sets=PLAIN))
+    first, sizes = digest(out), np.bincount(labels(out).ravel())[1:]
+    largest = f"stitch.max_voxels={int(np.sort(sizes)[-2])}"  # drops one object
+    launch.segment(out, sets(largest), show=Quiet())
+    assert same(out, mask, tmp_path, largest)
+    assert not all(kept(out))
+    with pytest.raises(KeyboardInterrupt):
+        launch.segment(out, sets("stitch.max_voxels=0"), show=Stops("pyramid1"))
+    half(f"{out}.partial", [f"stitch.min_voxels={int(np.sort(sizes)[2])}", "stitch.max_voxels=0"])
+    launch.segment(out, sets("stitch.max_voxels=0", "stitch.min_voxels=10"), show=Quiet())
+    assert digest(out) == first
+    assert same(out, mask, tmp_path)
+    launch.segment(out, sets("stitch.min_voxels=1000000"), show=Quiet())
+    assert not labels(out).any()
+    assert same(out, mask, tmp_path, "stitch.min_voxels=1000000")
+
+
+def test_labels_that_an_earlier_volseg_began_are_made_anew(mask, tmp_path):
+    """It did not write down their type."""
+    out = str(tmp_path / "run.volseg.zarr")
+    segment_here(mask, out, load(sets=PLAIN))
+    volume.write_bytes(out, "work/labels.json", b'{"objects": 3}')
+    launch.segment(out, sets("stitch.reduce=flat"), show=Quiet())  # decides no byte, so no key changes
+    assert same(out, mask, tmp_path)
+
+
+def labels(out):
+    return volume.open(out, dataset="labels/instances/0").read(Box.whole(SHAPE))
+
+
+def half(out, change):
+    """The run at ``out`` is decided anew, but its process ends when some blocks are relabeled, one of them half."""
+    old = folder.stored(out.removesuffix(".partial"), False)
+    run = replace(old, out=out, config=sets(*change)(old.config))
+    folder.adopt(run)
+    do_stages(run, "stitch")
+    folder.create_labels(run)
+    do_stages(run, "relabel", some=range(0, 16, 3))
+    volume.write_bytes(out, "work/stamps/relabel/5", b"")
+    volume.write(volume.open_array(out, "labels/instances/0"), run.grid[5], np.full(run.grid[5].shape, 77, np.uint32))

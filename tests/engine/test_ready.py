@@ -1,0 +1,62 @@
+"""Blocks become ready when all that they are made from is done, and not before."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from volseg.box import Blocks
+from volseg.engine.ready import Ready
+
+sizes = st.tuples(*[st.integers(1, 6)] * 3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(shape=sizes, block=sizes, other=sizes, halo=st.integers(0, 5), before=st.data())
+def test_a_block_is_ready_once_all_that_it_needs_is_done(shape, block, other, halo, before):
+    early, late = Blocks(shape, block), Blocks(shape, other)
+
+    def region(box):
+        return box.grow(halo)
+
+    order = before.draw(st.permutations(range(len(early))))
+    known = before.draw(st.integers(0, len(early)))
+    first = Ready(early, done=order[:known])
+    then = Ready(late, earlier={"first": (first, region)})
+    done, out = set(order[:known]), set()
+    for i in [None, *order[known:]]:
+        if i is not None:
+            done.add(i)
+            then.tell("first", i)
+        while (j := then.take()) is not None:
+            out.add(j)
+        assert first.voxels == sum(early[j].voxels for j in order[:known])
+        assert out == {j for j in range(len(late)) if done.issuperset(early.meeting(region(late[j])))}
+
+
+def test_what_was_done_before_is_not_handed_out_again():
+    grid = Blocks((4, 4, 4), (1, 4, 4))
+    first = Ready(grid, done=[0, 1, 2])
+    then = Ready(grid, done=[0], earlier={"first": (first, lambda box: box)})
+    assert [then.take(), then.take(), then.take()] == [1, 2, None]
+    then.end(1)
+    assert then.left == 2
+    assert (first.voxels, then.voxels) == (48, 32)
+
+
+def test_a_block_waits_for_all_stages_before_it():
+    grid = Blocks((2, 1, 1), (1, 1, 1))
+    passes = {name: (Ready(grid), lambda box: box) for name in ("xy", "xz")}
+    mean = Ready(grid, earlier=passes)
+    mean.tell("xy", 1)
+    assert mean.take() is None
+    mean.tell("xz", 1)
+    assert mean.take() == 1
+
+
+def test_a_million_blocks_take_five_bytes_each():
+    grid = Blocks((100, 100, 100), (1, 1, 1))
+    first = Ready(grid)
+    then = Ready(grid, earlier={"first": (first, lambda box: box.grow(1))})
+    assert len(then.state) + then.missing.nbytes == 5 * len(grid)
+    assert int(then.missing[50, 50, 50]) == 27
+    assert not np.any(then.at)

@@ -1,0 +1,208 @@
+"""What several test modules share: small runs, volumes, and the watershed cut into blocks."""
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from hypothesis import strategies as st
+
+from volseg import api as launch
+from volseg.box import Blocks, Box
+from volseg.config import Config, load, resolve
+from volseg.engine import cluster, folder, pipeline
+from volseg.engine import schedule as flow
+from volseg.inference import model
+from volseg.io import probabilities as foreign
+from volseg.io import volume
+from volseg.planning import prepare as describe
+from volseg.segmentation.fragments import OUTSIDE, fragments
+from volseg.segmentation.rules import ANY, Rules
+from volseg.segmentation.stitch import gather, link
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+SHAPE = (22, 150, 170)
+
+
+TILES = {"predict": {"tile": 96, "overlap": 32}, "stitch": {"min_voxels": 100}, "cluster": {"dashboard": ""}}
+
+
+class Quiet:
+    """Keeps what a run says."""
+
+    def __init__(self):
+        self.said, self.stages = [], {}
+
+    def say(self, text):
+        self.said.append(text)
+
+    def stage(self, name, voxels, done):
+        self.stages[name] = [done]
+        return self.stages[name].append
+
+
+def settings(**sections):
+    base = dict(model.load_card(model.shipped())["decode"])
+    for name, table in [*TILES.items(), *sections.items()]:
+        base[name] = {**base.get(name, {}), **table}
+    return load(base=base)
+
+
+def digest(out):
+    """SHA-256 of the raw bytes of the labels."""
+    labels = volume.open(str(out), dataset="labels/instances/0")
+    return hashlib.sha256(labels.read(Box.whole(labels.shape)).tobytes()).hexdigest()
+
+
+def command(image, out, *more):
+    sets = [f"--set={s}.{k}={json.dumps(v)}" for s, table in TILES.items() for k, v in table.items()]
+    return [sys.executable, "-m", "volseg", "infer", image, "--out", str(out), *sets, *more]
+
+
+def wait_for_markers(out, count, process, stage="predict"):
+    """Waits until a run has done so many blocks of a stage."""
+    folder = Path(f"{out}.partial/work/markers/{stage}")
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if folder.is_dir() and len(list(folder.glob("[0-9]*.json"))) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run made no {count} markers of {stage}: {process.poll()}")
+
+
+def with_sets(*sets):
+    return lambda config: load(sets=sets, base=config.model_dump(mode="json", exclude={"train"}))
+
+
+class Stops(Quiet):
+    """Ends the run where a stage would begin."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def stage(self, name, voxels, done):
+        if name == self.at:
+            raise KeyboardInterrupt
+        return super().stage(name, voxels, done)
+
+
+RUN_STAGES_SETTINGS = {"predict": {"tile": 64, "overlap": 16, "precision": "fp32"}, "stitch": {"min_voxels": 10, "seed": 0.55},
+         "cluster": {"workers": 1}}  # fmt: skip
+
+
+def write_volume(path, data, nm=None):
+    """A zarr volume with these voxels."""
+    volume.create_group(path)
+    volume.create_array(path, "0", shape=data.shape, dtype=data.dtype, chunk=data.shape, shard=data.shape, axes="zyx")
+    volume.write(volume.open_array(path, "0"), Box.whole(data.shape), data)
+    volume.set_group_attributes(path, "", volume.ome_multiscales("volume", "zyx", [("0", nm or (5.0, 5.0, 5.0))]))
+    return path
+
+
+def run_stages(em, out, **sections):
+    """A whole run of it on threads of this process, and what it took."""
+    run = describe.from_image(volume.open(em), settings(**{**RUN_STAGES_SETTINGS, **sections}), str(out))
+    folder.begin(run, overwrite=False)
+    with cluster.connect(run.config.cluster, light=True) as client:
+        return run, flow.stages(client, run, Quiet())
+
+
+LIGHT = {"cluster": {"workers": 1, "dashboard": ""}}
+
+
+def segment_probabilities(path, out, *, show=None, **sections):
+    """A finished run of the probabilities at ``path``, decided as the reference is."""
+    config = settings(**{**LIGHT, **sections})
+    return launch.segment_probabilities(str(path), str(out), config, overwrite=False, show=show or Quiet())
+
+
+def begin_run(path, out, config):
+    """A run of the probabilities at ``path`` of which nothing is done."""
+    channels = foreign.channels(str(path), config.probabilities, dataset="", voxel_size_nm=config.input.voxel_size_nm)
+    made = describe.from_probabilities(channels, config, str(out))
+    folder.begin(made, overwrite=True)
+    return made
+
+
+def do_stages(made, *stages, some=None):
+    """The stages of a run, block after block in this process; ``some`` of the blocks or all."""
+    for stage in stages:
+        if stage == "relabel":
+            folder.create_labels(made)
+        for i in range(len(made.grid_of(stage))) if some is None else some:
+            pipeline.work(made.out, made.id, stage, i)
+
+
+def segment_here(path, out, config):
+    """A finished run of the probabilities at ``path``, without workers."""
+    made = begin_run(path, out, config)
+    without = ("tree", "names", "number", "borders", "voids", "rims")  # one process stitches, and no hole is filled
+    do_stages(made, *(stage for stage in made.keys if not stage.startswith(without)))
+    return launch.finish(made, made.out, flow.Ledger(), 0.0, 0.0)
+
+
+def config_of(tables, out, **changes) -> Config:
+    return resolve(("test", {"train": {**tables, "out": str(out), **changes}}))
+
+
+SMALL = (16, 16, 8, 8, 8)
+
+
+CARD = {
+    "name": "test", "encoder": model.PRETRAINED, "decoder": list(SMALL), "sections": 3, "heads": list(model.HEADS),
+    "mean": 100.0, "std": 20.0, "decode": {"fragments": {"threshold": 0.4}},
+}  # fmt: skip
+
+
+def cut(height, block, *, order=None, repeat=(), connectivity=6):
+    """The grid, regions, tables and links of a height field cut into blocks, done in any order, some of them twice."""
+    grid = Blocks(height.shape, block)
+    padded = np.pad(height, 1, constant_values=OUTSIDE)
+    done = {}
+    for i in [*(order if order is not None else range(len(grid))), *repeat]:
+        box = grid[i]
+        frame = box.grow(1).shift((1, 1, 1)).slices
+        done[i] = fragments(padded[frame], np.ones(box.shape, np.uint8), box, height.shape, connectivity)
+    tables = [done[i][1] for i in range(len(grid))]
+    links = [link(i, lambda j: tables[j], grid) for i in range(len(grid))]
+    return grid, [done[i][0] for i in range(len(grid))], tables, links
+
+
+def basins_of(height, block, connectivity=6):
+    """The volume's basins, found in blocks of that shape."""
+    return gather(*cut(height, block, connectivity=connectivity)[2:])[0]
+
+
+@st.composite
+def fields(draw):
+    """Small height fields with plateaus and holes, and a level."""
+    shape = draw(st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7)))
+    steps = draw(st.sampled_from([2, 4, 30]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    height = rng.integers(0, steps, shape).astype(np.int32)
+    height[rng.random(shape) < draw(st.sampled_from([0.0, 0.2, 0.6]))] = OUTSIDE
+    return height, draw(st.integers(-1, steps))
+
+
+@st.composite
+def all_rules(draw, level):
+    """Rules that bite on small fields; most are often left out."""
+    return Rules(
+        level,
+        depth=draw(st.sampled_from([0, 0, 1, 2, 5])),
+        join_height=draw(st.sampled_from([-1, -1, level + 1, level + 2, level + 6])),
+        min_voxels=draw(st.integers(0, 5)),
+        max_voxels=draw(st.sampled_from([ANY, ANY, 8, 40])),
+        fill_voxels=draw(st.sampled_from([0, 0, 2, 20])),
+        keep_unseeded=draw(st.booleans()),
+        low_height=draw(st.sampled_from([-1, -1, level + 1, level + 4])),
+    )
+
+
+def row(*heights):
+    return np.array([[heights]], np.int32)

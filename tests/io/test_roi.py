@@ -1,0 +1,168 @@
+"""A mask and a box of the volume: what is wanted is what it would be without them, the rest is 0, for every blocking."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tests.helpers import RUN_STAGES_SETTINGS, Quiet, digest, run_stages, settings, write_volume
+from volseg import api as launch
+from volseg.box import Box
+from volseg.config import Input, load
+from volseg.engine.run import Run, redundancy
+from volseg.errors import UserError
+from volseg.evaluation.synthetic import synth
+from volseg.io import roi as wanted
+from volseg.io import volume
+
+SHAPE = (7, 70, 90)
+
+
+@pytest.fixture(scope="module")
+def em(tmp_path_factory):
+    """A synthetic volume, black in the last tile of its sections 2 to 6. Tests must not change it."""
+    image = synth(Box.whole(SHAPE), seed=12)[0]
+    image[2:, :, 26:] = 0
+    return write_volume(str(tmp_path_factory.mktemp("em") / "em.zarr"), image)
+
+
+@pytest.fixture(scope="module")
+def mask(tmp_path_factory):
+    """A mask of it at a quarter of the resolution in the plane, rounded up along y and down along x."""
+    small = np.zeros((7, 18, 22), np.uint8)
+    small[1:, 2:9, 1:20] = 1
+    small[3] = 0
+    return write_volume(str(tmp_path_factory.mktemp("mask") / "mask.zarr"), small, (5.0, 20.0, 20.0))
+
+
+def probabilities(out):
+    return zarr.open_array(f"{out}/0", mode="r")[:]
+
+
+@pytest.fixture(scope="module")
+def plain(em, tmp_path_factory):
+    """A run of it without a mask. Tests must not change it."""
+    return run_stages(em, tmp_path_factory.mktemp("plain") / "run.zarr")
+
+
+@pytest.fixture(scope="module")
+def masked(em, mask, tmp_path_factory):
+    """A run of it with mask and box. Tests must not change it."""
+    return run_stages(em, tmp_path_factory.mktemp("masked") / "run.zarr", input={"mask": mask, "roi": "0:7,10:70,3:90"})
+
+
+def test_what_is_wanted_stays_and_the_rest_is_background(mask, plain, masked):
+    every = zarr.open_array(f"{mask}/0", mode="r")[:].repeat(4, 1).repeat(4, 2)[:, :70]
+    want = np.concatenate([every, every[..., -1:].repeat(2, 2)], 2).astype(bool)
+    want[:, :10] = want[..., :3] = False
+    found, all_of_it = probabilities(masked[0].out), probabilities(plain[0].out)
+    np.testing.assert_array_equal(found, all_of_it * want)
+    assert found.any()
+    assert masked[0].wanted.voxels == want.sum()
+
+
+@given(block=st.tuples(*(st.integers(n // 2, n) for n in SHAPE)))
+@hypothesis_settings(max_examples=3, deadline=None, derandomize=True)
+def test_a_masked_run_does_not_depend_on_blocks(em, mask, masked, tmp_path_factory, block):
+    out = tmp_path_factory.mktemp("cut") / "run.zarr"
+    run, _ = run_stages(em, out, input={"mask": mask, "roi": "0:7,10:70,3:90"}, blocks={"shape": block})
+    assert probabilities(run.out).tobytes() == probabilities(masked[0].out).tobytes()
+    assert digest(run.out) == digest(masked[0].out)
+
+
+def test_constant_tiles_are_0_and_not_inferred(em, plain):
+    """Tiles begin at 0 and 26 along x and at 0 and 6 along y: those at 26 are black from section 3 on, with 2 around."""
+    run, ledger = plain
+    constant = 2 * (SHAPE[0] - 3)
+    assert ledger.inferred == run.inferred - constant * 64 * 64
+    assert not probabilities(run.out)[:, 3:, :, 64:].any()
+
+
+def test_only_what_was_inferred_is_counted(masked, plain):
+    run, ledger = masked
+    assert 0 < ledger.inferred < run.inferred < plain[0].inferred
+    assert redundancy(run, ledger.inferred) == ledger.inferred / run.wanted.voxels
+
+
+def test_a_run_with_workers_gives_the_same(em, mask, masked, tmp_path):
+    out = str(tmp_path / "run.volseg.zarr")
+    part = {"input": {"mask": mask, "roi": "0:7,10:70,3:90"}, "blocks": {"shape": (3, 40, 50)}}
+    config = settings(**{**RUN_STAGES_SETTINGS, **part})
+    launch.infer(em, out, config, overwrite=False, show=Quiet())
+    assert probabilities(out).tobytes() == probabilities(masked[0].out).tobytes()
+    assert digest(out) == digest(masked[0].out)
+
+
+def test_a_mask_that_wants_nothing_gives_no_object(em, tmp_path):
+    empty = write_volume(str(tmp_path / "empty.zarr"), np.zeros(SHAPE, np.uint8))
+    config = settings(**{**RUN_STAGES_SETTINGS, "input": {"mask": empty}})
+    assert launch.infer(em, str(tmp_path / "run.zarr"), config, overwrite=False, show=Quiet()).objects == 0
+
+
+def test_probabilities_from_elsewhere_are_masked_too(plain, mask, tmp_path):
+    channels = {"mask_channel": 0, "contour_channel": 1}
+    config = load(base={**RUN_STAGES_SETTINGS, "input": {"mask": mask}, "probabilities": channels})
+    out = str(tmp_path / "run.zarr")
+    launch.segment_probabilities(f"{plain[0].out}/0", out, config, overwrite=False, show=Quiet())
+    run = Run.from_json(json.loads(volume.read_bytes(out, "run.json")))
+    want = run.wanted.read(Box.whole(SHAPE))
+    np.testing.assert_array_equal(probabilities(out), probabilities(plain[0].out) * want)
+
+
+def test_mask_and_box_decide_the_keys(em, mask, plain, tmp_path):
+    run = plain[0]
+    image = volume.open(em)
+    other = write_volume(str(tmp_path / "mask.zarr"), np.ones(SHAPE, np.uint8))
+    found = [wanted.find(Input(**knobs), SHAPE, image.voxel_size_nm)
+             for knobs in ({}, {"roi": "0:7,0:9,0:9"}, {"mask": mask}, {"mask": other})]  # fmt: skip
+    keys = {replace(run, wanted=one).keys["predict"] for one in found}
+    assert len(keys) == 4
+    again = replace(run, wanted=found[2])
+    assert Run.from_json(again.to_json()).keys == again.keys
+
+
+@pytest.mark.parametrize(
+    ("shape", "roi", "said"),
+    [
+        (None, "0:7,0:70,0:91", r"input\.roi = 0:7,0:70,0:91 leaves the volume, whose shape is 7 x 70 x 90"),
+        ((7, 70, 61), "", r"mask .* has shape 7 x 70 x 61 and the volume 7 x 70 x 90"),
+        ((8, 70, 90), "", r"mask .* has shape 8 x 70 x 90 and the volume 7 x 70 x 90"),
+    ],
+)
+def test_what_does_not_fit_the_volume_is_refused(tmp_path, shape, roi, said):
+    path = write_volume(str(tmp_path / "mask.zarr"), np.ones(shape, np.uint8)) if shape else ""
+    with pytest.raises(UserError, match=said):
+        wanted.find(Input(mask=path, roi=roi), SHAPE, None)
+
+
+def test_what_is_no_box_is_refused():
+    with pytest.raises(UserError, match=r"input\.roi: box '1:2' is not of the form z0:z1,y0:y1,x0:x1"):
+        load(sets=["input.roi=1:2"])
+
+
+@given(st.data())
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_a_coarse_mask_is_its_nearest_voxel(data):
+    """Held against the formula, read in any box; `any` agrees with `read`."""
+    shape = data.draw(st.tuples(*(st.integers(1, 20) for _ in range(3))))
+    factor = data.draw(st.tuples(*(st.integers(1, 5) for _ in range(3))))
+    small = tuple(-(-n // f) for n, f in zip(shape, factor, strict=True))
+    voxels = np.random.default_rng(data.draw(st.integers(0, 9))).random(small) < 0.2
+    start = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    box = Box(start, tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, shape, strict=True)))
+
+    class InMemory(volume.Volume):
+        def read(self, box):
+            return voxels[box.slices].astype(np.uint8)
+
+    found = wanted.Wanted(Box.whole(shape), InMemory("", "zarr", small, "uint8", None, small), factor)
+    at = np.ix_(*(np.arange(a, b) // f for a, b, f in zip(box.start, box.stop, factor, strict=True)))
+    np.testing.assert_array_equal(found.read(box), voxels[at])
+    assert found.any(box) == voxels[at].any()
+    whole = np.ix_(*(np.arange(n) // f for n, f in zip(shape, factor, strict=True)))
+    assert wanted._look(found)["voxels"] == voxels[whole].sum()

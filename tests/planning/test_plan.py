@@ -1,0 +1,257 @@
+"""What a run will take is told before it runs, and held against real processes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tests.helpers import Quiet, digest, run_stages, settings, write_volume
+from volseg import api as launch
+from volseg import cli
+from volseg import system as machine
+from volseg.box import turned
+from volseg.config import Config
+from volseg.engine import cluster
+from volseg.engine.run import Run, blocks, filling, redundancy
+from volseg.errors import UserError
+from volseg.inference import cache, tiles
+from volseg.io import volume
+from volseg.planning import memory, plan
+from volseg.planning import prepare as describe
+
+GB = 10**9
+ENGINE = {"backend": "openvino", "precision": "fp32", "device": "cpu", "batch": 1}
+
+
+def unread(shape, tmp_path, chunk=(1, 4096, 4096), **sections):
+    """A run over a volume of that shape whose voxels nobody reads, on two workers that share 24 GB."""
+    config = settings(**{"predict": {"tile": 1280, "overlap": 64}, **sections})
+    source = volume.Volume(str(tmp_path / "em.zarr"), "zarr", shape, "uint8", (5.0, 5.0, 5.0), chunk)
+    slab, block = blocks(shape, config.blocks.shape, chunk[0])
+    run = Run(str(tmp_path / "run"), source, config, ("mask", "contour"), (5.0, 5.0, 5.0), "", slab, block,
+              sections=3, engine=ENGINE)  # fmt: skip
+    return memory.fitted(run, (24 * GB - memory.CLIENT) // 2, threads=1)
+
+
+def test_few_voxels_are_inferred_twice(tmp_path):
+    assert redundancy(unread((165, 768, 1024), tmp_path)) <= 1.05  # EPFL
+    assert redundancy(unread((16, 4096, 4096), tmp_path)) <= 1.15
+
+
+def test_the_redundancy_is_that_of_the_tiles_that_blocks_need(tmp_path):
+    """Against a count, tile by tile and block by block."""
+    run = unread((5, 300, 2000), tmp_path, predict={"tile": 256, "overlap": 32}, blocks={"shape": (2, 170, 900)})
+    grid = run.tile_grid("xy")
+    count = sum(box.shape[0] * len(grid.meeting(*box.slices[1:])) for box in run.predict_grid)
+    assert run.inferred == count * grid.size[0] * grid.size[1]
+    assert redundancy(run) == run.inferred / (5 * 300 * 2000)
+
+
+@pytest.mark.parametrize("shape", [(64, 3000, 3000), (16, 4096, 4096), (500, 900, 900), (8, 20000, 20000)])
+@pytest.mark.parametrize("room", [3 * GB, 1 * GB])
+def test_blocks_are_cut_until_they_fit(tmp_path, shape, room):
+    run = memory.fitted(unread(shape, tmp_path), room, threads=1)
+    assert memory.worker(run, 1) <= room
+
+
+@pytest.mark.parametrize(
+    ("shape", "planes", "gpus", "deep"),
+    [
+        ((165, 768, 1024), ("xy",), 1, {"xy": 48}),
+        ((165, 768, 1024), ("xy",), 2, {"xy": 24}),
+        ((1024, 1024, 1024), ("xy",), 1, {"xy": 64}),
+        ((512, 4096, 4096), ("xy",), 1, {"xy": 4}),
+        ((165, 768, 1024), ("xy", "xz", "yz"), 1, {"xy": 48, "xz": 64, "yz": 64}),
+        ((5, 768, 1024), ("xy",), 1, {"xy": 5}),
+    ],
+)
+def test_blocks_on_a_gpu_fill_its_batches(tmp_path, shape, planes, gpus, deep):
+    run = unread(shape, tmp_path, predict={"tile": 1280, "overlap": 64, "planes": planes})
+    run = filling(replace(run, engine={**ENGINE, "device": "cuda", "batch": 8}), gpus)
+    found = {p: turned(run.pass_grid(p).block if run.passes else run.predict_block, tiles.PLANES[p])[0] for p in planes}
+    assert found == deep
+    for plane, depth in found.items():
+        grid = run.tile_grid(plane)
+        sections, *section = turned(shape, tiles.PLANES[plane])
+        each = len(grid.meeting(*(slice(0, n) for n in section)))
+        slots = sum(-(-min(depth, sections - z) * each // 8) * 8 for z in range(0, sections, depth))
+        assert sections * each / slots > 0.9 or sections < 8
+    own = unread(shape, tmp_path, blocks={"shape": (3, 300, 300)})
+    assert filling(own, gpus) == own
+
+
+def test_with_memory_to_spare_blocks_are_as_ever(tmp_path):
+    run = unread((500, 900, 900), tmp_path)
+    assert (run.predict_block, run.block) == blocks((500, 900, 900), None, 1)
+    own = unread((64, 3000, 3000), tmp_path, blocks={"shape": (64, 3000, 3000)})
+    assert memory.fitted(own, GB, 1) == own
+
+
+@pytest.mark.parametrize(
+    ("memory_free", "disk_free", "limit", "said"),
+    [
+        (2 * GB, 100 * GB, 0, r"2 worker\(s\) of .* GB and .* GB here would hold .*, and 2\.00 GB of memory are free: "
+                              r"set cluster\.workers=1"),
+        (GB // 2, 100 * GB, 0, r"0\.50 GB of memory are free: set predict\.tile=544"),
+        (64 * GB, GB // 2, 0, r"would be written to .*, and 0\.50 GB are free there: give --out on a larger disk"),
+        (64 * GB, 100 * GB, GB // 5, r"may hold 0\.20 GB: set predict\.tile=544, or give it more with cluster\.memory_limit"),
+    ],
+)  # fmt: skip
+def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, limit, said):
+    run = unread((64, 4096, 4096), tmp_path)
+    crew = cluster.Crew(2)
+    run = memory.fitted(run, GB, 1)
+    found = plan.make(run, crew, plan.known(run, crew))
+    plan.refuse_limit(found, run, GB)
+    plan.refuse(found, run, 64 * GB, 100 * GB)
+    with pytest.raises(UserError, match=said):
+        _ = plan.refuse_limit(found, run, limit) or plan.refuse(found, run, memory_free, disk_free)
+
+
+def test_a_batch_that_will_not_fit_is_what_the_advice_is_about(tmp_path):
+    run = unread((64, 4096, 4096), tmp_path)
+    run = replace(run, engine={**run.engine, "batch": 64})
+    found = plan.make(run, cluster.Crew(1), plan.known(run, cluster.Crew(1)))
+    with pytest.raises(UserError, match=r"set predict\.batch=32 or less$"):
+        plan.refuse(found, run, 8 * GB, 100 * GB)
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """A volume of noise, wide enough that a block outweighs the libraries. Tests must not change it."""
+    voxels = np.random.default_rng(0).integers(1, 255, (3, 1000, 1000), dtype=np.uint8)
+    return write_volume(str(tmp_path_factory.mktemp("noise") / "em.zarr"), voxels)
+
+
+def test_the_projected_memory_is_that_of_a_real_worker(noise, tmp_path):
+    """Whole runs, their plan against the most that a worker process held: within 30 % either way."""
+    out = str(tmp_path / "run.volseg.zarr")
+    config = settings(predict={"tile": 256, "overlap": 32}, cluster={"workers": 1}, input={"roi": "0:3,0:260,0:260"},
+                      blocks={"shape": (3, 1000, 1000)})  # fmt: skip
+    summary = launch.infer(noise, out, config, overwrite=False, show=Quiet())
+    facts = json.loads(Path(out, "run.json").read_text())
+    assert 1 / 1.3 < facts["plan"]["worker_bytes"] / facts["actual"]["worker_bytes"] < 1.3
+    assert facts["plan"]["inferred_voxels"] == facts["actual"]["inferred_voxels"]
+    assert facts["actual"]["written_bytes"] > 0
+    assert "plan / actual" in summary.compared
+
+
+def test_a_probe_tells_the_bytes_of_the_tables_that_a_run_stores(reference):
+    """Within a factor of 2 of those of a real run, which cuts the same voxels into other blocks."""
+    facts = json.loads(Path(reference, "run.json").read_text())
+    probability = np.asarray(volume.open_array(reference, "0"))
+    found = plan._instances(probability, Config(**facts["config"]).fragments, tuple(facts["voxel_size_nm"]))
+    stored = sum(volume.stored_bytes(f"{reference}/work/{name}") for name in ("tables", "links", "labels"))
+    block = Run.from_json(json.loads(Path(reference, "work/run.json").read_text())).block
+    assert 0.5 < plan.table_bytes(probability.shape[1:], block, found["packed"]) / stored < 2
+
+
+def test_a_height_that_the_model_cannot_give_is_refused_before_anything_is_measured(image, tmp_path):
+    with pytest.raises(UserError, match=r"channel of distance, which this run lacks: .* a model"):
+        launch.planned(image, str(tmp_path / "run"), settings(fragments={"height": "head"}))
+
+
+def test_a_plan_of_more_than_one_worker_is_shorter(tmp_path):
+    run = unread((64, 1024, 1024), tmp_path)
+    one, two = (plan.make(run, crew, plan.known(run, crew)) for crew in (cluster.Crew(1), cluster.Crew(2)))
+    assert one.total_seconds > two.total_seconds > one.total_seconds / 2
+    assert one.written_bytes == two.written_bytes > np.prod(run.shape)
+
+
+def test_two_workers_keep_within_a_small_limit_and_change_nothing(noise, tmp_path):
+    """Blocks are cut to fit, each worker holds less than its limit, and the labels are those of other blocks."""
+    knobs = {"predict": {"tile": 128, "overlap": 32}, "stitch": {"min_voxels": 10}, "input": {"roi": "0:3,0:200,0:260"}}
+    limit = 0.36
+    config = settings(**knobs, cluster={"workers": 2, "memory_limit": limit})
+    free = describe.from_image(volume.open(noise), settings(**knobs, cluster={"workers": 2}), str(tmp_path / "x"))
+    tight = describe.from_image(volume.open(noise), config, str(tmp_path / "x"))
+    assert np.prod(tight.block) < np.prod(free.block)
+    outs = [str(tmp_path / name) for name in ("tight.zarr", "free.zarr")]
+    summary = launch.infer(noise, outs[0], config, overwrite=False, show=Quiet())
+    run_stages(noise, outs[1], **knobs, cluster={"workers": 1})
+    assert summary.worker_peak_bytes < limit * GB
+    assert digest(outs[0]) == digest(outs[1])
+
+
+def test_a_begun_run_keeps_its_blocks_whatever_is_free(noise, tmp_path):
+    from volseg.engine import folder
+
+    tight = settings(cluster={"memory_limit": 0.36})
+    begun = describe.from_image(volume.open(noise), tight, str(tmp_path / "run"))
+    folder.begin(begun, overwrite=False)
+    again = describe.from_image(volume.open(noise), settings(), str(tmp_path / "run"))
+    assert again.block == begun.block != blocks(begun.shape, None)[1]
+    assert folder.changed(again) == ""
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of its own, which knows the exported network already."""
+    (tmp_path / "cache").mkdir()
+    for file in cache.folder().glob("*.onnx"):
+        (tmp_path / "cache" / file.name).symlink_to(file)
+    monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_the_plan_is_printed_and_kept(image, tmp_path):
+    sets = ["--set", "predict.tile=96", "--set", "predict.overlap=32", "--workers", "1"]
+    run = CliRunner()
+    said = run.invoke(cli.app, ["plan", image, *sets, "--price-per-hour", "3.6"]).stdout
+    for name in ("volume", "network", "blocks", "tiles", "redundancy", "reads", "writes", "memory", "time", "cost"):
+        assert f"\n{name}" in f"\n{said}"
+    assert "rough" not in said
+    told = json.loads(run.invoke(cli.app, ["plan", image, *sets, "--json"]).stdout)
+    assert told["probed"]
+    assert told["redundancy"] > 1
+    assert not Path(cli.default_out(image)).exists()
+    config = settings(cluster={"workers": 1})
+    kept = describe.from_image(volume.open(image), config, str(tmp_path / "run"))
+    assert plan.known(kept, cluster.crew(config.cluster)).probed
+    assert not plan.known(replace(kept, model_sha256="other"), cluster.crew(config.cluster)).probed
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_plan_that_does_not_fit_ends_in_one_line(image, tmp_path):
+    limit = [
+        "--set",
+        "cluster.memory_limit=0.1",
+        "--set",
+        "predict.tile=96",
+        "--set",
+        "predict.overlap=32",
+        "--workers",
+        "1",
+    ]
+    found = CliRunner().invoke(cli.app, ["plan", image, *limit])
+    assert isinstance(found.exception, UserError)
+    assert "cluster.memory_limit" in str(found.exception)
+    with pytest.raises(UserError, match=r"may hold 0\.10 GB"):
+        launch.infer(
+            image, str(tmp_path / "run"), settings(cluster={"memory_limit": 0.1}), overwrite=False, show=Quiet()
+        )
+    assert not (tmp_path / "run.partial").exists()
+
+
+def test_a_container_limits_what_is_free(tmp_path):
+    """Both versions of control groups; a limit above this process's own group counts too."""
+    inner = tmp_path / "two/a/b"
+    inner.mkdir(parents=True)
+    (inner / "memory.max").write_text("max\n")
+    (inner.parent / "memory.max").write_text("1000\n")
+    (inner.parent / "memory.current").write_text("700\n")
+    (inner.parent / "memory.stat").write_text("anon 500\ninactive_file 200\n")
+    (tmp_path / "own2").write_text("0::/a/b\n")
+    assert machine.limits(tmp_path / "two", tmp_path / "own2") == [500]
+    one = tmp_path / "one/memory/c"
+    one.mkdir(parents=True)
+    (one / "memory.limit_in_bytes").write_text("900\n")
+    (one / "memory.usage_in_bytes").write_text("300\n")
+    (tmp_path / "own1").write_text("3:cpu,cpuacct:/c\n2:memory:/c\n")
+    assert machine.limits(tmp_path / "one", tmp_path / "own1") == [600]
+    assert machine.limits(tmp_path / "none", tmp_path / "none") == []
+    assert machine.free_memory() > 0
+    assert machine.free_disk(str(tmp_path / "not/there/yet")) > 0

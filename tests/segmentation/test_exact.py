@@ -1,0 +1,535 @@
+"""The promise: cutting up must not change the answer, and the answer must be the forest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from tests.helpers import all_rules, basins_of, cut, fields, row
+from volseg.box import Blocks, Box
+from volseg.config import Fragments
+from volseg.errors import UserError
+from volseg.segmentation import hierarchy as tree
+from volseg.segmentation import holes as voids
+from volseg.segmentation.fragments import OUTSIDE, halo, heights, metric, seed_height
+from volseg.segmentation.rules import Rules, decide
+from volseg.segmentation.stitch import by_key, gather, order
+
+
+def paint(grid, regions, ids):
+    """The labels of the volume, from those of each block's regions."""
+    out = np.zeros(grid.shape, np.uint32)
+    for box, region, of_region in zip(grid, regions, ids, strict=True):
+        out[box.slices] = np.r_[0, of_region][region]
+    return out
+
+
+def blockwise(height, rules, block, **how):
+    """Labels by one union-find over the tables of all blocks; where holes are filled, of their voids too."""
+    grid, regions, tables, links = cut(height, block, **how)
+    basins, basin_of = gather(tables, links)
+    if not rules.fill_voxels:
+        label = decide(basins, rules)
+        return paint(grid, regions, [label[basin] for basin in basin_of])
+    parts = [voids.describe(region, box, height.shape) for region, box in zip(regions, grid, strict=True)]
+    meets = [voids.meet(i, parts.__getitem__, grid) for i in range(len(grid))]
+    whole, void_of = voids.gather(parts, meets, basin_of)
+    label, count = decide(basins, rules, whole), basins.depth.size
+    places = [np.r_[basin, count + void] for basin, void in zip(basin_of, void_of, strict=True)]
+    return paint(grid, map(voids.places, regions), [label[place] for place in places])
+
+
+def treewise(height, rules, block, *, connectivity=6, shuffle=None, **how):
+    """Labels by `tree`, the parts of each level in any order and some of them twice."""
+    grid, regions, tables, links = cut(height, block, connectivity=connectivity, **how)
+    graphs, done, fates = {}, {}, {}
+    for step in range(tree.top(grid) + 1):
+        parts = list(range(len(tree.parts(grid, step))))
+        for n in [*shuffle.permutation(parts), *shuffle.choice(parts, 2)] if shuffle else parts:
+            if step == 0:
+                graph = tree.leaf(n, tables[n], {j: links[j] for j in tree.near(grid, n, connectivity)})
+            else:
+                graph = tree.join([graphs[step - 1, c] for c in tree.children(grid, step, n)], grid, step, n)
+            graphs[step, n], done[step, n], fates[step, n] = tree.contract(graph, rules.seed_height)
+    assert graphs[tree.top(grid), 0].depth.size == 0
+    return paint(grid, regions, handed_down(grid, rules, graphs, done, fates))
+
+
+def handed_down(grid, rules, graphs, done, fates):
+    """The labels of each block's regions."""
+    keep = {part: tree.kept(finished, rules) for part, finished in done.items()}
+    ranks = dict(zip(done, tree.ranks([done[part].first[keep[part]] for part in done]), strict=True))
+    above = {(tree.top(grid), 0): np.empty(0, np.int64)}
+    for step in range(tree.top(grid), -1, -1):
+        for n in range(len(tree.parts(grid, step))):
+            finished = np.zeros(keep[step, n].size, np.int64)
+            finished[keep[step, n]] = ranks[step, n] + 1
+            label = tree.named(fates[step, n], above.pop((step, n)), finished)
+            below = tree.children(grid, step, n) if step else [n]
+            sizes = [graphs[step - 1, c].depth.size for c in below] if step else [label.size]
+            above.update(
+                {(step - 1, c): share for c, share in zip(below, np.split(label, np.cumsum(sizes)[:-1]), strict=True)}
+            )
+    return [above[-1, n] for n in range(len(grid))]
+
+
+def brute_force(height, rules, connectivity=6):
+    """Labels voxel by voxel: every edge sorted, one union-find, no basins; then the rules as they are told."""
+    flat = height.ravel()
+    masked = np.flatnonzero(flat != OUTSIDE)
+    edges, faces = list(contacts(height, connectivity)), list(contacts(height))
+    level, low, depth = rules.seeds
+    object_of = {int(v): {int(v)} for v in masked}
+
+    def deepest(members):
+        return int(flat[list(members)].min())
+
+    def join(p, q):
+        p |= q
+        object_of.update(dict.fromkeys(q, p))
+
+    for (high, u), (_, v) in sorted(sorted([(int(flat[u]), u), (int(flat[v]), v)], reverse=True) for u, v in edges):
+        p, q = object_of[u], object_of[v]
+        shallow = max(deepest(p), deepest(q)) if p is not q else high
+        if p is not q and (high <= level or shallow > low or high - shallow < depth):
+            join(p, q)
+    while pairs := [
+        (mean, min(p), min(q)) for mean, p, q in borders(object_of, faces, flat) if mean <= rules.join_height
+    ]:
+        _, p, q = min(pairs)
+        join(object_of[p], object_of[q])
+    return numbered(flat, object_of, dropped_and_filled(height, object_of, edges, rules)).reshape(height.shape)
+
+
+def contacts(height, connectivity=6):
+    """Pairs of masked voxels that touch, as linear indices."""
+    number = {at: i for i, (at, h) in enumerate(np.ndenumerate(height)) if h != OUTSIDE}
+    ways = [way for way in product((-1, 0, 1), repeat=3) if way > (0, 0, 0)]
+    for way in ways if connectivity == 26 else [way for way in ways if np.abs(way).sum() == 1]:
+        for at, u in number.items():
+            v = number.get(tuple(i + j for i, j in zip(at, way, strict=True)))
+            if v is not None:
+                yield u, v
+
+
+def borders(object_of, faces, flat):
+    """Mean height of the higher ends over all faces of each pair of objects, the earlier object first."""
+    found = {}
+    for u, v in faces:
+        pair = tuple(sorted({min(object_of[u]), min(object_of[v])}))
+        found.setdefault(pair, []).append(max(int(flat[u]), int(flat[v])))
+    return [(Fraction(sum(h), len(h)), object_of[p[0]], object_of[p[1]]) for p, h in found.items() if len(p) == 2]
+
+
+def dropped_and_filled(height, object_of, edges, rules):
+    """Voxels that are in no object; those of filled holes have come to their object in ``object_of``."""
+    flat = height.ravel()
+    empty = {
+        v for v, o in object_of.items()
+        if len(o) < rules.min_voxels or not (rules.keep_unseeded or min(flat[list(o)]) <= rules.seeds[1])
+    }  # fmt: skip
+    fill(object_of, empty, edges, rules.fill_voxels)
+    outside = set(np.flatnonzero(flat == OUTSIDE).tolist())
+    empty |= outside
+    faces = [pair for pair in contacts(np.zeros_like(height)) if outside & set(pair)]
+    fill(object_of, empty, [*edges, *faces], rules.fill_voxels, outside & border(height.shape))
+    return empty | {v for v, o in object_of.items() if len(o) > rules.max_voxels}
+
+
+def fill(object_of, empty, edges, most, open_voxels=frozenset()):
+    """Connected parts of ``empty`` become part of the one object that they touch."""
+    near = {v: set() for v in empty}
+    for u, v in [*edges, *((v, u) for u, v in edges)]:
+        near.get(u, set()).add(v)
+    left = set(empty)
+    while left:
+        hole, todo, rim = set(), {left.pop()}, set()
+        while todo:
+            v = todo.pop()
+            hole.add(v)
+            todo |= (near[v] & empty) - hole
+            rim |= near[v] - empty
+        left -= hole
+        around = {min(object_of[v]) for v in rim}
+        if len(around) == 1 and len(hole) <= most and not hole & open_voxels:
+            whole = object_of[around.pop()] | hole
+            object_of.update(dict.fromkeys(whole, whole))
+            empty -= hole
+
+
+def border(shape):
+    """Linear indices of the voxels on the border of a volume."""
+    inner = np.ones([n - 2 for n in shape], bool) if min(shape) > 2 else np.zeros((0, 0, 0), bool)
+    whole = np.pad(inner, 1) if inner.size else np.zeros(shape, bool)
+    return set(np.flatnonzero(~whole).tolist())
+
+
+def numbered(flat, object_of, dropped):
+    out, number = np.zeros(flat.size, np.uint32), {}
+    for v in sorted(object_of):
+        if v not in dropped:
+            out[v] = number.setdefault(id(object_of[v]), len(number) + 1)
+    return out
+
+
+@settings(max_examples=250, deadline=None)
+@given(field=fields(), connectivity=st.sampled_from([6, 26]), data=st.data())
+def test_every_cutting_gives_the_brute_force_forest(field, connectivity, data):
+    height, level = field
+    block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
+    count = len(Blocks(height.shape, block))
+    order = data.draw(st.permutations(range(count)))
+    repeat = data.draw(st.lists(st.integers(0, count - 1), max_size=3))
+    rules = data.draw(all_rules(level))
+    want = brute_force(height, rules, connectivity)
+    found = blockwise(height, rules, block, order=order, repeat=repeat, connectivity=connectivity)
+    np.testing.assert_array_equal(found, want)
+
+
+@settings(max_examples=250, deadline=None)
+@given(field=fields(), data=st.data())
+def test_a_tree_of_blocks_gives_what_one_union_find_does(field, data):
+    height, level = field
+    block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
+    count = len(Blocks(height.shape, block))
+    how = {
+        "order": data.draw(st.permutations(range(count))),
+        "repeat": data.draw(st.lists(st.integers(0, count - 1), max_size=3)),
+        "connectivity": data.draw(st.sampled_from([6, 26])),
+    }
+    rules = replace(data.draw(all_rules(level)), depth=0, join_height=-1, fill_voxels=0, low_height=-1)
+    found = treewise(height, rules, block, shuffle=np.random.default_rng(data.draw(st.integers(0, 99))), **how)
+    np.testing.assert_array_equal(found, blockwise(height, rules, block, **how))
+    np.testing.assert_array_equal(found, brute_force(height, rules, how["connectivity"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.tuples(*[st.integers(3, 10)] * 3),
+    share=st.sampled_from([0.2, 0.35, 0.5, 0.65]),
+    most=st.sampled_from([1, 3, 10, 200]),
+    size=st.integers(0, 6),
+    data=st.data(),
+)
+def test_what_scipy_calls_a_hole_is_filled(seed, shape, share, most, size, data):
+    """Where every masked voxel is a seed, objects are `ndimage.label` of the mask, and holes those of what is left."""
+    mask = np.random.default_rng(seed).random(shape) > share
+    thin = data.draw(st.integers(0, 2))
+    block = tuple(data.draw(st.integers(1 if axis == thin else 1 + n // 3, n)) for axis, n in enumerate(shape))
+    height = np.where(mask, 0, OUTSIDE).astype(np.int32)
+    found = blockwise(height, Rules(0, min_voxels=size, fill_voxels=most), block)
+    np.testing.assert_array_equal(found, scipy_filled(mask, size, most))
+
+
+def scipy_filled(mask, size, most):
+    """Labels by scipy alone: small components are dropped, then small holes of one object filled, pieces of mask first."""
+    label, count = ndimage.label(mask)
+    label[np.bincount(label.ravel(), minlength=count + 1)[label] < size] = 0
+    for within in (mask, np.ones_like(mask)):
+        holes, count = ndimage.label((label == 0) & within)
+        frame = np.pad(np.zeros([n - 2 for n in mask.shape], bool), 1, constant_values=True) & ~mask
+        filled = label.copy()
+        for n in range(1, count + 1):
+            hole = holes == n
+            around = np.setdiff1d(label[ndimage.binary_dilation(hole)], 0)
+            if around.size == 1 and hole.sum() <= most and not (hole & frame).any():
+                filled[hole] = around[0]
+        label = filled
+    _, first, number = np.unique(label[label > 0], return_index=True, return_inverse=True)
+    out = np.zeros(mask.shape, np.uint32)
+    out[label > 0] = 1 + np.argsort(np.argsort(first))[number]
+    return out
+
+
+def test_a_cavity_is_filled_only_inside_one_object():
+    """By hand, four shells around one voxel: two whole ones, one with a leak by a face, one with a leak by an edge."""
+    height = np.full((3, 3, 15), OUTSIDE, np.int32)
+    for x in (0, 4, 8, 12):
+        height[:, :, x : x + 3] = 0
+        height[1, 1, x + 1] = OUTSIDE
+    height[1, 1, 10] = OUTSIDE  # by a face
+    height[1, 0, 12] = OUTSIDE  # by an edge: paths of background go through faces alone
+    for block in ((3, 3, 15), (1, 2, 5)):
+        found = blockwise(height, Rules(0, fill_voxels=1), block)
+        assert found[1, 1, [1, 5, 9, 13]].tolist() == [1, 2, 0, 4]
+        assert found.max() == 4
+    assert not blockwise(height, Rules(0), (3, 3, 15))[1, 1, 1]
+
+
+def test_only_what_outer_faces_leave_open_goes_up():
+    """By hand, in two blocks: of a valley at 0 and three hills, only the one that crosses the face, and its way to 0."""
+    height = row(0, 8, 5, 7, 3, 6, 2)
+    grid, _, tables, links = cut(height, (1, 1, 4))
+    up, finished, _ = tree.contract(tree.leaf(0, tables[0], dict(enumerate(links))), 0)
+    assert (up.depth.size, up.inner.size, finished.depth.size) == (2, 1, 0)
+    up, finished, _ = tree.contract(tree.leaf(1, tables[1], dict(enumerate(links))), 0)
+    assert (up.depth.size, up.inner.size, finished.depth.size) == (1, 0, 0)
+    assert tree.top(grid) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([0, 1, 7, 40_000]), high=st.sampled_from([1, 3, 1 << 20]))
+def test_orders_are_those_of_numpy(seed, size, high):
+    rng = np.random.default_rng(seed)
+    columns = [
+        rng.integers(0, h, size).astype(t) - h // 2 for h, t in [(high, "i4"), (1 << 40, "i8"), (9, "i4"), (2, "i8")]
+    ]
+    np.testing.assert_array_equal(order(*columns), np.lexsort(columns[::-1]))
+    columns[1] = rng.integers(0, 1 + size // 3, size)
+    np.testing.assert_array_equal(by_key(*columns), np.lexsort(columns[::-1]))
+
+
+@pytest.mark.parametrize("connectivity", [6, 26])
+@settings(max_examples=60, deadline=None)
+@given(field=fields(), data=st.data())
+def test_every_contact_face_is_counted_once_with_its_higher_end(connectivity, field, data):
+    height, _ = field
+    block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
+    whole, cut = (basins_of(height, b, connectivity).edges for b in (height.shape, block))
+    for name in ("high_at", "low_at", "area", "height"):
+        np.testing.assert_array_equal(whole[name], cut[name])
+    assert (whole["height"] >= whole["area"] * whole["high"].astype(np.int64)).all()
+
+
+def test_the_border_of_two_valleys_adds_up_by_hand():
+    """The ridge of 8 and 9 drains to the left, so its faces with 2 and 0 are the border: 9-2 and 8-0."""
+    (edge,) = basins_of(np.array([[[1, 9, 2], [0, 8, 0]]], np.int32), (1, 2, 2)).edges
+    assert (edge["area"], edge["high"], edge["height"]) == (2, 8, 17)
+
+
+def test_two_valleys_meet_at_their_ridge():
+    """Worked by hand: heights 0 3 9 2 1 with seeds at most 1; the ridge joins the side with the lower saddle.
+
+    Edges in order of their higher end: 2-1 (high 2), 0-3 (high 3), then 9's two: its lower neighbor is 2, so the ridge
+    voxel goes right. The last edge would join two seeds and is refused.
+    """
+    height = np.array([[[0, 3, 9, 2, 1]]], np.int32)
+    for width in (1, 2, 3, 5):
+        np.testing.assert_array_equal(blockwise(height, Rules(1), (1, 1, width)), [[[1, 1, 2, 2, 2]]])
+
+
+@pytest.mark.parametrize(
+    ("rules", "want"),
+    [
+        (Rules(4), [1, 1, 2, 2, 2, 2, 3]),
+        (Rules(0, low_height=5), [1, 1, 2, 2, 2, 2, 3]),
+        (Rules(0, low_height=2), [1, 1, 1, 1, 1, 1, 2]),  # the dip at 4 is no seed
+        (Rules(4, depth=3), [1, 1, 1, 1, 1, 1, 2]),  # the dip at 4 is 2 deep, that at 1 is 8
+        (Rules(4, depth=9), [1, 1, 1, 1, 1, 1, 1]),
+        (Rules(4, join_height=6), [1, 1, 1, 1, 1, 1, 2]),
+        (Rules(4, min_voxels=2), [1, 1, 2, 2, 2, 2, 0]),
+        (Rules(4, min_voxels=2, fill_voxels=1), [1, 1, 2, 2, 2, 2, 2]),
+        (Rules(4, min_voxels=3, fill_voxels=1), [0, 0, 1, 1, 1, 1, 1]),  # the left hole has two voxels
+        (Rules(4, max_voxels=2), [1, 1, 0, 0, 0, 0, 2]),
+        (Rules(0), [1, 1, 1, 1, 1, 1, 1]),
+        (Rules(-1), [0] * 7),
+        (Rules(-1, keep_unseeded=True), [1] * 7),
+    ],
+)
+def test_each_rule_by_hand(rules, want):
+    for width in (1, 3, 7):
+        np.testing.assert_array_equal(blockwise(row(4, 6, 5, 1, 0, 9, 1), rules, (1, 1, width)), [[want]])
+
+
+def test_voxels_that_touch_by_a_corner_are_one_object_on_a_grid_of_26():
+    """Three voxels on a space diagonal, every one in a block of its own: two exits and no face in contact."""
+    height = np.full((3, 3, 3), OUTSIDE, np.int32)
+    height[0, 0, 0], height[1, 1, 1], height[2, 2, 2] = 3, 2, 1
+    assert blockwise(height, Rules(3), (1, 1, 1)).max() == 3
+    assert blockwise(height, Rules(3), (1, 1, 1), connectivity=26).max() == 1
+    assert basins_of(height, (1, 1, 1), 26).depth.tolist() == [1]
+
+
+def test_basins_that_touch_by_an_edge_alone_have_a_saddle_and_no_area():
+    """Worked by hand: two valleys of height 1, their ways out 5 and 4 touch diagonally. The saddle is the higher one."""
+    height = np.array([[[1, 5, OUTSIDE, OUTSIDE], [OUTSIDE, OUTSIDE, 4, 1]]], np.int32)
+    for block in ((1, 2, 4), (1, 1, 2)):
+        (edge,) = basins_of(height, block, 26).edges
+        assert (edge["area"], edge["height"], edge["high"], edge["low"]) == (0, 0, 5, 4)
+        assert not basins_of(height, block).edges.size
+
+
+def test_labels_follow_the_raster_order_of_first_voxels():
+    height = np.full((1, 3, 5), OUTSIDE, np.int32)
+    height[0, 0, 3:] = 5
+    height[0, 2, :2] = 1
+    np.testing.assert_array_equal(
+        blockwise(height, Rules(5), (1, 2, 2)), [[[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [2, 2, 0, 0, 0]]]
+    )
+
+
+def test_no_mask_means_no_objects():
+    assert not blockwise(np.full((3, 4, 5), OUTSIDE, np.int32), Rules(5), (2, 2, 2)).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    smooth=st.tuples(*[st.integers(0, 2)] * 3),
+    height=st.sampled_from(["probability", "contour", "distance", "head"]),
+    distance=st.sampled_from([{"distance": 1}, {"distance": 4}, {"distance_nm": 9}, {"distance_nm": 40}]),
+    contour=st.sampled_from([0.0, 0.5, 1.0]),
+    voxel_size_nm=st.sampled_from([(4.0, 4.0, 4.0), (30.0, 4.5, 5.0), (6.0, 17.0, 4.0)]),
+    data=st.data(),
+)
+def test_heights_do_not_see_the_blocks(seed, smooth, height, distance, contour, voxel_size_nm, data):
+    shape = data.draw(st.tuples(*[st.integers(1, 12)] * 3))
+    rng = np.random.default_rng(seed)
+    probability = rng.choice(np.array([0, 100, 130, 200, 255], np.uint8), (3, *shape), p=[0.3, 0.1, 0.2, 0.2, 0.2])
+    knobs = Fragments(smooth=smooth, contour=contour, threshold=0.4, height=height, **distance)
+    whole = heights(probability, Box.whole(shape), shape, knobs, voxel_size_nm)
+    block = tuple(data.draw(st.integers(1, n)) for n in shape)
+    for box in Blocks(shape, block):
+        have = box.grow(halo(knobs, voxel_size_nm)).clip(shape)
+        part = heights(probability[(slice(None), *have.slices)], box, shape, knobs, voxel_size_nm)
+        np.testing.assert_array_equal(part, whole[box.grow(1).shift((1, 1, 1)).slices])
+
+
+def test_heights_are_what_their_definition_says():
+    """Against scipy: the smoothed value rounded down, and the exact distance transform."""
+    rng = np.random.default_rng(5)
+    shape = (9, 14, 17)
+    smooth = ndimage.gaussian_filter(rng.random(shape), 2)
+    mask = np.uint8(255 * (smooth - smooth.min()) / np.ptp(smooth))
+    probability = np.stack([mask, np.zeros_like(mask)])
+    knobs = Fragments(smooth=(1, 2, 0), distance=4, threshold=0.4)
+    level = mask.astype(float)
+    for axis, passes in enumerate(knobs.smooth):
+        row = {0: [1.0], 1: [0.25, 0.5, 0.25], 2: np.array([1, 4, 6, 4, 1]) / 16}[passes]
+        level = ndimage.correlate1d(level, row, axis, mode="nearest")
+    level = np.floor(level * 64)
+    inside = level >= np.ceil(0.4 * 255 * 64)
+    squared = np.minimum(np.rint(ndimage.distance_transform_edt(inside) ** 2), 16)
+    want = np.where(inside, (255 * 64 - level) * 17 + 16 - squared, OUTSIDE)
+    got = heights(probability, Box.whole(shape), shape, knobs)[1:-1, 1:-1, 1:-1]
+    np.testing.assert_array_equal(got, want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    smooth=st.tuples(*[st.integers(0, 3)] * 3),
+    contour=st.sampled_from([0.0, 0.5, 1.0]),
+    share=st.sampled_from([0.0, 0.01, 0.1, 0.6]),
+    data=st.data(),
+)
+def test_heights_of_long_rows_are_what_their_definition_says(seed, smooth, contour, share, data):
+    """Rows of several stretches, empty and not, whole and in blocks, against scipy: a stretch left out changes nothing."""
+    shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 90)))
+    rng = np.random.default_rng(seed)
+    probability = rng.integers(0, 256, (2, *shape)).astype(np.uint8)
+    probability[0][rng.random(shape) >= share] //= 4
+    knobs = Fragments(smooth=smooth, contour=contour, threshold=0.4)
+    less = np.maximum(0, probability[0].astype(int) - ((probability[1].astype(int) * round(contour * 256)) >> 8))
+    level, inside = (_smoothed(field, smooth) for field in (probability[0], less))
+    want = np.where(level >= np.ceil(0.4 * 255 * 64), 255 * 64 - inside, OUTSIDE)
+    block = tuple(data.draw(st.integers(1, n)) for n in shape)
+    for box in [Box.whole(shape), *Blocks(shape, block)]:
+        have = box.grow(halo(knobs)).clip(shape)
+        got = heights(probability[(slice(None), *have.slices)], box, shape, knobs)
+        np.testing.assert_array_equal(got[1:-1, 1:-1, 1:-1], want[box.slices])
+
+
+def _smoothed(field, passes):
+    """By whole numbers: the field, its ends repeated, after [1 2 1] as often as told, times 64, rounded down once."""
+    out, row = field.astype(np.int64), np.array([1, 2, 1])
+    out = np.pad(out, [(p, p) for p in passes], mode="edge")
+    for axis, count in enumerate(passes):
+        for _ in range(count):
+            out = ndimage.correlate1d(out, row, axis, mode="nearest")
+    core = out[tuple(slice(p, n - p) for p, n in zip(passes, out.shape, strict=True))]
+    return (core * 64) >> (2 * sum(passes))
+
+
+def blobs(seed, shape):
+    """A smooth random field, 0..255."""
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), 2)
+    return np.uint8(255 * (field - field.min()) / np.ptp(field))
+
+
+@pytest.mark.parametrize("voxel_size_nm", [(5.0, 5.0, 5.0), (50.0, 4.6, 4.6), (4.0, 7.3, 11.0)])
+def test_distances_in_nm_are_those_of_scipy(voxel_size_nm):
+    mask = blobs(6, (9, 24, 27))
+    knobs = Fragments(smooth=(0, 0, 0), distance_nm=45, threshold=0.4)
+    around = metric(knobs, voxel_size_nm)
+    inside = mask >= np.ceil(0.4 * 255)
+    got = heights(np.stack([mask] * 2), Box.whole(mask.shape), mask.shape, knobs, voxel_size_nm)[1:-1, 1:-1, 1:-1]
+    assert (inside == (got != OUTSIDE)).all()
+    far = around.cap**2 - got[inside] % (around.cap**2 + 1)
+    exact = ndimage.distance_transform_edt(inside, sampling=around.edges)[inside]
+    np.testing.assert_array_equal(far, np.minimum(np.rint(exact**2), around.cap**2))
+    nm = np.minimum(ndimage.distance_transform_edt(inside, sampling=voxel_size_nm)[inside], 45)
+    np.testing.assert_allclose(45 * np.sqrt(far) / around.cap, nm, rtol=1 / 32)
+    assert len(np.unique(far)) > 5
+
+
+def test_cubes_have_the_same_distance_in_nm_as_in_voxels():
+    mask = np.stack([blobs(7, (8, 13, 11))] * 2)
+    box, shape = Box.whole(mask.shape[1:]), mask.shape[1:]
+    for height in ("probability", "distance"):
+        voxels, nm = (Fragments(height=height, contour=0.3, **d) for d in ({"distance": 4}, {"distance_nm": 33}))
+        np.testing.assert_array_equal(heights(mask, box, shape, voxels), heights(mask, box, shape, nm, (8, 8, 8)))
+        assert seed_height(0.6, voxels) == seed_height(0.6, nm, (8, 8, 8))
+
+
+def test_a_distance_too_far_for_whole_numbers_is_refused():
+    assert metric(Fragments(distance_nm=1275), (5, 5, 5)).cap == 255
+    with pytest.raises(UserError, match="give at most 1275"):
+        metric(Fragments(distance_nm=1290), (5, 5, 5))
+    with pytest.raises(ValueError, match="voxel_size_nm"):
+        halo(Fragments(distance_nm=10))
+
+
+@pytest.mark.parametrize(
+    ("height", "first"),
+    [("probability", [150, 250]), ("contour", [205, 255]), ("distance", [1, 4]), ("head", [30, 60])],
+)
+def test_each_height_is_low_where_its_evidence_is_strong(height, first):
+    """Two voxels of a bar, at its end and one further in: their evidence, and what comes second where that is equal."""
+    mask = np.array([0, 200, 250, 250, 250, 200, 0], np.uint8)
+    probability = np.stack([mask, [0, 50, 0, 0, 0, 50, 0], [0, 30, 60, 90, 60, 30, 0]]).reshape(3, 1, 1, 7)
+    knobs = Fragments(smooth=(0, 0, 0), distance=2, height=height)
+    got = heights(probability.astype(np.uint8), Box.whole((1, 1, 7)), (1, 1, 7), knobs)[1, 1, 2:4]
+    if height == "distance":
+        assert got.tolist() == [(4 - first[0]) * 16321 + 64 * (255 - 150), (4 - first[1]) * 16321 + 64 * (255 - 250)]
+    else:
+        assert got.tolist() == [64 * (255 - first[0]) * 5 + 4 - 1, 64 * (255 - first[1]) * 5 + 4 - 4]
+
+
+@pytest.mark.parametrize(("height", "channel"), [("probability", 0), ("contour", 1), ("head", 2)])
+def test_a_seed_is_where_the_evidence_reaches_its_share(height, channel):
+    """At 0.6: 153 of 255."""
+    probability = np.zeros((3, 1, 1, 5), np.uint8)
+    probability[channel, 0, 0] = [100, 152, 153, 154, 255]
+    if height == "contour":
+        probability = 255 - probability
+        probability[0] = 255
+    knobs = Fragments(smooth=(0, 0, 0), distance=3, height=height, threshold=0.0)
+    got = heights(probability, Box.whole((1, 1, 5)), (1, 1, 5), knobs)[1, 1, 1:-1]
+    assert (got <= seed_height(0.6, knobs)).tolist() == [False, False, True, True, True]
+
+
+def test_a_seed_of_the_distance_is_a_share_of_its_cap():
+    """A bar of 23 voxels between background; at 0.6 of 10 voxels, what is at least 6 away from it."""
+    probability = np.full((2, 1, 1, 25), [[[[255]]], [[[0]]]], np.uint8)
+    probability[0, 0, 0, [0, -1]] = 0
+    knobs = Fragments(smooth=(0, 0, 0), distance=10, height="distance")
+    got = heights(probability, Box.whole((1, 1, 25)), (1, 1, 25), knobs)[1, 1, 1:-1]
+    assert np.flatnonzero(got <= seed_height(0.6, knobs)).tolist() == list(range(6, 19))
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_an_object_below_the_minimum_size_goes_by_its_global_size(connected):
+    """A bar of 6 voxels over three blocks is kept at a minimum of 6; cut in two it is dropped."""
+    height = np.zeros((1, 1, 6), np.int32)
+    if not connected:
+        height[0, 0, 3] = OUTSIDE
+    assert blockwise(height, Rules(0, min_voxels=6), (1, 1, 2)).any() == connected

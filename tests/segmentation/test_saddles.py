@@ -1,0 +1,135 @@
+"""The proofreading queue: every join and border that counts, with its margin, whatever the blocks."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.helpers import all_rules, basins_of, cut, fields, row
+from volseg import cli
+from volseg.box import Box
+from volseg.config import Fragments
+from volseg.errors import UserError
+from volseg.evaluation import review
+from volseg.io import volume
+from volseg.segmentation import saddles as merges
+from volseg.segmentation.rules import Rules, decide
+from volseg.segmentation.stitch import gather
+
+VALLEYS = row(4, 6, 5, 1, 0, 9, 1)
+
+
+def told(height, rules, block):
+    basins = basins_of(height, block)
+    return merges.merges(basins, rules, decide(basins, rules))
+
+
+@settings(max_examples=40, deadline=None)
+@given(field=fields(), data=st.data())
+def test_the_table_does_not_see_the_blocks(field, data):
+    height, level = field
+    rules = data.draw(all_rules(level))
+    block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
+    np.testing.assert_array_equal(told(height, rules, block), told(height, rules, height.shape))
+
+
+@settings(max_examples=40, deadline=None)
+@given(field=fields(), connectivity=st.sampled_from([6, 26]), data=st.data())
+def test_borders_and_confidence_need_no_basins_of_the_volume(connectivity, field, data):
+    height, level = field
+    rules = replace(data.draw(all_rules(level)), depth=0, join_height=-1, fill_voxels=0)
+    block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
+    _, _, tables, links = cut(height, block, connectivity=connectivity)
+    basins, basin_of = gather(tables, links)
+    label = decide(basins, rules)
+    parts = [merges.met(i, table, links[i], lambda j: label[basin_of[j]]) for i, table in enumerate(tables)]
+    graph = merges.graph(parts)
+    each = np.arange(1, 1 + graph.depth.size)
+    names = [name for name in merges.ROW.names if name != "edge"]
+    flat = merges.merges(basins, rules, label)
+    np.testing.assert_array_equal(merges.merges(graph, rules, each)[names], flat[flat["kind"] == 1][names])
+    np.testing.assert_array_equal(
+        merges.confidence(graph, each, Fragments()), merges.confidence(basins, label, Fragments())
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "want"),  # kind, rule, margin, height and place of the saddle, sizes
+    [
+        (Rules(4), [("border", "seed", 2, 6, 1, [2, 4]), ("border", "seed", 5, 9, 5, [4, 1])]),
+        (Rules(6), [("join", "seed", 0, 6, 1, [4, 2]), ("border", "seed", 3, 9, 5, [6, 1])]),
+        (Rules(4, depth=3), [("join", "persistence", 1, 6, 1, [4, 2]), ("border", "seed", 5, 9, 5, [6, 1])]),
+        (Rules(4, join_height=6), [("join", "mean", 0, 6, 1, [4, 2]), ("border", "mean", 3, 9, 5, [6, 1])]),
+        (Rules(3), [("join", "unseeded", 1, 6, 1, [4, 2]), ("border", "seed", 6, 9, 5, [6, 1])]),
+        (Rules(3, depth=5), [("join", "unseeded", 3, 6, 1, [4, 2]), ("border", "persistence", 3, 9, 5, [6, 1])]),
+        (Rules(2, low_height=5), [("border", "unseeded", 1, 6, 1, [2, 4]), ("border", "unseeded", 4, 9, 5, [4, 1])]),
+        (Rules(6, min_voxels=3), []),
+    ],
+)
+def test_each_rule_tells_how_near_it_came(rules, want):
+    found = told(VALLEYS, rules, (1, 1, 2))
+    names = [(merges.KINDS[r["kind"]], merges.RULES[r["rule"]]) for r in found]
+    columns = [found[name].tolist() for name in ("margin", "saddle", "at", "voxels")]
+    assert [(*name, *rest) for name, *rest in zip(names, *columns, strict=True)] == want
+
+
+def test_confidence_is_the_depth_below_the_lowest_saddle():
+    basins, knobs = basins_of(VALLEYS * 1632, (1, 1, 7)), Fragments()  # a tenth of all heights for each unit
+    label = decide(basins, Rules(4 * 1632))
+    np.testing.assert_allclose(merges.confidence(basins, label, knobs), [0.2, 0.6, 0.8])
+    np.testing.assert_allclose(merges.confidence(basins, np.minimum(label, 1), knobs), [1.0])
+
+
+def test_a_runs_table_holds_every_pair_of_objects_that_touch(reference):
+    table = pandas.read_parquet(f"{reference}/tables/merges.parquet")
+    labels = volume.open(reference, dataset="labels/instances/0")
+    ids = labels.read(Box.whole(labels.shape)).astype(np.int64)
+    want = set()
+    for axis in range(3):
+        near, far = (np.delete(ids, end, axis).ravel() for end in (-1, 0))
+        apart = (near != far) & (near > 0) & (far > 0)
+        want |= set(zip(*np.sort([near[apart], far[apart]], axis=0).tolist(), strict=True))
+    borders = table[table["kind"] == "border"]
+    assert set(zip(borders["label_a"], borders["label_b"], strict=True)) == want
+    assert (table["margin"] >= 0).all()
+    assert table["margin"].is_monotonic_increasing
+    place = ids[table["z"], table["y"], table["x"]]
+    assert ((place == table["label_a"]) | (place == table["label_b"])).all()
+    known = pandas.read_parquet(f"{reference}/tables/objects.parquet")["confidence"]
+    assert known.between(0, 1).all()
+
+
+def test_review_draws_what_it_lists(reference, tmp_path):
+    run = str(shutil.copytree(reference, tmp_path / "run.volseg.zarr"))
+    result = CliRunner().invoke(cli.app, ["review", run, "--top", "3"])
+    assert result.exit_code == 0, result.output
+    table = pandas.read_parquet(f"{run}/tables/merges.parquet")
+    assert result.output.count(".png") == Path(run, "review/index.html").read_text().count("<img") == min(3, len(table))
+    for path in Path(run, "review").glob("*.png"):
+        assert np.asarray(Image.open(path)).std() > 0
+    found = review.load(run)
+    for i in np.flatnonzero(found.table["kind"] == "join")[:5]:
+        z, y, x = (int(found.table.iloc[i][axis]) for axis in "zyx")
+        part = review.sides(found, i, Box((z, 0, 0), (z + 1, *found.run.shape[1:])))
+        assert part[y, x] > 0
+        assert set(np.unique(part)) <= {0, 1, 2}
+
+
+def test_the_parts_of_a_join_have_the_sizes_that_are_told():
+    for rules in (Rules(6), Rules(4, depth=3), Rules(4, join_height=6), Rules(3)):
+        basins = basins_of(VALLEYS, (1, 1, 7))
+        rows = merges.merges(basins, rules, decide(basins, rules))
+        part = review.parts(basins, rules, rows[rows["kind"] == 0][0])
+        assert sorted(basins.voxels[part == side].sum() for side in (1, 2)) == [2, 4]
+
+
+def test_what_is_no_run_has_nothing_to_review(tmp_path):
+    with pytest.raises(UserError, match="no finished run"):
+        review.review(str(tmp_path))

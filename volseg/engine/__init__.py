@@ -1,0 +1,1 @@
+"""A run: what it is, where it lies, and what happens to each of its blocks."""

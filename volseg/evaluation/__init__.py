@@ -1,0 +1,1 @@
+"""How good and how certain labels are, and whether they are exact."""

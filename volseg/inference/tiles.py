@@ -1,0 +1,256 @@
+"""The tile grid and its blend. Both belong to the volume: they are functions of its plane's shape alone.
+
+A tile is one section of the volume (with its neighboring sections as channels) cut to a size that the network takes.
+Sections may lie along any axis: a pass over xz planes is a pass over the volume with y and z exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from volseg.inference.device import HOST, Device
+
+MULTIPLE = 32  # the encoder halves a tile five times
+PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Tiles along one axis: ``count`` origins, each tile ``size`` long; only a lone tile may reach past the end."""
+
+    length: int
+    size: int
+    origins: tuple[int, ...]
+
+    def meeting(self, start: int, stop: int) -> list[int]:
+        """Numbers of the tiles that share a voxel with ``start:stop``."""
+        return [i for i, o in enumerate(self.origins) if o < stop and o + self.size > start]
+
+    def weights(self, i: int) -> np.ndarray:
+        """Blending weight along tile ``i``, float32: a ramp where it shares voxels with a neighbor, else 1."""
+        weight = np.ones(self.size, np.float32)
+        if i > 0:
+            shared = self.origins[i - 1] + self.size - self.origins[i]
+            weight[:shared] = _ramp(shared)
+        if i + 1 < len(self.origins):
+            shared = self.origins[i] + self.size - self.origins[i + 1]
+            weight[self.size - shared :] = np.minimum(weight[self.size - shared :], _ramp(shared)[::-1])
+        return weight
+
+
+def _ramp(n: int) -> np.ndarray:
+    return ((np.arange(n, dtype=np.float32) + np.float32(1)) / np.float32(n + 1)).astype(np.float32)
+
+
+def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis:
+    """Evenly spread tiles of at most ``tile`` voxels that share at least ``overlap`` and cover ``length``.
+
+    Their size is a ``multiple``, at least one.
+
+    >>> axis(1024, 1280, 64)
+    Axis(length=1024, size=1024, origins=(0,))
+    >>> axis(100, 64, 16).origins
+    (0, 36)
+    """
+    longest = max(multiple, tile // multiple * multiple)
+    if length <= longest:
+        return Axis(length, _up(length, multiple), (0,))
+    if overlap >= longest:
+        raise ValueError(f"overlap {overlap} leaves no room in tiles of {longest}; use overlap < tile")
+    count = -(-(length - overlap) // (longest - overlap))
+    size = min(longest, _up(-(-(length + (count - 1) * overlap) // count), multiple))
+    return Axis(length, size, tuple(round(i * (length - size) / (count - 1)) for i in range(count)))
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tiles of every section of a volume."""
+
+    y: Axis
+    x: Axis
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Shape of a tile, y x."""
+        return self.y.size, self.x.size
+
+    def meeting(self, y: slice, x: slice) -> list[tuple[int, int]]:
+        """The tiles, in raster order, that share a voxel with part of the plane."""
+        return [(i, j) for i in self.y.meeting(y.start, y.stop) for j in self.x.meeting(x.start, x.stop)]
+
+    def place(self, tile: tuple[int, int]) -> tuple[slice, slice]:
+        """Where a tile lies in the plane; a lone tile may reach past the end."""
+        y, x = self.y.origins[tile[0]], self.x.origins[tile[1]]
+        return slice(y, y + self.y.size), slice(x, x + self.x.size)
+
+
+def grid(plane: tuple[int, int], tile: int, overlap: int, binning: int = 1) -> Grid:
+    """The tile grid of a volume whose sections have the shape ``plane``, for a network of that ``binning``.
+
+    >>> grid((100, 96), 1280, 64).size, grid((100, 96), 1280, 64, binning=2).size
+    ((128, 96), (128, 128))
+    """
+    y, x = (axis(length, tile, overlap, MULTIPLE * binning) for length in plane)
+    return Grid(y, x)
+
+
+def cut(plane: np.ndarray, y: slice, x: slice) -> np.ndarray:
+    """``plane[..., y, x]``, mirrored past its end."""
+    part = plane[..., y, x]
+    out = np.empty((*part.shape[:-2], y.stop - y.start, x.stop - x.start), part.dtype)
+    rows, columns = part.shape[-2:]
+    out[..., :rows, :columns] = part
+    _mirror(out, rows, columns)
+    return out
+
+
+def _mirror(out: Any, rows: int, columns: int) -> None:
+    """``out`` (..., y, x), whose first ``rows`` and ``columns`` are there, is mirrored past them as often as it takes."""
+    while columns < out.shape[-1]:
+        step = min(columns, out.shape[-1] - columns)
+        out[..., :rows, columns : columns + step] = _flipped(out[..., :rows, columns - step : columns], (-1,))
+        columns += step
+    while rows < out.shape[-2]:
+        step = min(rows, out.shape[-2] - rows)
+        out[..., rows : rows + step, :] = _flipped(out[..., rows - step : rows, :], (-2,))
+        rows += step
+
+
+def _flipped(array: Any, axes: tuple[int, ...]) -> Any:
+    """An array, as a view, or a tensor, which has no views that go backwards, flipped along ``axes``."""
+    return np.flip(array, axes) if isinstance(array, np.ndarray) else array.flip(axes)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The voxels under some tiles, an array or tensor (sections, y, x) whose first voxel lies at ``start``.
+
+    ``around``: sections that a tile sees on each side of its own; ``depth``: sections that there are.
+    """
+
+    voxels: Any
+    start: tuple[int, int, int]
+    around: int
+    depth: int
+
+    def sections(self, z: int, place: tuple[slice, slice]) -> list:
+        """What a tile of section ``z`` sees, as views that end where the plane does; beyond all sections, the last."""
+        near = (min(max(n, 0), self.depth - 1) for n in range(z - self.around, z + self.around + 1))
+        y, x = (slice(s.start - o, s.stop - o) for s, o in zip(place, self.start[1:], strict=True))
+        return [self.voxels[n - self.start[0], y, x] for n in near]
+
+    def cut(
+        self, z: int, place: tuple[slice, slice], out: Any, scale: tuple[float, float], device: Device = HOST
+    ) -> None:
+        """``out`` (sections, y, x) holds that tile, standardized by ``scale`` and mirrored past the plane's end."""
+        for channel, section in zip(out, self.sections(z, place), strict=True):
+            rows, columns = section.shape
+            device.lay(section, channel[:rows, :columns], *scale)
+            _mirror(channel, rows, columns)
+
+
+def is_constant(sections: Sequence[np.ndarray]) -> bool:
+    """Whether all voxels of some sections (y, x) are equal; most that are not are told by a few of them."""
+    first = sections[0][0, 0]
+    return all((s[::61, ::61] == first).all() for s in sections) and all((s == first).all() for s in sections)
+
+
+class Blend:
+    """Adds up the tiles of one section over a window of the plane, in the order they come (it must be raster order).
+
+    A voxel's sums see the same tiles in the same order whatever the window, so windows agree on the voxels they share.
+    A tile that never comes counts as 0 everywhere.
+    """
+
+    def __init__(self, channels: int, grid: Grid, y: slice, x: slice, device: Device = HOST) -> None:
+        self.grid, self.y, self.x, self.device = grid, y, x, device
+        shape = (y.stop - y.start, x.stop - x.start)
+        self.total = device.zeros((channels, *shape))
+        self.weight = device.zeros(shape)
+        self.rows, self.columns = (
+            {i: device.put(axis.weights(i)) for i in axis.meeting(s.start, s.stop)}
+            for axis, s in ((grid.y, y), (grid.x, x))
+        )
+        for tile in grid.meeting(y, x):
+            source, target = self._common(tile)
+            rows, columns = self._weights(tile, source)
+            self.weight[target] += rows[:, None] * columns[None, :]
+
+    def add(self, tile: tuple[int, int], probability: Any) -> None:
+        """Adds a tile's probabilities, float32 (channels, y, x)."""
+        source, target = self._common(tile)
+        here, there = ((slice(None), *part) for part in (source, target))
+        self.device.add(self.total[there], probability[here], *self._weights(tile, source))
+
+    def _weights(self, tile: tuple[int, int], source: tuple[slice, slice]) -> tuple[Any, Any]:
+        """Blending weights of a part of a tile, float32: of its rows and of its columns, to be multiplied."""
+        return self.rows[tile[0]][source[0]], self.columns[tile[1]][source[1]]
+
+    def _common(self, tile: tuple[int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """The voxels that a tile shares with the window, in the tile and in the window."""
+        y, x = self.grid.place(tile)
+        ty, tx = (slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in ((y, self.y), (x, self.x)))
+        source = (slice(ty.start - y.start, ty.stop - y.start), slice(tx.start - x.start, tx.stop - x.start))
+        target = (slice(ty.start - self.y.start, ty.stop - self.y.start),
+                  slice(tx.start - self.x.start, tx.stop - self.x.start))  # fmt: skip
+        return source, target
+
+    def quantize(self, out: Any) -> None:
+        """``out``, uint8, holds the blended probabilities, 255 for 1, halves round up; the next section begins at 0."""
+        self.device.quantize(self.total, self.weight, out)
+
+
+# ---------------------------------------------------------------- several looks at one voxel
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One of the eight ways to lay a tile: transposed or not, then flipped along rows and columns or not."""
+
+    transpose: bool = False
+    flip_y: bool = False
+    flip_x: bool = False
+
+    def apply(self, tiles: Any) -> Any:
+        """``tiles`` (..., y, x) laid this way."""
+        return self._flip(tiles.swapaxes(-1, -2) if self.transpose else tiles)
+
+    def undo(self, tiles: Any) -> Any:
+        """What `apply` was given."""
+        tiles = self._flip(tiles)
+        return tiles.swapaxes(-1, -2) if self.transpose else tiles
+
+    def _flip(self, tiles: Any) -> Any:
+        return _flipped(tiles, tuple(axis for axis, flip in ((-2, self.flip_y), (-1, self.flip_x)) if flip))
+
+
+def turns(count: int) -> list[Turn]:
+    """``count`` ways to lay a tile, always in this order: 1 as it is, 4 with its flips, 8 with those of its transpose."""
+    return [Turn(*way) for way in product((False, True), repeat=3)][:count]
+
+
+def mean_of_turns(forward: Callable[[Any], Any], batch: Any, ways: Sequence[Turn]) -> Any:
+    """The mean of ``forward`` over a batch (B, sections, y, x) laid in each of the ``ways``, each result laid back.
+
+    Float32, added up in the order of ``ways``; their number is a power of two, so the division is exact.
+    """
+    return sum(way.undo(forward(way.apply(batch))) for way in ways) * (1 / len(ways))
+
+
+def mean_of_passes(stored: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of uint8 arrays, rounded to the nearest; halves round up. Integers throughout.
+
+    >>> mean_of_passes([np.uint8([0, 255]), np.uint8([0, 255]), np.uint8([1, 253])]).tolist()
+    [0, 254]
+    """
+    total = sum(part.astype(np.uint16) for part in stored)
+    return ((2 * total + len(stored)) // (2 * len(stored))).astype(np.uint8)

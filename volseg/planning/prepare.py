@@ -1,0 +1,256 @@
+"""A run described before it begins: every choice that its settings leave open is made, and said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from volseg import system as machine
+from volseg.box import Box
+from volseg.config import Cluster, Config, Predict
+from volseg.engine import cluster, folder
+from volseg.engine.run import Run, blocks, filling, redundancy
+from volseg.errors import UserError
+from volseg.inference import autoselect as probe
+from volseg.inference import forward, model, tiles
+from volseg.inference.normalization import normalization, standardized
+from volseg.io import probabilities as foreign
+from volseg.io import roi as wanted
+from volseg.io import volume
+from volseg.planning import memory
+
+TOO_LARGE = "; memory holds no more tiles at once"  # of why a run computes as it does
+
+
+def from_image(source: volume.Volume, config: Config, out: str) -> Run:
+    """The run as plain data, every choice made."""
+    path = Path(config.predict.model) if config.predict.model else model.shipped()
+    card = model.load_card(path)
+    if tuple(card["heads"]) not in (foreign.NAMES[:2], foreign.NAMES):
+        raise UserError(f"{path} has heads {card['heads']}; the watershed wants mask and contour, perhaps distance: train "
+                        "such a model")  # fmt: skip
+    check_channels(config, tuple(card["heads"]))
+    _check_tiles(config.predict, tiles.MULTIPLE * card.get("binning", 1))
+    if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
+        raise UserError(
+            f"{source.path} holds {source.dtype}; inference wants gray values: convert it to uint8 or float32"
+        )
+    voxel_size_nm = source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0))
+    _refuse_anisotropic(config.predict.planes, voxel_size_nm)
+    slab, block = blocks(source.shape, config.blocks.shape, source.chunk[0])
+    of_model = config.predict.normalize == "model"
+    mean, std = (card["mean"], card["std"]) if of_model else normalization(source.shape, source.read)
+    computes = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
+    run = Run(
+        out=out,
+        source=replace(source, path=folder.absolute(source.path)),
+        config=config,
+        model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        heads=tuple(card["heads"]),
+        sections=card["sections"],
+        binning=card.get("binning", 1),
+        mean=mean,
+        std=std,
+        voxel_size_nm=voxel_size_nm,
+        checksum=source.checksum(),
+        engine=computes,
+        predict_block=slab,
+        block=block,
+        wanted=wanted.find(config.input, source.shape, voxel_size_nm),
+    )
+    return _blocked(run)
+
+
+def _check_tiles(knobs: Predict, multiple: int) -> None:
+    """Refuses tiles that are smaller than the network's ``multiple``, or share more than half of the largest that it takes."""
+    longest = knobs.tile // multiple * multiple
+    if not longest:
+        raise UserError(
+            f"predict.tile = {knobs.tile}: this network takes multiples of {multiple}; set {multiple} or more"
+        )
+    if 2 * knobs.overlap > longest:
+        raise UserError(f"predict.overlap = {knobs.overlap} is more than half of a tile of {longest}, the largest within "
+                        f"predict.tile = {knobs.tile} that this network takes; set {longest // 2} or less")  # fmt: skip
+
+
+def from_probabilities(taken: tuple[foreign.Channel, ...], config: Config, out: str) -> Run:
+    """The run of probabilities made elsewhere as plain data, every choice made."""
+    sources = [channel.source for channel in taken if channel.source]
+    slab, block = blocks(sources[0].shape, config.blocks.shape)
+    run = Run(
+        out=out,
+        source=sources[0],
+        config=config,
+        heads=tuple(channel.name for channel in taken),
+        voxel_size_nm=next((s.voxel_size_nm for s in sources if s.voxel_size_nm), (1.0, 1.0, 1.0)),
+        checksum=foreign.checksum(taken),
+        predict_block=slab,
+        block=block,
+        taken=taken,
+        wanted=wanted.find(config.input, sources[0].shape, sources[0].voxel_size_nm),
+    )
+    return _blocked(run)
+
+
+def _blocked(run: Run) -> Run:
+    """The run in the blocks with which it was begun at ``run.out``, else in blocks that fit the workers' memory.
+
+    A restart must not choose anew: what is free is never the same twice.
+    """
+    if volume.exists(f"{run.out}/work/run.json"):
+        plain = json.loads(volume.read_bytes(run.out, "work/run.json"))
+        old = Run.from_json(plain)
+        begun = replace(run, predict_block=old.predict_block, block=old.block, pass_blocks=old.pass_blocks)
+        if old.config.blocks == run.config.blocks and plain["keys"].get(run.first) == begun.keys[run.first]:
+            return begun
+    crew = crew_of(run)
+    if on := gpus(run):
+        run = filling(run, on)
+    room = memory_limit(run.config.cluster, crew)
+    return memory.fitted(run, room, crew.threads, crew.tasks) if room else run
+
+
+def crew_of(run: Run) -> cluster.Crew:
+    """The workers that a run will have."""
+    return cluster.crew(run.config.cluster, gpus(run))
+
+
+def gpus(run: Run) -> int:
+    """How many GPUs of this machine a run computes on."""
+    return forward.gpus() if run.engine.get("device") == "cuda" else 0
+
+
+def memory_limit(knobs: Cluster, crew: cluster.Crew) -> int:
+    """Bytes that each worker may hold: as told, else as Dask would, else of what is free here; 0 where nobody knows."""
+    if knobs.memory_limit or knobs.scheduler:
+        return round(knobs.memory_limit * 1e9) or crew.limit
+    return (machine.free_memory() - memory.CLIENT) // (crew.workers + crew.beside)
+
+
+def check_channels(config: Config, heads: tuple[str, ...], taken: tuple[foreign.Channel, ...] = ()) -> None:
+    """Refuses to follow a channel that a run of these ``heads``, or ``taken`` from elsewhere, does not have."""
+    lacking = {channel.name for channel in taken if channel.source is None} | ({"distance"} - set(heads))
+    height = config.fragments.height
+    need = {"contour": "contour", "head": "distance"}.get(height)
+    if need in lacking:
+        raise UserError(f"fragments.height = {height!r} follows a channel of {need}, which this run lacks: take another "
+                        "height, or a model or probabilities that hold one")  # fmt: skip
+
+
+def _refuse_anisotropic(planes: tuple[str, ...], voxel_size_nm: tuple[float, float, float]) -> None:
+    """Refuses planes in which the network would see objects stretched."""
+    if planes != ("xy",) and not volume.isotropic(voxel_size_nm):
+        size = " x ".join(f"{n:g}" for n in voxel_size_nm)
+        raise UserError(f"predict.planes = {list(planes)} wants voxels about as long along z as in the plane, these are {size} "
+                        "nm: use predict.planes = ['xy'], or correct input.voxel_size_nm")  # fmt: skip
+
+
+def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std: float) -> dict:
+    """What a new run computes with, and why."""
+    card = model.load_card(path)
+    choice = probe.choose(
+        config.predict, path, forward.int8_allowed(card), prod(source.shape),
+        lambda: sample_tiles(source, card, config, (mean, std)),
+    )  # fmt: skip
+    if choice.precision == "int8":
+        model.quantized(path)
+    return {**forward.describe(choice.backend, choice.precision), "batch": choice.batch, "why": choice.why}
+
+
+def _begun_engine(out: str, config: Config, path: Path) -> dict:
+    """What the run begun at ``out`` computes with, if its settings left the choice open as these do; else nothing.
+
+    A restart must not choose anew: timing is noisy, and another choice has other bits.
+    """
+    if not volume.exists(f"{out}/work/run.json"):
+        return {}
+    old = json.loads(volume.read_bytes(out, "work/run.json"))
+    same_model = old.get("model_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
+    if not same_model or old["config"]["predict"] != config.predict.model_dump(mode="json"):
+        return {}
+    here = forward.describe(old["engine"]["backend"], old["engine"]["precision"])
+    return {**old["engine"], **here}
+
+
+def halved(run: Run) -> Run:
+    """The run with half as many tiles in a forward pass: other bits, so nothing that was predicted can be kept."""
+    why = run.engine.get("why", "as begun").removesuffix(TOO_LARGE) + TOO_LARGE
+    return replace(run, engine={**run.engine, "batch": run.batch // 2, "why": why})
+
+
+def try_backends(path: str, config: Config) -> list[probe.Row]:
+    """Speed and distance from float32 of every backend and precision that could run the volume at ``path`` here."""
+    folder.refuse_run(path)
+    source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+    file = Path(config.predict.model) if config.predict.model else model.shipped()
+    card = model.load_card(file)
+    batch = sample_tiles(source, card, config, normalization(source.shape, source.read))
+    return probe.measure(file, probe.candidates(config.predict, model.INT8 in card), config.predict.batch, batch)
+
+
+def sample_tiles(source: volume.Volume, card: dict, config: Config, norm: tuple[float, float]) -> np.ndarray:
+    """A few tiles of a volume, spread over its depth, as the network of a ``card`` takes them: (4, sections, Y, X) float32.
+
+    On a CPU, whose speed hardly depends on their size, they are at most 512 wide.
+    """
+    longest = config.predict.tile if forward.gpus() else min(512, config.predict.tile)
+    grid = tiles.grid(source.shape[1:], longest, 0, card.get("binning", 1))
+    places = grid.meeting(*(slice(0, n) for n in source.shape[1:]))
+    depths = [(2 * k + 1) * source.shape[0] // 8 for k in range(4)]
+    return np.stack([
+        normalized_tile(source, z, grid.place(places[(2 * k + 1) * len(places) // 8]), card["sections"], norm)
+        for k, z in enumerate(depths)
+    ])  # fmt: skip
+
+
+def normalized_tile(
+    source: volume.Volume, z: int, place: tuple[slice, slice], sections: int, norm: tuple[float, float]
+) -> np.ndarray:
+    """A tile of section ``z`` with its neighbors as the network takes it, (sections, Y, X) float32."""
+    near = np.clip(np.arange(z - sections // 2, z + sections // 2 + 1), 0, source.shape[0] - 1)
+    y, x = place
+    start, stop = (y.start, x.start), (min(y.stop, source.shape[1]), min(x.stop, source.shape[2]))
+    planes = np.concatenate([source.read(Box((int(k), *start), (int(k) + 1, *stop))) for k in near])
+    cut = tiles.cut(planes, slice(0, y.stop - y.start), slice(0, x.stop - x.start))
+    return standardized(cut, *norm)
+
+
+# ---------------------------------------------------------------- in words
+
+
+def headline(run: Run) -> str:
+    z, y, x = run.shape
+    return (
+        f"{run.source.path}: {z} x {y} x {x} {run.source.dtype}, voxels of "
+        f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm{_assumed(run)}\n"
+        f"{_origin(run)}, {len(run.grid)} block(s) of {' x '.join(map(str, run.block))}"
+        + (f"\n{run.wanted}" if run.wanted else "")
+    )
+
+
+def _assumed(run: Run) -> str:
+    """A warning where no file says how large a voxel is."""
+    if any(source and source.voxel_size_nm for source in (run.source, *(channel.source for channel in run.taken))):
+        return ""
+    return " (assumed, the volume does not say: --set input.voxel_size_nm=[z, y, x])"
+
+
+def _origin(run: Run) -> str:
+    """Where a run's probabilities come from."""
+    if run.taken:
+        return "; ".join(map(str, run.taken))
+    knobs = run.config.predict
+    grids = {plane: run.tile_grid(plane) for plane in knobs.planes}
+    sizes = ", ".join(f"{g.size[0]} x {g.size[1]}" + f" ({plane})" * bool(run.passes) for plane, g in grids.items())
+    laid = f" laid in {knobs.tta} ways" * (knobs.tta > 1)
+    return f"{engine(run)}\ntiles of {sizes}{laid}, {redundancy(run):.2f} voxels inferred for each one wanted"
+
+
+def engine(run: Run) -> str:
+    """What a run computes with, and why."""
+    return f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']} ({run.engine.get('why', 'as begun')})"

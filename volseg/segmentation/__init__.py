@@ -1,0 +1,1 @@
+"""The exact watershed: arrays in, arrays out, for any cutting into blocks."""

@@ -1,0 +1,1 @@
+"""From annotated sections to a model."""
