@@ -1,0 +1,454 @@
+"""A run's folder: every path in it, and the one reader and writer of each file.
+
+    OUT.zarr/                 OME-Zarr 0.5 group
+      0                       probabilities, uint8, channels z y x
+      labels/instances/LEVEL  labels, finest first
+      tables/                 objects and merges as Parquet and CSV, a histogram of volumes
+      overlay.png, review/    pictures
+      run.json                what the finished run is and took; written last
+      work/                   all that a restart, or another decision from the same basins, needs
+
+No other module knows a name in this folder. Tables of arrays are NPZ files, one for each block; arrays are zarr, a shard
+for each block.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from volseg.box import Box
+from volseg.errors import DamagedFileError, UserError
+from volseg.io import tables, volume
+from volseg.segmentation import fragments, hierarchy, holes, objects, saddles, stitch
+
+FORMAT = 1  # of a run's folder; raised when an older volseg could misread a newer folder, or the other way round
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------- what small tables hold
+
+
+@dataclass(frozen=True)
+class BlockLabels:
+    """The decision on one block.
+
+    label  of each of its regions, ``label[0]`` is 0; where holes are filled, those of its holes follow
+    basin  the volume's basin (from 0) of each region; empty where a tree decided
+    hole   the volume's hole (from 0) of each of its holes
+    """
+
+    label: np.ndarray
+    basin: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    hole: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+@dataclass(frozen=True)
+class HoleContacts:
+    """Pairs of holes, and of holes and regions, that touch over a block's far faces: see `holes.meet`."""
+
+    pairs: np.ndarray
+
+
+@dataclass(frozen=True)
+class Joins:
+    """How each join was decided: rows of `saddles.merges`, and each object's ``confidence``."""
+
+    rows: np.ndarray
+    confidence: np.ndarray
+
+
+@dataclass(frozen=True)
+class Destinations:
+    """What became of the components that a part of the tree was given.
+
+    destination  of each component: its number one level up, or what finished here
+    labeled      which of those that finished here are objects
+    sizes        how many components each part below gave
+    """
+
+    destination: np.ndarray
+    labeled: np.ndarray
+    sizes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Values:
+    """One array."""
+
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Tables(Generic[T]):
+    """Tables of one kind, each in a file of its own; ``pattern`` takes their numbers."""
+
+    path: str
+    pattern: str
+    kind: type[T]
+
+    def key(self, *index: int | str) -> str:
+        return self.pattern.format(*index)
+
+    def save(self, value: T, *index: int | str) -> None:
+        tables.save(self.path, self.key(*index), **vars(value))
+
+    def load(self, *index: int | str, skip: tuple[str, ...] = ()) -> T:
+        """One table; the arrays to ``skip`` come empty. Raises `DamagedFileError`."""
+        return _load(self.path, self.key(*index), self.kind, skip)
+
+    def load_each(self, indices: Iterable[Any], skip: tuple[str, ...] = (), ahead: int = 32) -> Iterator[T]:
+        """The table of each index, in order, up to ``ahead`` of them read side by side."""
+        numbers = (index if isinstance(index, tuple) else (index,) for index in indices)
+        return tables.ahead(lambda index: self.load(*index, skip=skip), numbers, ahead)
+
+    def exists(self, *index: int | str) -> bool:
+        return volume.exists(f"{self.path}/{self.key(*index)}")
+
+    def remove(self, *index: int | str) -> None:
+        volume.remove(f"{self.path}/{self.key(*index)}")
+
+    def remove_all(self) -> None:
+        volume.remove(f"{self.path}/{self.pattern.rpartition('/')[0]}")
+
+
+def _load(path: str, key: str, kind: type[T], skip: tuple[str, ...] = ()) -> T:
+    try:
+        return kind(**tables.load(path, key, skip))
+    except FileNotFoundError:
+        raise DamagedFileError(path, key, "is missing") from None
+    except Exception as error:  # whatever a damaged NPZ makes the zip reader, NumPy or the constructor raise
+        if isinstance(error, (UserError, OSError, MemoryError)):
+            raise
+        raise DamagedFileError(path, key, f"is damaged ({type(error).__name__}: {error})") from None
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of the run: z y x, or channels z y x."""
+
+    path: str
+    name: str
+
+    def read(self, box: Box, channel: int | None = None) -> np.ndarray:
+        """The voxels of ``box``: of one ``channel`` where there are several, else of all."""
+        array = volume.open_array(self.path, self.name)
+        lead = () if array.ndim == 3 else (slice(None) if channel is None else channel,)
+        return np.asarray(array[(*lead, *box.slices)])
+
+    def write(self, box: Box, data: np.ndarray) -> None:
+        """The voxels of ``box``, which covers whole shards, are these."""
+        volume.write(volume.open_array(self.path, self.name), box, data)
+
+    def create(self, **layout: Any) -> None:
+        volume.create_array(self.path, self.name, **layout)
+
+    def exists(self) -> bool:
+        return volume.exists(f"{self.path}/{self.name}")
+
+    def remove(self) -> None:
+        volume.remove(f"{self.path}/{self.name}")
+
+
+# ---------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folder of a run at ``path``, finished or not."""
+
+    path: str
+
+    # ---- arrays
+
+    @property
+    def probabilities(self) -> StoredArray:
+        return StoredArray(self.path, "0")
+
+    def plane_probabilities(self, stage: str) -> StoredArray:
+        """What a pass over planes of one orientation stores until the mean of all passes is there."""
+        return StoredArray(self.path, f"work/{stage}")
+
+    @property
+    def regions(self) -> StoredArray:
+        """The number of each voxel's basin within its block, from 1."""
+        return StoredArray(self.path, "work/fragments")
+
+    def labels(self, level: int = 0) -> StoredArray:
+        return StoredArray(self.path, f"labels/instances/{level}")
+
+    # ---- tables of blocks
+
+    def _tables(self, pattern: str, kind: type[T]) -> Tables[T]:
+        return Tables(self.path, f"work/{pattern}.npz", kind)
+
+    @cached_property
+    def block_basins(self) -> Tables[fragments.Table]:
+        return self._tables("tables/{}", fragments.Table)
+
+    @cached_property
+    def links(self) -> Tables[stitch.Links]:
+        return self._tables("links/{}", stitch.Links)
+
+    @cached_property
+    def block_holes(self) -> Tables[holes.Table]:
+        return self._tables("holes/{}", holes.Table)
+
+    @cached_property
+    def hole_contacts(self) -> Tables[HoleContacts]:
+        return self._tables("hole_contacts/{}", HoleContacts)
+
+    @cached_property
+    def block_labels(self) -> Tables[BlockLabels]:
+        return self._tables("labels/{}", BlockLabels)
+
+    @cached_property
+    def object_sums(self) -> Tables[objects.Sums]:
+        return self._tables("objects/{}", objects.Sums)
+
+    @cached_property
+    def borders(self) -> Tables[saddles.Part]:
+        return self._tables("borders/{}", saddles.Part)
+
+    # ---- tables of the volume
+
+    @cached_property
+    def joins(self) -> Tables[Joins]:
+        """By the key of the stage that decided."""
+        return self._tables("merges/{}", Joins)
+
+    @cached_property
+    def volume_holes(self) -> Tables[holes.Voids]:
+        return self._tables("holes", holes.Voids)
+
+    def save_basins(self, basins: stitch.Basins, key: str) -> None:
+        """The volume's basins, and the key of the tables that they were gathered from."""
+        tables.save(self.path, "work/basins.npz", **vars(basins), key=np.array(key))
+
+    def load_basins(self, key: str | None = None) -> stitch.Basins | None:
+        """The volume's basins; None where there are none, or none gathered from tables of that ``key``."""
+        if not self.has_basins():
+            return None
+        stored = _load(self.path, "work/basins.npz", dict)
+        made_from = str(stored.pop("key", ""))
+        return stitch.Basins(**stored) if key in (None, made_from) else None
+
+    def has_basins(self) -> bool:
+        return volume.exists(f"{self.path}/work/basins.npz")
+
+    def remove_basins(self) -> None:
+        volume.remove(f"{self.path}/work/basins.npz")
+
+    # ---- the tree, by level and part
+
+    @cached_property
+    def graphs(self) -> Tables[hierarchy.Graph]:
+        """What goes up from a part."""
+        return self._tables("tree/{}/up/{}", hierarchy.Graph)
+
+    @cached_property
+    def destinations(self) -> Tables[Destinations]:
+        return self._tables("tree/{}/destination/{}", Destinations)
+
+    @cached_property
+    def first_voxels(self) -> Tables[Values]:
+        """Of the objects that a part finished: the linear index of the first voxel, ascending."""
+        return self._tables("tree/{}/first/{}", Values)
+
+    @cached_property
+    def ranks(self) -> Tables[Values]:
+        """Of those of a part in one layer of blocks: the rank of the first voxel within the layer."""
+        return self._tables("tree/{}/rank/{}-{}", Values)
+
+    @cached_property
+    def part_labels(self) -> Tables[Values]:
+        """Of the components that a part gave."""
+        return self._tables("tree/{}/label/{}", Values)
+
+    @cached_property
+    def layer_offsets(self) -> Tables[Values]:
+        """How many objects begin in all layers before each."""
+        return self._tables("tree/offsets", Values)
+
+    def remove_tree(self) -> None:
+        volume.remove(f"{self.path}/work/tree")
+
+    # ---- stamps: what each block of labels was made from
+
+    def read_stamp(self, stage: str, i: int) -> str:
+        """``""`` where there is none, or the block was being written."""
+        try:
+            return volume.read_bytes(self.path, f"work/stamps/{stage}/{i}").decode()
+        except FileNotFoundError:
+            return ""
+
+    def write_stamp(self, stage: str, i: int, stamp: str) -> None:
+        volume.write_bytes(self.path, f"work/stamps/{stage}/{i}", stamp.encode())
+
+    # ---- markers
+
+    def marker_key(self, stage: str, name: str) -> str:
+        return f"work/markers/{stage}/{name}.json"
+
+    def markers(self, stage: str) -> list[str]:
+        """Names of a stage's markers."""
+        keys = volume.list_keys(self.path, f"work/markers/{stage}")
+        return [key.rpartition("/")[2].removesuffix(".json") for key in keys if key.endswith(".json")]
+
+    def read_marker(self, stage: str, name: str) -> dict:
+        return json.loads(volume.read_bytes(self.path, self.marker_key(stage, name)))
+
+    def write_marker(self, stage: str, name: str, receipt: dict) -> None:
+        volume.write_bytes(self.path, self.marker_key(stage, name), json.dumps(receipt).encode())
+
+    def remove_markers(self, stage: str) -> None:
+        volume.remove(f"{self.path}/work/markers/{stage}")
+
+    # ---- descriptions
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run was begun here: what lies here is a run's, and may be replaced by one."""
+        return volume.exists(f"{self.path}/work/begun")
+
+    def mark_begun(self) -> None:
+        volume.write_bytes(self.path, "work/begun", b"")
+
+    @property
+    def described(self) -> bool:
+        """Whether there is a description to go on from."""
+        return volume.exists(f"{self.path}/work/run.json")
+
+    @property
+    def finished(self) -> bool:
+        return volume.exists(f"{self.path}/run.json")
+
+    def load_description(self) -> dict:
+        """The run's description; raises `UserError` where another volseg made it, or nothing can read it."""
+        return _described(self.path, "work/run.json")
+
+    def save_description(self, plain: dict) -> None:
+        volume.write_bytes(self.path, "work/run.json", _json({"format": FORMAT, **plain}))
+
+    def remove_description(self) -> None:
+        volume.remove(f"{self.path}/work/run.json")
+
+    def load_summary(self) -> dict:
+        """What the finished run is and took."""
+        return _described(self.path, "run.json")
+
+    def save_summary(self, plain: dict) -> None:
+        volume.write_bytes(self.path, "run.json", _json({"format": FORMAT, **plain}))
+
+    def remove_summary(self) -> None:
+        volume.remove(f"{self.path}/run.json")
+
+    # ---- the network
+
+    def load_model(self) -> bytes:
+        return volume.read_bytes(self.path, "work/model.bin")
+
+    def save_model(self, blob: bytes) -> None:
+        volume.write_bytes(self.path, "work/model.bin", blob)
+
+    # ---- labels and their description
+
+    def create_group(self, name: str = "") -> None:
+        volume.create_group(f"{self.path}/{name}" if name else self.path)
+
+    def set_attributes(self, name: str, attributes: dict) -> None:
+        volume.set_group_attributes(self.path, name, attributes)
+
+    def labels_dtype(self) -> str | None:
+        """Of the label arrays; None where not all of them were created."""
+        if not volume.exists(f"{self.path}/work/labels.json"):
+            return None
+        return json.loads(volume.read_bytes(self.path, "work/labels.json")).get("dtype")
+
+    def mark_labels(self, dtype: str) -> None:
+        volume.write_bytes(self.path, "work/labels.json", _json({"dtype": dtype}))
+
+    def remove_labels(self) -> None:
+        """No labels are left, nor what says that there are some."""
+        for name in ("work/labels.json", "work/stamps", "labels"):
+            volume.remove(f"{self.path}/{name}")
+
+    # ---- results beside the arrays
+
+    def write_table(self, name: str, ending: str, data: bytes) -> None:
+        volume.write_bytes(self.path, f"tables/{name}.{ending}", data)
+
+    def read_table(self, name: str, ending: str = "parquet") -> bytes:
+        return volume.read_bytes(self.path, f"tables/{name}.{ending}")
+
+    def write_picture(self, name: str, data: bytes) -> None:
+        """``name``: "overlay", or "tables/volumes"."""
+        volume.write_bytes(self.path, f"{name}.png", data)
+
+    def remove_derived(self) -> None:
+        """What describes labels that are about to change."""
+        for name in ("review", "tables/merges.parquet", "tables/merges.csv"):
+            volume.remove(f"{self.path}/{name}")
+
+    @property
+    def labels_path(self) -> str:
+        return f"{self.path}/labels/instances"
+
+    @property
+    def objects_path(self) -> str:
+        return f"{self.path}/tables/objects.parquet"
+
+    @property
+    def picture_path(self) -> str:
+        return f"{self.path}/overlay.png"
+
+    @property
+    def review_path(self) -> str:
+        return f"{self.path}/review"
+
+    # ---- as a whole
+
+    def clear(self) -> None:
+        """Of what a run made here only the mark is left that one was begun.
+
+        What describes it goes first, the mark never: if this is stopped, the rest counts for nothing and is a run's all
+        the same.
+        """
+        self.remove_description()
+        for name in volume.names(f"{self.path}/work"):
+            if name != "begun":
+                volume.remove(f"{self.path}/work/{name}")
+        for name in volume.names(self.path):
+            if name != "work":
+                volume.remove(f"{self.path}/{name}")
+
+    def remove_work(self) -> int | None:
+        """Removes the work folder; how many bytes that frees, None where nobody knows."""
+        freed = volume.stored_bytes(f"{self.path}/work")
+        volume.remove(f"{self.path}/work")
+        return freed
+
+
+def _json(plain: dict) -> bytes:
+    return json.dumps(plain, indent=1).encode()
+
+
+def _described(path: str, key: str) -> dict:
+    try:
+        plain = json.loads(volume.read_bytes(path, key))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a volseg run (no {key} in it); give a folder that volseg made") from None
+    except (ValueError, RecursionError):
+        raise DamagedFileError(path, key, "is damaged (no JSON)") from None
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        made = plain.get("format", "none") if isinstance(plain, dict) else "none"
+        raise UserError(
+            f"{path} was made by another version of volseg (layout {made}, this one has {FORMAT}): make it anew with "
+            "volseg infer --overwrite"
+        )
+    return plain
