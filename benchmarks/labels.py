@@ -114,11 +114,3 @@ def _sections_picture(image: str, label: str, box: Box, runs: dict[int, str], pa
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
             axes.set(title=title, xticks=[], yticks=[])
     figure.savefig(path, dpi=80)
-
-
-if __name__ == "__main__":
-    import typer
-
-    from benchmarks.__main__ import labels
-
-    typer.run(labels)

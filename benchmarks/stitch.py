@@ -5,7 +5,7 @@ a seam, and cut into blocks. A block of the simulated volume is the block of the
 names and linear indices are those of the place. So a volume of any size has consistent tables with the statistics of real
 ones, and a part of the tree that lies whole periods from another is the same part, moved. One of each kind is run.
 
-``python -m benchmarks.stitch --edges 1e8 --simulate 1e12`` needs a finished run, such as `python -m benchmarks epfl` makes.
+``python -m benchmarks stitch --edges 1e8 --simulate 1e12`` needs a finished run, such as `python -m benchmarks epfl` makes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from math import ceil, prod
 from pathlib import Path
 
 import numpy as np
-import typer
 
 from benchmarks import report
 from volseg.box import Blocks, Box, Triple
@@ -378,9 +377,3 @@ def measure(edges: float, simulate: float, run: str, block: Triple, most: Triple
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own: its peak is that of the work
             pool.apply(flat, (pattern, (1, 1, 1)))
             report.keep("stitch-flat", [pool.apply(flat, (pattern, times(pattern, int(edges))))])
-
-
-if __name__ == "__main__":
-    from benchmarks.__main__ import stitch
-
-    typer.run(stitch)
