@@ -85,7 +85,7 @@ def _bare(run: Run, inferred: int) -> Callable[[], None]:
     shape = (run.batch, run.sections, *run.tile_grid("xy").size)
     device = forward.device("torch")
     blob = forward.prepare(model.shipped(), "torch")
-    network = device.done(forward.network(blob, "torch", run.engine["precision"], shape))
+    network = device.synchronized(forward.network(blob, "torch", run.engine["precision"], shape))
     batch = device.put(np.random.default_rng(0).normal(size=shape).astype(np.float32))
     count = -(-inferred // (run.batch * prod(shape[2:])))
 

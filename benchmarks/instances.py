@@ -27,7 +27,7 @@ from volseg.evaluation.synthetic import synth
 from volseg.io import volume
 from volseg.segmentation import fragments, objects, stitch
 from volseg.segmentation.rules import Rules, decide
-from volseg.system import keep_memory
+from volseg.system import tune_malloc
 
 SIDES = (256, 128, 64, 32)  # of the blocks, voxels; cut to the volume
 TIMED = 128
@@ -92,7 +92,7 @@ def _load(stored: Path, method: Callable) -> Callable[[int], Found]:
 
     The process keeps the memory that it frees, as volseg's workers do.
     """
-    keep_memory()
+    tune_malloc()
     probability = np.load(stored)
     method(np.ascontiguousarray(probability[(slice(None), *map(slice, CROP))]), CROP[1] // 2)
     return partial(method, probability)

@@ -23,7 +23,7 @@ from volseg.engine import cluster
 from volseg.inference import forward, model, tiles
 from volseg.inference.normalization import standardized
 from volseg.io import volume
-from volseg.system import keep_memory
+from volseg.system import tune_malloc
 
 OVERLAP = 64  # voxels, of the peers' windows as of volseg's tiles
 
@@ -34,7 +34,7 @@ def measure(image: str, sections: int, few: int, repeats: int, standard: str, ou
     The others run the model at ``standard``, or ours where that is empty. Their process keeps the memory that it frees, as
     volseg's workers do.
     """
-    keep_memory()
+    tune_malloc()
     folder = Path(out)
     path = last_sections(image, sections, folder)
     depth, *plane = volume.open(str(path)).shape

@@ -22,9 +22,8 @@ from volseg.engine import cluster, folder
 from volseg.engine import schedule as flow
 from volseg.engine.run import Run, blocks, fit, redundancy
 from volseg.engine.schedule import Show
-from volseg.errors import UserError
+from volseg.errors import OutOfMemoryError, UserError
 from volseg.inference import forward
-from volseg.inference.device import Full
 from volseg.io import probabilities as foreign
 from volseg.io import tables as store
 from volseg.io import volume
@@ -185,8 +184,8 @@ def _stages(client: Any, run: Run, show: Show) -> tuple[Run, flow.Ledger, float]
         started = time.perf_counter()
         try:
             return run, flow.stages(client, run, show), started
-        except Full as error:
-            smaller = describe.halved(run)
+        except OutOfMemoryError as error:
+            smaller = describe.with_half_batch(run)
             if flow.predicted_share(run) > LITTLE:
                 raise flow.Incomplete(
                     f"{error}; what is done is kept: make room and give the same command again, or begin again with --set "

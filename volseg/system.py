@@ -66,7 +66,7 @@ def resident(kind: str = "RSS") -> int:
     return getattr(memory, "peak_wset", memory.rss) if kind == "HWM" else memory.rss
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """What this process frees, it keeps for what it needs next.
 
     glibc gives large pieces back to the system and gets them anew, page by page, each time. A step of training had 50 000
@@ -79,7 +79,7 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """What nothing refers to any more is the system's again, and free on the GPUs that torch uses in this process."""
     gc.collect()
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():

@@ -141,18 +141,18 @@ def test_stored_probabilities_are_the_mean_of_whole_plane_forwards(looks, ways, 
 @pytest.mark.parametrize("size", [(2, 3, 5, 5), (1, 3, 4, 7)])
 def test_each_turn_is_undone(size):
     batch = np.random.default_rng(0).random(size).astype(np.float32)
-    laid = [way.apply(batch) for way in tiles.turns(8)]
+    laid = [way.apply(batch) for way in tiles.dihedrals(8)]
     assert len({part.tobytes() + bytes(str(part.shape), "ascii") for part in laid}) == 8
-    for way, part in zip(tiles.turns(8), laid, strict=True):
+    for way, part in zip(tiles.dihedrals(8), laid, strict=True):
         np.testing.assert_array_equal(way.undo(part), batch)
-    np.testing.assert_allclose(tiles.mean_of_turns(lambda x: x, batch, tiles.turns(8)), batch, rtol=1e-6)
+    np.testing.assert_allclose(tiles.mean_over_dihedrals(lambda x: x, batch, tiles.dihedrals(8)), batch, rtol=1e-6)
 
 
 def test_the_mean_of_passes_is_rounded_once():
     values = np.stack([part.ravel() for part in np.meshgrid(*[np.arange(256)] * 2)])
     for parts in (values, np.stack([*values, values[0][::-1]])):
         want = np.floor(parts.mean(axis=0) + 0.5)
-        np.testing.assert_array_equal(tiles.mean_of_passes(parts.astype(np.uint8)), want)
+        np.testing.assert_array_equal(tiles.mean_over_passes(parts.astype(np.uint8)), want)
 
 
 def test_planes_need_voxels_about_as_long_as_wide(small, tmp_path):

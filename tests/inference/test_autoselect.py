@@ -12,7 +12,7 @@ from volseg.errors import UserError
 from volseg.inference import autoselect as probe
 from volseg.inference import forward, model
 from volseg.inference.autoselect import Row
-from volseg.inference.device import Torch
+from volseg.inference.device import TorchDevice
 from volseg.io import volume
 from volseg.planning import prepare as describe
 
@@ -91,7 +91,7 @@ def test_where_memory_is_out_the_batch_before_is_taken(error):
         return batch
 
     def timed(count):
-        Torch("cpu").done(call)(torch.zeros(count, 3, 32, 32))
+        TorchDevice("cpu").synchronized(call)(torch.zeros(count, 3, 32, 32))
         return Row("torch", "fp16", count, speed=count)
 
     most = 4

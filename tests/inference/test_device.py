@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tests.helpers import CARD, SMALL, settings, write_volume
 from volseg.box import Box
 from volseg.engine import folder, pipeline
+from volseg.errors import OutOfMemoryError
 from volseg.inference import forward, model, tiles
-from volseg.inference.device import HOST, Full, Torch, holding, is_full, replayed, row_by_row
+from volseg.inference.device import NUMPY, TorchDevice, as_cuda_graph, is_out_of_memory, out_of_memory_as, row_by_row
 from volseg.inference.normalization import scale, standardized
 from volseg.io import volume
 from volseg.planning import prepare as describe
@@ -158,14 +159,14 @@ def test_blends_of_both_kinds_are_the_same_bits(seed, overlap, y, x):
     window = slice(rng.integers(0, y - 1), y), slice(rng.integers(0, x - 1), x)
     found = []
     values = {tile: rng.random((3, *grid.size), np.float32) for tile in grid.meeting(*window)}
-    for device in (HOST, Torch("cuda:0" if forward.gpus() else "cpu")):
+    for device in (NUMPY, TorchDevice("cuda:0" if forward.gpus() else "cpu")):
         out = np.zeros((3, *(s.stop - s.start for s in window)), np.uint8)
-        with device.inside():
-            made, blend = device.room(out), tiles.Blend(3, grid, *window, device)
+        with device.stream():
+            made, blend = device.empty_output(out), tiles.Blend(3, grid, *window, device)
             for tile, value in values.items():
                 blend.add(tile, device.put(value))
             blend.quantize(made)
-            device.fetch(made, out)
+            device.copy_to_host(made, out)
         found.append(out)
     np.testing.assert_array_equal(*found)
 
@@ -183,8 +184,8 @@ def test_every_kind_of_voxel_is_cut_and_standardized_to_the_same_bits(dtype):
     assert (
         wanted == standardized(np.pad(voxels[[1, 2, 2]], ((0, 0), (0, 27), (0, 23)), mode="symmetric"), 101.3, 39.1)
     ).all()
-    for device in (HOST, Torch("cuda:0" if forward.gpus() else "cpu")):
-        with device.inside():
+    for device in (NUMPY, TorchDevice("cuda:0" if forward.gpus() else "cpu")):
+        with device.stream():
             out = device.zeros((3, 32, 32))
             tiles.Slab(device.put(voxels), (0, 0, 0), 1, 3).cut(2, place, out, scale(101.3, 39.1), device)
             np.testing.assert_array_equal(device.get(out), wanted)
@@ -196,7 +197,7 @@ def test_voxels_of_the_other_byte_order_are_cut_alike():
     for kind, out in zip((voxels, voxels.astype("=u2")), found, strict=True):
         tiles.Slab(kind, (0, 0, 0), 1, 3).cut(1, (slice(0, 32), slice(0, 32)), out, scale(101.3, 39.1))
     np.testing.assert_array_equal(*found)
-    np.testing.assert_array_equal(Torch("cpu").get(Torch("cpu").put(voxels)), voxels)
+    np.testing.assert_array_equal(TorchDevice("cpu").get(TorchDevice("cpu").put(voxels)), voxels)
 
 
 def test_memory_that_runs_out_is_collected_once():
@@ -209,9 +210,12 @@ def test_memory_that_runs_out_is_collected_once():
         return batch
 
     batch = torch.zeros(4, 3, 64, 96)
-    assert Torch("cpu").done(call)(batch) is batch
-    with pytest.raises(Full, match=r"does not hold 4 tiles \(CUDA out of memory\)"), holding("4 tiles"):
-        Torch("cpu").done(call)(batch)
+    assert TorchDevice("cpu").synchronized(call)(batch) is batch
+    with (
+        pytest.raises(OutOfMemoryError, match=r"does not hold 4 tiles \(CUDA out of memory\)"),
+        out_of_memory_as("4 tiles"),
+    ):
+        TorchDevice("cpu").synchronized(call)(batch)
     assert calls == [4] * 4
 
 
@@ -236,8 +240,8 @@ def test_memory_that_runs_out_is_collected_once():
     ],
 )
 def test_errors_of_a_full_memory_are_told_from_others(error, full):
-    assert is_full(error) is full
-    with pytest.raises(Full if full else type(error)), holding("a tile"):
+    assert is_out_of_memory(error) is full
+    with pytest.raises(OutOfMemoryError if full else type(error)), out_of_memory_as("a tile"):
         raise error
 
 
@@ -249,11 +253,11 @@ def test_what_is_no_lack_of_memory_is_not_tried_twice():
         raise RuntimeError("the shapes differ")
 
     with pytest.raises(RuntimeError, match="the shapes differ"):
-        Torch("cpu").done(call)(torch.zeros(4, 3, 64, 96))
+        TorchDevice("cpu").synchronized(call)(torch.zeros(4, 3, 64, 96))
     assert calls == [4]
 
 
-@pytest.mark.parametrize("device", [HOST, Torch("cpu")], ids=["numpy", "torch"])
+@pytest.mark.parametrize("device", [NUMPY, TorchDevice("cpu")], ids=["numpy", "torch"])
 def test_tiles_go_through_one_by_one_where_their_bits_depend_on_the_row(device):
     """As with kernels that split their sums otherwise in each row; none of those at hand does so."""
     shape, calls = (3, 2, 8, 8), []
@@ -270,7 +274,7 @@ def test_tiles_go_through_one_by_one_where_their_bits_depend_on_the_row(device):
     batch = np.random.default_rng(0).random(shape, np.float32)
     for slant in (0, 1):
         calls.clear()
-        with device.inside():
+        with device.stream():
             found = device.get(row_by_row(make, shape, device)(device.put(batch)))
         assert calls == ([3, 3], [3, 1, 1, 1])[slant]
         assert found.shape == (3, 1, 8, 8)
@@ -293,16 +297,16 @@ def test_a_tile_has_the_same_bits_in_each_row_of_a_large_batch(precision, batch)
 
 @needs_gpu
 def test_a_graph_gives_the_bits_of_the_plain_call(networks):
-    device, shape = Torch("cuda:0"), (2, 3, 64, 96)
+    device, shape = TorchDevice("cuda:0"), (2, 3, 64, 96)
     plain = model.load(networks[3])[0].to("cuda:0", torch.float16)
     batches = [np.random.default_rng(i).normal(size=shape).astype(np.float32) for i in range(5)]
 
     def call(batch):
         return torch.sigmoid(plain(batch.half()).float())
 
-    graph = replayed(call, shape, "cuda:0")
+    graph = as_cuda_graph(call, shape, "cuda:0")
     assert graph is not call
-    want = [device.get(device.done(call)(device.put(batch))) for batch in batches]
+    want = [device.get(device.synchronized(call)(device.put(batch))) for batch in batches]
     there = [(i, device.put(batch)) for i, batch in enumerate(batches)]
-    for (_, got), one in zip(forward.stream(device.done(graph), there, 2), want, strict=True):
+    for (_, got), one in zip(forward.stream(device.synchronized(graph), there, 2), want, strict=True):
         np.testing.assert_array_equal(device.get(got), one)

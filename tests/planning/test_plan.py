@@ -15,7 +15,7 @@ from volseg import system as machine
 from volseg.box import turned
 from volseg.config import Config
 from volseg.engine import cluster
-from volseg.engine.run import Run, blocks, filling, redundancy
+from volseg.engine.run import Run, blocks, redundancy, with_full_batches
 from volseg.errors import UserError
 from volseg.inference import cache, tiles
 from volseg.io import volume
@@ -33,7 +33,7 @@ def unread(shape, tmp_path, chunk=(1, 4096, 4096), **sections):
     slab, block = blocks(shape, config.blocks.shape, chunk[0])
     run = Run(str(tmp_path / "run"), source, config, ("mask", "contour"), (5.0, 5.0, 5.0), "", slab, block,
               sections=3, engine=ENGINE)  # fmt: skip
-    return memory.fitted(run, (24 * GB - memory.CLIENT) // 2, threads=1)
+    return memory.with_blocks_that_fit(run, (24 * GB - memory.CLIENT) // 2, threads=1)
 
 
 def test_few_voxels_are_inferred_twice(tmp_path):
@@ -53,7 +53,7 @@ def test_the_redundancy_is_that_of_the_tiles_that_blocks_need(tmp_path):
 @pytest.mark.parametrize("shape", [(64, 3000, 3000), (16, 4096, 4096), (500, 900, 900), (8, 20000, 20000)])
 @pytest.mark.parametrize("room", [3 * GB, 1 * GB])
 def test_blocks_are_cut_until_they_fit(tmp_path, shape, room):
-    run = memory.fitted(unread(shape, tmp_path), room, threads=1)
+    run = memory.with_blocks_that_fit(unread(shape, tmp_path), room, threads=1)
     assert memory.worker(run, 1) <= room
 
 
@@ -70,7 +70,7 @@ def test_blocks_are_cut_until_they_fit(tmp_path, shape, room):
 )
 def test_blocks_on_a_gpu_fill_its_batches(tmp_path, shape, planes, gpus, deep):
     run = unread(shape, tmp_path, predict={"tile": 1280, "overlap": 64, "planes": planes})
-    run = filling(replace(run, engine={**ENGINE, "device": "cuda", "batch": 8}), gpus)
+    run = with_full_batches(replace(run, engine={**ENGINE, "device": "cuda", "batch": 8}), gpus)
     found = {p: turned(run.pass_grid(p).block if run.passes else run.predict_block, tiles.PLANES[p])[0] for p in planes}
     assert found == deep
     for plane, depth in found.items():
@@ -80,14 +80,14 @@ def test_blocks_on_a_gpu_fill_its_batches(tmp_path, shape, planes, gpus, deep):
         slots = sum(-(-min(depth, sections - z) * each // 8) * 8 for z in range(0, sections, depth))
         assert sections * each / slots > 0.9 or sections < 8
     own = unread(shape, tmp_path, blocks={"shape": (3, 300, 300)})
-    assert filling(own, gpus) == own
+    assert with_full_batches(own, gpus) == own
 
 
 def test_with_memory_to_spare_blocks_are_as_ever(tmp_path):
     run = unread((500, 900, 900), tmp_path)
     assert (run.predict_block, run.block) == blocks((500, 900, 900), None, 1)
     own = unread((64, 3000, 3000), tmp_path, blocks={"shape": (64, 3000, 3000)})
-    assert memory.fitted(own, GB, 1) == own
+    assert memory.with_blocks_that_fit(own, GB, 1) == own
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_with_memory_to_spare_blocks_are_as_ever(tmp_path):
 def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, limit, said):
     run = unread((64, 4096, 4096), tmp_path)
     crew = cluster.Crew(2)
-    run = memory.fitted(run, GB, 1)
+    run = memory.with_blocks_that_fit(run, GB, 1)
     found = plan.make(run, crew, plan.known(run, crew))
     plan.refuse_limit(found, run, GB)
     plan.refuse(found, run, 64 * GB, 100 * GB)

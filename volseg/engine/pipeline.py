@@ -36,9 +36,9 @@ import numpy as np
 from volseg.box import Box, back, turned
 from volseg.engine import cluster
 from volseg.engine.run import Run, bits, level_of, tiles_of
-from volseg.errors import UserError
+from volseg.errors import OutOfMemoryError, UserError
 from volseg.inference import forward, tiles
-from volseg.inference.device import Call, Full, holding
+from volseg.inference.device import Call, out_of_memory_as
 from volseg.inference.normalization import scale
 from volseg.io import pyramid, volume
 from volseg.io import tables as store
@@ -48,7 +48,7 @@ from volseg.segmentation import holes as voids
 from volseg.segmentation import objects, stitch
 from volseg.segmentation import saddles as merges
 from volseg.segmentation.rules import decide, label_dtype, rules
-from volseg.system import give_back
+from volseg.system import trim_memory
 
 INFERS = threading.Lock()  # held by the task of this process that infers, while others read and write
 
@@ -62,7 +62,7 @@ def predict(run: Run, i: int, seconds: dict[str, float]) -> dict:
                 np.asarray(volume.open_array(run.out, f"work/{s}")[(slice(None), *box.slices)]) for s in run.passes
             ]
         with cluster.timed(seconds, "average"):
-            out, facts = tiles.mean_of_passes(stored), {}
+            out, facts = tiles.mean_over_passes(stored), {}
     else:
         out, facts = _probabilities(run, "xy", box, seconds)
     with cluster.timed(seconds, "write"):
@@ -111,7 +111,7 @@ def _infer(
     device = forward.device(run.engine["backend"], cluster.place_here())
     with cluster.timed(seconds, "read"):
         here = slab(run, plane, box, grid.meeting(y, x))
-        with holding(f"{here.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
+        with out_of_memory_as(f"{here.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
             there = replace(here, voxels=device.put(here.voxels))
 
     def batches() -> Iterator[tuple[list, Any]]:
@@ -125,10 +125,10 @@ def _infer(
     at, count = None, 0
     at_once = f"{run.batch} tile{'s' * (run.batch > 1)} of {grid.size[0]} x {grid.size[1]} at once"
     advice = "" if run.batch > 1 else "; a smaller predict.tile takes less"
-    with _turn(seconds), holding(at_once, advice), cluster.timed(seconds, "infer"), device.inside():
+    with _turn(seconds), out_of_memory_as(at_once, advice), cluster.timed(seconds, "infer"), device.stream():
         with cluster.timed(seconds, "load"):
-            network = forward.Busy(device.done(_network(run, grid.size)))
-        made, blend = device.room(out), tiles.Blend(len(run.heads), grid, y, x, device)
+            network = forward.TimedCall(device.synchronized(_network(run, grid.size)))
+        made, blend = device.empty_output(out), tiles.Blend(len(run.heads), grid, y, x, device)
         for keys, probability in forward.stream(
             network, cluster.timed_each(seconds, "cut", batches()), threads=_threads(run)
         ):
@@ -141,7 +141,7 @@ def _infer(
         with cluster.timed(seconds, "blend"):
             if count:
                 blend.quantize(made[:, at - first.start])
-            device.fetch(made, out)
+            device.copy_to_host(made, out)
     inferred = run.config.predict.tta * count * prod(grid.size)
     return {"inferred": inferred, "device": network.seconds, "sent": device.sent, "fetched": device.fetched}
 
@@ -475,11 +475,11 @@ def work(out: str, key: str, stage: str, i: int) -> dict:
     facts, full = None, ""
     try:
         facts = _done(run, stage, i, seconds)
-    except Full as error:
+    except OutOfMemoryError as error:
         full = str(error)
     if full:  # the run may begin again with a smaller batch, which needs the room of all that the error refers to
         let_go()
-        raise Full(full)
+        raise OutOfMemoryError(full)
     seconds["other"] = time.perf_counter() - start - sum(seconds.values())
     receipt = {"voxels": run.grid_of(stage)[i].voxels, "seconds": seconds, **(facts or {})}
     cluster.count(stage, receipt)
@@ -498,7 +498,7 @@ def _done(run: Run, stage: str, i: int, seconds: dict[str, float]) -> dict | Non
 def let_go() -> None:
     """This process keeps no network, nor memory that it does not use."""
     _loaded.cache_clear()
-    give_back()
+    trim_memory()
 
 
 @lru_cache(maxsize=2)
@@ -513,11 +513,11 @@ def _run(out: str, key: str) -> Run:
 
 def _network(run: Run, size: tuple[int, int]) -> Call:
     """The network for tiles of one size where they lie, its mean over the ways that ``predict.tta`` lays them."""
-    ways = tiles.turns(run.config.predict.tta)
+    ways = tiles.dihedrals(run.config.predict.tta)
     loaded = {s: _loaded(run.out, run.id, s) for s in dict.fromkeys((size, size[::-1]) if len(ways) == 8 else (size,))}
     if len(ways) == 1:
         return loaded[size]
-    return lambda batch: tiles.mean_of_turns(lambda turned: loaded[turned.shape[2:]](turned), batch, ways)
+    return lambda batch: tiles.mean_over_dihedrals(lambda turned: loaded[turned.shape[2:]](turned), batch, ways)
 
 
 @lru_cache(maxsize=2)  # tiles, and tiles on their side

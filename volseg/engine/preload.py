@@ -4,12 +4,12 @@ from contextlib import suppress
 
 import numpy as np
 
-from volseg.inference.device import HOST
-from volseg.system import keep_memory
+from volseg.inference.device import NUMPY
+from volseg.system import tune_malloc
 
-keep_memory()
+tune_malloc()
 
 with suppress(Exception):  # a worker will say what is wrong
-    HOST.lay(
+    NUMPY.standardize_into(
         np.zeros((1, 1), np.uint8), np.zeros((1, 1), np.float32), 0, 1
     )  # the first call sets numba up: half a second

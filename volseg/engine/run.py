@@ -273,7 +273,7 @@ def slabs(shape: Triple, chunk: int = 1) -> Triple:
     return depth, -(-y // strips), x
 
 
-def filling(run: Run, gpus: int) -> Run:
+def with_full_batches(run: Run, gpus: int) -> Run:
     """The run in predict's blocks that GPUs are busy with: of `BATCHES` batches or more, all full, where ``gpus`` get 4 each.
 
     The rest of a batch is empty and costs as much, and a batch is of one block. Blocks that were asked for stay.

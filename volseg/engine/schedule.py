@@ -25,8 +25,7 @@ from volseg.engine import cluster, folder
 from volseg.engine.pipeline import let_go, work
 from volseg.engine.ready import Ready, Region
 from volseg.engine.run import Run, level_of
-from volseg.errors import UserError
-from volseg.inference.device import Full
+from volseg.errors import OutOfMemoryError, UserError
 from volseg.io import pyramid, volume
 from volseg.io import tables as store
 from volseg.segmentation import fragments as basins
@@ -183,7 +182,7 @@ def run_stage(client: Any, run: Run, stage: str, show: Show, ledger: Ledger) -> 
 
 def _steps(client: Any, run: Run, steps: list[Step], show: Show, ledger: Ledger) -> None:
     """Some stages are done over all their blocks, side by side; raises `Incomplete` that names the blocks given up, and
-    `Full` as soon as a batch of several tiles does not fit a worker's memory."""
+    `OutOfMemoryError` as soon as a batch of several tiles does not fit a worker's memory."""
     blocks: dict[str, Ready] = {}
     for step in steps:
         done = cluster.marked(run.out, step.stage, run.keys[step.stage])
@@ -212,7 +211,7 @@ def _steps(client: Any, run: Run, steps: list[Step], show: Show, ledger: Ledger)
     failures = cluster.run(
         client, work, ready([step.stage for step in reversed(steps) if not step.device]), run.out, run.id,
         device=ready(infers) if infers else (), tries=knobs.tries, window=knobs.window, done=ended,
-        final=Full if run.batch > 1 else (),
+        final=OutOfMemoryError if run.batch > 1 else (),
     )  # fmt: skip
     _refuse(run, [step.stage for step in steps], failures)
 

@@ -24,7 +24,7 @@ import numpy as np
 from volseg.config import Predict
 from volseg.errors import UserError
 from volseg.inference import cache, forward
-from volseg.inference.device import Full, is_full
+from volseg.inference.device import is_out_of_memory
 
 PROBED_VOXELS = 1 << 29  # a smaller volume is done before a probe has paid for itself
 SIDES = 0.001  # share of voxels that may change sides of 0.5 against float32
@@ -201,7 +201,7 @@ def rows(path: Path, wanted: Iterable[tuple[str, str]], size: int, batch: np.nda
         try:
             yield _row(path, backend, precision, size, batch, exact)
         except Exception as error:
-            if not (isinstance(error, EXPECTED) or is_full(error)):
+            if not (isinstance(error, EXPECTED) or is_out_of_memory(error)):
                 raise
             yield Row(
                 backend, precision, refused=str(error).strip().splitlines()[0] if str(error) else type(error).__name__
@@ -223,7 +223,7 @@ def _largest(sizes: Iterable[int], timed: Callable[[int], Row]) -> Row:
         try:
             row = timed(count)
         except Exception as error:  # ONNX Runtime's are no RuntimeError
-            if best is None or not (isinstance(error, Full) or is_full(error)):
+            if best is None or not is_out_of_memory(error):
                 raise
             break
         if best is not None and row.speed < GAIN * best.speed:
@@ -244,7 +244,7 @@ def _timed(
     Tiles lie where the network takes them, since a run cuts them there.
     """
     there = forward.device(backend)
-    network = there.done(forward.network(blob, backend, precision, (count, *batch.shape[1:]), threads))
+    network = there.synchronized(forward.network(blob, backend, precision, (count, *batch.shape[1:]), threads))
     found = _run(lambda tiles: there.get(network(there.put(tiles))), batch, count)
     sides, apart = float(np.mean((found >= 0.5) != (exact >= 0.5))), float(np.abs(found - exact).mean())
     load = [(i, there.put(_padded(batch, i, count))) for i in range(0, max(len(batch), threads * count), count)]

@@ -7,6 +7,7 @@ numpy would go over a tile in memory once for each, one loop does them all while
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,42 +19,41 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numba import njit
 
-from volseg.errors import UserError
-from volseg.system import give_back
+from volseg.errors import OutOfMemoryError
+from volseg.system import trim_memory
 
 if TYPE_CHECKING:
     import torch
 
 Call = Callable[[Any], Any]  # of a batch, where it lies
-FULL = re.compile(  # how the libraries say that memory is out; "could not create" are oneDNN's words, the last ONNX Runtime's
+OUT_OF_MEMORY = re.compile(  # the words of libraries: "could not create" is oneDNN, the last one ONNX Runtime
     r"out of memory|can(no|')t allocate memory|not enough memory|bad_alloc|alloc(ation)?_failed"
     r"|unable to find an engine"  # torch, where no kernel of cudnn finds room to work in
     r"|could not create a (memory|primitive(?! desc))|failed to allocate", re.IGNORECASE,
 )  # fmt: skip
 
 
-class Full(UserError):
-    """The memory that a network computes in does not hold what it was asked to."""
-
-
-def is_full(error: Exception) -> bool:
-    """Whether a library's error says that memory is out."""
-    return isinstance(error, MemoryError) or (not isinstance(error, ImportError) and bool(FULL.search(str(error))))
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is out: by its type; by its text where a library has no type for that."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, (MemoryError, OutOfMemoryError, *([torch.OutOfMemoryError] if torch else []))):
+        return True
+    return not isinstance(error, ImportError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 @contextmanager
-def holding(what: str, advice: str = "") -> Iterator[None]:
-    """Where memory is out inside, `Full` is raised that says ``what`` it did not hold, with ``advice``."""
+def out_of_memory_as(what: str, advice: str = "") -> Iterator[None]:
+    """Where memory is out inside, an `OutOfMemoryError` says that it did not hold ``what``, with ``advice``."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, Full) or not is_full(error):
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Full(f"memory does not hold {what} ({reason}){advice}") from None
+        raise OutOfMemoryError(f"memory does not hold {what} ({reason}){advice}") from None
 
 
-class Host:
+class NumpyDevice:
     """Numpy arrays in the memory of this process."""
 
     sent = fetched = 0  # bytes
@@ -67,10 +67,10 @@ class Host:
     def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape, np.float32)
 
-    def lay(self, gray: np.ndarray, out: np.ndarray, mean: float, inverse: float) -> None:
+    def standardize_into(self, gray: np.ndarray, out: np.ndarray, mean: float, inverse: float) -> None:
         """``out`` (y, x) holds gray voxels, less ``mean`` and times ``inverse``, each step rounded to float32."""
         known = gray.dtype.isnative and gray.dtype != np.float16  # to numba
-        _lay(gray if known else gray.astype(np.float32), out, np.float32(mean), np.float32(inverse))
+        _standardize_into(gray if known else gray.astype(np.float32), out, np.float32(mean), np.float32(inverse))
 
     def add(self, total: np.ndarray, tile: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
         """``total`` (channels, y, x) grows by a tile with weights ``rows`` x ``columns``."""
@@ -80,21 +80,21 @@ class Host:
         """``out``, uint8, is ``total`` (channels, y, x) over ``weight``, 255 for 1, halves round up. ``total`` is 0 then."""
         _quantize(total, weight, out)
 
-    def room(self, out: np.ndarray) -> np.ndarray:
+    def empty_output(self, out: np.ndarray) -> np.ndarray:
         return out
 
-    def fetch(self, made: np.ndarray, out: np.ndarray) -> None:
+    def copy_to_host(self, made: np.ndarray, out: np.ndarray) -> None:
         """``out`` is where all was made."""
 
-    def inside(self) -> AbstractContextManager:
+    def stream(self) -> AbstractContextManager:
         return nullcontext()
 
-    def done(self, call: Call) -> Call:
+    def synchronized(self, call: Call) -> Call:
         return call
 
 
 @njit(cache=True, nogil=True)
-def _lay(gray, out, mean, inverse):
+def _standardize_into(gray, out, mean, inverse):
     for y in range(gray.shape[0]):
         for x in range(gray.shape[1]):
             out[y, x] = (np.float32(gray[y, x]) - mean) * inverse
@@ -119,12 +119,12 @@ def _quantize(total, weight, out):
                 of[x] = 0
 
 
-HOST = Host()
+NUMPY = NumpyDevice()
 ONE = threading.Lock()  # held by the thread that makes a GPU's streams
 
 
 @dataclass
-class Torch:
+class TorchDevice:
     """Tensors on the device of torch called ``name``: "cpu", "cuda:1". ``sent`` and ``fetched``: bytes over the bus.
 
     On a GPU all that a process computes is queued on one stream, and done in the order in which it was asked for; copies to
@@ -159,7 +159,7 @@ class Torch:
         self.fetched += tensor.nbytes
         if self.name == "cpu":
             return tensor.numpy()
-        with self.inside():
+        with self.stream():
             locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             locked.copy_(tensor, non_blocking=True)
             self._wait()
@@ -171,18 +171,18 @@ class Torch:
 
         return self._allocated(lambda: torch.zeros(shape, device=self.name))
 
-    def lay(self, gray: torch.Tensor, out: torch.Tensor, mean: float, inverse: float) -> None:
-        """As `Host.lay`."""
+    def standardize_into(self, gray: torch.Tensor, out: torch.Tensor, mean: float, inverse: float) -> None:
+        """As `NumpyDevice.standardize_into`."""
         out[...] = gray
         out -= mean
         out *= inverse
 
     def add(self, total: torch.Tensor, tile: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
-        """As `Host.add`."""
+        """As `NumpyDevice.add`."""
         total += tile * (rows[:, None] * columns[None, :])
 
     def quantize(self, total: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """As `Host.quantize`."""
+        """As `NumpyDevice.quantize`."""
         total /= weight
         blended = total.clip(0, 1)
         blended *= 255
@@ -190,18 +190,18 @@ class Torch:
         out[...] = blended
         total[...] = 0
 
-    def room(self, out: np.ndarray) -> torch.Tensor:
-        """Zeros that `fetch` brings into ``out``, uint8."""
+    def empty_output(self, out: np.ndarray) -> torch.Tensor:
+        """Zeros that `copy_to_host` brings into ``out``, uint8."""
         import torch
 
         return self._allocated(lambda: torch.zeros(out.shape, dtype=torch.uint8, device=self.name))
 
-    def fetch(self, made: torch.Tensor, out: np.ndarray) -> None:
+    def copy_to_host(self, made: torch.Tensor, out: np.ndarray) -> None:
         """``out`` holds what was ``made``."""
         out[...] = self.get(made)
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
+    def stream(self) -> Iterator[None]:
         """What this thread computes inside is queued on the device's stream, and leaves no trace for gradients."""
         import torch
 
@@ -212,11 +212,11 @@ class Torch:
             with torch.cuda.device(self.name), torch.cuda.stream(_streams(self.name)[0]):
                 yield
 
-    def done(self, call: Call) -> Call:
+    def synchronized(self, call: Call) -> Call:
         """``call`` for any thread, which returns when the device has done what was asked of it."""
 
         def waited(batch: torch.Tensor) -> torch.Tensor:
-            with self.inside():
+            with self.stream():
                 made = _roomy(lambda: call(batch))
                 self._wait()
             return made
@@ -236,7 +236,7 @@ class Torch:
             event.synchronize()
 
 
-Device: TypeAlias = Host | Torch
+Device: TypeAlias = NumpyDevice | TorchDevice
 
 
 def _streams(name: str) -> tuple[torch.cuda.Stream, ...]:
@@ -260,13 +260,13 @@ def _roomy(make: Callable[[], Any]) -> Any:
     try:
         return make()
     except Exception as error:
-        if not is_full(error):
+        if not is_out_of_memory(error):
             raise
-    give_back()
+    trim_memory()
     return make()
 
 
-def replayed(call: Call, shape: tuple[int, ...], name: str) -> Call:
+def as_cuda_graph(call: Call, shape: tuple[int, ...], name: str) -> Call:
     """``call`` for float32 batches of one ``shape`` on a GPU as a CUDA graph: launched at once, not kernel by kernel.
 
     The graph holds the kernels that the plain call launches: cudnn chooses them by shape, not by timing, so the bits are
@@ -333,6 +333,6 @@ def row_by_row(make: Callable[[tuple[int, ...]], Call], shape: tuple[int, ...], 
 
 def _rows_agree(call: Call, shape: tuple[int, ...], device: Device) -> bool:
     tile = np.random.default_rng(0).standard_normal(shape[1:], np.float32)
-    with device.inside():
+    with device.stream():
         made = device.get(call(device.put(np.repeat(tile[None], shape[0], axis=0))))
     return bool((made == made[:1]).all())

@@ -32,7 +32,7 @@ from numcodecs import Zstd
 
 from volseg.errors import UserError
 from volseg.inference import cache, model
-from volseg.inference.device import HOST, Call, Device, Torch, replayed, row_by_row
+from volseg.inference.device import NUMPY, Call, Device, TorchDevice, as_cuda_graph, row_by_row
 
 if TYPE_CHECKING:
     import torch
@@ -203,15 +203,15 @@ def load(
     ``place`` is the number of this worker on its machine: torch takes that GPU.
     """
     there = device(backend, place)
-    call = there.done(network(blob, backend, precision, shape, threads, place))
+    call = there.synchronized(network(blob, backend, precision, shape, threads, place))
     return lambda batch: there.get(call(there.put(batch)))
 
 
 def device(backend: str, place: int = 0) -> Device:
     """Where a backend takes its batches, as a new counter of bytes: torch on that GPU, or on the CPU where there is none."""
     if backend != "torch":
-        return HOST
-    return Torch(f"cuda:{place % gpus()}" if gpus() else "cpu")
+        return NUMPY
+    return TorchDevice(f"cuda:{place % gpus()}" if gpus() else "cpu")
 
 
 def network(
@@ -337,7 +337,7 @@ def _torch(blob: bytes, precision: str, shape: tuple[int, int, int, int], name: 
             return torch.sigmoid(network(batch.contiguous(memory_format=last)).float()).contiguous()
 
     if cuda:
-        return replayed(forward, shape, name)
+        return as_cuda_graph(forward, shape, name)
     torch.set_num_threads(1)
     return forward
 
@@ -345,7 +345,7 @@ def _torch(blob: bytes, precision: str, shape: tuple[int, int, int, int], name: 
 # ---------------------------------------------------------------- stream
 
 
-class Busy:
+class TimedCall:
     """``forward`` that counts the ``seconds`` in which it was under way in at least one thread."""
 
     def __init__(self, forward: Call) -> None:

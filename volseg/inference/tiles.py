@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from volseg.inference.device import HOST, Device
+from volseg.inference.device import NUMPY, Device
 
 MULTIPLE = 32  # the encoder halves a tile five times
 PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
@@ -149,12 +149,12 @@ class Slab:
         return [self.voxels[n - self.start[0], y, x] for n in near]
 
     def cut(
-        self, z: int, place: tuple[slice, slice], out: Any, scale: tuple[float, float], device: Device = HOST
+        self, z: int, place: tuple[slice, slice], out: Any, scale: tuple[float, float], device: Device = NUMPY
     ) -> None:
         """``out`` (sections, y, x) holds that tile, standardized by ``scale`` and mirrored past the plane's end."""
         for channel, section in zip(out, self.sections(z, place), strict=True):
             rows, columns = section.shape
-            device.lay(section, channel[:rows, :columns], *scale)
+            device.standardize_into(section, channel[:rows, :columns], *scale)
             _mirror(channel, rows, columns)
 
 
@@ -171,7 +171,7 @@ class Blend:
     A tile that never comes counts as 0 everywhere.
     """
 
-    def __init__(self, channels: int, grid: Grid, y: slice, x: slice, device: Device = HOST) -> None:
+    def __init__(self, channels: int, grid: Grid, y: slice, x: slice, device: Device = NUMPY) -> None:
         self.grid, self.y, self.x, self.device = grid, y, x, device
         shape = (y.stop - y.start, x.stop - x.start)
         self.total = device.zeros((channels, *shape))
@@ -213,7 +213,7 @@ class Blend:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Dihedral:
     """One of the eight ways to lay a tile: transposed or not, then flipped along rows and columns or not."""
 
     transpose: bool = False
@@ -233,12 +233,12 @@ class Turn:
         return _flipped(tiles, tuple(axis for axis, flip in ((-2, self.flip_y), (-1, self.flip_x)) if flip))
 
 
-def turns(count: int) -> list[Turn]:
+def dihedrals(count: int) -> list[Dihedral]:
     """``count`` ways to lay a tile, always in this order: 1 as it is, 4 with its flips, 8 with those of its transpose."""
-    return [Turn(*way) for way in product((False, True), repeat=3)][:count]
+    return [Dihedral(*way) for way in product((False, True), repeat=3)][:count]
 
 
-def mean_of_turns(forward: Callable[[Any], Any], batch: Any, ways: Sequence[Turn]) -> Any:
+def mean_over_dihedrals(forward: Callable[[Any], Any], batch: Any, ways: Sequence[Dihedral]) -> Any:
     """The mean of ``forward`` over a batch (B, sections, y, x) laid in each of the ``ways``, each result laid back.
 
     Float32, added up in the order of ``ways``; their number is a power of two, so the division is exact.
@@ -246,7 +246,7 @@ def mean_of_turns(forward: Callable[[Any], Any], batch: Any, ways: Sequence[Turn
     return sum(way.undo(forward(way.apply(batch))) for way in ways) * (1 / len(ways))
 
 
-def mean_of_passes(stored: Sequence[np.ndarray]) -> np.ndarray:
+def mean_over_passes(stored: Sequence[np.ndarray]) -> np.ndarray:
     """The mean of uint8 arrays, rounded to the nearest; halves round up. Integers throughout.
 
     >>> mean_of_passes([np.uint8([0, 255]), np.uint8([0, 255]), np.uint8([1, 253])]).tolist()

@@ -113,7 +113,7 @@ def _fragments(run: Run, block: Triple) -> int:
 # ---------------------------------------------------------------- blocks that fit
 
 
-def fitted(run: Run, room: int, threads: int, tasks: int = 1, engine: int | None = None) -> Run:
+def with_blocks_that_fit(run: Run, room: int, threads: int, tasks: int = 1, engine: int | None = None) -> Run:
     """The run in smaller blocks where a worker that has ``room`` bytes could not hold those it is cut into.
 
     Blocks that were asked for stay. Predict's are cut along the sections, then along the rows: other cuts would infer

@@ -380,7 +380,7 @@ def _together(folder: str, count: int) -> list[dict]:
 
 def main(folder: str, number: str) -> None:
     """What `probe` starts: one worker's share of it, in a process that treats memory as workers do."""
-    machine.keep_memory()
+    machine.tune_malloc()
     asked = json.loads(Path(folder, "asked.json").read_text())
     batch = np.load(Path(folder, "tiles.npy"))
     found, probability = _network(asked, Path(folder, "model.bin").read_bytes(), batch)
@@ -396,7 +396,9 @@ def _network(asked: dict, blob: bytes, batch: np.ndarray) -> tuple[dict, np.ndar
     count, threads, size = len(batch), asked["threads"], asked["batch"]
     before = machine.resident()
     there = forward.device(asked["backend"])
-    network = there.done(forward.network(blob, asked["backend"], asked["precision"], (size, *batch.shape[1:]), threads))
+    network = there.synchronized(
+        forward.network(blob, asked["backend"], asked["precision"], (size, *batch.shape[1:]), threads)
+    )
     steps = range(0, max(count, 2 * threads * size), size)
     load = [(at, there.put(np.ascontiguousarray(batch[np.arange(at, at + size) % count]))) for at in steps]
     for _ in forward.stream(network, load[:threads], threads):

@@ -14,7 +14,7 @@ from volseg import system as machine
 from volseg.box import Box
 from volseg.config import Cluster, Config, Predict
 from volseg.engine import cluster, folder
-from volseg.engine.run import Run, blocks, filling, redundancy
+from volseg.engine.run import Run, blocks, redundancy, with_full_batches
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
 from volseg.inference import forward, model, tiles
@@ -110,9 +110,9 @@ def _blocked(run: Run) -> Run:
             return begun
     crew = crew_of(run)
     if on := gpus(run):
-        run = filling(run, on)
+        run = with_full_batches(run, on)
     room = memory_limit(run.config.cluster, crew)
-    return memory.fitted(run, room, crew.threads, crew.tasks) if room else run
+    return memory.with_blocks_that_fit(run, room, crew.threads, crew.tasks) if room else run
 
 
 def crew_of(run: Run) -> cluster.Crew:
@@ -177,7 +177,7 @@ def _begun_engine(out: str, config: Config, path: Path) -> dict:
     return {**old["engine"], **here}
 
 
-def halved(run: Run) -> Run:
+def with_half_batch(run: Run) -> Run:
     """The run with half as many tiles in a forward pass: other bits, so nothing that was predicted can be kept."""
     why = run.engine.get("why", "as begun").removesuffix(TOO_LARGE) + TOO_LARGE
     return replace(run, engine={**run.engine, "batch": run.batch // 2, "why": why})

@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from volseg.config import Config, Stitch, Train
 from volseg.errors import UserError
 from volseg.inference import model
-from volseg.inference.device import give_back, is_full
-from volseg.system import keep_memory
+from volseg.inference.device import is_out_of_memory
+from volseg.system import trim_memory, tune_malloc
 from volseg.training import checkpoint, losses, report
 from volseg.training import distributed as parallel
 from volseg.training.checkpoint import State
@@ -47,7 +47,7 @@ def train(config: Config, say: Say = print) -> Path:
     """
     knobs = config.train
     check(config)
-    keep_memory()
+    tune_malloc()
     sources = load_sources(knobs)
     say(report.data_table(sources))
     out = _folder(knobs.out)
@@ -201,7 +201,7 @@ def _fitting(
         try:
             return gradients(state, patches, knobs)
         except (MemoryError, RuntimeError) as error:
-            if not is_full(error):
+            if not is_out_of_memory(error):
                 raise
             reason = str(error)
         if state.parts >= len(patches[0]):
@@ -211,7 +211,7 @@ def _fitting(
             )
         state.parts *= 2
         state.optimizer.zero_grad()
-        give_back()
+        trim_memory()
         size = -(-len(patches[0]) // state.parts)
         say(f"a batch does not fit the memory: at most {size} at a time from here on, with the same effective batch")
 

@@ -15,7 +15,7 @@ import torch
 from volseg.config import Config, Train, TrainData
 from volseg.errors import UserError
 from volseg.inference import model
-from volseg.system import keep_memory
+from volseg.system import tune_malloc
 from volseg.training.samples import Source, load_sources
 from volseg.training.train import check, start, steps
 from volseg.training.validate import refuse_nothing_held_out, validate
@@ -39,7 +39,7 @@ def tune(config: Config, say: Say = print) -> Path:
 
     knobs, out = config.train, Path(config.train.out)
     check(config)
-    keep_memory()
+    tune_malloc()
     sources = load_sources(knobs)
     refuse_nothing_held_out(sources, "volseg tune")
     out.mkdir(parents=True, exist_ok=True)
