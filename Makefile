@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo    segment a small synthetic volume with the shipped model"
-	@echo "make test    run the test suite"
-	@echo "make lint    check style"
+	@echo "make test    check style, types and import layers; run the test suite and all examples in docstrings"
+	@echo "make lint    check style and types"
 	@echo "make lock    resolve requirements.lock anew"
 	@echo "make clean   remove what demo and test made (not $(VENV))"
 
@@ -28,11 +28,13 @@ demo: $(READY)
 	@$(BIN)/volseg infer demo/em.zarr --config configs/touching.toml --overwrite
 	@$(BIN)/volseg evaluate demo/em.volseg.zarr demo/em.zarr/labels/truth
 
-test: $(READY)
+test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 lock:
 	@$(PYTHON) -m venv $(VENV)-lock
@@ -42,4 +44,4 @@ lock:
 	@rm -rf $(VENV)-lock
 
 clean:
-	@rm -rf demo .pytest_cache .ruff_cache .hypothesis
+	@rm -rf demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -229,19 +229,16 @@ def _of_model(config: Path | None, sets: list[str] | None, given: dict[str, str 
 
 
 def _channel(name: str, more: str) -> Any:
-    """The type of an option that says which channel is what."""
-    option = typer.Option(
-        f"--{name}-channel", metavar="N", min=0, help=f"Number of the {name} channel, from 0; {more}."
-    )
-    return Annotated[int | None, option]
+    """An option that says which channel is what."""
+    return typer.Option(f"--{name}-channel", metavar="N", min=0, help=f"Number of the {name} channel, from 0; {more}.")
 
 
 @app.command()
 def segment(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_PROBABILITIES", help="A run, or a volume of probabilities.")],
-    mask_channel: _channel("mask", "may be left out where there is one channel") = None,
-    contour_channel: _channel("contour", "without one the height is the mask's alone") = None,
-    distance_channel: _channel("distance", "for fragments.height = head") = None,
+    mask_channel: Annotated[int | None, _channel("mask", "may be left out where there is one channel")] = None,
+    contour_channel: Annotated[int | None, _channel("contour", "without one the height is the mask's alone")] = None,
+    distance_channel: Annotated[int | None, _channel("distance", "for fragments.height = head")] = None,
     contour: Annotated[
         str, typer.Option("--contour", metavar="PATH", help="A volume of its own with the contour.")
     ] = "",

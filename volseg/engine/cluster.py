@@ -450,7 +450,7 @@ def count(stage: str, receipt: dict) -> None:
         counters = get_worker().plugins.get(Counters.name)
     except ValueError:
         return
-    if counters:
+    if isinstance(counters, Counters):
         counters.count(stage, receipt)
 
 

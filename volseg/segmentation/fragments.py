@@ -100,7 +100,7 @@ def metric(knobs: Fragments, voxel_size_nm: Nm3 | None = None) -> Metric:
     smallest edge where the unit is 1/16. Raises `UserError` for a cap beyond `FARTHEST` voxels.
 
     >>> metric(Fragments(distance_nm=40), (50, 4.6, 4.6)), metric(Fragments(distance_nm=40), (8, 8, 8))
-    (Metric(edges=(174, 16, 16), cap=139), Metric(edges=(1, 1, 1), cap=5))
+    (Metric(edges=(87, 8, 8), cap=70), Metric(edges=(1, 1, 1), cap=5))
     """
     if not knobs.distance_nm:
         return Metric((1, 1, 1), knobs.distance)
@@ -233,8 +233,8 @@ def _near(field: np.ndarray, passes: Triple, least: int) -> np.ndarray:
 
     A mean is at most the greatest of what it is a mean of.
     """
-    sizes = [n - 2 * p for n, p in zip(field.shape, passes, strict=True)]
-    return _dilated(_holds(field, np.uint8(least)), *sizes[:2], -(-sizes[2] // STRETCH))
+    z, y, x = (n - 2 * p for n, p in zip(field.shape, passes, strict=True))
+    return _dilated(_holds(field, np.uint8(least)), z, y, -(-x // STRETCH))
 
 
 @njit(cache=True, nogil=True)

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def _form(path: Path, batches: list[np.ndarray]) -> bytes:
         return forward.pack(Path(folder, "int8.xml").read_bytes(), Path(folder, "int8.bin").read_bytes())
 
 
-def _stem(graph: object) -> str:
+def _stem(graph: Any) -> str:
     """The first convolution: it stays float, since 8 bits for the image itself cost more than all the rest together."""
     return next(op.get_friendly_name() for op in graph.get_ordered_ops() if op.get_type_name() == "Convolution")
 

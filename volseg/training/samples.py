@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -284,7 +284,7 @@ def mixed(sources: list[Source], knobs: Train, step: int, part: slice = slice(No
 
 def batches(
     sources: list[Source], knobs: Train, first: int, stop: int, make: Callable = batch, part: slice = slice(None)
-) -> Iterator[tuple[np.ndarray, ...]]:
+) -> Generator[tuple[np.ndarray, ...]]:
     """What ``make`` gives for steps ``first`` to ``stop`` in order, the next ones made by threads on the other cores."""
     threads = max(1, min(8, (os.cpu_count() or 1) - 1))
     with ThreadPoolExecutor(threads) as pool:

@@ -60,8 +60,9 @@ def tune(config: Config, say: Say = print) -> Path:
 def _study(config: Config, out: Path):
     """The study in ``out``, new or stored; refuses one of other settings, whose values could not be compared."""
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
-    journal = optuna.storages.journal.JournalFileBackend(str(out / "tune.journal"))
+    journal = JournalFileBackend(str(out / "tune.journal"))
     study = optuna.create_study(
         study_name=STUDY,
         storage=optuna.storages.JournalStorage(journal),
