@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import report
 from volseg.config import Config, Predict
 from volseg.inference import autoselect as probe
-from volseg.inference import forward, model, tiles
+from volseg.inference import backends, export, model, tiles
 from volseg.inference.normalization import normalization
 from volseg.io import volume
 from volseg.planning import prepare as describe
@@ -44,18 +44,18 @@ def measure(image: str, model_file: str, threads: tuple[int, ...], repeats: int)
 def _side_by_side(path: Path, engines: list, batch: np.ndarray, threads: int, repeats: int) -> list[dict]:
     """All engines in turn, ``repeats`` times over, so that whatever else the machine does meets all of them."""
     networks = {
-        engine: forward.load(forward.prepare(path, *engine), *engine, (1, *batch.shape[1:]), threads)
+        engine: backends.load(export.export_model(path, *engine), *engine, (1, *batch.shape[1:]), threads)
         for engine in engines
     }
     load = [(i, batch[i % len(batch)][None]) for i in range(max(len(batch), threads))]
     took: dict = {engine: [] for engine in engines}
     out = {
-        engine: np.concatenate([p for _, p in forward.stream(net, load, threads)]) for engine, net in networks.items()
+        engine: np.concatenate([p for _, p in backends.imap(net, load, threads)]) for engine, net in networks.items()
     }
     for _ in range(repeats):
         for engine, network in networks.items():
             start = time.perf_counter()
-            for _ in forward.stream(network, load, threads):
+            for _ in backends.imap(network, load, threads):
                 pass
             took[engine].append(time.perf_counter() - start)
     exact = out[("openvino", "fp32")]

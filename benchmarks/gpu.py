@@ -19,7 +19,7 @@ from volseg.box import Box
 from volseg.config import load
 from volseg.engine import cluster, folder, pipeline
 from volseg.engine.run import Run
-from volseg.inference import forward, model
+from volseg.inference import backends, export, model
 from volseg.inference.normalization import standardized
 from volseg.io import volume
 from volseg.planning import prepare as describe
@@ -31,13 +31,13 @@ COLUMNS = ("way", "Mvoxel/s", "of the bare model", "TFLOP/s", "bytes sent / voxe
 
 def measure(image: str, sections: int, repeats: int, out: str, sets: tuple[str, ...], device: str) -> None:
     """A row for each way to the probabilities of the same voxels, and how far these are from volseg's in float32."""
-    name = forward.device("torch").name
+    name = backends.device("torch").name
     if name == "cpu" != device:
         raise SystemExit(
             "no CUDA device here, nothing was measured; --device cpu goes through all of it on the processor"
         )
     path = last_sections(image, sections, Path(out))
-    precisions = dict.fromkeys((forward.choose("torch")[1], "fp32"))
+    precisions = dict.fromkeys((backends.choose("torch")[1], "fp32"))
     runs = {p: _begun(path, Path(out, f"{p}.volseg.zarr"), p, sets) for p in precisions}
     for _ in range(2):  # a new run lets go of the networks of others; from the second pass on all are loaded
         receipts = {p: _predict(run) for p, run in runs.items()}
@@ -83,14 +83,14 @@ def _predict(run: Run) -> list[dict]:
 def _bare(run: Run, inferred: int) -> Callable[[], None]:
     """Sends as many voxels through the network alone, a batch that lies on its device over and over."""
     shape = (run.batch, run.sections, *run.tile_grid("xy").size)
-    device = forward.device("torch")
-    blob = forward.prepare(model.shipped(), "torch")
-    network = device.synchronized(forward.network(blob, "torch", run.engine["precision"], shape))
+    device = backends.device("torch")
+    blob = export.export_model(model.shipped(), "torch")
+    network = device.synchronized(backends.network(blob, "torch", run.engine["precision"], shape))
     batch = device.put(np.random.default_rng(0).normal(size=shape).astype(np.float32))
     count = -(-inferred // (run.batch * prod(shape[2:])))
 
     def call() -> None:
-        for _ in forward.stream(network, ((k, batch) for k in range(count)), cluster.TASKS_PER_GPU):
+        for _ in backends.imap(network, ((k, batch) for k in range(count)), cluster.TASKS_PER_GPU):
             pass
 
     return call

@@ -20,7 +20,7 @@ from benchmarks.repeat import side_by_side
 from volseg.box import Box
 from volseg.config import Config
 from volseg.engine import cluster
-from volseg.inference import forward, model, tiles
+from volseg.inference import backends, export, model, tiles
 from volseg.inference.normalization import standardized
 from volseg.io import volume
 from volseg.system import tune_malloc
@@ -108,11 +108,11 @@ def _bare(slab: np.ndarray, run: dict, path: Path) -> Callable[[], np.ndarray]:
     """The backend alone over tiles that lie in memory, on all cores, once it is loaded."""
     threads = cluster.CPU_COUNT
     grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP, model.load_card(path).get("binning", 1))
-    blob = forward.prepare(path, run["engine"]["backend"], run["engine"]["precision"])
+    blob = export.export_model(path, run["engine"]["backend"], run["engine"]["precision"])
     shape = (1, 3, *grid.size)
-    network = forward.load(blob, run["engine"]["backend"], run["engine"]["precision"], shape, threads)
+    network = backends.load(blob, run["engine"]["backend"], run["engine"]["precision"], shape, threads)
     batches = [(z, np.ascontiguousarray(window)[None]) for z, window in enumerate(_windows(slab))]
-    return lambda: np.stack([done[0] for _, done in forward.stream(network, batches, threads)])
+    return lambda: np.stack([done[0] for _, done in backends.imap(network, batches, threads)])
 
 
 def _monai(network: object, slab: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:

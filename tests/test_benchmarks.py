@@ -30,7 +30,7 @@ from benchmarks.__main__ import app
 from volseg.box import Box
 from volseg.config import load
 from volseg.engine import cluster
-from volseg.inference import forward
+from volseg.inference import hardware
 from volseg.io import volume
 
 
@@ -148,7 +148,7 @@ def test_the_table_of_a_gpu_is_made_on_a_processor_when_asked(image, monkeypatch
     assert all(row["Mvoxel/s"] > 0 for row in peers)
 
 
-@pytest.mark.skipif(forward.gpus() > 0, reason="a CUDA device is here")
+@pytest.mark.skipif(hardware.gpu_count() > 0, reason="a CUDA device is here")
 def test_the_table_of_a_gpu_is_refused_without_one():
     done = CliRunner().invoke(app, ["gpu"])
     assert done.exit_code == 1

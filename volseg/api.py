@@ -23,7 +23,7 @@ from volseg.engine import schedule as flow
 from volseg.engine.run import Run, blocks, fit, redundancy
 from volseg.engine.schedule import Show
 from volseg.errors import OutOfMemoryError, UserError
-from volseg.inference import forward
+from volseg.inference import hardware
 from volseg.io import probabilities as foreign
 from volseg.io import tables as store
 from volseg.io import volume
@@ -103,7 +103,7 @@ def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -
     folder.make_room([source], out, overwrite)
     run = describe.from_image(source, config, folder.partial(out))
     show.say(describe.headline(run))
-    if idle := forward.idle_gpus():
+    if idle := hardware.unused_gpu_reason():
         show.say(idle)
     return _go(run, out, start, show, lambda: folder.begin(run, overwrite), made=_plan(run))
 

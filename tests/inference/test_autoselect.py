@@ -10,7 +10,7 @@ from volseg.config import Predict
 from volseg.engine import folder
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
-from volseg.inference import forward, model
+from volseg.inference import backends, export, hardware, model
 from volseg.inference.autoselect import Row
 from volseg.inference.device import TorchDevice
 from volseg.io import volume
@@ -40,7 +40,7 @@ def test_candidates_are_those_that_settings_and_machine_allow():
     assert set(probe.candidates(Predict(precision="fp32"), True)) >= set(BOTH)
 
 
-@pytest.mark.skipif(forward.gpus() > 0, reason="there is a GPU")
+@pytest.mark.skipif(hardware.gpu_count() > 0, reason="there is a GPU")
 def test_what_the_machine_lacks_is_refused():
     with pytest.raises(UserError, match="needs a CUDA device"):
         probe.candidates(Predict(precision="fp16", backend="torch"), False)
@@ -52,8 +52,8 @@ def test_a_small_volume_is_not_kept_waiting():
 
     for int8 in (False, True):
         choice = probe.choose(Predict(), model.shipped(), int8, probe.PROBED_VOXELS - 1, sample)
-        assert (choice.backend, choice.precision) == forward.choose(int8=int8)
-        assert choice.batch == (probe.GPU_BATCH if forward.gpus() else 1)
+        assert (choice.backend, choice.precision) == backends.choose(int8=int8)
+        assert choice.batch == (probe.GPU_BATCH if hardware.gpu_count() else 1)
     assert probe.choose(Predict(backend="onnx", batch=3), model.shipped(), True, 1 << 40, sample) == probe.Choice(
         "onnx", "fp32", 3, "as set"
     )
@@ -71,8 +71,8 @@ def test_a_large_volume_is_probed_once_for_each_machine_and_model(tiles, monkeyp
 
 
 def test_a_candidate_far_from_float32_is_refused(tiles):
-    blob = forward.prepare(model.shipped(), "openvino")
-    exact = probe._run(forward.load(blob, "openvino", "fp32", (1, *tiles.shape[1:])), tiles, 1)
+    blob = export.export_model(model.shipped(), "openvino")
+    exact = probe._run(backends.load(blob, "openvino", "fp32", (1, *tiles.shape[1:])), tiles, 1)
     assert not probe._timed(blob, "openvino", "fp32", 1, tiles, exact, 1).refused
     assert "255 apart" in probe._timed(blob, "openvino", "fp32", 1, tiles, exact + np.float32(0.01), 1).refused
 

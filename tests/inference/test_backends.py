@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from volseg.inference import cache, forward, model
+from volseg.inference import backends, cache, export, hardware, model
 
 SHAPE = (1, 3, 96, 128)
 
@@ -16,7 +16,7 @@ def batch():
 @pytest.fixture(scope="module")
 def expected(batch):
     """torch in float32, from the model file."""
-    network = forward.load(forward.prepare(model.shipped(), "torch"), "torch", "fp32", SHAPE)
+    network = backends.load(export.export_model(model.shipped(), "torch"), "torch", "fp32", SHAPE)
     return network(batch)
 
 
@@ -28,50 +28,50 @@ def test_a_gpu_that_torch_cannot_use_is_told_and_not_counted(monkeypatch):
         (1, 12, 13, 0, "is made for CUDA 13 and the driver has 12"),
         (1, 13, 0, 0, "has no CUDA"),
     ):
-        monkeypatch.setattr(forward, "_driver", lambda found=(count, driver): found)
-        monkeypatch.setattr(forward, "_built_for", lambda found=built: found)
-        assert forward.gpus() == used
+        monkeypatch.setattr(hardware, "_driver", lambda found=(count, driver): found)
+        monkeypatch.setattr(hardware, "_built_for", lambda found=built: found)
+        assert hardware.gpu_count() == used
         told = f"the GPU here is not used: the installed torch {said}; install one that fits the driver"
-        assert forward.idle_gpus() == (told if said else "")
+        assert hardware.unused_gpu_reason() == (told if said else "")
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnx"])
 def test_backends_agree_with_torch(backend, batch, expected):
-    network = forward.load(forward.prepare(model.shipped(), backend), backend, "fp32", SHAPE)
+    network = backends.load(export.export_model(model.shipped(), backend), backend, "fp32", SHAPE)
     assert np.abs(network(batch) - expected).max() < 2e-3
     assert np.abs(network(batch) - expected).mean() < 0.2 / 255
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnx", "torch"])
 def test_threads_side_by_side_change_no_bit(backend, batch):
-    blob = forward.prepare(model.shipped(), backend)
-    one, three = (forward.load(blob, backend, "fp32", SHAPE, threads) for threads in (1, 3))
+    blob = export.export_model(model.shipped(), backend)
+    one, three = (backends.load(blob, backend, "fp32", SHAPE, threads) for threads in (1, 3))
     tiles = [(i, np.roll(batch, i, axis=-1)) for i in range(7)]
     first = [one(tile) for _, tile in tiles]
-    for (i, got), want in zip(forward.stream(three, tiles, 3), first, strict=True):
+    for (i, got), want in zip(backends.imap(three, tiles, 3), first, strict=True):
         np.testing.assert_array_equal(got, want, err_msg=f"tile {i}")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_network_kept_compiled_gives_the_same_bits(precision, batch, tmp_path, monkeypatch):
     monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path))
-    blob = forward.prepare(model.shipped(), "openvino", precision)
-    first = forward.load(blob, "openvino", precision, SHAPE)(batch)
+    blob = export.export_model(model.shipped(), "openvino", precision)
+    first = backends.load(blob, "openvino", precision, SHAPE)(batch)
     (kept,) = tmp_path.glob("*.openvino")
     whole = kept.read_bytes()
-    np.testing.assert_array_equal(forward.load(blob, "openvino", precision, SHAPE)(batch), first)
+    np.testing.assert_array_equal(backends.load(blob, "openvino", precision, SHAPE)(batch), first)
     kept.write_bytes(whole[: len(whole) // 2])
-    np.testing.assert_array_equal(forward.load(blob, "openvino", precision, SHAPE)(batch), first)
+    np.testing.assert_array_equal(backends.load(blob, "openvino", precision, SHAPE)(batch), first)
     assert kept.stat().st_size > 0.9 * len(whole), "what was cut off is made anew"
 
 
 def test_the_cache_keeps_the_networks_of_late(tmp_path, monkeypatch):
     monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path))
     monkeypatch.setattr(cache, "KEPT", 2)
-    blob = forward.prepare(model.shipped(), "openvino")
+    blob = export.export_model(model.shipped(), "openvino")
     found = []
     for width in (64, 96, 128):
-        forward.load(blob, "openvino", "fp32", (1, 3, 64, width))
+        backends.load(blob, "openvino", "fp32", (1, 3, 64, width))
         found.append(set(tmp_path.glob("*.openvino")))
     assert len(found[1]) == len(found[2]) == 2
     assert found[0] <= found[1]
@@ -80,9 +80,9 @@ def test_the_cache_keeps_the_networks_of_late(tmp_path, monkeypatch):
 
 
 def test_auto_takes_a_backend_that_runs_here():
-    backend, precision = forward.choose()
-    assert forward.version(backend)
-    network = forward.load(forward.prepare(model.shipped(), backend), backend, precision, SHAPE)
+    backend, precision = backends.choose()
+    assert backends.version(backend)
+    network = backends.load(export.export_model(model.shipped(), backend), backend, precision, SHAPE)
     out = network(np.zeros(SHAPE, np.float32))
     assert out.shape == (1, 2, 96, 128)
     assert out.dtype == np.float32
@@ -93,4 +93,6 @@ def test_auto_takes_a_backend_that_runs_here():
 def test_a_cache_that_cannot_be_written_stops_nobody(batch, tmp_path, monkeypatch):
     tmp_path.joinpath("a file").touch()
     monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path / "a file"))
-    assert forward.load(forward.prepare(model.shipped(), "openvino"), "openvino", "fp32", SHAPE)(batch).shape[1] == 2
+    assert (
+        backends.load(export.export_model(model.shipped(), "openvino"), "openvino", "fp32", SHAPE)(batch).shape[1] == 2
+    )

@@ -11,7 +11,7 @@ from tests.helpers import CARD, SMALL, settings, write_volume
 from volseg.box import Box
 from volseg.engine import folder, pipeline
 from volseg.errors import OutOfMemoryError
-from volseg.inference import forward, model, tiles
+from volseg.inference import backends, export, hardware, model, tiles
 from volseg.inference.device import NUMPY, TorchDevice, as_cuda_graph, is_out_of_memory, out_of_memory_as, row_by_row
 from volseg.inference.normalization import scale, standardized
 from volseg.io import volume
@@ -19,7 +19,7 @@ from volseg.planning import prepare as describe
 
 SHAPE = (4, 70, 90)  # of tiles of 64: two along y, two along x
 HEADS = ("mask", "contour", "distance")
-needs_gpu = pytest.mark.skipif(not forward.gpus(), reason="no CUDA device here")
+needs_gpu = pytest.mark.skipif(not hardware.gpu_count(), reason="no CUDA device here")
 
 
 def network(path, heads, binning=1):
@@ -76,7 +76,7 @@ def plainly(run, plane, box, wanted):
                 kept.append((z, tile, (gray - np.float32(run.mean)) * np.float32(1 / run.std)))
     size = (run.batch, run.sections, *grid.size)
     blob = volume.read_bytes(run.out, "work/model.bin")
-    calls = {s: forward.load(blob, "torch", "fp32", (*size[:2], *s)) for s in {size[2:], size[:1:-1]}}
+    calls = {s: backends.load(blob, "torch", "fp32", (*size[:2], *s)) for s in {size[2:], size[:1:-1]}}
     total = np.zeros(out.shape, np.float32)
     for first in range(0, len(kept), run.batch):
         batch = np.zeros(size, np.float32)
@@ -159,7 +159,7 @@ def test_blends_of_both_kinds_are_the_same_bits(seed, overlap, y, x):
     window = slice(rng.integers(0, y - 1), y), slice(rng.integers(0, x - 1), x)
     found = []
     values = {tile: rng.random((3, *grid.size), np.float32) for tile in grid.meeting(*window)}
-    for device in (NUMPY, TorchDevice("cuda:0" if forward.gpus() else "cpu")):
+    for device in (NUMPY, TorchDevice("cuda:0" if hardware.gpu_count() else "cpu")):
         out = np.zeros((3, *(s.stop - s.start for s in window)), np.uint8)
         with device.stream():
             made, blend = device.empty_output(out), tiles.Blend(3, grid, *window, device)
@@ -184,7 +184,7 @@ def test_every_kind_of_voxel_is_cut_and_standardized_to_the_same_bits(dtype):
     assert (
         wanted == standardized(np.pad(voxels[[1, 2, 2]], ((0, 0), (0, 27), (0, 23)), mode="symmetric"), 101.3, 39.1)
     ).all()
-    for device in (NUMPY, TorchDevice("cuda:0" if forward.gpus() else "cpu")):
+    for device in (NUMPY, TorchDevice("cuda:0" if hardware.gpu_count() else "cpu")):
         with device.stream():
             out = device.zeros((3, 32, 32))
             tiles.Slab(device.put(voxels), (0, 0, 0), 1, 3).cut(2, place, out, scale(101.3, 39.1), device)
@@ -288,7 +288,7 @@ def test_tiles_go_through_one_by_one_where_their_bits_depend_on_the_row(device):
 def test_a_tile_has_the_same_bits_in_each_row_of_a_large_batch(precision, batch):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(batch, 3, 1024, 1024)).astype(np.float32)
-    call = forward.load(forward.prepare(model.shipped(), "torch"), "torch", precision, rows.shape)
+    call = backends.load(export.export_model(model.shipped(), "torch"), "torch", precision, rows.shape)
     found = call(rows)
     np.testing.assert_array_equal(call(rows[::-1])[::-1], found)
     rows[1:] = rng.normal(size=rows[1:].shape)
@@ -308,5 +308,5 @@ def test_a_graph_gives_the_bits_of_the_plain_call(networks):
     assert graph is not call
     want = [device.get(device.synchronized(call)(device.put(batch))) for batch in batches]
     there = [(i, device.put(batch)) for i, batch in enumerate(batches)]
-    for (_, got), one in zip(forward.stream(device.synchronized(graph), there, 2), want, strict=True):
+    for (_, got), one in zip(backends.imap(device.synchronized(graph), there, 2), want, strict=True):
         np.testing.assert_array_equal(device.get(got), one)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.helpers import CARD, SMALL
 from volseg.errors import UserError
-from volseg.inference import forward, model
+from volseg.inference import backends, export, model
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_a_binned_model_file_gives_the_same_probabilities_by_every_backend(tmp_p
     model.save(path, model.build(model.PRETRAINED, SMALL, 3, pretrained=True, binning=2), {**CARD, "binning": 2})
     batch = np.random.default_rng(0).standard_normal((2, 3, 128, 64), np.float32)
     found = [
-        forward.load(forward.prepare(path, name), name, "fp32", batch.shape)(batch)
+        backends.load(export.export_model(path, name), name, "fp32", batch.shape)(batch)
         for name in ("openvino", "onnx", "torch")
     ]
     assert found[0].shape == (2, 2, 128, 64)

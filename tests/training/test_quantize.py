@@ -9,7 +9,7 @@ from tests.helpers import Quiet, settings
 from volseg import api as launch
 from volseg.engine import folder, pipeline
 from volseg.errors import UserError
-from volseg.inference import forward, model
+from volseg.inference import backends, export, model
 from volseg.inference.normalization import normalization
 from volseg.io import volume
 from volseg.planning import prepare as describe
@@ -37,8 +37,8 @@ def tile(image):
 
 
 def network(path, precision, batch=1, threads=1):
-    blob = forward.prepare(path, "openvino", precision)
-    return forward.load(blob, "openvino", precision, (batch, *SHAPE), threads)
+    blob = export.export_model(path, "openvino", precision)
+    return backends.load(blob, "openvino", precision, (batch, *SHAPE), threads)
 
 
 def test_the_card_says_what_int8_costs(quantized):
@@ -70,7 +70,7 @@ def test_int8_bits_depend_on_neither_threads_nor_batch(quantized, tile, batch, t
     wanted = np.concatenate([one(t) for t in tiles])
     many = network(quantized, "int8", batch, threads)
     parts = [(i, np.concatenate(tiles[i : i + batch])) for i in range(0, 4, batch)]
-    got = np.concatenate([out for _, out in forward.stream(many, parts, threads)])
+    got = np.concatenate([out for _, out in backends.imap(many, parts, threads)])
     np.testing.assert_array_equal(got, wanted)
 
 
@@ -105,14 +105,14 @@ def test_a_model_without_the_form_is_refused(quantized, tmp_path):
 
 def test_only_openvino_computes_in_int8():
     with pytest.raises(UserError, match="'int8' is not offered by the onnx backend; it has fp32"):
-        forward.choose("onnx", "int8")
+        backends.choose("onnx", "int8")
 
 
 @pytest.mark.parametrize(("loss", "allowed"), [(0.0, True), (0.0029, True), (0.0031, False)])
 def test_auto_may_take_what_loses_little(loss, allowed):
     card = {"int8": {"held_out": {"iou_fp32": 0.9, "iou_int8": 0.9 - loss}}}
-    assert forward.int8_allowed(card) is allowed
-    assert not forward.int8_allowed({"int8": {}})
+    assert export.int8_allowed(card) is allowed
+    assert not export.int8_allowed({"int8": {}})
 
 
 def test_sections_to_calibrate_on_are_not_held_out(image, quantized):

@@ -9,7 +9,7 @@ from pathlib import Path
 from volseg.engine import cluster
 from volseg.engine.run import Run, fit, shard
 from volseg.errors import UserError
-from volseg.inference import forward, model
+from volseg.inference import export, model
 from volseg.io import pyramid, volume
 from volseg.segmentation.rules import label_dtype
 
@@ -100,7 +100,7 @@ def _lay_out(run: Run, network: bytes | None) -> None:
     _create_fragments(run)
     if not run.taken:
         path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
-        blob = network or forward.prepare(path, run.engine["backend"], run.engine["precision"])
+        blob = network or export.export_model(path, run.engine["backend"], run.engine["precision"])
         volume.write_bytes(run.out, "work/model.bin", blob)
     volume.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
 

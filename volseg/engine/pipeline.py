@@ -37,7 +37,7 @@ from volseg.box import Box, back, turned
 from volseg.engine import cluster
 from volseg.engine.run import Run, bits, level_of, tiles_of
 from volseg.errors import OutOfMemoryError, UserError
-from volseg.inference import forward, tiles
+from volseg.inference import backends, tiles
 from volseg.inference.device import Call, out_of_memory_as
 from volseg.inference.normalization import scale
 from volseg.io import pyramid, volume
@@ -108,7 +108,7 @@ def _infer(
     grid = run.tile_grid(plane)
     first, y, x = box.turned(tiles.PLANES[plane]).slices
     todo = tiles_of(run, plane, box, wanted)
-    device = forward.device(run.engine["backend"], cluster.place_here())
+    device = backends.device(run.engine["backend"], cluster.place_here())
     with cluster.timed(seconds, "read"):
         here = slab(run, plane, box, grid.meeting(y, x))
         with out_of_memory_as(f"{here.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
@@ -127,9 +127,9 @@ def _infer(
     advice = "" if run.batch > 1 else "; a smaller predict.tile takes less"
     with _turn(seconds), out_of_memory_as(at_once, advice), cluster.timed(seconds, "infer"), device.stream():
         with cluster.timed(seconds, "load"):
-            network = forward.TimedCall(device.synchronized(_network(run, grid.size)))
+            network = backends.TimedCall(device.synchronized(_network(run, grid.size)))
         made, blend = device.empty_output(out), tiles.Blend(len(run.heads), grid, y, x, device)
-        for keys, probability in forward.stream(
+        for keys, probability in backends.imap(
             network, cluster.timed_each(seconds, "cut", batches()), threads=_threads(run)
         ):
             with cluster.timed(seconds, "blend"):
@@ -524,7 +524,7 @@ def _network(run: Run, size: tuple[int, int]) -> Call:
 def _loaded(out: str, key: str, size: tuple[int, int]) -> Call:
     """The network of a run for tiles of one size, once for each worker process."""
     run = _run(out, key)
-    here = forward.describe(run.engine["backend"], run.engine["precision"], cluster.place_here())
+    here = backends.describe(run.engine["backend"], run.engine["precision"], cluster.place_here())
     if bits({**run.engine, **here}) != bits(run.engine):
         raise UserError(
             f"this worker would run {here}, the run was begun with {bits(run.engine)}; their bits differ, "
@@ -533,7 +533,7 @@ def _loaded(out: str, key: str, size: tuple[int, int]) -> Call:
     shape = (run.batch, run.sections, *size)
     blob = volume.read_bytes(out, "work/model.bin")
     engine = run.engine["backend"], run.engine["precision"]
-    return forward.network(blob, *engine, shape, _threads(run), cluster.place_here())
+    return backends.network(blob, *engine, shape, _threads(run), cluster.place_here())
 
 
 def _threads(run: Run) -> int:

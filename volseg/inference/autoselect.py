@@ -23,7 +23,7 @@ import numpy as np
 
 from volseg.config import Predict
 from volseg.errors import UserError
-from volseg.inference import cache, forward
+from volseg.inference import backends, cache, export, hardware
 from volseg.inference.device import is_out_of_memory
 
 PROBED_VOXELS = 1 << 29  # a smaller volume is done before a probe has paid for itself
@@ -76,11 +76,11 @@ def choose(knobs: Predict, path: Path, int8: bool, voxels: int, sample: Callable
     the choice is a function of the arguments and the machine alone. Raises `UserError` for settings that cannot be met.
     """
     wanted = candidates(knobs, int8)
-    if len(wanted) == 1 and (knobs.batch or not forward.gpus()):
+    if len(wanted) == 1 and (knobs.batch or not hardware.gpu_count()):
         return Choice(*wanted[0], knobs.batch or 1, "as set")
     if voxels < PROBED_VOXELS:
-        found = forward.choose(knobs.backend, knobs.precision, int8)
-        known = GPU_BATCH if forward.describe(*found)["device"] == "cuda" else 1
+        found = backends.choose(knobs.backend, knobs.precision, int8)
+        known = GPU_BATCH if backends.describe(*found)["device"] == "cuda" else 1
         why = "known to be fastest on such a machine; the volume is too small to try others"
         return Choice(*found, knobs.batch or known, why)
     rows, kept = _cached_rows(path, wanted, knobs.batch, sample())
@@ -91,18 +91,18 @@ def choose(knobs: Predict, path: Path, int8: bool, voxels: int, sample: Callable
 
 def candidates(knobs: Predict, int8: bool) -> list[tuple[str, str]]:
     """The pairs of backend and precision that the settings allow and this machine has, float32 ones first."""
-    pairs = [(b, p) for p in ("fp32", "bf16", "fp16", "int8") for b in forward.PACKAGES if p in forward.PRECISIONS[b]]
+    pairs = [(b, p) for p in ("fp32", "bf16", "fp16", "int8") for b in backends.PACKAGES if p in backends.PRECISIONS[b]]
     pairs = [pair for pair in pairs if knobs.backend in ("auto", pair[0]) and knobs.precision in ("auto", pair[1])]
     found = [pair for pair in pairs if _present(*pair, int8, asked=knobs.precision != "auto")]
-    return found or [forward.choose(knobs.backend, knobs.precision)]
+    return found or [backends.choose(knobs.backend, knobs.precision)]
 
 
 def _present(backend: str, precision: str, int8: bool, *, asked: bool) -> bool:
     """Whether the backend is installed and computes in that precision, in hardware unless it is ``asked`` for."""
-    cuda = forward.gpus() > 0 and backend != "openvino"
-    fits = {"fp32": True, "bf16": asked or cuda or forward.has_bf16(), "fp16": cuda, "int8": asked or int8}[precision]
+    cuda = hardware.gpu_count() > 0 and backend != "openvino"
+    fits = {"fp32": True, "bf16": asked or cuda or hardware.has_bf16(), "fp16": cuda, "int8": asked or int8}[precision]
     try:
-        return fits and bool(forward.version(backend))
+        return fits and bool(backends.version(backend))
     except UserError:
         return False
 
@@ -150,8 +150,8 @@ def _cached_rows(path: Path, wanted: list, size: int, batch: np.ndarray) -> tupl
 
 def cache_file(path: Path, wanted: list, size: int, shape: tuple) -> Path:
     """Where the choice for this machine, model, tile and these versions is kept."""
-    engines = [forward.describe(*pair) for pair in wanted]
-    facts = [hashlib.sha256(path.read_bytes()).hexdigest(), engines, size, shape, os.cpu_count(), forward.gpus()]
+    engines = [backends.describe(*pair) for pair in wanted]
+    facts = [hashlib.sha256(path.read_bytes()).hexdigest(), engines, size, shape, os.cpu_count(), hardware.gpu_count()]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return cache.folder() / f"{key}.probe"
 
@@ -196,7 +196,9 @@ def _probed(folder: Path, path: Path, wanted: list[tuple[str, str]], size: int, 
 
 def rows(path: Path, wanted: Iterable[tuple[str, str]], size: int, batch: np.ndarray) -> Iterator[Row]:
     """Each candidate's row, as soon as it is measured; float32 by OpenVINO is what all are held against."""
-    exact = _run(forward.load(forward.prepare(path, "openvino"), "openvino", "fp32", (1, *batch.shape[1:])), batch, 1)
+    exact = _run(
+        backends.load(export.export_model(path, "openvino"), "openvino", "fp32", (1, *batch.shape[1:])), batch, 1
+    )
     for backend, precision in wanted:
         try:
             yield _row(path, backend, precision, size, batch, exact)
@@ -209,8 +211,8 @@ def rows(path: Path, wanted: Iterable[tuple[str, str]], size: int, batch: np.nda
 
 
 def _row(path: Path, backend: str, precision: str, size: int, batch: np.ndarray, exact: np.ndarray) -> Row:
-    blob = forward.prepare(path, backend, precision)
-    cuda = forward.gpus() > 0 and backend != "openvino"
+    blob = export.export_model(path, backend, precision)
+    cuda = hardware.gpu_count() > 0 and backend != "openvino"
     threads = 2 if cuda else os.cpu_count() or 1
     sizes = [size] if size else _doubling() if cuda else [1]
     return _largest(sizes, lambda count: _timed(blob, backend, precision, count, batch, exact, threads))
@@ -243,15 +245,15 @@ def _timed(
 
     Tiles lie where the network takes them, since a run cuts them there.
     """
-    there = forward.device(backend)
-    network = there.synchronized(forward.network(blob, backend, precision, (count, *batch.shape[1:]), threads))
+    there = backends.device(backend)
+    network = there.synchronized(backends.network(blob, backend, precision, (count, *batch.shape[1:]), threads))
     found = _run(lambda tiles: there.get(network(there.put(tiles))), batch, count)
     sides, apart = float(np.mean((found >= 0.5) != (exact >= 0.5))), float(np.abs(found - exact).mean())
     load = [(i, there.put(_padded(batch, i, count))) for i in range(0, max(len(batch), threads * count), count)]
     took = []
     for _ in range(TIMES):
         start = time.perf_counter()
-        for _ in forward.stream(network, load, threads):
+        for _ in backends.imap(network, load, threads):
             pass
         took.append(time.perf_counter() - start)
     speed = len(load) * count * batch[0, 0].size / statistics.median(took) / 1e6
@@ -266,7 +268,7 @@ def _padded(batch: np.ndarray, first: int, count: int) -> np.ndarray:
     return np.ascontiguousarray(batch[np.arange(first, first + count) % len(batch)])
 
 
-def _run(network: forward.Forward, batch: np.ndarray, count: int) -> np.ndarray:
+def _run(network: backends.Forward, batch: np.ndarray, count: int) -> np.ndarray:
     """Probabilities of all tiles, in batches of ``count``."""
     parts = [network(_padded(batch, first, count)) for first in range(0, len(batch), count)]
     return np.concatenate(parts)[: len(batch)]

@@ -30,7 +30,7 @@ from volseg.engine import cluster, pipeline
 from volseg.engine import forkserver as prefork
 from volseg.engine.run import Run, bits, redundancy
 from volseg.errors import UserError
-from volseg.inference import cache, forward, model, tiles
+from volseg.inference import backends, cache, export, hardware, model, tiles
 from volseg.inference.normalization import scale
 from volseg.io import volume
 from volseg.planning import memory
@@ -284,7 +284,7 @@ def known(run: Run, crew: cluster.Crew) -> Rates:
     except (OSError, ValueError, TypeError):
         pass
     engine, cuda = run.engine, run.engine.get("device") == "cuda"
-    speeds = {**SPEED, **(FAST if forward.has_bf16() else {})}
+    speeds = {**SPEED, **(FAST if hardware.has_bf16() else {})}
     of_core = speeds.get(f"{engine.get('backend')} {engine.get('precision')}", 1.0)
     speed = crew.workers * (GPU_SPEED if cuda else crew.threads * of_core * (BINNED if run.binning > 1 else 1))
     return Rates(1e6 * speed, INSTANCES * (crew.workers + crew.beside), memory.network(run, crew.threads))
@@ -306,7 +306,7 @@ def probe(run: Run, crew: cluster.Crew) -> Rates:
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "tiles.npy"), batch)
         path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
-        Path(folder, "model.bin").write_bytes(forward.prepare(path, run.engine["backend"], run.engine["precision"]))
+        Path(folder, "model.bin").write_bytes(export.export_model(path, run.engine["backend"], run.engine["precision"]))
         asked = {**bits(run.engine), "batch": run.batch, "threads": crew.threads, "voxel_size_nm": run.voxel_size_nm,
                  "fragments": run.config.fragments.model_dump(mode="json")}  # fmt: skip
         Path(folder, "asked.json").write_text(json.dumps(asked))
@@ -395,16 +395,16 @@ def _network(asked: dict, blob: bytes, batch: np.ndarray) -> tuple[dict, np.ndar
     """
     count, threads, size = len(batch), asked["threads"], asked["batch"]
     before = machine.resident()
-    there = forward.device(asked["backend"])
+    there = backends.device(asked["backend"])
     network = there.synchronized(
-        forward.network(blob, asked["backend"], asked["precision"], (size, *batch.shape[1:]), threads)
+        backends.network(blob, asked["backend"], asked["precision"], (size, *batch.shape[1:]), threads)
     )
     steps = range(0, max(count, 2 * threads * size), size)
     load = [(at, there.put(np.ascontiguousarray(batch[np.arange(at, at + size) % count]))) for at in steps]
-    for _ in forward.stream(network, load[:threads], threads):
+    for _ in backends.imap(network, load[:threads], threads):
         pass
     start = time.perf_counter()
-    made = [part for _, part in forward.stream(network, load, threads)]
+    made = [part for _, part in backends.imap(network, load, threads)]
     took = time.perf_counter() - start
     engine_bytes = machine.resident("HWM") - before
     if asked["device"] == "cpu" or asked["backend"] != "torch":
@@ -414,7 +414,7 @@ def _network(asked: dict, blob: bytes, batch: np.ndarray) -> tuple[dict, np.ndar
     found = {
         "predict": len(load) * size * batch[0, 0].size / took,
         "engine_bytes": max(0, engine_bytes),
-        "device_bytes": forward.device_bytes(),
+        "device_bytes": hardware.peak_gpu_bytes(),
     }
     return found, np.floor(every * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 

@@ -17,7 +17,7 @@ from volseg.engine import cluster, folder
 from volseg.engine.run import Run, blocks, redundancy, with_full_batches
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
-from volseg.inference import forward, model, tiles
+from volseg.inference import backends, export, hardware, model, tiles
 from volseg.inference.normalization import normalization, standardized
 from volseg.io import probabilities as foreign
 from volseg.io import roi as wanted
@@ -122,7 +122,7 @@ def crew_of(run: Run) -> cluster.Crew:
 
 def gpus(run: Run) -> int:
     """How many GPUs of this machine a run computes on."""
-    return forward.gpus() if run.engine.get("device") == "cuda" else 0
+    return hardware.gpu_count() if run.engine.get("device") == "cuda" else 0
 
 
 def memory_limit(knobs: Cluster, crew: cluster.Crew) -> int:
@@ -154,12 +154,12 @@ def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std:
     """What a new run computes with, and why."""
     card = model.load_card(path)
     choice = probe.choose(
-        config.predict, path, forward.int8_allowed(card), prod(source.shape),
+        config.predict, path, export.int8_allowed(card), prod(source.shape),
         lambda: sample_tiles(source, card, config, (mean, std)),
     )  # fmt: skip
     if choice.precision == "int8":
         model.quantized(path)
-    return {**forward.describe(choice.backend, choice.precision), "batch": choice.batch, "why": choice.why}
+    return {**backends.describe(choice.backend, choice.precision), "batch": choice.batch, "why": choice.why}
 
 
 def _begun_engine(out: str, config: Config, path: Path) -> dict:
@@ -173,7 +173,7 @@ def _begun_engine(out: str, config: Config, path: Path) -> dict:
     same_model = old.get("model_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
     if not same_model or old["config"]["predict"] != config.predict.model_dump(mode="json"):
         return {}
-    here = forward.describe(old["engine"]["backend"], old["engine"]["precision"])
+    here = backends.describe(old["engine"]["backend"], old["engine"]["precision"])
     return {**old["engine"], **here}
 
 
@@ -198,7 +198,7 @@ def sample_tiles(source: volume.Volume, card: dict, config: Config, norm: tuple[
 
     On a CPU, whose speed hardly depends on their size, they are at most 512 wide.
     """
-    longest = config.predict.tile if forward.gpus() else min(512, config.predict.tile)
+    longest = config.predict.tile if hardware.gpu_count() else min(512, config.predict.tile)
     grid = tiles.grid(source.shape[1:], longest, 0, card.get("binning", 1))
     places = grid.meeting(*(slice(0, n) for n in source.shape[1:]))
     depths = [(2 * k + 1) * source.shape[0] // 8 for k in range(4)]

@@ -19,7 +19,7 @@ from volseg.box import Box
 from volseg.config import Predict, load
 from volseg.errors import UserError
 from volseg.evaluation import evaluate
-from volseg.inference import forward, model, tiles
+from volseg.inference import backends, export, model, tiles
 from volseg.inference.normalization import normalization
 from volseg.io import volume
 from volseg.planning import prepare as describe
@@ -34,7 +34,7 @@ def quantize(
 ) -> dict:
     """The model file carries an INT8 form, calibrated on up to `CALIBRATED_ON` of ``sections`` (all if none are given).
 
-    With ``truth`` it is compared with fp32 on the sections ``held``, which must not be among those: `forward.int8_allowed`
+    With ``truth`` it is compared with fp32 on the sections ``held``, which must not be among those: `export.int8_allowed`
     reads that. Returns what the card then says. The same inputs give the same form.
     """
     card = model.load_card(path)
@@ -83,7 +83,7 @@ def _form(path: Path, batches: list[np.ndarray]) -> bytes:
             import nncf
     except ImportError:
         raise UserError("volseg quantize needs nncf; install it with: pip install 'volseg[int8]'") from None
-    graph = ov.Core().read_model(forward.prepare(path, "openvino"), b"")
+    graph = ov.Core().read_model(export.export_model(path, "openvino"), b"")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = nncf.quantize(
@@ -92,7 +92,7 @@ def _form(path: Path, batches: list[np.ndarray]) -> bytes:
         )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         ov.save_model(small, Path(folder, "int8.xml"), compress_to_fp16=True)
-        return forward.pack(Path(folder, "int8.xml").read_bytes(), Path(folder, "int8.bin").read_bytes())
+        return export.pack_int8(Path(folder, "int8.xml").read_bytes(), Path(folder, "int8.bin").read_bytes())
 
 
 def _stem(graph: Any) -> str:
@@ -117,7 +117,7 @@ def _compare(
 ) -> dict:
     """IoU of the foreground in both precisions with what is ``real`` in ``box``, and how far probabilities are apart."""
     card = model.load_card(path)
-    blobs = {"fp32": forward.prepare(path, "openvino"), "int8": forward.unpack(form)}
+    blobs = {"fp32": export.export_model(path, "openvino"), "int8": export.unpack_int8(form)}
     maps = {precision: _probabilities(blob, precision, source, box, card, norm) for precision, blob in blobs.items()}
     level = load(base=card["decode"]).fragments.threshold
     masks = [maps[precision][0] >= round(level * 255) for precision in maps]
@@ -132,7 +132,7 @@ def _probabilities(
 ) -> np.ndarray:
     """Both heads' probabilities of whole sections, uint8, as a run would store them."""
     grid = _grid(source, card)
-    network = forward.load(blob, "openvino", precision, (1, card["sections"], *grid.size))
+    network = backends.load(blob, "openvino", precision, (1, card["sections"], *grid.size))
     plane = tuple(slice(0, n) for n in source.shape[1:])
     out = np.empty((len(card["heads"]), *box.shape), np.uint8)
     for z in range(box.start[0], box.stop[0]):
@@ -160,6 +160,6 @@ def table(facts: dict) -> str:
             f"held out   {held['sections']}: IoU {held['iou_int8']:.4f} in int8, {held['iou_fp32']:.4f} in fp32",
             f"apart      {100 * held['sides']:.3f} % of voxels on another side of the threshold, "
             f"mean difference {255 * held['mean_difference']:.3f} / 255",
-            f"auto       {'may take it' if forward.int8_allowed({model.INT8: facts}) else 'does not take it'}",
+            f"auto       {'may take it' if export.int8_allowed({model.INT8: facts}) else 'does not take it'}",
         ]
     return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""The network as a function from a batch of tiles to probabilities, on whatever runs it fastest here.
+
+The promise includes the forward pass, so each backend is held to one arithmetic: one thread for each tile on a CPU
+(several tiles run side by side), a constant padded batch, deterministic kernels on CUDA. So ONNX Runtime is not given its
+TensorRT provider: that chooses kernels by timing them on each machine anew, and two workers could differ in bits.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from volseg.errors import UserError
+from volseg.inference import export, hardware, model
+from volseg.inference.device import NUMPY, Call, Device, TorchDevice, as_cuda_graph, row_by_row
+
+if TYPE_CHECKING:
+    import torch
+
+Forward = Callable[
+    [np.ndarray], np.ndarray
+]  # (B, sections, Y, X) float32, normalized -> (B, heads, Y, X) float32, 0..1
+PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
+PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "onnx": ("fp32",), "torch": ("fp32", "bf16", "fp16")}
+
+
+def choose(backend: str = "auto", precision: str = "auto", int8: bool = False) -> tuple[str, str]:
+    """The backend and precision that ``auto`` stands for on this machine, where nothing is measured.
+
+    torch fp16 on a CUDA device; else OpenVINO: in int8 where the model's form may be taken (``int8``) and the CPU is
+    known to gain by it, in bf16 where the CPU has it. Raises `UserError` for a pair that does not exist.
+    """
+    cuda = hardware.gpu_count() > 0
+    if backend == "auto":
+        backend = "torch" if cuda and precision != "int8" else "openvino"
+    if precision == "auto" and backend == "openvino":
+        precision = "int8" if int8 and "avx2" in hardware.cpu_flags() else "bf16" if hardware.has_bf16() else "fp32"
+    if precision == "auto":
+        precision = "fp16" if cuda and backend == "torch" else "fp32"
+    if precision not in PRECISIONS[backend]:
+        offered = ", ".join(PRECISIONS[backend])
+        raise UserError(f"predict.precision = {precision!r} is not offered by the {backend} backend; it has {offered}")
+    if precision == "fp16" and not cuda:
+        raise UserError("predict.precision = 'fp16' needs a CUDA device; use bf16 or fp32 on a CPU")
+    return backend, precision
+
+
+def version(backend: str) -> str:
+    """The version of the package behind a backend; refuses one that is not installed."""
+    for package in (PACKAGES[backend], f"{PACKAGES[backend]}-gpu"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    raise UserError(f"predict.backend = {backend!r} needs the package {PACKAGES[backend]}; install it or use auto")
+
+
+def describe(backend: str, precision: str, place: int = 0) -> dict:
+    """What decides the bits of a forward pass besides the model: recorded in the run, compared on restart and workers.
+
+    ``place`` as for `load`: a machine may have GPUs of several kinds.
+    """
+    cuda = backend != "openvino" and hardware.gpu_count() > 0
+    return {
+        "backend": backend,
+        "precision": precision,
+        "device": "cuda" if cuda else "cpu",
+        "processor": hardware.gpu_name(place % hardware.gpu_count()) if cuda else hardware.instruction_sets(),
+        "version": version(backend),
+        "volseg": metadata.version("volseg"),
+    }
+
+
+def load(
+    blob: bytes, backend: str, precision: str, shape: tuple[int, int, int, int], threads: int = 1, place: int = 0
+) -> Forward:
+    """A function for batches of one ``shape`` (B, sections, Y, X), to be called from up to ``threads`` threads at once.
+
+    ``place`` is the number of this worker on its machine: torch takes that GPU.
+    """
+    there = device(backend, place)
+    call = there.synchronized(network(blob, backend, precision, shape, threads, place))
+    return lambda batch: there.get(call(there.put(batch)))
+
+
+def device(backend: str, place: int = 0) -> Device:
+    """Where a backend takes its batches, as a new counter of bytes: torch on that GPU, or on the CPU where there is none."""
+    if backend != "torch":
+        return NUMPY
+    return TorchDevice(f"cuda:{place % hardware.gpu_count()}" if hardware.gpu_count() else "cpu")
+
+
+def network(
+    blob: bytes, backend: str, precision: str, shape: tuple[int, int, int, int], threads: int = 1, place: int = 0
+) -> Call:
+    """What `load` gives, for batches that lie on its `device`, which may not be done when the function returns."""
+    there = device(backend, place)
+
+    def make(shape: tuple[int, int, int, int]) -> Call:
+        if backend == "openvino":
+            return _openvino(blob, precision, shape, threads)
+        return _onnxruntime(blob, place) if backend == "onnx" else _torch(blob, precision, shape, there.name)
+
+    return row_by_row(make, shape, there)
+
+
+def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], threads: int) -> Forward:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or its import calls home
+    import openvino as ov
+
+    bf16 = precision == "bf16" or (precision == "int8" and hardware.has_bf16())  # of int8: the layers that stay float
+    knobs = {
+        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+        "NUM_STREAMS": threads,  # with as many threads: one thread for each tile, so the bits do not depend on them
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,  # or every worker process would sit on the first core
+    }
+    compiled = export.compile_openvino(blob, precision, shape, knobs)
+    ov.Tensor(
+        np.zeros(1, np.float32)
+    )  # two threads that make the process's first tensor at once wait for each other forever
+    mine = threading.local()
+
+    def forward(batch: np.ndarray) -> np.ndarray:
+        if not hasattr(mine, "request"):
+            mine.request = compiled.create_infer_request()
+        mine.request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
+        return mine.request.get_output_tensor(0).data.copy()
+
+    return forward
+
+
+def _onnxruntime(blob: bytes, place: int) -> Forward:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    wanted: list = ["CPUExecutionProvider"]
+    if hardware.gpu_count():
+        exact = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}  # not by timing, and fp32 is fp32
+        wanted.insert(0, ("CUDAExecutionProvider", {"device_id": place % hardware.gpu_count(), **exact}))
+        options.use_deterministic_compute = True
+        onnxruntime.preload_dlls()
+    session = onnxruntime.InferenceSession(blob, options, providers=wanted)
+    if hardware.gpu_count() and "CUDAExecutionProvider" not in session.get_providers():
+        raise UserError("predict.backend = 'onnx' finds a GPU but not all its CUDA libraries; install them (pip install "
+                        "'cuda-toolkit[curand]' is mostly what lacks), use torch, or hide the GPU")  # fmt: skip
+
+    def forward(batch: np.ndarray) -> np.ndarray:
+        return session.run(None, {"tiles": np.ascontiguousarray(batch)})[0]
+
+    return forward
+
+
+def _torch(blob: bytes, precision: str, shape: tuple[int, int, int, int], name: str) -> Call:
+    """The network on a device of torch; on a GPU its weights are in ``precision`` and its kernels are replayed."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        path.write_bytes(blob)
+        network, _ = model.load(path)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    cuda, last = name != "cpu", torch.channels_last
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
+    network = network.requires_grad_(False).to(name, kind if cuda else torch.float32, memory_format=last)
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        if cuda:
+            return torch.sigmoid(network(batch.to(kind, memory_format=last)).float()).contiguous()
+        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+            return torch.sigmoid(network(batch.contiguous(memory_format=last)).float()).contiguous()
+
+    if cuda:
+        return as_cuda_graph(forward, shape, name)
+    torch.set_num_threads(1)
+    return forward
+
+
+class TimedCall:
+    """``forward`` that counts the ``seconds`` in which it was under way in at least one thread."""
+
+    def __init__(self, forward: Call) -> None:
+        self.forward = forward
+        self.seconds, self.running, self.since = 0.0, 0, 0.0
+        self.lock = threading.Lock()
+
+    def __call__(self, batch: Any) -> Any:
+        self._step(1)
+        try:
+            return self.forward(batch)
+        finally:
+            self._step(-1)
+
+    def _step(self, change: int) -> None:
+        with self.lock:
+            now = time.perf_counter()
+            self.seconds += (now - self.since) * (self.running > 0)
+            self.since, self.running = now, self.running + change
+
+
+def imap(forward: Call, batches: Iterable[tuple[Any, Any]], threads: int) -> Iterator[tuple[Any, Any]]:
+    """``(key, forward(batch))`` for each ``(key, batch)``, in order, ``threads`` of them under way at once."""
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque = deque()
+        for key, batch in batches:
+            running.append((key, pool.submit(forward, batch)))
+            if len(running) > threads:
+                done, future = running.popleft()
+                yield done, future.result()
+        while running:
+            done, future = running.popleft()
+            yield done, future.result()
