@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from benchmarks import report
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
-from volseg.io import volume
+from volseg.io import arrays, volume
 from volseg.segmentation import fragments, stitch
 from volseg.segmentation.rules import decide, rules
 
@@ -90,7 +90,7 @@ def of_run(run: str) -> None:
     """The stored probabilities of a finished run, cut in six ways in this process, against the labels it wrote."""
     facts = json.loads(Path(run, "run.json").read_text())
     config = Config(**facts["config"])
-    probability = np.asarray(volume.open_array(run, "0")[:])
+    probability = np.asarray(arrays.open_array(run, "0")[:])
     shape = probability.shape[1:]
     labels = volume.open(run, dataset="labels/instances/0")
     rows = [{"blocks": "as run", "seconds": round(facts["seconds"]["total"], 1),

@@ -21,7 +21,7 @@ from volseg.engine import cluster, folder, pipeline
 from volseg.engine.run import Run
 from volseg.inference import backends, export, model
 from volseg.inference.normalization import standardized
-from volseg.io import volume
+from volseg.io import arrays, volume
 from volseg.planning import prepare as describe
 
 BATCH = 8  # tiles at once where predict.batch is not set
@@ -134,7 +134,7 @@ def _monai(run: Run, device: str) -> dict[str, Callable[[], np.ndarray]]:
 
 def _stored(run: Run) -> np.ndarray:
     """What it predicted, section after section."""
-    return np.asarray(volume.open_array(run.out, "0")).transpose(1, 0, 2, 3)
+    return np.asarray(arrays.open_array(run.out, "0")).transpose(1, 0, 2, 3)
 
 
 def _sum(receipts: list[dict], name: str) -> int:

@@ -16,7 +16,7 @@ from volseg.config import Fragments
 from volseg.evaluation import evaluate
 from volseg.evaluation.calibrate import SCORES
 from volseg.evaluation.metrics import Contingency, foreground, instances, pairs
-from volseg.io import volume
+from volseg.io import arrays
 from volseg.segmentation import fragments, stitch
 from volseg.segmentation.rules import Rules, decide
 
@@ -72,7 +72,7 @@ def measure(run: str, truth: str, box: str, calibrate: tuple[str, str, str], nam
 def part(run: str, truth: str, box: str) -> Part:
     """The voxels of a box."""
     facts = json.loads(Path(run, "run.json").read_text())
-    stored, at = volume.open_array(run, "0"), Box.parse(box)
+    stored, at = arrays.open_array(run, "0"), Box.parse(box)
     known = {key: value for key, value in facts["config"]["fragments"].items() if key in Fragments.model_fields}
     labels = evaluate.truth_in(truth, stored.shape[1:], at)(at)
     near = evaluate.touching_in(lambda _: labels, [at], at)

@@ -24,7 +24,7 @@ from benchmarks.repeat import Alone, aside
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
 from volseg.evaluation.synthetic import synth
-from volseg.io import volume
+from volseg.io import arrays
 from volseg.segmentation import fragments, objects, stitch
 from volseg.segmentation.rules import Rules, decide
 from volseg.system import tune_malloc
@@ -109,7 +109,7 @@ class Found:
 def _probability(run: str, sections: int) -> np.ndarray:
     """uint8 probabilities (mask, contour; z y x): the last sections of a run's, or a synthetic volume's."""
     if run:
-        return np.asarray(volume.open_array(str(Path(run).resolve()), "0")[:2, -sections:])
+        return np.asarray(arrays.open_array(str(Path(run).resolve()), "0")[:2, -sections:])
     labels = synth(Box((0, 0, 0), SHAPE), seed=SEED)[1]
     steps = [np.diff(labels, axis=axis, append=labels.take([-1], axis)) != 0 for axis in range(3)]
     rng, sharp = np.random.default_rng(0), (labels > 0, np.any(steps, axis=0))

@@ -17,7 +17,7 @@ from benchmarks.repeat import side_by_side
 from volseg.box import Box
 from volseg.config import Config
 from volseg.evaluation.synthetic import synth
-from volseg.io import volume
+from volseg.io import arrays
 
 LATENCY = 0.03  # seconds before the far store answers
 PIPELINES = {"zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline", "zarrs": "zarrs.ZarrsCodecPipeline"}
@@ -57,8 +57,8 @@ def measure(repeats: int) -> None:
 
 def _array(path: Path, data: np.ndarray, where: str) -> zarr.Array:
     """A sharded array as volseg makes them, opened in the store asked for."""
-    volume.create_group(str(path))
-    volume.create_array(
+    arrays.create_group(str(path))
+    arrays.create_array(
         str(path),
         "0",
         shape=data.shape,

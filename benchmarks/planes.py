@@ -22,7 +22,7 @@ from volseg.evaluation import evaluate
 from volseg.evaluation.calibrate import SEEDS, SIZES
 from volseg.evaluation.metrics import Contingency, foreground, instances
 from volseg.inference import model
-from volseg.io import volume
+from volseg.io import arrays, files, volume
 from volseg.planning import prepare as describe
 from volseg.segmentation import fragments
 from volseg.segmentation.rules import decide, rules
@@ -58,7 +58,7 @@ def _predict(image: str, run: str, sets: tuple[str, ...]) -> float:
 
     The stages of `volseg infer` up to the probabilities, block after block in this process: the rest is the same for all.
     """
-    volume.remove(run)
+    files.remove(run)
     config = load(sets=sets, base=model.load_card(model.shipped())["decode"])
     told = describe.from_image(volume.open(image), config, run)
     folder.begin(told, overwrite=True)
@@ -74,7 +74,7 @@ def scores(run: str, truth: str, chosen: Box, tested: Box) -> dict:
     """Scores on ``tested`` with the threshold of the best IoU and the decision of the best PQ on ``chosen``."""
     facts = json.loads(Path(run, "work/run.json").read_text())
     config, nm = Config(**facts["config"]), tuple(facts["voxel_size_nm"])
-    probability = np.asarray(volume.open_array(run, "0")[:])
+    probability = np.asarray(arrays.open_array(run, "0")[:])
     true = {part: evaluate.truth_in(truth, probability.shape[1:], part)(part) for part in (chosen, tested)}
     knobs = config.fragments.model_copy(
         update={"threshold": threshold(probability, config.fragments, chosen, true[chosen])}

@@ -21,7 +21,7 @@ from benchmarks import report
 from volseg import config
 from volseg.box import Blocks, Box
 from volseg.engine import cluster
-from volseg.io import volume
+from volseg.io import arrays, ome, volume
 from volseg.segmentation import stitch
 
 GROWTH = {  # piece, blocks and tiles, and how often the piece is laid along z, y and x: once, then 8 and 64 times as much
@@ -96,13 +96,13 @@ def _laid(folder: Path, piece: tuple[int, ...], times: tuple[int, ...]) -> Path:
     one = volume.open(str(folder / "piece.zarr"))
     voxels = one.read(Box.whole(one.shape))
     laid = np.pad(voxels, [(0, n * (k - 1)) for n, k in zip(piece, times, strict=True)], mode="symmetric")
-    volume.create_group(str(image))
-    volume.create_array(
+    arrays.create_group(str(image))
+    arrays.create_array(
         str(image), "0", shape=laid.shape, dtype=laid.dtype, chunk=(16, 256, 256), shard=piece, axes="zyx"
     )
-    volume.set_group_attributes(str(image), "", volume.ome_multiscales("em", "zyx", [("0", one.voxel_size_nm)]))
+    arrays.set_group_attributes(str(image), "", ome.multiscales("em", "zyx", [("0", one.voxel_size_nm)]))
     for box in Blocks(laid.shape, piece):
-        volume.write(volume.open_array(str(image), "0"), box, laid[box.slices])
+        arrays.write(arrays.open_array(str(image), "0"), box, laid[box.slices])
     return folder
 
 

@@ -28,7 +28,7 @@ from volseg.box import Blocks, Box, Triple
 from volseg.config import Config, Fragments
 from volseg.engine import cluster
 from volseg.errors import UserError
-from volseg.io import volume
+from volseg.io import arrays, files
 from volseg.segmentation import fragments, stitch
 from volseg.segmentation import hierarchy as tree
 from volseg.segmentation.rules import Rules, decide, rules
@@ -66,10 +66,10 @@ class Pattern:
 
 def cut(run: str, block: Triple, most: Triple) -> Pattern:
     """The pattern of a finished run's probabilities in blocks of that shape, of at most ``most`` voxels before mirroring."""
-    if not volume.exists(f"{run}/run.json"):
+    if not files.exists(f"{run}/run.json"):
         raise UserError(f"{run} is not a finished run; make one with: python -m benchmarks epfl --out {run}")
     facts = json.loads(Path(run, "run.json").read_text())
-    config, stored = Config(**facts["config"]), volume.open_array(run, "0")
+    config, stored = Config(**facts["config"]), arrays.open_array(run, "0")
     nm = tuple(facts["voxel_size_nm"])
     counts = tuple(_blocks(min(n, m), b) for n, m, b in zip(stored.shape[1:], most, block, strict=True))
     half = [c * b // 2 for c, b in zip(counts, block, strict=True)]

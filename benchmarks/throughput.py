@@ -22,7 +22,7 @@ from volseg.config import Config
 from volseg.engine import cluster
 from volseg.inference import backends, export, model, tiles
 from volseg.inference.normalization import standardized
-from volseg.io import volume
+from volseg.io import arrays, volume
 from volseg.system import tune_malloc
 
 OVERLAP = 64  # voxels, of the peers' windows as of volseg's tiles
@@ -63,7 +63,7 @@ def measure(image: str, sections: int, few: int, repeats: int, standard: str, ou
     speed = {ours[name]: depth / median(predicted[name]) for name in runs}
     speed.update({name: len(results[name]) / seconds for name, seconds in took.items()})
     for name, row in ours.items():
-        stored = np.asarray(volume.open_array(str((folder / f"{name}.volseg.zarr").resolve()), "0"))
+        stored = np.asarray(arrays.open_array(str((folder / f"{name}.volseg.zarr").resolve()), "0"))
         results[row] = stored.transpose(1, 0, 2, 3)[1:-1]
     report.keep("throughput", [
         {"way": name, "Mvoxel/s": round(planes * prod(plane) / 1e6, 2),

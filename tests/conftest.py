@@ -65,9 +65,9 @@ def bucket() -> Iterator[str]:
 
 def forget_sessions(filesystem: type) -> None:
     """The sessions that s3fs leaves open are collected here, and not in a later test."""
-    from volseg.io import volume
+    from volseg.io import arrays
 
-    volume.forget()
+    arrays.clear_array_cache()
     filesystem.clear_instance_cache()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)

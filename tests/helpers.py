@@ -15,8 +15,8 @@ from volseg.config import Config, load, resolve
 from volseg.engine import cluster, folder, pipeline
 from volseg.engine import schedule as flow
 from volseg.inference import model
+from volseg.io import arrays, ome, volume
 from volseg.io import probabilities as foreign
-from volseg.io import volume
 from volseg.planning import prepare as describe
 from volseg.segmentation.fragments import OUTSIDE, fragments
 from volseg.segmentation.rules import ANY, Rules
@@ -97,10 +97,10 @@ RUN_STAGES_SETTINGS = {"predict": {"tile": 64, "overlap": 16, "precision": "fp32
 
 def write_volume(path, data, nm=None):
     """A zarr volume with these voxels."""
-    volume.create_group(path)
-    volume.create_array(path, "0", shape=data.shape, dtype=data.dtype, chunk=data.shape, shard=data.shape, axes="zyx")
-    volume.write(volume.open_array(path, "0"), Box.whole(data.shape), data)
-    volume.set_group_attributes(path, "", volume.ome_multiscales("volume", "zyx", [("0", nm or (5.0, 5.0, 5.0))]))
+    arrays.create_group(path)
+    arrays.create_array(path, "0", shape=data.shape, dtype=data.dtype, chunk=data.shape, shard=data.shape, axes="zyx")
+    arrays.write(arrays.open_array(path, "0"), Box.whole(data.shape), data)
+    arrays.set_group_attributes(path, "", ome.multiscales("volume", "zyx", [("0", nm or (5.0, 5.0, 5.0))]))
     return path
 
 

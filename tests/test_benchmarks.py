@@ -31,7 +31,7 @@ from volseg.box import Box
 from volseg.config import load
 from volseg.engine import cluster
 from volseg.inference import hardware
-from volseg.io import volume
+from volseg.io import arrays, volume
 
 
 def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, tmp_path, capsys):
@@ -104,7 +104,7 @@ def test_an_ablation_changes_one_thing(image, monkeypatch, tmp_path):
 
 
 def test_volseg_finds_as_many_objects_at_every_block_size_as_one_watershed_of_the_whole(reference):
-    probability = np.asarray(volume.open_array(reference, "0"))
+    probability = np.asarray(arrays.open_array(reference, "0"))
     counts = {side: instances.ours(probability, side).objects for side in (170, 64, 24)}
     found = instances.whole(probability, 0)
     assert set(counts.values()) == {found.objects}

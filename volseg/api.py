@@ -24,9 +24,9 @@ from volseg.engine.run import Run, blocks, fit, redundancy
 from volseg.engine.schedule import Show
 from volseg.errors import OutOfMemoryError, UserError
 from volseg.inference import hardware
+from volseg.io import arrays, files, ome, volume
 from volseg.io import probabilities as foreign
 from volseg.io import tables as store
-from volseg.io import volume
 from volseg.planning import plan
 from volseg.planning import prepare as describe
 from volseg.segmentation import objects
@@ -215,7 +215,7 @@ def finish(
     sums = store.each(run.out, [f"work/objects/{i}.npz" for i in range(len(run.grid))])
     parts = [objects.Sums(**part) for part in sums]
     for stale in ("review", "tables/merges.parquet", "tables/merges.csv"):
-        volume.remove(f"{run.out}/{stale}")
+        files.remove(f"{run.out}/{stale}")
     told = _told(run)
     columns = objects.table(objects.merge(parts), run.shape, run.voxel_size_nm, told["confidence"])
     _write_table(run.out, "objects", columns)
@@ -223,9 +223,9 @@ def finish(
     labels = volume.open(run.out, dataset="labels/instances/0")
     with ThreadPoolExecutor(1) as beside:
         histogram = beside.submit(view.volumes, columns)
-        volume.write_bytes(run.out, "overlay.png", view.overlay(view.seen(run.source, run.out), labels, columns))
-        volume.write_bytes(run.out, "tables/volumes.png", histogram.result())
-    volume.set_group_attributes(run.out, "", volume.ome_multiscales("probability", "czyx", [("0", run.voxel_size_nm)]))
+        files.write_bytes(run.out, "overlay.png", view.overlay(view.seen(run.source, run.out), labels, columns))
+        files.write_bytes(run.out, "tables/volumes.png", histogram.result())
+    arrays.set_group_attributes(run.out, "", ome.multiscales("probability", "czyx", [("0", run.voxel_size_nm)]))
     now = time.perf_counter()
     seconds = {"start": started - start, **ledger.seconds, "finish": now - ending, "total": now - start}
     facts = {
@@ -247,12 +247,12 @@ def finish(
         compared = plan.compared(
             made, seconds["total"], facts["peak_bytes"]["worker"], facts["actual"]["written_bytes"]
         )
-    volume.write_bytes(run.out, "run.json", json.dumps(facts, indent=1).encode())
+    files.write_bytes(run.out, "run.json", json.dumps(facts, indent=1).encode())
     if run.out != out:
-        volume.remove(out)
-        volume.move(run.out, out)
+        files.remove(out)
+        files.move(run.out, out)
     if not run.config.output.keep_work:
-        volume.remove(f"{out}/work")
+        files.remove(f"{out}/work")
     return Summary(
         out=out,
         objects=facts["objects"],
@@ -274,7 +274,7 @@ def finish(
 def _lacks(run: Run) -> str:
     """Why a run in which one process stitched has no object."""
     knobs, rule = run.config.fragments, run.config.stitch
-    if not volume.exists(f"{run.out}/work/basins.npz"):
+    if not files.exists(f"{run.out}/work/basins.npz"):
         return "no voxel reaches fragments.threshold, none of those that do reaches stitch.seed, or all objects are too small"
     depth = store.load(run.out, "work/basins.npz")["depth"]
     if not depth.size:
@@ -291,7 +291,7 @@ def _actual(run: Run, ledger: flow.Ledger, facts: dict) -> dict:
     return {
         "inferred_voxels": ledger.inferred,
         "redundancy": redundancy(run, ledger.inferred),
-        "written_bytes": volume.stored_bytes(run.out),
+        "written_bytes": files.stored_bytes(run.out),
         "worker_bytes": facts["peak_bytes"]["worker"],
         "client_bytes": facts["peak_bytes"]["client"],
         "total_seconds": facts["seconds"]["total"],
@@ -301,7 +301,7 @@ def _actual(run: Run, ledger: flow.Ledger, facts: dict) -> dict:
 def _told(run: Run) -> dict[str, np.ndarray]:
     """What `stitched` told of its decisions; where a tree stitched, what all blocks tell of the objects' borders."""
     key = f"work/merges/{run.keys['stitch']}.npz"
-    if volume.exists(f"{run.out}/{key}"):
+    if files.exists(f"{run.out}/{key}"):
         return store.load(run.out, key)
     parts = store.each(run.out, [f"work/borders/{i}.npz" for i in range(len(run.grid))])
     graph = merges.graph(merges.Part(**part) for part in parts)
@@ -317,10 +317,10 @@ def _write_table(out: str, name: str, columns: dict[str, np.ndarray]) -> None:
 
     file, rows, whole = io.BytesIO(), io.BytesIO(), pyarrow.table(columns)
     parquet.write_table(whole, file)
-    volume.write_bytes(out, f"tables/{name}.parquet", file.getvalue())
+    files.write_bytes(out, f"tables/{name}.parquet", file.getvalue())
     rows.write(f"{','.join(columns)}\n".encode())
     csv.write_csv(whole, rows, csv.WriteOptions(include_header=False, quoting_style="none"))
-    volume.write_bytes(out, f"tables/{name}.csv", rows.getvalue())
+    files.write_bytes(out, f"tables/{name}.csv", rows.getvalue())
 
 
 # ---------------------------------------------------------------- synthetic volumes
@@ -333,28 +333,28 @@ def synthesize(out: str, shape: Triple, block: Triple, *, seed: int, overwrite: 
     """
     from volseg.evaluation.synthetic import VOXEL_SIZE_NM, synth
 
-    if volume.exists(out) and not overwrite:
+    if files.exists(out) and not overwrite:
         raise UserError(f"output {out} exists; give another path, or --overwrite to replace it")
-    if volume.exists(out) and not volume.exists(f"{out}/labels/truth/zarr.json"):
+    if files.exists(out) and not files.exists(f"{out}/labels/truth/zarr.json"):
         raise UserError(f"output {out} exists and volseg synth did not make it, so it is left alone; give another path")
     partial = folder.partial(out)
-    volume.remove(partial)
+    files.remove(partial)
     grid = Blocks(shape, fit(block, shape))
     dtype = synth(Box((0, 0, 0), (1, 1, 1)), seed=seed)[1].dtype
     for group in ("", "/labels", "/labels/truth"):
-        volume.create_group(f"{partial}{group}")
+        arrays.create_group(f"{partial}{group}")
     for name, kind in (("0", "uint8"), ("labels/truth/0", dtype)):
-        volume.create_array(partial, name, shape=shape, dtype=kind, chunk=(32, 256, 256), shard=grid.block, axes="zyx")
-    volume.set_group_attributes(partial, "", volume.ome_multiscales("synthetic EM", "zyx", [("0", VOXEL_SIZE_NM)]))
-    volume.set_group_attributes(partial, "labels", {"ome": {"version": "0.5", "labels": ["truth"]}})
-    truth = volume.ome_multiscales("truth", "zyx", [("0", VOXEL_SIZE_NM)], source="../../")
-    volume.set_group_attributes(partial, "labels/truth", truth)
+        arrays.create_array(partial, name, shape=shape, dtype=kind, chunk=(32, 256, 256), shard=grid.block, axes="zyx")
+    arrays.set_group_attributes(partial, "", ome.multiscales("synthetic EM", "zyx", [("0", VOXEL_SIZE_NM)]))
+    arrays.set_group_attributes(partial, "labels", {"ome": {"version": "0.5", "labels": ["truth"]}})
+    truth = ome.multiscales("truth", "zyx", [("0", VOXEL_SIZE_NM)], source="../../")
+    arrays.set_group_attributes(partial, "labels/truth", truth)
     advance = show.stage("synth", prod(shape), 0)
     for box in grid:
         image, labels = synth(box, seed=seed)
-        volume.write(volume.open_array(partial, "0"), box, image)
-        volume.write(volume.open_array(partial, "labels/truth/0"), box, labels)
+        arrays.write(arrays.open_array(partial, "0"), box, image)
+        arrays.write(arrays.open_array(partial, "labels/truth/0"), box, labels)
         advance(box.voxels)
     if partial != out:
-        volume.remove(out)
-        volume.move(partial, out)
+        files.remove(out)
+        files.move(partial, out)

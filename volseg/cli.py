@@ -594,13 +594,13 @@ def info(
 @app.command()
 def clean(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
     """Remove a finished run's work folder; labels, table and probabilities stay."""
-    from volseg.io import volume
+    from volseg.io import files
 
-    if not volume.exists(f"{run}/run.json"):
+    if not files.exists(f"{run}/run.json"):
         raise UserError(f"{run} is not a finished volseg run (no run.json in it); give a folder that volseg infer made")
     where = f"{run.rstrip('/')}/work"
-    freed = volume.stored_bytes(where)
-    volume.remove(where)
+    freed = files.stored_bytes(where)
+    files.remove(where)
     told = "" if freed is None else f" ({freed / 1e9:.2f} GB)"
     typer.echo(f"removed {where}{told}; volseg segment then needs --recompute")
 

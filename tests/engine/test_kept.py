@@ -14,7 +14,7 @@ from volseg import api as launch
 from volseg.box import Box
 from volseg.config import load
 from volseg.engine import cluster, folder
-from volseg.io import volume
+from volseg.io import arrays, files, volume
 
 SHAPE = (17, 40, 140)
 PLAIN = ["probabilities.mask_channel=0", "fragments.smooth=[0, 0, 0]", "stitch.seed=0.5", "stitch.min_voxels=10",
@@ -42,7 +42,7 @@ def same(out, mask, tmp_path, *more):
     equal = [
         np.array_equal(*(zarr.open_array(f"{run}/{name}", mode="r")[:] for run in (out, fresh))) for name in levels
     ]
-    tables = [volume.read_bytes(run, "tables/objects.parquet") for run in (out, fresh)]
+    tables = [files.read_bytes(run, "tables/objects.parquet") for run in (out, fresh)]
     return all(equal) and tables[0] == tables[1]
 
 
@@ -84,7 +84,7 @@ def test_labels_that_an_earlier_volseg_began_are_made_anew(mask, tmp_path):
     """It did not write down their type."""
     out = str(tmp_path / "run.volseg.zarr")
     segment_here(mask, out, load(sets=PLAIN))
-    volume.write_bytes(out, "work/labels.json", b'{"objects": 3}')
+    files.write_bytes(out, "work/labels.json", b'{"objects": 3}')
     launch.segment(out, sets("stitch.reduce=flat"), show=Quiet())  # decides no byte, so no key changes
     assert same(out, mask, tmp_path)
 
@@ -101,5 +101,5 @@ def half(out, change):
     do_stages(run, "stitch")
     folder.create_labels(run)
     do_stages(run, "relabel", some=range(0, 16, 3))
-    volume.write_bytes(out, "work/stamps/relabel/5", b"")
-    volume.write(volume.open_array(out, "labels/instances/0"), run.grid[5], np.full(run.grid[5].shape, 77, np.uint32))
+    files.write_bytes(out, "work/stamps/relabel/5", b"")
+    arrays.write(arrays.open_array(out, "labels/instances/0"), run.grid[5], np.full(run.grid[5].shape, 77, np.uint32))

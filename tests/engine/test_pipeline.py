@@ -31,7 +31,7 @@ from volseg.errors import UserError
 from volseg.evaluation import calibrate, review, verify
 from volseg.evaluation.synthetic import synth
 from volseg.inference import model
-from volseg.io import volume
+from volseg.io import arrays, files, volume
 from volseg.planning import prepare as describe
 
 
@@ -104,18 +104,18 @@ def test_a_stopped_run_is_kept_even_with_overwrite(image, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     run = describe.from_image(volume.open(image), settings(), f"{out}.partial")
     folder.begin(run, overwrite=False)
-    volume.write_bytes(run.out, "work/markers/predict/0-test.json", b"{}")
+    files.write_bytes(run.out, "work/markers/predict/0-test.json", b"{}")
     folder.begin(run, overwrite=True)
-    assert volume.exists(f"{run.out}/work/markers/predict/0-test.json")
+    assert files.exists(f"{run.out}/work/markers/predict/0-test.json")
     other = describe.from_image(volume.open(image), settings(fragments={"threshold": 0.123}), f"{out}.partial")
     folder.begin(other, overwrite=True)
-    assert not volume.exists(f"{run.out}/work/markers/predict/0-test.json")
+    assert not files.exists(f"{run.out}/work/markers/predict/0-test.json")
 
 
 def test_half_made_label_arrays_are_made_again(image, tmp_path):
     run = describe.from_image(volume.open(image), settings(), str(tmp_path / "run.partial"))
     folder.begin(run, overwrite=False)
-    volume.create_array(run.out, "labels/instances/0", shape=SHAPE, dtype="uint8", chunk=SHAPE, shard=SHAPE)
+    arrays.create_array(run.out, "labels/instances/0", shape=SHAPE, dtype="uint8", chunk=SHAPE, shard=SHAPE)
     folder.create_labels(run)
     folder.create_labels(run)
     made = zarr.open_group(run.out, mode="r")["labels/instances"]
@@ -138,10 +138,10 @@ def test_what_no_run_made_is_never_replaced(image, tmp_path, where):
 
 
 def test_a_bucket_that_holds_other_things_is_left_alone(bucket, image):
-    volume.write_bytes(f"{bucket}/shared", "precious", b"kept")
+    files.write_bytes(f"{bucket}/shared", "precious", b"kept")
     with pytest.raises(UserError, match="not a volseg run"):
         launch.infer(image, f"{bucket}/shared", settings(), overwrite=True, show=Quiet())
-    assert volume.read_bytes(f"{bucket}/shared", "precious") == b"kept"
+    assert files.read_bytes(f"{bucket}/shared", "precious") == b"kept"
 
 
 def test_a_worker_of_another_kind_is_refused(image, tmp_path):
@@ -267,7 +267,7 @@ def test_a_removal_that_was_stopped_leaves_nothing_that_counts(image, reference,
     out = tmp_path / "run.volseg.zarr"
     shutil.copytree(reference, f"{out}.partial")
     run = replace(Run.from_json(json.loads(Path(reference, "work/run.json").read_text())), out=f"{out}.partial")
-    remove, left = volume.remove, Path(f"{out}.partial")
+    remove, left = files.remove, Path(f"{out}.partial")
     every = len(list(left.iterdir())) + len(list((left / "work").iterdir()))
     for stopped in range(1, every - 2, 3):
         removed = []
@@ -278,7 +278,7 @@ def test_a_removal_that_was_stopped_leaves_nothing_that_counts(image, reference,
             removed.append(path)
             remove(path)
 
-        monkeypatch.setattr(volume, "remove", stop)
+        monkeypatch.setattr(files, "remove", stop)
         with pytest.raises(KeyboardInterrupt):
             folder.begin_again(run)
         monkeypatch.undo()
@@ -339,7 +339,7 @@ def test_a_run_from_and_to_an_object_store(bucket, image, reference):
     em, out = f"{bucket}/em.zarr", f"{bucket}/run.volseg.zarr"
     for path in Path(image).rglob("*"):
         if path.is_file():
-            volume.write_bytes(em, str(path.relative_to(image)), path.read_bytes())
+            files.write_bytes(em, str(path.relative_to(image)), path.read_bytes())
     config = settings(cluster={"workers": 1})
     launch.infer(em, out, config, overwrite=False, show=Quiet())
     assert digest(out) == digest(reference)
@@ -351,13 +351,13 @@ def test_a_run_on_an_object_store_begins_again(bucket, image, reference):
     out, config = f"{bucket}/again.volseg.zarr", settings(cluster={"workers": 1})
     run = describe.from_image(volume.open(image), config, folder.partial(out))
     folder.begin(run, overwrite=False)
-    volume.write(
-        volume.open_array(run.out, "0"), run.predict_grid[0], np.full((2, *run.predict_grid[0].shape), 9, np.uint8)
+    arrays.write(
+        arrays.open_array(run.out, "0"), run.predict_grid[0], np.full((2, *run.predict_grid[0].shape), 9, np.uint8)
     )
     cluster.mark(run.out, "predict", run.keys["predict"], 0, {"voxels": 0, "seconds": {}})
     folder.begin_again(run)
     assert cluster.marked(run.out, "predict", run.keys["predict"]) == set()
-    assert not volume.open_array(run.out, "0")[:].any()
+    assert not arrays.open_array(run.out, "0")[:].any()
     launch.infer(image, out, config, overwrite=False, show=Quiet())
     assert digest(out) == digest(reference)
 

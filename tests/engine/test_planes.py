@@ -19,7 +19,7 @@ from volseg.engine.run import SLAB_VOXELS, redundancy, slabs
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
 from volseg.inference import model, tiles
-from volseg.io import volume
+from volseg.io import arrays, volume
 from volseg.planning import prepare as describe
 
 SHAPE = (8, 16, 70)
@@ -123,8 +123,8 @@ def test_stored_probabilities_are_the_mean_of_whole_plane_forwards(looks, ways, 
     """Planes of one tile, in the product's blocks and in torch on the whole volume: within one step of 1/255."""
     image = synth(Box((0, 0, 0), (7, 24, 40)), seed=1)[0]
     path = str(tmp_path / "em.zarr")
-    volume.create_array(tmp_path, "em.zarr", shape=image.shape, dtype="uint8", chunk=image.shape, shard=image.shape)
-    volume.write(volume.open_array(tmp_path, "em.zarr"), Box.whole(image.shape), image)
+    arrays.create_array(tmp_path, "em.zarr", shape=image.shape, dtype="uint8", chunk=image.shape, shard=image.shape)
+    arrays.write(arrays.open_array(tmp_path, "em.zarr"), Box.whole(image.shape), image)
     config = settings(predict={"tile": 1280, "precision": "fp32", "normalize": "volume", **looks},
                       blocks={"shape": (7, 13, 25)})  # fmt: skip
     run = describe.from_image(volume.open(path), config, str(tmp_path / "run.partial"))

@@ -12,7 +12,7 @@ from volseg.box import Blocks, Box
 from volseg.config import Fragments, load
 from volseg.evaluation.evaluate import evaluate
 from volseg.inference import model
-from volseg.io import volume
+from volseg.io import arrays, volume
 from volseg.segmentation import fragments, stitch
 from volseg.segmentation.rules import Rules, decide
 
@@ -51,14 +51,14 @@ def test_the_shipped_model_finds_mitochondria_in_sections_it_never_saw(part):
 
 
 def test_probabilities_are_calibrated_bytes(part):
-    stored = np.asarray(volume.open_array(str(part / "whole"), "0")[0])
+    stored = np.asarray(arrays.open_array(str(part / "whole"), "0")[0])
     assert stored.min() < 10
     assert stored.max() > 245
 
 
 def test_the_forest_agrees_with_a_watershed_of_the_whole_volume(part):
     """scikit-image with the same seeds: it may differ where heights tie, on at most 1 % of the mask."""
-    stored = volume.open_array(str(part / "whole"), "0")
+    stored = arrays.open_array(str(part / "whole"), "0")
     probability = np.asarray(stored[:])
     knobs = Fragments(threshold=0.5, smooth=(2, 2, 2))
     height = fragments.heights(probability, Box.whole(PART.shape), PART.shape, knobs)

@@ -14,7 +14,7 @@ from volseg.box import Box
 from volseg.errors import UserError
 from volseg.evaluation.evaluate import COMPONENTS, STORED, _block, evaluate, table
 from volseg.evaluation.metrics import Contingency, foreground, instances, pairs, touching
-from volseg.io import volume
+from volseg.io import arrays
 
 SHAPE = (8, 24, 32)
 
@@ -40,9 +40,9 @@ def write_zarr(path, array, chunk):
 
 def write_run(path, array):
     """A run folder as the pipeline leaves it, as far as its labels go."""
-    volume.create_group(str(path))
-    volume.create_array(str(path), "labels/instances/0", shape=SHAPE, dtype="uint32", chunk=SHAPE, shard=SHAPE)
-    volume.open_array(str(path), "labels/instances/0")[:] = array
+    arrays.create_group(str(path))
+    arrays.create_array(str(path), "labels/instances/0", shape=SHAPE, dtype="uint32", chunk=SHAPE, shard=SHAPE)
+    arrays.open_array(str(path), "labels/instances/0")[:] = array
     return str(path)
 
 
@@ -213,7 +213,7 @@ def test_negative_labels_are_refused_by_name(tmp_path, truth):
 
 
 def test_a_run_without_labels_is_refused(tmp_path, truth):
-    volume.create_group(str(tmp_path / "x.volseg.zarr"))
+    arrays.create_group(str(tmp_path / "x.volseg.zarr"))
     with pytest.raises(UserError, match="has no labels/instances/0 yet"):
         evaluate(str(tmp_path / "x.volseg.zarr"), truth)
 
@@ -269,7 +269,7 @@ def test_an_image_given_for_labels_is_refused(tmp_path):
 
 @pytest.mark.parametrize("channel", [0, 1])
 def test_stored_probabilities_given_for_labels_are_refused(reference, tmp_path, channel):
-    map_of = write_tif(tmp_path / "map.tif", volume.open_array(reference, "0")[channel])
+    map_of = write_tif(tmp_path / "map.tif", arrays.open_array(reference, "0")[channel])
     with pytest.raises(UserError, match="a probability map"):
         evaluate(map_of, map_of)
 

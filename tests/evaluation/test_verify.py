@@ -19,7 +19,7 @@ from volseg.box import Blocks, Box
 from volseg.config import load
 from volseg.errors import UserError
 from volseg.evaluation import verify
-from volseg.io import volume
+from volseg.io import arrays, volume
 from volseg.segmentation import fragments, stitch
 from volseg.segmentation.rules import Rules, forest
 
@@ -261,11 +261,11 @@ def test_seams_are_seen_where_they_are_and_only_there(tmp_path, run, torn):
     shape, block = (64, 40, 40), (8, 40, 40)
     path = str(tmp_path / "rods.zarr")
     labels = rods(shape, block, torn)
-    volume.create_group(path)
-    volume.create_array(path, "0", shape=(2, *shape), dtype="uint8", chunk=(1, *shape), shard=(2, *shape), axes="czyx")
-    volume.create_array(path, "labels", shape=shape, dtype="uint32", chunk=shape, shard=shape, axes="zyx")
-    volume.write(volume.open_array(path, "labels"), Box.whole(shape), labels)
-    volume.write(volume.open_array(path, "0"), Box.whole(shape), np.stack([(labels > 0) * np.uint8(255)] * 2))
+    arrays.create_group(path)
+    arrays.create_array(path, "0", shape=(2, *shape), dtype="uint8", chunk=(1, *shape), shard=(2, *shape), axes="czyx")
+    arrays.create_array(path, "labels", shape=shape, dtype="uint32", chunk=shape, shard=shape, axes="zyx")
+    arrays.write(arrays.open_array(path, "labels"), Box.whole(shape), labels)
+    arrays.write(arrays.open_array(path, "0"), Box.whole(shape), np.stack([(labels > 0) * np.uint8(255)] * 2))
     ids, voxels = np.unique(labels[labels > 0], return_counts=True)
     stored = verify.load(run)
     knobs = stored.config.model_copy(

@@ -35,8 +35,8 @@ from volseg.box import Box
 from volseg.config import Probabilities, load
 from volseg.errors import UserError
 from volseg.evaluation.verify import verify
+from volseg.io import arrays, files, pyramid, volume
 from volseg.io import probabilities as foreign
-from volseg.io import pyramid, volume
 from volseg.segmentation import objects
 
 BOTH = {"probabilities": {"mask_channel": 0, "contour_channel": 1}}
@@ -46,13 +46,13 @@ def stored(path, out, block=None, **knobs):
     """What a run stores of the probabilities at ``path``."""
     made = begin_run(path, out, load(base={"probabilities": knobs, "blocks": {"shape": block} if block else {}}))
     do_stages(made, "take")
-    return volume.open_array(str(out), "0")[:]
+    return arrays.open_array(str(out), "0")[:]
 
 
 @pytest.fixture(scope="module")
 def probabilities(reference):
     """The two channels that the shipped model made of the synthetic volume, uint8 c z y x."""
-    return volume.open_array(reference, "0")[:]
+    return arrays.open_array(reference, "0")[:]
 
 
 # ---------------------------------------------------------------- values
@@ -154,7 +154,7 @@ def refusals(tmp_path):
         "logits": (ramp * 8 - 4, {}, r"channel 0 \(mask\), in box .* is -4, and float .* 0\.\.1; apply the sigmoid"),
         "255ths": (ramp * 255, {}, r"0\.\.1.*divide"),
         "NaN": (ramp * np.float32("nan"), {}, "NaN"),
-        "labels": ((ramp * 9).astype(np.uint32), {}, "holds uint32, as labels do_stages"),
+        "labels": ((ramp * 9).astype(np.uint32), {}, "holds uint32, as labels do"),
         "no number": (two, {}, "has 2 channels, 0 to 1: say which is the mask with --mask-channel"),
         "absent channel": (two, {"mask_channel": 2}, "0 to 1: there is no channel 2 for --mask-channel"),
         "absent contour": (ramp, {"contour_channel": 1}, "one channel, 0: there is no channel 1 for --contour-channel"),
@@ -278,7 +278,7 @@ def test_probabilities_on_an_object_store(bucket, probabilities, reference, tmp_
     source, out = f"{bucket}/foreign/p.zarr", f"{bucket}/foreign/run.volseg.zarr"
     for path in (tmp_path / "p.zarr").rglob("*"):
         if path.is_file():
-            volume.write_bytes(source, str(path.relative_to(tmp_path / "p.zarr")), path.read_bytes())
+            files.write_bytes(source, str(path.relative_to(tmp_path / "p.zarr")), path.read_bytes())
     segment_probabilities(source, out, **BOTH)
     assert digest(out) == digest(reference)
 
@@ -342,7 +342,7 @@ def test_probabilities_of_vnc_have_one_answer_in_six_blockings(shared_data, tmp_
     summary = segment_here(tmp_path / "p.tif", out, config)
     assert summary.objects > 3
     assert json.loads(Path(out, "run.json").read_text())["voxel_size_nm"] == [50, 4.6, 4.6]
-    stored = volume.open_array(out, "0")[:]
+    stored = arrays.open_array(out, "0")[:]
     for block in BLOCKINGS:
         found = exact.cut(stored, config, block, (50, 4.6, 4.6)).astype(np.uint32)
         assert exact.digest(found) == digest(out)

@@ -17,8 +17,8 @@ from volseg.config import Input, load
 from volseg.engine.run import Run, redundancy
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
+from volseg.io import files, volume
 from volseg.io import roi as wanted
-from volseg.io import volume
 
 SHAPE = (7, 70, 90)
 
@@ -109,7 +109,7 @@ def test_probabilities_from_elsewhere_are_masked_too(plain, mask, tmp_path):
     config = load(base={**RUN_STAGES_SETTINGS, "input": {"mask": mask}, "probabilities": channels})
     out = str(tmp_path / "run.zarr")
     launch.segment_probabilities(f"{plain[0].out}/0", out, config, overwrite=False, show=Quiet())
-    run = Run.from_json(json.loads(volume.read_bytes(out, "run.json")))
+    run = Run.from_json(json.loads(files.read_bytes(out, "run.json")))
     want = run.wanted.read(Box.whole(SHAPE))
     np.testing.assert_array_equal(probabilities(out), probabilities(plain[0].out) * want)
 

@@ -20,7 +20,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 
 from volseg.box import Blocks, Box
 from volseg.errors import UserError
-from volseg.io import volume
+from volseg.io import arrays, files, ome, volume
 
 SHAPE = (5, 40, 33)
 WHOLE = Box.whole(SHAPE)
@@ -205,7 +205,7 @@ def test_the_arrays_of_a_plain_group_are_listed(tmp_path):
 
 
 def test_a_group_without_arrays_is_refused(tmp_path):
-    volume.create_group(tmp_path / "v.zarr")
+    arrays.create_group(tmp_path / "v.zarr")
     with refused("v.zarr", "it has no arrays"):
         volume.open(tmp_path / "v.zarr")
 
@@ -774,9 +774,9 @@ shapes = st.tuples(st.integers(1, 20), st.integers(1, 60), st.integers(1, 60))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_blocks_written_alone_read_back_whole(tmp_path, shape, shard, chunk, dtype, channels):
     run = tmp_path / "run.zarr"
-    volume.remove(run)
+    files.remove(run)
     lead, name = ((channels,), "0") if channels > 1 else ((), "labels/instances/0")
-    volume.create_array(
+    arrays.create_array(
         run,
         name,
         shape=lead + shape,
@@ -786,10 +786,10 @@ def test_blocks_written_alone_read_back_whole(tmp_path, shape, shard, chunk, dty
         axes="czyx"[1 - len(lead) :],
     )
     data = voxels(dtype, lead + shape)
-    array = volume.open_array(run, name)
+    array = arrays.open_array(run, name)
     for box in Blocks(shape, shard):
-        volume.write(array, box, data[(..., *box.slices)])
-    np.testing.assert_array_equal(volume.open_array(run, name)[...], data)
+        arrays.write(array, box, data[(..., *box.slices)])
+    np.testing.assert_array_equal(arrays.open_array(run, name)[...], data)
     assert array.shards == lead + shard
     assert array.metadata.dimension_names == tuple("czyx"[1 - len(lead) :])
 
@@ -797,18 +797,18 @@ def test_blocks_written_alone_read_back_whole(tmp_path, shape, shard, chunk, dty
 @given(shapes, shapes)
 @settings(deadline=None)
 def test_fitted_chunks_divide_their_shard(chunk, shard):
-    assert all(s % c == 0 for c, s in zip(volume.fit_chunk(chunk, shard), shard, strict=True))
+    assert all(s % c == 0 for c, s in zip(arrays.fit_chunk(chunk, shard), shard, strict=True))
 
 
 def test_chunks_fit_awkward_shards():
-    assert volume.fit_chunk((32, 256, 256), (37, 50, 192)) == (37, 50, 192)
-    assert volume.fit_chunk((32, 256, 256), (1, 1024, 1000)) == (1, 256, 250)
-    assert volume.fit_chunk((32, 256, 256), (64, 1009, 768)) == (32, 1009, 256)
+    assert arrays.fit_chunk((32, 256, 256), (37, 50, 192)) == (37, 50, 192)
+    assert arrays.fit_chunk((32, 256, 256), (1, 1024, 1000)) == (1, 256, 250)
+    assert arrays.fit_chunk((32, 256, 256), (64, 1009, 768)) == (32, 1009, 256)
 
 
 def make_labels(path, shape=(20, 30, 40), shard=(8, 16, 40)):
-    volume.create_array(path, "labels/instances/0", shape=shape, dtype="uint32", chunk=(4, 16, 16), shard=shard)
-    return volume.open_array(path, "labels/instances/0")
+    arrays.create_array(path, "labels/instances/0", shape=shape, dtype="uint32", chunk=(4, 16, 16), shard=shard)
+    return arrays.open_array(path, "labels/instances/0")
 
 
 def test_a_write_that_cuts_a_shard_is_refused(tmp_path):
@@ -820,20 +820,20 @@ def test_a_write_that_cuts_a_shard_is_refused(tmp_path):
         Box((16, 16, 0), (24, 30, 40)),
     ):
         with pytest.raises(ValueError, match=r"cuts shards of 8 x 16 x 40.*one task writes whole shards"):
-            volume.write(array, box, np.zeros(box.shape, np.uint32))
+            arrays.write(array, box, np.zeros(box.shape, np.uint32))
     with pytest.raises(ValueError, match="does not fill box"):
-        volume.write(array, Box((0, 0, 0), (8, 16, 40)), np.zeros((8, 16, 39), np.uint32))
-    volume.write(array, Box((16, 16, 0), (20, 30, 40)), np.ones((4, 14, 40), np.uint32))
-    volume.write(array, Box((0, 0, 0), (16, 16, 40)), np.ones((16, 16, 40), np.uint32))
+        arrays.write(array, Box((0, 0, 0), (8, 16, 40)), np.zeros((8, 16, 39), np.uint32))
+    arrays.write(array, Box((16, 16, 0), (20, 30, 40)), np.ones((4, 14, 40), np.uint32))
+    arrays.write(array, Box((0, 0, 0), (16, 16, 40)), np.ones((16, 16, 40), np.uint32))
 
 
 def test_a_write_of_some_channels_is_refused(tmp_path):
-    volume.create_array(
+    arrays.create_array(
         tmp_path / "r.zarr", "0", shape=(2, 4, 8, 8), dtype="uint8", chunk=(1, 4, 8, 8), shard=(1, 4, 8, 8)
     )
     with pytest.raises(ValueError, match="whole shards"):
-        volume.write(
-            volume.open_array(tmp_path / "r.zarr", "0"), Box.whole((4, 8, 8)), np.zeros((1, 4, 8, 8), np.uint8)
+        arrays.write(
+            arrays.open_array(tmp_path / "r.zarr", "0"), Box.whole((4, 8, 8)), np.zeros((1, 4, 8, 8), np.uint8)
         )
 
 
@@ -842,20 +842,20 @@ def test_a_write_of_some_channels_is_refused(tmp_path):
 def test_a_torn_shard_can_be_written_again(tmp_path, box, share):
     array = make_labels(tmp_path / "run.zarr")
     data = voxels("uint32", box.shape)
-    volume.write(array, box, data)
-    shards = volume.list_keys(tmp_path / "run.zarr", "labels/instances/0/c")
+    arrays.write(array, box, data)
+    shards = files.list_keys(tmp_path / "run.zarr", "labels/instances/0/c")
     assert len(shards) == 1
     cut_short(tmp_path / "run.zarr" / shards[0], share)
     with refused("labels/instances/0", shards[0].removeprefix("labels/instances/0/")):
         volume.open(tmp_path / "run.zarr", dataset="labels/instances/0").read(box)
-    volume.write(array, box, data)
+    arrays.write(array, box, data)
     np.testing.assert_array_equal(array[box.slices], data)
 
 
 def test_a_flipped_bit_in_a_run_is_found(tmp_path):
     array = make_labels(tmp_path / "run.zarr")
-    volume.write(array, Box((0, 0, 0), (8, 16, 40)), voxels("uint32", (8, 16, 40)))
-    file = tmp_path / "run.zarr" / volume.list_keys(tmp_path / "run.zarr", "labels/instances/0/c")[0]
+    arrays.write(array, Box((0, 0, 0), (8, 16, 40)), voxels("uint32", (8, 16, 40)))
+    file = tmp_path / "run.zarr" / files.list_keys(tmp_path / "run.zarr", "labels/instances/0/c")[0]
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 3] ^= 1
     file.write_bytes(raw)
@@ -866,8 +866,8 @@ def test_a_flipped_bit_in_a_run_is_found(tmp_path):
 def test_blocks_written_again_as_background_are_background(tmp_path):
     array = make_labels(tmp_path / "run.zarr")
     box = Box((0, 0, 0), (8, 16, 40))
-    volume.write(array, box, np.full(box.shape, 7, np.uint32))
-    volume.write(array, box, np.zeros(box.shape, np.uint32))
+    arrays.write(array, box, np.full(box.shape, 7, np.uint32))
+    arrays.write(array, box, np.zeros(box.shape, np.uint32))
     assert not array[box.slices].any()
 
 
@@ -875,8 +875,8 @@ def test_an_array_is_never_replaced_and_is_opened_anew_after_removal(tmp_path):
     first = make_labels(tmp_path / "run.zarr")
     with refused("exists", "remove it"):
         make_labels(tmp_path / "run.zarr")
-    assert volume.open_array(tmp_path / "run.zarr", "labels/instances/0") is first
-    volume.remove(tmp_path / "run.zarr")
+    assert arrays.open_array(tmp_path / "run.zarr", "labels/instances/0") is first
+    files.remove(tmp_path / "run.zarr")
     assert make_labels(tmp_path / "run.zarr", shape=(9, 9, 9)).shape == (9, 9, 9)
 
 
@@ -885,30 +885,30 @@ def test_threads_may_open_and_write_at_once(tmp_path):
     data = voxels("uint32", (20, 30, 40))
 
     def task(box):
-        volume.write(volume.open_array(tmp_path / "run.zarr", "labels/instances/0"), box, data[box.slices])
+        arrays.write(arrays.open_array(tmp_path / "run.zarr", "labels/instances/0"), box, data[box.slices])
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(task, Blocks((20, 30, 40), (8, 16, 40))))
-    np.testing.assert_array_equal(volume.open_array(tmp_path / "run.zarr", "labels/instances/0")[...], data)
+    np.testing.assert_array_equal(arrays.open_array(tmp_path / "run.zarr", "labels/instances/0")[...], data)
 
 
 def make_run(path, labels):
     """A small run: probabilities with two channels, labels with two levels."""
-    volume.create_group(path)
-    volume.create_array(path, "0", shape=(2, *labels.shape), dtype="uint8", chunk=(1, 4, 16, 16), shard=(2, 8, 30, 40))
-    volume.set_group_attributes(path, "", volume.ome_multiscales("probabilities", "czyx", [("0", (50, 5, 5))]))
+    arrays.create_group(path)
+    arrays.create_array(path, "0", shape=(2, *labels.shape), dtype="uint8", chunk=(1, 4, 16, 16), shard=(2, 8, 30, 40))
+    arrays.set_group_attributes(path, "", ome.multiscales("probabilities", "czyx", [("0", (50, 5, 5))]))
     levels = [("0", (50, 5, 5)), ("1", (50, 10, 10))]
     for (name, _), data in zip(levels, (labels, labels[:, ::2, ::2]), strict=True):
-        volume.create_array(
+        arrays.create_array(
             path, f"labels/instances/{name}", shape=data.shape, dtype="uint32", chunk=(4, 16, 16), shard=(8, 30, 40)
         )
-        array = volume.open_array(path, f"labels/instances/{name}")
+        array = arrays.open_array(path, f"labels/instances/{name}")
         for box in Blocks(data.shape, (8, 30, 40)):
-            volume.write(array, box, data[box.slices])
-    volume.set_group_attributes(path, "labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
-    attributes = volume.ome_multiscales("instances", "zyx", levels, source="../../")
-    volume.set_group_attributes(path, "labels/instances", attributes)
-    volume.write_bytes(path, "run.json", b"{}")
+            arrays.write(array, box, data[box.slices])
+    arrays.set_group_attributes(path, "labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
+    attributes = ome.multiscales("instances", "zyx", levels, source="../../")
+    arrays.set_group_attributes(path, "labels/instances", attributes)
+    files.write_bytes(path, "run.json", b"{}")
 
 
 def test_a_run_opens_as_its_labels(tmp_path):
@@ -925,7 +925,7 @@ def test_a_run_opens_as_its_labels(tmp_path):
 
 def test_ome_attributes_are_those_of_the_standard(tmp_path):
     make_run(tmp_path / "run.zarr", voxels("uint32", (20, 30, 40)))
-    ome = volume.group_attributes(tmp_path / "run.zarr", "labels/instances")["ome"]
+    ome = arrays.group_attributes(tmp_path / "run.zarr", "labels/instances")["ome"]
     assert ome["version"] == "0.5"
     assert ome["image-label"] == {"source": {"image": "../../"}}
     (image,) = ome["multiscales"]
@@ -937,18 +937,18 @@ def test_ome_attributes_are_those_of_the_standard(tmp_path):
             {"type": "translation", "translation": [0.0, 2.5, 2.5]},
         ],
     }
-    (image,) = volume.group_attributes(tmp_path / "run.zarr")["ome"]["multiscales"]
+    (image,) = arrays.group_attributes(tmp_path / "run.zarr")["ome"]["multiscales"]
     assert image["axes"][0] == {"name": "c", "type": "channel"}
     assert image["datasets"][0]["coordinateTransformations"][0]["scale"] == [1.0, 50.0, 5.0, 5.0]
-    assert "image-label" not in volume.group_attributes(tmp_path / "run.zarr")["ome"]
+    assert "image-label" not in arrays.group_attributes(tmp_path / "run.zarr")["ome"]
 
 
 def test_attributes_are_added_to_those_that_exist(tmp_path):
-    volume.create_group(tmp_path / "run.zarr" / "labels")
-    volume.set_group_attributes(tmp_path / "run.zarr", "labels", {"a": 1, "b": 2})
-    volume.set_group_attributes(tmp_path / "run.zarr", "labels", {"b": 3})
-    volume.create_group(tmp_path / "run.zarr" / "labels")
-    assert volume.group_attributes(tmp_path / "run.zarr", "labels") == {"a": 1, "b": 3}
+    arrays.create_group(tmp_path / "run.zarr" / "labels")
+    arrays.set_group_attributes(tmp_path / "run.zarr", "labels", {"a": 1, "b": 2})
+    arrays.set_group_attributes(tmp_path / "run.zarr", "labels", {"b": 3})
+    arrays.create_group(tmp_path / "run.zarr" / "labels")
+    assert arrays.group_attributes(tmp_path / "run.zarr", "labels") == {"a": 1, "b": 3}
 
 
 # ------------------------------------------------------------------------------------------------------ plain objects
@@ -956,26 +956,26 @@ def test_attributes_are_added_to_those_that_exist(tmp_path):
 
 def check_objects(path):
     """Keys written under ``path`` are listed, read, moved and removed."""
-    assert volume.list_keys(path, "work") == []
-    assert not volume.exists(path)
+    assert files.list_keys(path, "work") == []
+    assert not files.exists(path)
     with pytest.raises(FileNotFoundError):
-        volume.read_bytes(path, "work/markers/1")
+        files.read_bytes(path, "work/markers/1")
     for key, data in (("work/markers/10", b"a"), ("work/markers/9", b""), ("work/marks", b"no"), ("run.json", b"{}")):
-        volume.write_bytes(path, key, data)
-    assert volume.list_keys(path, "work/markers") == ["work/markers/10", "work/markers/9"]
-    assert volume.list_keys(path, "run.json") == ["run.json"]
-    assert volume.list_keys(path) == ["run.json", "work/markers/10", "work/markers/9", "work/marks"]
-    volume.write_bytes(path, "work/markers/10", b"other")
-    assert volume.read_bytes(path, "work/markers/10") == b"other"
-    volume.move(f"{path}/work", f"{path}/done")
-    assert volume.list_keys(path, "done/markers") == ["done/markers/10", "done/markers/9"]
-    assert not volume.exists(f"{path}/work")
-    volume.move(f"{path}/run.json", f"{path}/done/run.json")
-    assert volume.exists(f"{path}/done/run.json")
-    volume.remove(f"{path}/done/run.json")
-    volume.remove(path)
-    volume.remove(path)
-    assert not volume.exists(path)
+        files.write_bytes(path, key, data)
+    assert files.list_keys(path, "work/markers") == ["work/markers/10", "work/markers/9"]
+    assert files.list_keys(path, "run.json") == ["run.json"]
+    assert files.list_keys(path) == ["run.json", "work/markers/10", "work/markers/9", "work/marks"]
+    files.write_bytes(path, "work/markers/10", b"other")
+    assert files.read_bytes(path, "work/markers/10") == b"other"
+    files.move(f"{path}/work", f"{path}/done")
+    assert files.list_keys(path, "done/markers") == ["done/markers/10", "done/markers/9"]
+    assert not files.exists(f"{path}/work")
+    files.move(f"{path}/run.json", f"{path}/done/run.json")
+    assert files.exists(f"{path}/done/run.json")
+    files.remove(f"{path}/done/run.json")
+    files.remove(path)
+    files.remove(path)
+    assert not files.exists(path)
 
 
 def test_objects_live_in_local_folders(tmp_path):
@@ -990,24 +990,24 @@ def test_objects_live_in_memory():
 def test_readers_never_see_a_part_of_an_object(tmp_path):
     path, seen, stop = str(tmp_path), set(), threading.Event()
     contents = [bytes([i]) * 200_000 for i in range(2)]
-    volume.write_bytes(path, "key", contents[0])
+    files.write_bytes(path, "key", contents[0])
 
     def watch():
         while not stop.is_set():
-            seen.add(volume.read_bytes(path, "key"))
-            assert set(volume.list_keys(path)) == {"key"}
+            seen.add(files.read_bytes(path, "key"))
+            assert set(files.list_keys(path)) == {"key"}
 
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(watch)
         for i in range(100):
-            volume.write_bytes(path, "key", contents[i % 2])
+            files.write_bytes(path, "key", contents[i % 2])
         stop.set()
         watching.result()
     assert seen <= set(contents)
 
 
 def test_local_and_remote_paths_are_told_apart():
-    assert [volume.is_remote(path) for path in ("s3://b/k", "memory://k", "/a/b", "a", "file:///a")] == [True] * 2 + [
+    assert [files.is_remote(path) for path in ("s3://b/k", "memory://k", "/a/b", "a", "file:///a")] == [True] * 2 + [
         False
     ] * 3
 
@@ -1024,7 +1024,7 @@ def test_a_run_on_s3_reads_back(bucket):
     with refused("no zarr array or group", "s3://bucket/run.zarr/nothing"):
         volume.open(f"{bucket}/run.zarr", dataset="nothing")
     with refused("s3://bucket/run.zarr", "exists"):
-        volume.create_array(f"{bucket}/run.zarr", "0", shape=(1, 1, 1), dtype="u1", chunk=(1, 1, 1), shard=(1, 1, 1))
+        arrays.create_array(f"{bucket}/run.zarr", "0", shape=(1, 1, 1), dtype="u1", chunk=(1, 1, 1), shard=(1, 1, 1))
 
 
 def test_objects_live_on_s3(bucket):
@@ -1049,8 +1049,8 @@ def test_a_chunk_cut_short_on_s3_is_refused(bucket, encoding, share):
     opened = volume.open(url)
     np.testing.assert_array_equal(opened.read(WHOLE), data)
     key = "1.0.0" if "v2" in encoding else "c/1/0/0"
-    whole = volume.read_bytes(url, key)
-    volume.write_bytes(url, key, whole[: int(len(whole) * share)])
+    whole = files.read_bytes(url, key)
+    files.write_bytes(url, key, whole[: int(len(whole) * share)])
     with refused(url, f"box {WHOLE}", f"{key}:"):
         opened.read(WHOLE)
 
@@ -1059,7 +1059,7 @@ def test_a_blosc_chunk_of_zarr_2_cut_short_on_s3_is_refused(bucket):
     url = f"{bucket}/v2-blosc.zarr"
     data = voxels("uint16")
     zarr.create_array(url, data=data, chunks=(3, 40, 33), zarr_format=2, compressors=_v2_blosc())
-    volume.write_bytes(url, "1.0.0", volume.read_bytes(url, "1.0.0")[:-7])
+    files.write_bytes(url, "1.0.0", files.read_bytes(url, "1.0.0")[:-7])
     with refused(url, "1.0.0 is cut short"):
         volume.open(url).read(WHOLE)
 

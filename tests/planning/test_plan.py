@@ -18,7 +18,7 @@ from volseg.engine import cluster
 from volseg.engine.run import Run, blocks, redundancy, with_full_batches
 from volseg.errors import UserError
 from volseg.inference import cache, tiles
-from volseg.io import volume
+from volseg.io import arrays, files, volume
 from volseg.planning import memory, plan
 from volseg.planning import prepare as describe
 
@@ -142,9 +142,9 @@ def test_the_projected_memory_is_that_of_a_real_worker(noise, tmp_path):
 def test_a_probe_tells_the_bytes_of_the_tables_that_a_run_stores(reference):
     """Within a factor of 2 of those of a real run, which cuts the same voxels into other blocks."""
     facts = json.loads(Path(reference, "run.json").read_text())
-    probability = np.asarray(volume.open_array(reference, "0"))
+    probability = np.asarray(arrays.open_array(reference, "0"))
     found = plan._instances(probability, Config(**facts["config"]).fragments, tuple(facts["voxel_size_nm"]))
-    stored = sum(volume.stored_bytes(f"{reference}/work/{name}") for name in ("tables", "links", "labels"))
+    stored = sum(files.stored_bytes(f"{reference}/work/{name}") for name in ("tables", "links", "labels"))
     block = Run.from_json(json.loads(Path(reference, "work/run.json").read_text())).block
     assert 0.5 < plan.table_bytes(probability.shape[1:], block, found["packed"]) / stored < 2
 

@@ -12,7 +12,7 @@ from volseg import api as launch
 from volseg.box import Box
 from volseg.config import load
 from volseg.evaluation import calibrate, verify
-from volseg.io import volume
+from volseg.io import arrays, volume
 
 SHAPE = (21, 60, 70)
 PLAIN = ["probabilities.mask_channel=0", "fragments.smooth=[0, 0, 0]", "stitch.seed=0.5", "stitch.min_voxels=200",
@@ -90,13 +90,13 @@ def filled(label, most):
 
 def test_a_label_in_a_cavity_that_must_not_have_it_is_found(run):
     launch.segment(run, sets("stitch.fill_holes_voxels=5"), show=Quiet())
-    array = volume.open_array(run, "labels/instances/0")
+    array = arrays.open_array(run, "labels/instances/0")
     box = Box((4, 4, 4), (20, 56, 66))
     sound = labels(run)
     holes, _ = ndimage.label(sound == 0)
     small = next(n for n in np.unique(holes[box.slices])[1:] if 5 < np.count_nonzero(holes == n) < 60)
     label = int(np.setdiff1d(sound[ndimage.binary_dilation(holes == small)], 0)[0])
-    volume.write(array, Box.whole(SHAPE), np.where(holes == small, label, sound).astype(sound.dtype))
+    arrays.write(array, Box.whole(SHAPE), np.where(holes == small, label, sound).astype(sound.dtype))
     found = verify.verify(run)
-    volume.write(array, Box.whole(SHAPE), sound)
+    arrays.write(array, Box.whole(SHAPE), sound)
     assert {"mask", "ids", "table"} <= {name for row in found["boxes"] for name, count in row["wrong"].items() if count}

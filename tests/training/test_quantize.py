@@ -11,7 +11,7 @@ from volseg.engine import folder, pipeline
 from volseg.errors import UserError
 from volseg.inference import backends, export, model
 from volseg.inference.normalization import normalization
-from volseg.io import volume
+from volseg.io import arrays, volume
 from volseg.planning import prepare as describe
 from volseg.training import quantize as quantize
 
@@ -83,7 +83,7 @@ def test_blocks_change_no_probability_in_int8(image, quantized, tmp_path):
         folder.begin(run, overwrite=False)
         for i in range(len(run.predict_grid)):
             pipeline.work(run.out, run.id, "predict", i)
-        stored.append(volume.open_array(run.out, "0")[:])
+        stored.append(arrays.open_array(run.out, "0")[:])
     np.testing.assert_array_equal(*stored)
 
 

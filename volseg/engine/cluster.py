@@ -25,8 +25,8 @@ from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_c
 from volseg.config import Cluster
 from volseg.engine import forkserver as prefork
 from volseg.errors import UserError
+from volseg.io import files
 from volseg.io import tables as store
-from volseg.io import volume
 
 THREADS = "VOLSEG_THREADS"  # environment of a worker: how many tiles it runs at once
 SHORT = 0.05  # seconds; items that take less share a task
@@ -395,20 +395,20 @@ def _key(item: Item) -> str:
 def mark(out: str, stage: str, key: str, item: int, receipt: dict) -> dict:
     """Records that a block of a stage is done; returns the receipt. Written after the block's data."""
     receipt = {**receipt, "pid": os.getpid(), "peak_bytes": peak_bytes()}
-    volume.write_bytes(out, f"work/markers/{stage}/{item}-{key}.json", json.dumps(receipt).encode())
+    files.write_bytes(out, f"work/markers/{stage}/{item}-{key}.json", json.dumps(receipt).encode())
     return receipt
 
 
 def marked(out: str, stage: str, key: str) -> set[int]:
     """Blocks of a stage that are done under that key (the hash of all that determines them)."""
-    names = (path.rpartition("/")[2].removesuffix(".json") for path in volume.list_keys(out, f"work/markers/{stage}"))
+    names = (path.rpartition("/")[2].removesuffix(".json") for path in files.list_keys(out, f"work/markers/{stage}"))
     return {int(item) for item, _, found in (name.partition("-") for name in names) if found == key}
 
 
 def receipts(out: str, stage: str, key: str) -> Iterator[dict]:
     """What the blocks of a stage reported that are done under that key."""
-    paths = (path for path in volume.list_keys(out, f"work/markers/{stage}") if path.endswith(f"-{key}.json"))
-    return (json.loads(blob) for blob in store.ahead(lambda path: volume.read_bytes(out, path), paths))
+    paths = (path for path in files.list_keys(out, f"work/markers/{stage}") if path.endswith(f"-{key}.json"))
+    return (json.loads(blob) for blob in store.ahead(lambda path: files.read_bytes(out, path), paths))
 
 
 # ---------------------------------------------------------------- counters

@@ -10,7 +10,7 @@ from volseg.engine import cluster
 from volseg.engine.run import Run, fit, shard
 from volseg.errors import UserError
 from volseg.inference import export, model
-from volseg.io import pyramid, volume
+from volseg.io import arrays, files, ome, pyramid, volume
 from volseg.segmentation.rules import label_dtype
 
 FREE = ("out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why")  # decide no byte
@@ -20,21 +20,21 @@ def _remove_labels(run: Run) -> None:
     """No labels are left, nor what says that there are some."""
     stages = [stage for stage in run.keys if stage == "relabel" or stage.startswith("pyramid")]
     for name in (*(f"work/markers/{stage}" for stage in stages), "work/labels.json", "work/stamps", "labels"):
-        volume.remove(f"{run.out}/{name}")
+        files.remove(f"{run.out}/{name}")
 
 
 def partial(out: str) -> str:
     """Where a run lies until it is whole."""
-    return out if volume.is_remote(out) else f"{out}.partial"
+    return out if files.is_remote(out) else f"{out}.partial"
 
 
 def absolute(path: str) -> str:
-    return path if volume.is_remote(path) else str(Path(path).resolve())
+    return path if files.is_remote(path) else str(Path(path).resolve())
 
 
 def is_run(path: str) -> bool:
     """Whether ``path`` is a run's, finished or not."""
-    return any(volume.exists(f"{p}/{name}") for p in {path, partial(path)} for name in ("run.json", "work/run.json"))
+    return any(files.exists(f"{p}/{name}") for p in {path, partial(path)} for name in ("run.json", "work/run.json"))
 
 
 def refuse_run(path: str) -> None:
@@ -48,8 +48,8 @@ def make_room(sources: list[volume.Volume], out: str, overwrite: bool) -> None:
     """A run may be made at ``out``; on an object store, what `overwrite` is to replace is gone."""
     for source in sources:
         _refuse_existing(absolute(source.path), out, overwrite)
-    if volume.is_remote(out) and overwrite and volume.exists(f"{out}/run.json"):
-        volume.remove(out)
+    if files.is_remote(out) and overwrite and files.exists(f"{out}/run.json"):
+        files.remove(out)
 
 
 def _refuse_existing(source: str, out: str, overwrite: bool) -> None:
@@ -57,15 +57,15 @@ def _refuse_existing(source: str, out: str, overwrite: bool) -> None:
     if f"{source}/".startswith((f"{out}/", f"{partial(out)}/")):
         raise UserError(f"output {out} would replace the volume it is made from; give another --out")
     for path in {out, partial(out)}:
-        if volume.exists(path) and not any(volume.exists(f"{path}/{name}") for name in ("run.json", "work/begun")):
+        if files.exists(path) and not any(files.exists(f"{path}/{name}") for name in ("run.json", "work/begun")):
             raise UserError(f"output {path} exists and is not a volseg run, so it is left alone; give another --out")
-    if volume.exists(f"{out}/run.json") and not overwrite:
+    if files.exists(f"{out}/run.json") and not overwrite:
         raise UserError(f"output {out} exists; give another --out, or --overwrite to replace it")
 
 
 def begin(run: Run, overwrite: bool) -> None:
     """The run's folder holds its description, the model and empty arrays. A stopped run of this description is kept."""
-    if volume.exists(f"{run.out}/work/run.json"):
+    if files.exists(f"{run.out}/work/run.json"):
         difference = changed(run)
         if not difference:
             return
@@ -77,23 +77,23 @@ def begin(run: Run, overwrite: bool) -> None:
 
 def begin_again(run: Run) -> None:
     """The run's folder holds nothing that was computed, and this description, with the network as it was."""
-    _lay_out(run, volume.read_bytes(run.out, "work/model.bin"))
+    _lay_out(run, files.read_bytes(run.out, "work/model.bin"))
 
 
 def _lay_out(run: Run, network: bytes | None) -> None:
     """The run's folder holds its description, empty arrays, and the network: this one, or what its model file gives."""
     _clear(run.out)
-    volume.write_bytes(run.out, "work/begun", b"")
-    volume.create_group(run.out)
+    files.write_bytes(run.out, "work/begun", b"")
+    arrays.create_group(run.out)
     lead = len(run.heads)
-    volume.create_array(
+    arrays.create_array(
         run.out, "0", shape=(lead, *run.shape), dtype="uint8", chunk=(1, *run.config.output.chunk),
         shard=(lead, *shard(run.predict_block, run.shape, run.config.output.chunk)), axes="czyx",
     )  # fmt: skip
     for stage, plane in run.passes.items():
         block = run.pass_grid(plane).block
         chunk = fit(run.config.output.chunk, run.predict_block)
-        volume.create_array(
+        arrays.create_array(
             run.out, f"work/{stage}", shape=(lead, *run.shape), dtype="uint8", chunk=(1, *chunk),
             shard=(lead, *shard(block, run.shape, chunk)), axes="czyx",
         )  # fmt: skip
@@ -110,18 +110,18 @@ def _clear(out: str) -> None:
 
     What describes it goes first, the mark never: if this is stopped, the rest counts for nothing and is a run's all the same.
     """
-    volume.remove(f"{out}/work/run.json")
-    for name in volume.names(f"{out}/work"):
+    files.remove(f"{out}/work/run.json")
+    for name in files.names(f"{out}/work"):
         if name != "begun":
-            volume.remove(f"{out}/work/{name}")
-    for name in volume.names(out):
+            files.remove(f"{out}/work/{name}")
+    for name in files.names(out):
         if name != "work":
-            volume.remove(f"{out}/{name}")
+            files.remove(f"{out}/{name}")
 
 
 def _create_fragments(run: Run) -> None:
     chunk = run.config.output.chunk
-    volume.create_array(
+    arrays.create_array(
         run.out,
         "work/fragments",
         shape=run.shape,
@@ -135,36 +135,36 @@ def create_labels(run: Run) -> None:
     """The label arrays exist, wide enough for the number of objects; those that are so already are kept as they are."""
     found = max((receipt["objects"] for receipt in cluster.receipts(run.out, "stitch", run.keys["stitch"])), default=0)
     made = f"{run.out}/work/labels.json"  # written last
-    if volume.exists(made) and json.loads(volume.read_bytes(run.out, "work/labels.json")).get("dtype") == label_dtype(
+    if files.exists(made) and json.loads(files.read_bytes(run.out, "work/labels.json")).get("dtype") == label_dtype(
         found
     ):
         return
     _remove_labels(run)
     for level, (shape, _) in enumerate(run.levels):
-        volume.create_array(
+        arrays.create_array(
             run.out, f"labels/instances/{level}", shape=shape, dtype=label_dtype(found),
             chunk=run.config.output.chunk, shard=shard(run.block, shape, run.config.output.chunk), axes="zyx",
         )  # fmt: skip
     sizes = pyramid.sizes(run.levels, run.voxel_size_nm)
-    volume.create_group(f"{run.out}/labels/instances")
-    volume.set_group_attributes(run.out, "labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
-    volume.set_group_attributes(
+    arrays.create_group(f"{run.out}/labels/instances")
+    arrays.set_group_attributes(run.out, "labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
+    arrays.set_group_attributes(
         run.out,
         "labels/instances",
-        volume.ome_multiscales("instances", "zyx", [(str(k), s) for k, s in enumerate(sizes)], source="../../"),
+        ome.multiscales("instances", "zyx", [(str(k), s) for k, s in enumerate(sizes)], source="../../"),
     )
-    volume.write_bytes(run.out, "work/labels.json", json.dumps({"dtype": label_dtype(found)}).encode())
+    files.write_bytes(run.out, "work/labels.json", json.dumps({"dtype": label_dtype(found)}).encode())
 
 
 def drop_passes(run: Run) -> None:
     """What the passes stored is gone: its mean is in place."""
     for stage in run.passes:
-        volume.remove(f"{run.out}/work/{stage}")
+        files.remove(f"{run.out}/work/{stage}")
 
 
 def changed(run: Run) -> str:
     """In which setting the run stored at ``run.out`` differs from ``run``; ``""`` where it would write the same bytes."""
-    old = _flat(json.loads(volume.read_bytes(run.out, "work/run.json")))
+    old = _flat(json.loads(files.read_bytes(run.out, "work/run.json")))
     new = _flat(json.loads(json.dumps(run.to_json())))
     differ = [name for name in new if not name.startswith(FREE) and old.get(name) != new[name]]
     if not differ:
@@ -182,14 +182,14 @@ def _flat(plain: dict, prefix: str = "") -> dict:
 
 def stored(out: str, recompute: bool) -> Run:
     """The run at ``out``, or the one of that name which `segment` left unfinished; its work folder is there."""
-    where = partial(out) if volume.exists(f"{partial(out)}/work/run.json") else out
-    if not volume.exists(f"{where}/work/run.json"):
-        if not volume.exists(f"{out}/run.json"):
+    where = partial(out) if files.exists(f"{partial(out)}/work/run.json") else out
+    if not files.exists(f"{where}/work/run.json"):
+        if not files.exists(f"{out}/run.json"):
             raise UserError(f"{out} is not a volseg run (no run.json in it); give a folder that volseg made")
         if not recompute:
             raise UserError(f"the work folder of {out} was cleaned: its basins must be made anew; add --recompute")
         _rebuild_work(out)
-    plain = json.loads(volume.read_bytes(where, "work/run.json"))
+    plain = json.loads(files.read_bytes(where, "work/run.json"))
     run = Run.from_json(plain)
     if plain["keys"].get(run.first) != run.keys[run.first]:
         if not recompute or where != out:
@@ -197,38 +197,38 @@ def stored(out: str, recompute: bool) -> Run:
                 f"{where} was made by another version of volseg, which may have predicted otherwise: make it anew with "
                 "volseg infer --overwrite, or keep a finished run's probabilities as they are with --recompute"
             )
-        volume.remove(f"{out}/work")
+        files.remove(f"{out}/work")
         _rebuild_work(out)
     return run
 
 
 def demote(out: str) -> None:
     """The finished run at ``out`` lies at its unfinished name."""
-    if partial(out) != out and volume.exists(out) and not volume.exists(partial(out)):
-        volume.move(out, partial(out))
-    volume.remove(f"{partial(out)}/run.json")
+    if partial(out) != out and files.exists(out) and not files.exists(partial(out)):
+        files.move(out, partial(out))
+    files.remove(f"{partial(out)}/run.json")
 
 
 def _rebuild_work(out: str) -> None:
     """A cleaned run has a work folder again in which its probabilities count as done."""
-    facts = json.loads(volume.read_bytes(out, "run.json"))
+    facts = json.loads(files.read_bytes(out, "run.json"))
     run = replace(Run.from_json(facts), out=out)
     _create_fragments(run)
     for i in range(len(run.predict_grid)):
         cluster.mark(out, run.first, run.keys[run.first], i, {"seconds": {}})
-    volume.write_bytes(out, "work/begun", b"")
-    volume.write_bytes(out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
+    files.write_bytes(out, "work/begun", b"")
+    files.write_bytes(out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
 
 
 def adopt(run: Run) -> None:
     """The run's folder takes another description; what that makes stale is gone."""
-    old = Run.from_json(json.loads(volume.read_bytes(run.out, "work/run.json")))
+    old = Run.from_json(json.loads(files.read_bytes(run.out, "work/run.json")))
     for stage in {*old.keys, *run.keys}:
         if old.keys.get(stage) != run.keys.get(stage):
-            volume.remove(f"{run.out}/work/markers/{stage}")
+            files.remove(f"{run.out}/work/markers/{stage}")
     if (old.keys["fragments"], old.block, old.levels) != (run.keys["fragments"], run.block, run.levels):
         _remove_labels(run)
     if old.block != run.block:
-        volume.remove(f"{run.out}/work/fragments")
+        files.remove(f"{run.out}/work/fragments")
         _create_fragments(run)
-    volume.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
+    files.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())

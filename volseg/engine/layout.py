@@ -24,7 +24,7 @@ import numpy as np
 
 from volseg.box import Box
 from volseg.errors import DamagedFileError, UserError
-from volseg.io import tables, volume
+from volseg.io import arrays, files, tables
 from volseg.segmentation import fragments, hierarchy, holes, objects, saddles, stitch
 
 FORMAT = 1  # of a run's folder; raised when an older volseg could misread a newer folder, or the other way round
@@ -108,13 +108,13 @@ class Tables(Generic[T]):
         return tables.ahead(lambda index: self.load(*index, skip=skip), numbers, ahead)
 
     def exists(self, *index: int | str) -> bool:
-        return volume.exists(f"{self.path}/{self.key(*index)}")
+        return files.exists(f"{self.path}/{self.key(*index)}")
 
     def remove(self, *index: int | str) -> None:
-        volume.remove(f"{self.path}/{self.key(*index)}")
+        files.remove(f"{self.path}/{self.key(*index)}")
 
     def remove_all(self) -> None:
-        volume.remove(f"{self.path}/{self.pattern.rpartition('/')[0]}")
+        files.remove(f"{self.path}/{self.pattern.rpartition('/')[0]}")
 
 
 def _load(path: str, key: str, kind: type[T], skip: tuple[str, ...] = ()) -> T:
@@ -137,22 +137,22 @@ class StoredArray:
 
     def read(self, box: Box, channel: int | None = None) -> np.ndarray:
         """The voxels of ``box``: of one ``channel`` where there are several, else of all."""
-        array = volume.open_array(self.path, self.name)
+        array = arrays.open_array(self.path, self.name)
         lead = () if array.ndim == 3 else (slice(None) if channel is None else channel,)
         return np.asarray(array[(*lead, *box.slices)])
 
     def write(self, box: Box, data: np.ndarray) -> None:
         """The voxels of ``box``, which covers whole shards, are these."""
-        volume.write(volume.open_array(self.path, self.name), box, data)
+        arrays.write(arrays.open_array(self.path, self.name), box, data)
 
     def create(self, **layout: Any) -> None:
-        volume.create_array(self.path, self.name, **layout)
+        arrays.create_array(self.path, self.name, **layout)
 
     def exists(self) -> bool:
-        return volume.exists(f"{self.path}/{self.name}")
+        return files.exists(f"{self.path}/{self.name}")
 
     def remove(self) -> None:
-        volume.remove(f"{self.path}/{self.name}")
+        files.remove(f"{self.path}/{self.name}")
 
 
 # ---------------------------------------------------------------- the folder
@@ -239,10 +239,10 @@ class Layout:
         return stitch.Basins(**stored) if key in (None, made_from) else None
 
     def has_basins(self) -> bool:
-        return volume.exists(f"{self.path}/work/basins.npz")
+        return files.exists(f"{self.path}/work/basins.npz")
 
     def remove_basins(self) -> None:
-        volume.remove(f"{self.path}/work/basins.npz")
+        files.remove(f"{self.path}/work/basins.npz")
 
     # ---- the tree, by level and part
 
@@ -276,19 +276,19 @@ class Layout:
         return self._tables("tree/offsets", Values)
 
     def remove_tree(self) -> None:
-        volume.remove(f"{self.path}/work/tree")
+        files.remove(f"{self.path}/work/tree")
 
     # ---- stamps: what each block of labels was made from
 
     def read_stamp(self, stage: str, i: int) -> str:
         """``""`` where there is none, or the block was being written."""
         try:
-            return volume.read_bytes(self.path, f"work/stamps/{stage}/{i}").decode()
+            return files.read_bytes(self.path, f"work/stamps/{stage}/{i}").decode()
         except FileNotFoundError:
             return ""
 
     def write_stamp(self, stage: str, i: int, stamp: str) -> None:
-        volume.write_bytes(self.path, f"work/stamps/{stage}/{i}", stamp.encode())
+        files.write_bytes(self.path, f"work/stamps/{stage}/{i}", stamp.encode())
 
     # ---- markers
 
@@ -297,103 +297,103 @@ class Layout:
 
     def markers(self, stage: str) -> list[str]:
         """Names of a stage's markers."""
-        keys = volume.list_keys(self.path, f"work/markers/{stage}")
+        keys = files.list_keys(self.path, f"work/markers/{stage}")
         return [key.rpartition("/")[2].removesuffix(".json") for key in keys if key.endswith(".json")]
 
     def read_marker(self, stage: str, name: str) -> dict:
-        return json.loads(volume.read_bytes(self.path, self.marker_key(stage, name)))
+        return json.loads(files.read_bytes(self.path, self.marker_key(stage, name)))
 
     def write_marker(self, stage: str, name: str, receipt: dict) -> None:
-        volume.write_bytes(self.path, self.marker_key(stage, name), json.dumps(receipt).encode())
+        files.write_bytes(self.path, self.marker_key(stage, name), json.dumps(receipt).encode())
 
     def remove_markers(self, stage: str) -> None:
-        volume.remove(f"{self.path}/work/markers/{stage}")
+        files.remove(f"{self.path}/work/markers/{stage}")
 
     # ---- descriptions
 
     @property
     def begun(self) -> bool:
         """Whether a run was begun here: what lies here is a run's, and may be replaced by one."""
-        return volume.exists(f"{self.path}/work/begun")
+        return files.exists(f"{self.path}/work/begun")
 
     def mark_begun(self) -> None:
-        volume.write_bytes(self.path, "work/begun", b"")
+        files.write_bytes(self.path, "work/begun", b"")
 
     @property
     def described(self) -> bool:
         """Whether there is a description to go on from."""
-        return volume.exists(f"{self.path}/work/run.json")
+        return files.exists(f"{self.path}/work/run.json")
 
     @property
     def finished(self) -> bool:
-        return volume.exists(f"{self.path}/run.json")
+        return files.exists(f"{self.path}/run.json")
 
     def load_description(self) -> dict:
         """The run's description; raises `UserError` where another volseg made it, or nothing can read it."""
         return _described(self.path, "work/run.json")
 
     def save_description(self, plain: dict) -> None:
-        volume.write_bytes(self.path, "work/run.json", _json({"format": FORMAT, **plain}))
+        files.write_bytes(self.path, "work/run.json", _json({"format": FORMAT, **plain}))
 
     def remove_description(self) -> None:
-        volume.remove(f"{self.path}/work/run.json")
+        files.remove(f"{self.path}/work/run.json")
 
     def load_summary(self) -> dict:
         """What the finished run is and took."""
         return _described(self.path, "run.json")
 
     def save_summary(self, plain: dict) -> None:
-        volume.write_bytes(self.path, "run.json", _json({"format": FORMAT, **plain}))
+        files.write_bytes(self.path, "run.json", _json({"format": FORMAT, **plain}))
 
     def remove_summary(self) -> None:
-        volume.remove(f"{self.path}/run.json")
+        files.remove(f"{self.path}/run.json")
 
     # ---- the network
 
     def load_model(self) -> bytes:
-        return volume.read_bytes(self.path, "work/model.bin")
+        return files.read_bytes(self.path, "work/model.bin")
 
     def save_model(self, blob: bytes) -> None:
-        volume.write_bytes(self.path, "work/model.bin", blob)
+        files.write_bytes(self.path, "work/model.bin", blob)
 
     # ---- labels and their description
 
     def create_group(self, name: str = "") -> None:
-        volume.create_group(f"{self.path}/{name}" if name else self.path)
+        arrays.create_group(f"{self.path}/{name}" if name else self.path)
 
     def set_attributes(self, name: str, attributes: dict) -> None:
-        volume.set_group_attributes(self.path, name, attributes)
+        arrays.set_group_attributes(self.path, name, attributes)
 
     def labels_dtype(self) -> str | None:
         """Of the label arrays; None where not all of them were created."""
-        if not volume.exists(f"{self.path}/work/labels.json"):
+        if not files.exists(f"{self.path}/work/labels.json"):
             return None
-        return json.loads(volume.read_bytes(self.path, "work/labels.json")).get("dtype")
+        return json.loads(files.read_bytes(self.path, "work/labels.json")).get("dtype")
 
     def mark_labels(self, dtype: str) -> None:
-        volume.write_bytes(self.path, "work/labels.json", _json({"dtype": dtype}))
+        files.write_bytes(self.path, "work/labels.json", _json({"dtype": dtype}))
 
     def remove_labels(self) -> None:
         """No labels are left, nor what says that there are some."""
         for name in ("work/labels.json", "work/stamps", "labels"):
-            volume.remove(f"{self.path}/{name}")
+            files.remove(f"{self.path}/{name}")
 
     # ---- results beside the arrays
 
     def write_table(self, name: str, ending: str, data: bytes) -> None:
-        volume.write_bytes(self.path, f"tables/{name}.{ending}", data)
+        files.write_bytes(self.path, f"tables/{name}.{ending}", data)
 
     def read_table(self, name: str, ending: str = "parquet") -> bytes:
-        return volume.read_bytes(self.path, f"tables/{name}.{ending}")
+        return files.read_bytes(self.path, f"tables/{name}.{ending}")
 
     def write_picture(self, name: str, data: bytes) -> None:
         """``name``: "overlay", or "tables/volumes"."""
-        volume.write_bytes(self.path, f"{name}.png", data)
+        files.write_bytes(self.path, f"{name}.png", data)
 
     def remove_derived(self) -> None:
         """What describes labels that are about to change."""
         for name in ("review", "tables/merges.parquet", "tables/merges.csv"):
-            volume.remove(f"{self.path}/{name}")
+            files.remove(f"{self.path}/{name}")
 
     @property
     def labels_path(self) -> str:
@@ -420,17 +420,17 @@ class Layout:
         the same.
         """
         self.remove_description()
-        for name in volume.names(f"{self.path}/work"):
+        for name in files.names(f"{self.path}/work"):
             if name != "begun":
-                volume.remove(f"{self.path}/work/{name}")
-        for name in volume.names(self.path):
+                files.remove(f"{self.path}/work/{name}")
+        for name in files.names(self.path):
             if name != "work":
-                volume.remove(f"{self.path}/{name}")
+                files.remove(f"{self.path}/{name}")
 
     def remove_work(self) -> int | None:
         """Removes the work folder; how many bytes that frees, None where nobody knows."""
-        freed = volume.stored_bytes(f"{self.path}/work")
-        volume.remove(f"{self.path}/work")
+        freed = files.stored_bytes(f"{self.path}/work")
+        files.remove(f"{self.path}/work")
         return freed
 
 
@@ -440,7 +440,7 @@ def _json(plain: dict) -> bytes:
 
 def _described(path: str, key: str) -> dict:
     try:
-        plain = json.loads(volume.read_bytes(path, key))
+        plain = json.loads(files.read_bytes(path, key))
     except FileNotFoundError:
         raise UserError(f"{path} is not a volseg run (no {key} in it); give a folder that volseg made") from None
     except (ValueError, RecursionError):

@@ -40,7 +40,7 @@ from volseg.errors import OutOfMemoryError, UserError
 from volseg.inference import backends, tiles
 from volseg.inference.device import Call, out_of_memory_as
 from volseg.inference.normalization import scale
-from volseg.io import pyramid, volume
+from volseg.io import arrays, files, pyramid
 from volseg.io import tables as store
 from volseg.segmentation import fragments as basins
 from volseg.segmentation import hierarchy as tree
@@ -59,14 +59,14 @@ def predict(run: Run, i: int, seconds: dict[str, float]) -> dict:
     if run.passes:
         with cluster.timed(seconds, "read"):
             stored = [
-                np.asarray(volume.open_array(run.out, f"work/{s}")[(slice(None), *box.slices)]) for s in run.passes
+                np.asarray(arrays.open_array(run.out, f"work/{s}")[(slice(None), *box.slices)]) for s in run.passes
             ]
         with cluster.timed(seconds, "average"):
             out, facts = tiles.mean_over_passes(stored), {}
     else:
         out, facts = _probabilities(run, "xy", box, seconds)
     with cluster.timed(seconds, "write"):
-        volume.write(volume.open_array(run.out, "0"), box, out)
+        arrays.write(arrays.open_array(run.out, "0"), box, out)
     return facts
 
 
@@ -76,7 +76,7 @@ def predict_plane(run: Run, i: int, seconds: dict[str, float], stage: str) -> di
     box = run.pass_grid(plane)[i]
     out, facts = _probabilities(run, plane, box, seconds)
     with cluster.timed(seconds, "write"):
-        volume.write(volume.open_array(run.out, f"work/{stage}"), box, out)
+        arrays.write(arrays.open_array(run.out, f"work/{stage}"), box, out)
     return facts
 
 
@@ -181,7 +181,7 @@ def take(run: Run, i: int, seconds: dict[str, float]) -> None:
             if (wanted := run.wanted_in(core)) is not None:
                 inside *= wanted
     with cluster.timed(seconds, "write"):
-        volume.write(volume.open_array(run.out, "0"), box, out)
+        arrays.write(arrays.open_array(run.out, "0"), box, out)
 
 
 def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
@@ -190,13 +190,13 @@ def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
     knobs = run.config.fragments
     have = box.grow(basins.halo(knobs, run.voxel_size_nm)).clip(run.shape)
     with cluster.timed(seconds, "read"):
-        probability = np.asarray(volume.open_array(run.out, "0")[(slice(None), *have.slices)])
+        probability = np.asarray(arrays.open_array(run.out, "0")[(slice(None), *have.slices)])
     with cluster.timed(seconds, "basins"):
         height = basins.heights(probability, box, run.shape, knobs, run.voxel_size_nm)
         mass = np.ascontiguousarray(probability[0][box.inside(have)])
         region, table = basins.fragments(height, mass, box, run.shape, knobs.connectivity)
     with cluster.timed(seconds, "write"):
-        volume.write(volume.open_array(run.out, "work/fragments"), box, region)
+        arrays.write(arrays.open_array(run.out, "work/fragments"), box, region)
         store.save(run.out, f"work/tables/{i}.npz", **asdict(table))
 
 
@@ -217,7 +217,7 @@ def faces(run: Run, i: int, seconds: dict[str, float]) -> dict:
 
 def found_voids(run: Run, i: int, seconds: dict[str, float]) -> None:
     """The `voids.Table` of block ``i`` is stored."""
-    region = np.asarray(volume.open_array(run.out, "work/fragments")[run.grid[i].slices])
+    region = np.asarray(arrays.open_array(run.out, "work/fragments")[run.grid[i].slices])
     with cluster.timed(seconds, "voids"):
         table = voids.describe(region, run.grid[i], run.shape)
     store.save(run.out, f"work/voids/{i}.npz", **asdict(table))
@@ -243,7 +243,7 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
     with cluster.timed(seconds, "write"):
         sure = merges.confidence(whole, label, run.config.fragments, run.voxel_size_nm)
         told = {"rows": merges.merges(whole, rule, label), "confidence": sure}
-        volume.remove(f"{run.out}/work/merges")
+        files.remove(f"{run.out}/work/merges")
         store.save(run.out, f"work/merges/{run.keys['stitch']}.npz", **told)
         dtype = label_dtype(found)
 
@@ -260,7 +260,7 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
 
 def _known_basins(run: Run) -> tuple[stitch.Basins, list[np.ndarray]] | None:
     """What `_gathered_basins` gave when these basins were decided on before: a hundredth of the bytes of all tables."""
-    if not volume.exists(f"{run.out}/work/basins.npz"):
+    if not files.exists(f"{run.out}/work/basins.npz"):
         return None
     stored = store.load(run.out, "work/basins.npz")
     if str(stored.pop("of", "")) != run.keys["fragments"]:
@@ -271,7 +271,7 @@ def _known_basins(run: Run) -> tuple[stitch.Basins, list[np.ndarray]] | None:
 
 def _gathered_basins(run: Run) -> tuple[stitch.Basins, list[np.ndarray]]:
     """The volume's basins, and the basin of each of a block's regions, from all tables. None are known until all is stored."""
-    volume.remove(f"{run.out}/work/basins.npz")
+    files.remove(f"{run.out}/work/basins.npz")
     every = range(len(run.grid))
     tables = store.each(run.out, [f"work/tables/{i}.npz" for i in every], skip=("crossing", "face_at", "face_of"))
     links = store.each(run.out, [f"work/links/{i}.npz" for i in every])
@@ -383,13 +383,13 @@ def relabel(run: Run, i: int, seconds: dict[str, float]) -> dict:
 
     def make() -> None:
         with cluster.timed(seconds, "read"):
-            region = np.asarray(volume.open_array(run.out, "work/fragments")[box.slices])
-            mass = np.asarray(volume.open_array(run.out, "0")[(0, *box.slices)])
+            region = np.asarray(arrays.open_array(run.out, "work/fragments")[box.slices])
+            mass = np.asarray(arrays.open_array(run.out, "0")[(0, *box.slices)])
         with cluster.timed(seconds, "measure"):
             place = voids.places(region) if run.fills else region
             sums = objects.measure(place, label, mass, box, behind)
         with cluster.timed(seconds, "write"):
-            volume.write(volume.open_array(run.out, "labels/instances/0"), box, objects.painted(place, label))
+            arrays.write(arrays.open_array(run.out, "labels/instances/0"), box, objects.painted(place, label))
             store.save(run.out, f"work/objects/{i}.npz", **asdict(sums))
 
     return _unless_kept(run, "relabel", i, stamp, make)
@@ -404,15 +404,15 @@ def _unless_kept(run: Run, stage: str, i: int, stamp: str, make: Callable[[], No
     key = f"work/stamps/{stage}/{i}"
     kept = stamp != "" and _read_stamp(run, stage, i) == stamp
     if not kept:
-        volume.write_bytes(run.out, key, b"")
+        files.write_bytes(run.out, key, b"")
         make()
-        volume.write_bytes(run.out, key, stamp.encode())
+        files.write_bytes(run.out, key, stamp.encode())
     return {"kept": kept}
 
 
 def _read_stamp(run: Run, stage: str, i: int) -> str:
     try:
-        return volume.read_bytes(run.out, f"work/stamps/{stage}/{i}").decode()
+        return files.read_bytes(run.out, f"work/stamps/{stage}/{i}").decode()
     except FileNotFoundError:
         return ""
 
@@ -449,11 +449,11 @@ def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> dict:
 
     def make() -> None:
         with cluster.timed(seconds, "read"):
-            finer = np.asarray(volume.open_array(run.out, f"labels/instances/{level - 1}")[parent.slices])
+            finer = np.asarray(arrays.open_array(run.out, f"labels/instances/{level - 1}")[parent.slices])
         with cluster.timed(seconds, "downsample"):
             coarse = pyramid.downsample(finer, factor)
         with cluster.timed(seconds, "write"):
-            volume.write(volume.open_array(run.out, f"labels/instances/{level}"), box, coarse)
+            arrays.write(arrays.open_array(run.out, f"labels/instances/{level}"), box, coarse)
 
     return _unless_kept(run, f"pyramid{level}", i, _stamp(*stamps) if all(stamps) else "", make)
 
@@ -508,7 +508,7 @@ def _run(out: str, key: str) -> Run:
     The network of an earlier run makes room for its own.
     """
     let_go()
-    return replace(Run.from_json(json.loads(volume.read_bytes(out, "work/run.json"))), out=out)
+    return replace(Run.from_json(json.loads(files.read_bytes(out, "work/run.json"))), out=out)
 
 
 def _network(run: Run, size: tuple[int, int]) -> Call:
@@ -531,7 +531,7 @@ def _loaded(out: str, key: str, size: tuple[int, int]) -> Call:
             "so they cannot share it"
         )
     shape = (run.batch, run.sections, *size)
-    blob = volume.read_bytes(out, "work/model.bin")
+    blob = files.read_bytes(out, "work/model.bin")
     engine = run.engine["backend"], run.engine["precision"]
     return backends.network(blob, *engine, shape, _threads(run), cluster.place_here())
 

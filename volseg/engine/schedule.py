@@ -26,7 +26,7 @@ from volseg.engine.pipeline import let_go, work
 from volseg.engine.ready import Ready, Region
 from volseg.engine.run import Run, level_of
 from volseg.errors import OutOfMemoryError, UserError
-from volseg.io import pyramid, volume
+from volseg.io import files, pyramid
 from volseg.io import tables as store
 from volseg.segmentation import fragments as basins
 from volseg.segmentation import hierarchy as tree
@@ -232,16 +232,16 @@ def _refuse(run: Run, stages: list[str], failures: list[cluster.Failure]) -> Non
 
 def _stitch(client: Any, run: Run, show: Show, ledger: Ledger) -> None:
     """Every block has its id map: by one process, or in a tree where that would not hold all edges."""
-    lacks = run.config.stitch.reduce == "flat" and not volume.exists(f"{run.out}/work/basins.npz")
+    lacks = run.config.stitch.reduce == "flat" and not files.exists(f"{run.out}/work/basins.npz")
     if lacks:  # a tree has made the labels, but not what is asked for
-        volume.remove(f"{run.out}/work/markers/stitch")
+        files.remove(f"{run.out}/work/markers/stitch")
     if cluster.marked(run.out, "stitch", run.keys["stitch"]):
         return
     client.run(let_go)  # nothing is inferred from here on: the graph takes the room that the network had
     if _fits_one_process(run):
         run_stage(client, run, "stitch", show, ledger)
         return
-    volume.remove(f"{run.out}/work/basins.npz")
+    files.remove(f"{run.out}/work/basins.npz")
     levels = range(tree.top(run.grid) + 1)
     for level in levels:
         run_stage(client, run, f"tree{level}", show, ledger)
@@ -256,7 +256,7 @@ def _stitch(client: Any, run: Run, show: Show, ledger: Ledger) -> None:
         "stitched as a tree: tables/merges lists borders only; joins need all edges in one process, stitch.reduce=flat"
     )
     cluster.mark(run.out, "stitch", run.keys["stitch"], 0, {"seconds": {}, "objects": sum(counts)})
-    volume.remove(f"{run.out}/work/tree")
+    files.remove(f"{run.out}/work/tree")
 
 
 def _fits_one_process(run: Run) -> bool:

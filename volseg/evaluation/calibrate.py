@@ -23,7 +23,7 @@ from volseg.errors import UserError
 from volseg.evaluation import evaluate
 from volseg.evaluation.metrics import Contingency, foreground, instances
 from volseg.inference import model
-from volseg.io import volume
+from volseg.io import arrays, files
 from volseg.segmentation import holes as voids
 from volseg.segmentation import stitch
 from volseg.segmentation.fragments import EDGE
@@ -70,7 +70,7 @@ def _default(own: Stitch) -> Stitch:
 
 def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins, voids.Voids | None, Contingency]:
     """The run, its basins, where holes are filled its voids, and how these (from 1) overlap true objects in ``box``."""
-    if not volume.exists(f"{run}/work/basins.npz"):
+    if not files.exists(f"{run}/work/basins.npz"):
         raise UserError(
             f"{run} has no basins to decide on: give a finished run with its work folder, not cleaned nor stitched by a "
             f"tree (volseg segment {run} --set stitch.reduce=flat makes them in one process)"
@@ -81,7 +81,7 @@ def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins,
         raise UserError(f"box {box} is empty or leaves the run of shape {old.shape} (z y x); give one inside it")
     read = evaluate.truth_in(truth, old.shape, box)
     stored = _stored(run, "work/basins.npz")
-    if stored["edges"].dtype != EDGE or (old.fills and not volume.exists(f"{run}/work/voids.npz")):
+    if stored["edges"].dtype != EDGE or (old.fills and not files.exists(f"{run}/work/voids.npz")):
         raise UserError(f"the basins of {run} are of an earlier volseg: make them anew with volseg segment {run}")
     basins = stitch.Basins(**{name: stored[name] for name in stitch.Basins.__dataclass_fields__})
     total = Contingency.empty()
@@ -95,7 +95,7 @@ def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins,
 def _numbered(path: str, run: Run, i: int, part: Box, basins: int) -> np.ndarray:
     """The basin (from 1) of each voxel of a part of block ``i``, 0 outside the mask; where holes are filled, there its void,
     numbered after the ``basins``."""
-    regions, of = volume.open_array(path, "work/fragments"), _stored(path, f"work/labels/{i}.npz")
+    regions, of = arrays.open_array(path, "work/fragments"), _stored(path, f"work/labels/{i}.npz")
     if not run.fills:
         return np.r_[0, 1 + of["basin"]][np.asarray(regions[part.slices])]
     place = voids.places(np.asarray(regions[run.grid[i].slices]))[part.inside(run.grid[i])]
@@ -104,11 +104,11 @@ def _numbered(path: str, run: Run, i: int, part: Box, basins: int) -> np.ndarray
 
 def stored_run(run: str) -> Run:
     """The description of a run that has its work folder."""
-    return Run.from_json(json.loads(volume.read_bytes(run, "work/run.json")))
+    return Run.from_json(json.loads(files.read_bytes(run, "work/run.json")))
 
 
 def _stored(run: str, key: str) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(volume.read_bytes(run, key))) as file:
+    with np.load(io.BytesIO(files.read_bytes(run, key))) as file:
         return {name: file[name] for name in file.files}
 
 
@@ -138,7 +138,7 @@ def _scores(table: Contingency) -> dict:
 
 def into_model(path: Path, row: dict, run: Run) -> None:
     """The model file's own settings are those of ``row``, the rest as in the run; its weights are left as they are."""
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file, save
 
     card = model.load_card(path)
     decode = dict(card["decode"])
@@ -146,9 +146,7 @@ def into_model(path: Path, row: dict, run: Run) -> None:
     decode["stitch"] = run.config.stitch.model_dump(mode="json", exclude={"reduce"}) | {
         name: row[name] for name in KNOBS
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(load_file(path), partial, metadata={model.KEY: json.dumps({**card, "decode": decode})})
-    partial.replace(path)
+    files.write_atomic(path, save(load_file(path), metadata={model.KEY: json.dumps({**card, "decode": decode})}))
 
 
 def table(rows: list[dict], most: int = 10) -> str:

@@ -13,7 +13,7 @@ from skimage.measure import label
 from volseg.box import Blocks, Box, Triple
 from volseg.errors import UserError
 from volseg.evaluation.metrics import NEAR, Contingency, check_threshold, foreground, instances, pairs, touching
-from volseg.io import volume
+from volseg.io import files, volume
 
 INSTANCES = "labels/instances/0"  # where a run keeps its labels
 BLOCK_VOXELS = 1 << 24  # voxels of each volume in memory at once
@@ -46,8 +46,8 @@ class _Side:
 def _open(path: str) -> _Side:
     """The labels at ``path``; for a run folder, or any group with ``labels/instances/0``, those."""
     root = str(path).rstrip("/")
-    is_run = volume.exists(f"{root}/{INSTANCES}")
-    if root.endswith(".volseg.zarr") and volume.exists(root) and not is_run:
+    is_run = files.exists(f"{root}/{INSTANCES}")
+    if root.endswith(".volseg.zarr") and files.exists(root) and not is_run:
         raise UserError(f"run {path} has no {INSTANCES} yet; finish the run first, or give a volume of labels")
     opened = volume.open(str(path), dataset=INSTANCES if is_run else "")
     if np.dtype(opened.dtype).kind not in "bui":
@@ -207,7 +207,7 @@ def evaluate(pred: str, truth: str, *, box: Box | None = None, iou: float = 0.5)
 def roi_of(pred: str) -> str:
     """The part of the volume that a run was told to do alone; nothing for other runs, and for labels that are no run's."""
     try:
-        return json.loads(volume.read_bytes(pred, "run.json"))["config"]["input"]["roi"]
+        return json.loads(files.read_bytes(pred, "run.json"))["config"]["input"]["roi"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

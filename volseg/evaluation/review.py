@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 from volseg.box import Box
 from volseg.engine.run import Run
 from volseg.errors import UserError
+from volseg.io import arrays, files, volume
 from volseg.io import pictures as view
-from volseg.io import volume
 from volseg.segmentation import saddles as merges
 from volseg.segmentation.rules import Rules, agglomerate, borders, forest, ranked, rules
 from volseg.segmentation.stitch import Basins
@@ -52,26 +52,26 @@ def review(path: str, top: int = 50) -> pandas.DataFrame:
     finished run, or one without that table.
     """
     found = load(path)
-    volume.remove(f"{path}/review")
+    files.remove(f"{path}/review")
     shown = found.table.head(top).copy()
     shown["picture"] = [f"review/{i + 1:04d}.png" for i in range(len(shown))]
     pictures = [picture(found, i) for i in range(len(shown))]
     for name, image in zip(shown["picture"], pictures, strict=True):
-        volume.write_bytes(path, name, _encoded(image, "PNG"))
-    volume.write_bytes(path, "review/index.html", page(path, shown, pictures).encode())
+        files.write_bytes(path, name, _encoded(image, "PNG"))
+    files.write_bytes(path, "review/index.html", page(path, shown, pictures).encode())
     return shown
 
 
 def load(path: str) -> Reviewed:
-    if not volume.exists(f"{path}/run.json"):
+    if not files.exists(f"{path}/run.json"):
         raise UserError(f"{path} is no finished run: it holds no run.json; give the --out of a finished volseg infer")
-    if not volume.exists(f"{path}/tables/merges.parquet"):
+    if not files.exists(f"{path}/tables/merges.parquet"):
         raise UserError(f"{path} has no table of merges: volseg segment {path} writes it")
-    run = Run.from_json(json.loads(volume.read_bytes(path, "run.json")))
+    run = Run.from_json(json.loads(files.read_bytes(path, "run.json")))
     image = view.seen(run.source, path)
-    table = pandas.read_parquet(io.BytesIO(volume.read_bytes(path, "tables/merges.parquet")))
+    table = pandas.read_parquet(io.BytesIO(files.read_bytes(path, "tables/merges.parquet")))
     key = f"work/merges/{run.keys['stitch']}.npz"
-    if not volume.exists(f"{path}/{key}"):
+    if not files.exists(f"{path}/{key}"):
         return Reviewed(path, run, image, table, None, None)
     basins = _arrays(path, "work/basins.npz")
     stored = Basins(**{name: basins[name] for name in Basins.__dataclass_fields__})
@@ -79,7 +79,7 @@ def load(path: str) -> Reviewed:
 
 
 def _arrays(path: str, key: str) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(volume.read_bytes(path, key))) as stored:  # allow_pickle is off
+    with np.load(io.BytesIO(files.read_bytes(path, key))) as stored:  # allow_pickle is off
         return {name: stored[name] for name in stored.files}
 
 
@@ -108,7 +108,7 @@ def sides(found: Reviewed, i: int, box: Box) -> np.ndarray:
         labels = _labels(found, box)
         return np.where(labels == row["label_a"], 1, np.where(labels == row["label_b"], 2, 0))
     part = parts(found.basins, rules(found.run.config, found.run.voxel_size_nm), found.rows[i])
-    region = np.asarray(volume.open_array(found.path, "work/fragments")[box.slices])
+    region = np.asarray(arrays.open_array(found.path, "work/fragments")[box.slices])
     out = np.zeros(region.shape, np.int64)
     for j in found.run.grid.meeting(box):
         inside = found.run.grid[j].intersect(box).inside(box)

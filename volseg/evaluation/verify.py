@@ -33,7 +33,7 @@ from numba import njit
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
 from volseg.errors import UserError
-from volseg.io import volume
+from volseg.io import arrays, files, volume
 from volseg.segmentation import fragments, stitch
 from volseg.segmentation import holes as voids
 from volseg.segmentation.rules import ANY, Rules, decide, label_dtype, rules
@@ -105,7 +105,7 @@ class Stored:
 def load(run: str) -> Stored:
     """The finished run at ``run``; `UserError` where there is none."""
     try:
-        facts = json.loads(volume.read_bytes(run, "run.json"))
+        facts = json.loads(files.read_bytes(run, "run.json"))
         config, block, slab = Config(**facts["config"]), tuple(facts["block"]), tuple(facts["predict_block"])
         voxel_size_nm = tuple(facts["voxel_size_nm"])
     except OSError:
@@ -124,10 +124,10 @@ def load(run: str) -> Stored:
 
 def _lack(run: str, blocks: int, fills: bool) -> str:
     """What keeps the basins of a run from being read; ``""`` for nothing."""
-    if not volume.exists(f"{run}/work/fragments"):
+    if not files.exists(f"{run}/work/fragments"):
         return "the run's work folder was cleaned: stored basins and id maps cannot be checked, the rest is"
     for name in ("tables", "links", "labels", *(("voids", "rims") if fills else ())):
-        have = len([key for key in volume.list_keys(run, f"work/{name}") if key.endswith(".npz")])
+        have = len([key for key in files.list_keys(run, f"work/{name}") if key.endswith(".npz")])
         if have < blocks:
             return (
                 f"work/{name} holds {have} of {blocks} blocks: stored basins and id maps cannot be checked, the rest is"
@@ -137,7 +137,7 @@ def _lack(run: str, blocks: int, fills: bool) -> str:
 
 def _bytes(run: str, key: str) -> bytes:
     try:
-        return volume.read_bytes(run, key)
+        return files.read_bytes(run, key)
     except FileNotFoundError:
         raise UserError(
             f"{run} lacks {key}, which a finished run has: it was damaged; run volseg infer again"
@@ -154,7 +154,7 @@ def _arrays(run: str, key: str) -> dict[str, np.ndarray]:
 
 def _read(run: str, name: str, box: Box) -> np.ndarray:
     """Voxels of ``box`` of an array of the run, all channels."""
-    array = volume.open_array(run, name)
+    array = arrays.open_array(run, name)
     try:
         return np.ascontiguousarray(array[(slice(None),) * (array.ndim - 3) + box.slices])
     except (RuntimeError, ValueError, OSError) as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from volseg.io import files
 
 KEPT = 32  # files of each kind
 
@@ -23,9 +24,7 @@ def keep(path: Path, made: bytes) -> None:
     """
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as beside:  # gone again where the disk is full
-            Path(beside, path.name).write_bytes(made)
-            os.replace(Path(beside, path.name), path)
+        files.write_atomic(path, made)
         alike = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda other: other.stat().st_mtime, reverse=True)
         for old in alike[KEPT:]:
             old.unlink()

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.errors import UserError
+from volseg.io import files
 
 if TYPE_CHECKING:
     import torch
@@ -196,15 +196,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Raises :class:`UserError` where it cannot be written, for instance on a full disk.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        files.write_atomic(path, data, durable=True)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         kept = "the one there before is whole; " if path.exists() else ""
         size = f"{len(data) / 1e6:.1f} MB"
         raise UserError(
@@ -245,9 +239,7 @@ def add_quantized(path: str | Path, form: bytes, facts: dict) -> None:
 
     path = Path(path)
     tensors = {**load_file(path), INT8: np.frombuffer(form, np.uint8)}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(save(tensors, metadata={KEY: json.dumps({**load_card(path), INT8: facts})}))
-    os.replace(partial, path)
+    files.write_atomic(path, save(tensors, metadata={KEY: json.dumps({**load_card(path), INT8: facts})}))
 
 
 def load(path: str | Path) -> tuple[torch.nn.Module, dict]:

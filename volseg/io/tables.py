@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from volseg.io import volume
+from volseg.io import files
 
 IO_THREADS = 16  # small objects read or written at once
 ONE_READS = (
@@ -22,12 +22,12 @@ ONE_READS = (
 def save(out: str, key: str, **arrays: np.ndarray) -> None:
     file = io.BytesIO()
     np.savez(file, **arrays)
-    volume.write_bytes(out, key, file.getbuffer())
+    files.write_bytes(out, key, file.getbuffer())
 
 
 def load(out: str, key: str, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """The arrays saved under ``key``; those to ``skip`` come empty."""
-    packed = io.BytesIO(volume.read_bytes(out, key))
+    packed = io.BytesIO(files.read_bytes(out, key))
     with ONE_READS, np.load(packed) as stored:  # allow_pickle is off
         return {name: np.empty(0) if name in skip else stored[name] for name in stored.files}
 

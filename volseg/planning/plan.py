@@ -32,7 +32,7 @@ from volseg.engine.run import Run, bits, redundancy
 from volseg.errors import UserError
 from volseg.inference import backends, cache, export, hardware, model, tiles
 from volseg.inference.normalization import scale
-from volseg.io import volume
+from volseg.io import files
 from volseg.planning import memory
 from volseg.planning import prepare as describe
 from volseg.segmentation import fragments as basins
@@ -211,9 +211,9 @@ def _smaller(run: Run) -> str:
 
 def room_on_disk(run: Run) -> int | None:
     """Bytes that a run may still store where it lies, with those that it already has; None on an object store."""
-    if volume.is_remote(run.out):
+    if files.is_remote(run.out):
         return None
-    return machine.free_disk(run.out) + volume.stored_bytes(run.out)
+    return machine.free_disk(run.out) + files.stored_bytes(run.out)
 
 
 # ---------------------------------------------------------------- in words

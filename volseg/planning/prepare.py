@@ -19,9 +19,9 @@ from volseg.errors import UserError
 from volseg.inference import autoselect as probe
 from volseg.inference import backends, export, hardware, model, tiles
 from volseg.inference.normalization import normalization, standardized
+from volseg.io import files, volume
 from volseg.io import probabilities as foreign
 from volseg.io import roi as wanted
-from volseg.io import volume
 from volseg.planning import memory
 
 TOO_LARGE = "; memory holds no more tiles at once"  # of why a run computes as it does
@@ -102,8 +102,8 @@ def _blocked(run: Run) -> Run:
 
     A restart must not choose anew: what is free is never the same twice.
     """
-    if volume.exists(f"{run.out}/work/run.json"):
-        plain = json.loads(volume.read_bytes(run.out, "work/run.json"))
+    if files.exists(f"{run.out}/work/run.json"):
+        plain = json.loads(files.read_bytes(run.out, "work/run.json"))
         old = Run.from_json(plain)
         begun = replace(run, predict_block=old.predict_block, block=old.block, pass_blocks=old.pass_blocks)
         if old.config.blocks == run.config.blocks and plain["keys"].get(run.first) == begun.keys[run.first]:
@@ -167,9 +167,9 @@ def _begun_engine(out: str, config: Config, path: Path) -> dict:
 
     A restart must not choose anew: timing is noisy, and another choice has other bits.
     """
-    if not volume.exists(f"{out}/work/run.json"):
+    if not files.exists(f"{out}/work/run.json"):
         return {}
-    old = json.loads(volume.read_bytes(out, "work/run.json"))
+    old = json.loads(files.read_bytes(out, "work/run.json"))
     same_model = old.get("model_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
     if not same_model or old["config"]["predict"] != config.predict.model_dump(mode="json"):
         return {}

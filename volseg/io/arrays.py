@@ -1,0 +1,243 @@
+"""Zarr arrays and groups by their path: opened once, made, written in whole shards."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from math import log as ln
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.abc.store import Store
+from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.storage import FsspecStore, LocalStore, WrapperStore
+
+from volseg.box import Blocks, Box
+from volseg.errors import UserError
+from volseg.io import files
+from volseg.io.header import reason, shape_text
+
+ZARR_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
+_OPENING = threading.Lock()  # zarr's configuration and warning filters belong to the whole process
+_PYTHON = "zarr.core.codec_pipeline.BatchedCodecPipeline"
+_RUST = "zarrs.ZarrsCodecPipeline"  # twice as fast; local stores, native byte order and C order only
+
+
+class _CompleteChunks(WrapperStore):
+    """A store that refuses chunks cut short, which zarr's own codecs read as fill value or as garbage."""
+
+    def __init__(self, store: Store, blosc: bool) -> None:
+        super().__init__(store)
+        self.blosc = blosc  # whether each whole object is one blosc frame, which states its own length
+
+    def _with_store(self, store: Store) -> _CompleteChunks:
+        return _CompleteChunks(store, self.blosc)
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        value = await self._store.get(key, prototype, byte_range)
+        if value is None or byte_range is not None or os.path.basename(key) in ZARR_FILES:
+            return value
+        stated = int.from_bytes(value[12:16].to_bytes(), "little") if self.blosc else len(value)
+        if len(value) == 0 or stated != len(value):
+            raise OSError(f"{key} is cut short: it holds {len(value)} bytes")
+        return value
+
+
+def _store(path: str) -> Store:
+    if not files.is_remote(path):
+        return LocalStore(path)
+    try:
+        return FsspecStore.from_url(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"cannot reach {path}: {reason(error)}; pip install 'volseg[s3]' for s3:// URLs") from None
+
+
+@contextmanager
+def _pipeline(name: str) -> Iterator[None]:
+    """Inside, arrays open with that codec pipeline and without warnings; one thread at a time."""
+    with _OPENING, warnings.catch_warnings(), zarr.config.set({"codec_pipeline.path": name}):
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def node(path: str, name: str = "") -> zarr.Array | zarr.Group:
+    """The array or group ``name`` at ``path``; :class:`UserError` where there is none."""
+    try:
+        with _pipeline(_PYTHON):
+            return zarr.open(_store(path), path=name, mode="r")
+    except (FileNotFoundError, KeyError, zarr.errors.NodeNotFoundError):
+        raise UserError(f"no zarr array or group at {files.join(path, name)}{contents(path) if name else ''}") from None
+    except UserError:
+        raise
+    except Exception as error:  # damaged metadata, no permission, no network: whatever the store raises
+        raise UserError(f"cannot open zarr {files.join(path, name)}: {reason(error)}") from error
+
+
+def contents(path: str) -> str:
+    """Advice that lists the arrays of a zarr group."""
+    try:
+        group = node(path)
+    except UserError:
+        return ""
+    if isinstance(group, zarr.Array):
+        return f"; {path} is itself an array: leave input.dataset empty"
+    with _pipeline(_PYTHON):
+        names = sorted(name for name, node in group.members(max_depth=4) if isinstance(node, zarr.Array))
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"; arrays inside: {listed}: pick one with --set input.dataset={names[0]}" if names else "; it has no arrays"
+
+
+def _blosc(array: zarr.Array) -> bool:
+    """Whether each stored object of ``array`` is one blosc frame."""
+    if array.metadata.zarr_format == 2:
+        return getattr(array.metadata.compressor, "codec_id", "") == "blosc"
+    return isinstance(array.metadata.codecs[-1], BloscCodec)
+
+
+def _document(path: str, name: str) -> tuple[int, int, int] | None:
+    """Stamp of a local array's metadata; None for a remote one."""
+    if files.is_remote(path):
+        return None
+    found = (os.path.join(path, name, file) for file in ("zarr.json", ".zarray"))
+    return next((files.stamp(file) for file in found if os.path.exists(file)), None)
+
+
+def cached_array(path: str, name: str, mode: str = "r") -> zarr.Array:
+    return _cached_array(path, name, mode, (files.generation(), _document(path, name)))
+
+
+@lru_cache(maxsize=64)
+def _cached_array(path: str, name: str, mode: str, stamp: Any) -> zarr.Array:
+    array = node(path, name)
+    if isinstance(array, zarr.Group):
+        raise UserError(f"{files.join(path, name)} is a zarr group, not an array{contents(files.join(path, name))}")
+    if not files.is_remote(path) and array.dtype.isnative and array.order == "C":
+        with _pipeline(_RUST):
+            return zarr.open_array(_store(path), path=name, mode=mode)
+    with _pipeline(_PYTHON):
+        return zarr.open_array(_CompleteChunks(_store(path), _blosc(array)), path=name, mode=mode)
+
+
+def clear_array_cache() -> None:
+    """This process holds no zarr array open any more; the next use opens it anew."""
+    _cached_array.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------------- made anew
+
+
+def create_group(path: str) -> None:
+    """There is a zarr v3 group at ``path``; one that exists keeps its attributes."""
+    with _pipeline(_PYTHON):
+        zarr.open_group(_store(files.absolute(path)), mode="a", zarr_format=3)
+
+
+def create_array(
+    path: str,
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    chunk: tuple[int, ...],
+    shard: tuple[int, ...],
+    fill: int = 0,
+    attributes: dict | None = None,
+    axes: str | tuple[str, ...] | None = None,
+) -> None:
+    """There is a new sharded zarr v3 array ``name`` at ``path``; refuses to replace one.
+
+    ``chunk`` is adapted to ``shard`` by :func:`fit_chunk`. zstd level 1 without shuffle, with checksums: on EPFL labels
+    it takes half the bytes of blosc with bitshuffle and is as fast to write, and a flipped bit is found on reading.
+    """
+    with _pipeline(_PYTHON):
+        try:
+            zarr.create_array(
+                _store(files.absolute(path)),
+                name=name,
+                shape=shape,
+                dtype=np.dtype(dtype),
+                chunks=fit_chunk(chunk, shard),
+                shards=tuple(shard),
+                compressors=ZstdCodec(level=1, checksum=True),
+                fill_value=fill,
+                attributes=attributes or {},
+                dimension_names=tuple(axes) if axes else None,
+            )
+        except zarr.errors.ContainsArrayError:
+            raise UserError(f"{files.join(path, name)} exists; remove it, or give another output path") from None
+    clear_array_cache()
+
+
+def fit_chunk(chunk: tuple[int, ...], shard: tuple[int, ...]) -> tuple[int, ...]:
+    """Per axis the divisor of ``shard`` nearest to ``chunk`` in ratio: chunks must tile a shard exactly.
+
+    >>> fit_chunk((32, 256, 256), (37, 50, 1000))
+    (37, 50, 250)
+    """
+    return tuple(
+        min((d for d in range(1, s + 1) if s % d == 0), key=lambda d: abs(ln(d / c)))
+        for c, s in zip(chunk, shard, strict=True)
+    )
+
+
+def open_array(path: str, name: str) -> zarr.Array:
+    """The zarr array ``name`` at ``path``, to read and write; kept open per process. Write through :func:`write`."""
+    return cached_array(files.absolute(path), name, "r+")
+
+
+def write(array: zarr.Array, box: Box, data: np.ndarray) -> None:
+    """The voxels of ``box`` (z y x) in ``array`` are ``data``; leading axes of the array are written whole.
+
+    Refuses a box that cuts a shard: two writers in one shard lose data (zarr-python #3682). A shard left torn by a
+    killed writer is replaced.
+    """
+    lead = array.ndim - 3
+    shard = array.shards or array.chunks
+    ends = zip(box.start, box.stop, shard[lead:], array.shape[lead:], strict=True)
+    if any(a % s or (b % s and b != n) or b > n for a, b, s, n in ends) or shard[:lead] != array.shape[:lead]:
+        raise ValueError(
+            f"box {box} cuts shards of {shape_text(shard)} in {array.name or array.store_path} ({shape_text(array.shape)}); "
+            "one task writes whole shards"
+        )
+    if data.shape != (*array.shape[:lead], *box.shape):
+        raise ValueError(
+            f"data of shape {shape_text(data.shape)} does not fill box {box} of an array of {shape_text(array.shape)}"
+        )
+    data = np.ascontiguousarray(data, dtype=array.dtype)
+    try:
+        array[(slice(None),) * lead + box.slices] = data
+    except (RuntimeError, ValueError, OSError):
+        if not _drop_shards(array, box):
+            raise
+        array[(slice(None),) * lead + box.slices] = data
+
+
+def _drop_shards(array: zarr.Array, box: Box) -> bool:
+    """The local shards under ``box`` are gone; whether there were any. (One at the far end is read before written.)"""
+    if not isinstance(array.store, LocalStore):
+        return False
+    lead = array.ndim - 3
+    grid = Blocks(array.shape[lead:], (array.shards or array.chunks)[lead:])
+    keys = [array.metadata.encode_chunk_key((0,) * lead + grid.coords(i)) for i in grid.meeting(box)]
+    files = [file for key in keys if (file := Path(array.store.root, array.path, key)).exists()]
+    for file in files:
+        file.unlink()
+    return bool(files)
+
+
+def group_attributes(path: str, name: str = "") -> dict:
+    """The attributes of the zarr group (or array) ``name`` at ``path``."""
+    return node(files.absolute(path), name).attrs.asdict()
+
+
+def set_group_attributes(path: str, name: str, attributes: dict) -> None:
+    """The zarr group (or array) ``name`` at ``path`` has these attributes; other keys keep theirs."""
+    with _pipeline(_PYTHON):
+        zarr.open(_store(files.absolute(path)), path=name, mode="r+").attrs.update(attributes)
+    clear_array_cache()

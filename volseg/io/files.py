@@ -1,0 +1,194 @@
+"""Files and objects by their path: one face for local folders and fsspec URLs such as ``s3://bucket/key``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import uuid
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from volseg.errors import UserError
+from volseg.io.header import decoding, reason
+
+# ------------------------------------------------------------------------------------------------------------- paths
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether ``path`` is an fsspec URL such as ``s3://bucket/key`` and not a local path."""
+    return "://" in str(path) and not str(path).startswith("file://")
+
+
+def absolute(path: str | Path) -> str:
+    path = str(path)
+    return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
+
+
+def join(path: str | Path, *keys: str) -> str:
+    return "/".join([absolute(path), *(key.strip("/") for key in keys if key)])
+
+
+def suggestions(path: str) -> str:
+    """`` (did you mean ...?)`` from the names beside a path that does not exist."""
+    folder, name = os.path.split(path)
+    if not os.path.isdir(folder):
+        return f"; there is no folder {folder}"
+    near = difflib.get_close_matches(name, os.listdir(folder), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; {folder} holds nothing of that name"
+
+
+def stamp(path: str) -> tuple[int, int, int]:
+    """Changes when the file at ``path`` does, so that a cached handle is not used for another file."""
+    with decoding(path):
+        status = os.stat(path)
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def open_binary(path: str) -> Any:
+    return Path(path).open("rb")
+
+
+# ------------------------------------------------------------------------------------------------- files and objects
+
+
+@lru_cache(maxsize=1)
+def generation() -> str:
+    """Another name whenever this process has removed or moved something: what is cached under an older one may be gone."""
+    return uuid.uuid4().hex
+
+
+def _remote(path: str) -> tuple[Any, str]:
+    """The filesystem of a URL, with nothing remembered about what others may have changed, and the path in it."""
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, root = url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"cannot reach {path}: {reason(error)}; pip install 'volseg[s3]' for s3:// URLs") from None
+    fs.invalidate_cache()
+    return fs, root
+
+
+def exists(path: str | Path) -> bool:
+    """Whether a file, folder or remote prefix is there."""
+    path = absolute(path)
+    if not is_remote(path):
+        return os.path.exists(path)
+    fs, root = _remote(path)
+    return fs.exists(root)
+
+
+def stored_bytes(path: str | Path) -> int:
+    """Bytes of all objects under ``path``; 0 where there is none."""
+    path = absolute(path)
+    if is_remote(path):
+        fs, root = _remote(path)
+        return sum(entry["size"] for entry in fs.find(root, detail=True).values())
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if not _temporary(name))
+    return sum(os.path.getsize(file) for file in found if os.path.exists(file))
+
+
+def remove(path: str | Path) -> None:
+    """Nothing is at ``path`` any more; it may not have been there."""
+    path = absolute(path)
+    generation.cache_clear()
+    if is_remote(path):
+        fs, root = _remote(path)
+        if fs.exists(root):
+            fs.rm(root, recursive=True)
+    elif os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
+
+
+def move(source: str | Path, target: str | Path) -> None:
+    """What was at ``source`` is at ``target``, which must not be a folder with content. Atomic where local."""
+    source, target = absolute(source), absolute(target)
+    generation.cache_clear()
+    if is_remote(source):
+        (fs, root), (_, goal) = _remote(source), _remote(target)
+        for key in fs.find(root):
+            fs.cp_file(key, goal + key[len(root) :])
+        fs.rm(root, recursive=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.replace(source, target)
+
+
+def read_bytes(path: str, key: str) -> bytes:
+    """The object ``key`` under ``path``; FileNotFoundError where there is none."""
+    where = join(path, key)
+    if not is_remote(where):
+        return Path(where).read_bytes()
+    fs, root = _remote(where)
+    return fs.cat_file(root)
+
+
+def write_bytes(path: str, key: str, data: bytes | memoryview) -> None:
+    """The object ``key`` under ``path`` is ``data``: readers see the old bytes or the new ones, never a part."""
+    where = join(path, key)
+    if is_remote(where):
+        fs, root = _remote(where)
+        fs.pipe_file(root, bytes(data))
+        return
+    os.makedirs(os.path.dirname(where), exist_ok=True)
+    write_atomic(where, data)
+
+
+def write_atomic(path: str | Path, data: bytes | memoryview, *, durable: bool = False) -> None:
+    """The local file at ``path`` is ``data``: whoever reads it, also after a kill, sees the old bytes or the new ones.
+
+    Parameters
+    ----------
+    path
+        In a folder that exists.
+    data
+        All bytes of the file.
+    durable
+        Wait until the bytes are on the disk, so that a power cut cannot lose both files.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written; the old one, if any, is still there, and nothing else.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")  # `_temporary` knows it
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def list_keys(path: str, prefix: str = "") -> list[str]:
+    """Keys under ``path`` of the objects in folder ``prefix`` (or of that one object), sorted; none is no error."""
+    base, where = absolute(path), join(path, prefix)
+    if is_remote(where):
+        fs, root = _remote(where)
+        start = len(_remote(base)[1].rstrip("/")) + 1
+        return sorted(key[start:] for key in fs.find(root))
+    if os.path.isfile(where):
+        return [os.path.relpath(where, base).replace(os.sep, "/")]
+    walked = ((folder, name) for folder, _, names in os.walk(where) for name in names if not _temporary(name))
+    return sorted(os.path.relpath(os.path.join(*pair), base).replace(os.sep, "/") for pair in walked)
+
+
+def names(path: str) -> list[str]:
+    """Names of what lies directly in the folder at ``path``; none is no error."""
+    if not is_remote(path):
+        return os.listdir(path) if os.path.isdir(path) else []
+    fs, root = _remote(path)
+    return [key.rstrip("/").rpartition("/")[2] for key in fs.ls(root, detail=False)] if fs.exists(root) else []
+
+
+def _temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
