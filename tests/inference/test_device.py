@@ -14,7 +14,7 @@ from volseg.errors import OutOfMemoryError
 from volseg.inference import backends, export, hardware, model, tiles
 from volseg.inference.device import NUMPY, TorchDevice, as_cuda_graph, is_out_of_memory, out_of_memory_as, row_by_row
 from volseg.inference.normalization import scale, standardized
-from volseg.io import volume
+from volseg.io import files, volume
 from volseg.planning import prepare as describe
 
 SHAPE = (4, 70, 90)  # of tiles of 64: two along y, two along x
@@ -75,7 +75,7 @@ def plainly(run, plane, box, wanted):
                 gray = np.pad(seen, past, mode="symmetric").astype(np.float32)
                 kept.append((z, tile, (gray - np.float32(run.mean)) * np.float32(1 / run.std)))
     size = (run.batch, run.sections, *grid.size)
-    blob = volume.read_bytes(run.out, "work/model.bin")
+    blob = files.read_bytes(run.out, "work/model.bin")
     calls = {s: backends.load(blob, "torch", "fp32", (*size[:2], *s)) for s in {size[2:], size[:1:-1]}}
     total = np.zeros(out.shape, np.float32)
     for first in range(0, len(kept), run.batch):
