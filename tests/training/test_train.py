@@ -20,25 +20,15 @@ from volseg import api as launch
 from volseg.config import Config, Fragments, Train, resolve
 from volseg.errors import UserError
 from volseg.inference import model
-from volseg.training import checkpoint
-from volseg.training import distributed as parallel
+from volseg.training import checkpoint, distributed
+from volseg.training.card import decoding_tables
 from volseg.training.checkpoint import State
+from volseg.training.decoding import THRESHOLDS, Decoding
 from volseg.training.losses import loss_of
 from volseg.training.samples import batch, batches, load_sources
-from volseg.training.train import (
-    FIRST_SETTLE,
-    _decode,
-    _fitting,
-    check,
-    guess,
-    learning_rate,
-    settle,
-    start,
-    steps,
-    train,
-)
+from volseg.training.steps import FIRST_SETTLE, _fitting, guess, learning_rate, settle, start, steps
+from volseg.training.train import check, train
 from volseg.training.tune import tune
-from volseg.training.validate import THRESHOLDS, Decoding
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +77,7 @@ def test_a_run_tells_what_it_learns_from_and_how_far_it_is(whole_run):
 def test_a_killed_run_goes_on_to_the_same_bits(whole_run, tables, tmp_path):
     code = (
         "import json, sys, torch; torch.set_num_threads(1); from volseg.config import resolve; "
-        "from volseg.train import train; "
+        "from volseg.training.train import train; "
         "train(resolve(('test', json.loads(sys.argv[1]))), lambda line: print(line, flush=True))"
     )
     text = json.dumps({"train": {**tables, "out": str(tmp_path)}})
@@ -173,12 +163,12 @@ def test_a_height_that_nothing_learns_is_refused_at_once(tables, tmp_path):
 def test_a_card_keeps_what_its_seed_was_chosen_with():
     given = {"fragments": {"height": "contour", "threshold": 0.4}, "stitch": {"keep_unseeded": True, "reduce": "tree"}}
     chosen = Decoding(0.3, (0, 1, 1), 0.7, 250)
-    assert _decode(resolve(("test", given)), chosen) == {
+    assert decoding_tables(resolve(("test", given)), chosen) == {
         "fragments": {"height": "contour", "threshold": 0.3, "smooth": [0, 1, 1]},
         "stitch": {"keep_unseeded": True, "seed": 0.7, "min_voxels": 250},
     }
-    assert _decode(Config(), chosen) == chosen.settings()
-    assert _decode(Config(), None) == {}
+    assert decoding_tables(Config(), chosen) == chosen.settings()
+    assert decoding_tables(Config(), None) == {}
 
 
 def interrupted(knobs, tmp_path, line, telling="pass"):
@@ -210,7 +200,7 @@ def test_ctrl_c_ends_a_run_in_one_line(tables, tmp_path):
 def test_ctrl_c_keeps_the_step_that_a_run_was_at(tables, tmp_path):
     """No validation and no interval of checkpoints comes in between: what is kept was kept for the interrupt."""
     knobs = {**tables, "steps": 100_000, "every": 100_000, "out": str(tmp_path / "run")}
-    telling = "import volseg.train; volseg.train.TOLD_SECONDS = 0"  # a line for each step
+    telling = "import volseg.training.train; volseg.training.train.TOLD_SECONDS = 0"  # a line for each step
     interrupted(knobs, tmp_path, "step 3/", telling)
     config = config_of(tables, tmp_path / "run", steps=100_000, every=100_000)
     state = start(config.train, torch.device("cpu"))
@@ -460,43 +450,43 @@ def test_two_processes_go_on_after_a_stop_to_the_same_bits(tables, tmp_path):
 
 
 def test_the_mean_over_processes_is_that_of_the_whole_batch(tmp_path):
-    with parallel.together(2, _add, tmp_path / "other.pt"):
+    with distributed.together(2, _add, tmp_path / "other.pt"):
         mine = _add(None)
-        assert parallel.size() == 2
-        assert parallel.same(7.0 + parallel.rank(), torch.device("cpu")) == 7.0
+        assert distributed.size() == 2
+        assert distributed.same(7.0 + distributed.rank(), torch.device("cpu")) == 7.0
     assert [tensor.tolist() for tensor in mine] == [[3.0, 3.0], [[9.0]]]
     assert all(torch.equal(a, b) for a, b in zip(mine, torch.load(tmp_path / "other.pt"), strict=True))
-    assert parallel.size() == 1
+    assert distributed.size() == 1
 
 
 def _add(path):
     """Sums over processes of what depends on the process; stored at ``path``."""
-    r = parallel.rank()
+    r = distributed.rank()
     tensors = [torch.full((2,), 1.0 + r), torch.full((1, 1), 4.0 + r)]
-    parallel.add_up(tensors)
+    distributed.add_up(tensors)
     if path:
-        parallel.same(0.0, torch.device("cpu"))
+        distributed.same(0.0, torch.device("cpu"))
         torch.save(tensors, path)
     return tensors
 
 
 def test_a_process_that_fails_ends_the_others_with_a_line_and_no_traceback(tmp_path, capfd):
-    with pytest.raises(UserError, match="training process 1 of 2 ended"), parallel.together(2, _fail):
-        parallel.same(0.0, torch.device("cpu"))
+    with pytest.raises(UserError, match="training process 1 of 2 ended"), distributed.together(2, _fail):
+        distributed.same(0.0, torch.device("cpu"))
     assert capfd.readouterr().err == "volseg: process 1: the memory of process 1 is full\n"
-    assert parallel.size() == 1
+    assert distributed.size() == 1
 
 
 def test_with_nccl_the_first_process_ends_with_one_that_fails_but_not_with_one_that_it_ends():
     """What watches over the others is no part of nccl, which is not here."""
     told = """
 import multiprocessing, sys, threading, time
-from volseg.training import distributed as parallel
+from volseg.training import distributed
 other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=sys.argv[2:])  # without a number, it fails
 ending = threading.Event()
 if __name__ == "__main__":
     other.start()
-    threading.Thread(target=parallel._watch, args=([other], ending, 1)).start()
+    threading.Thread(target=distributed._watch, args=([other], ending, 1)).start()
     if sys.argv[1] == "ends":
         ending.set()
         other.terminate()
@@ -513,7 +503,7 @@ if __name__ == "__main__":
 
 
 def _fail():
-    raise UserError(f"the memory of process {parallel.rank()} is full")
+    raise UserError(f"the memory of process {distributed.rank()} is full")
 
 
 def test_more_processes_than_patches_are_refused(tables, tmp_path):

@@ -18,9 +18,9 @@ from scipy import ndimage
 from volseg.config import Train
 from volseg.inference import model
 from volseg.io.pictures import gray
+from volseg.training.decoding import THRESHOLDS, Decoding, slabs, smooth
 from volseg.training.samples import Source
 from volseg.training.targets import UNLABELED, describe
-from volseg.training.validate import THRESHOLDS, Decoding, slabs, smooth
 
 SHOWN = 3  # sections of each volume that are pictured
 EDGE = 768  # longest edge of a panel, voxels

@@ -17,7 +17,8 @@ from volseg.errors import UserError
 from volseg.inference import model
 from volseg.system import tune_malloc
 from volseg.training.samples import Source, load_sources
-from volseg.training.train import check, start, steps
+from volseg.training.steps import start, steps
+from volseg.training.train import check
 from volseg.training.validate import refuse_nothing_held_out, validate
 
 STUDY = "volseg"
