@@ -349,11 +349,11 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Recompute parts of a run with other blocks and compare them bit for bit. Exit code 1 where they differ."""
-    from volseg.evaluation import verify as checks
+    from volseg.evaluation.verify import verify as recompute
 
-    result = checks.verify(run.rstrip("/"), boxes=blocks, seed=seed)
-    typer.echo(json.dumps(result, indent=1) if as_json else checks.table(result))
-    if not result["ok"]:
+    result = recompute(run, boxes=blocks, seed=seed)
+    typer.echo(json.dumps(result.to_json(), indent=1) if as_json else str(result))
+    if not result.ok:
         raise typer.Exit(1)
 
 

@@ -28,8 +28,9 @@ from volseg.engine import cluster, folder, pipeline
 from volseg.engine import schedule as flow
 from volseg.engine.run import Run
 from volseg.errors import UserError
-from volseg.evaluation import calibrate, review, verify
+from volseg.evaluation import calibrate, review
 from volseg.evaluation.synthetic import synth
+from volseg.evaluation.verify import verify
 from volseg.inference import model
 from volseg.io import arrays, files, volume
 from volseg.planning import prepare as describe
@@ -420,8 +421,8 @@ def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, ref
     borders = flat[flat["kind"] == "border"].reset_index(drop=True)
     pandas.testing.assert_frame_equal(made, borders, check_exact=True)
     assert review.review(str(finished), 3)["picture"].size == min(3, len(borders))
-    result = verify.verify(str(finished))
-    assert result["ok"], verify.table(result)
+    result = verify(str(finished))
+    assert result.ok, str(result)
     assert result["joined"]["wrong"] == 0
     with pytest.raises(UserError, match=r"--set stitch\.reduce=flat"):
         calibrate.calibrate(finished, f"{image}/labels/truth")

@@ -306,14 +306,14 @@ def test_other_options_on_an_unfinished_run_are_refused(probabilities, tmp_path)
 
 def test_labels_of_64_bits_go_all_the_way(monkeypatch, reference, tmp_path):
     """As if there were more than 2**32 objects."""
-    for module in ("pipeline", "folder", "verify"):
+    for module in ("engine.pipeline", "engine.folder", "evaluation.recompute"):
         monkeypatch.setattr(f"volseg.{module}.label_dtype", lambda objects: "uint64")
     config = settings(**BOTH, blocks={"shape": (11, 75, 170)})
     labels = volume.open(segment_here(f"{reference}/0", tmp_path / "run.volseg.zarr", config).labels)
     assert labels.dtype == "uint64"
     np.testing.assert_array_equal(labels.read(Box.whole(SHAPE)), volume.open(reference).read(Box.whole(SHAPE)))
     assert zarr.open_array(f"{tmp_path}/run.volseg.zarr/labels/instances/1", mode="r").dtype == np.uint64
-    assert verify(f"{tmp_path}/run.volseg.zarr", boxes=1)["ok"]
+    assert verify(f"{tmp_path}/run.volseg.zarr", boxes=1).ok
 
 
 def test_ids_beyond_32_bits_are_counted_and_made_coarser(tmp_path):

@@ -11,7 +11,10 @@ from tests.helpers import Quiet, digest, segment_here
 from volseg import api as launch
 from volseg.box import Box
 from volseg.config import load
-from volseg.evaluation import calibrate, verify
+from volseg.evaluation import calibrate
+from volseg.evaluation.finished import open_finished
+from volseg.evaluation.recheck import check_box
+from volseg.evaluation.verify import verify
 from volseg.io import arrays, volume
 
 SHAPE = (21, 60, 70)
@@ -62,10 +65,10 @@ def test_filling_reads_no_probability_and_sees_no_blocks(run):
     np.testing.assert_array_equal(few, filled(plain, 5))
     np.testing.assert_array_equal(many, filled(plain, 60))
     assert np.count_nonzero(plain) < np.count_nonzero(few) < np.count_nonzero(many)
-    result = verify.verify(run)
-    assert result["ok"], verify.table(result)
-    rows = [verify.check(verify.load(run), box) for box in (Box((3, 2, 5), (17, 50, 61)), Box((0, 0, 0), (9, 40, 40)))]
-    assert all(set(row["wrong"].values()) == {0} for row in rows)
+    result = verify(run)
+    assert result.ok, str(result)
+    checks = [check_box(open_finished(run), box) for box in (Box((3, 2, 5), (17, 50, 61)), Box((0, 0, 0), (9, 40, 40)))]
+    assert all(set(check.wrong.values()) == {0} for check in checks)
     own = next(row for row in calibrate.calibrate(run, f"{run}/labels/instances/0") if row["own"])
     assert (own["pq"], own["iou"]) == (1, 1)
     one = digest(run)
@@ -97,6 +100,6 @@ def test_a_label_in_a_cavity_that_must_not_have_it_is_found(run):
     small = next(n for n in np.unique(holes[box.slices])[1:] if 5 < np.count_nonzero(holes == n) < 60)
     label = int(np.setdiff1d(sound[ndimage.binary_dilation(holes == small)], 0)[0])
     arrays.write(array, Box.whole(SHAPE), np.where(holes == small, label, sound).astype(sound.dtype))
-    found = verify.verify(run)
+    found = verify(run)
     arrays.write(array, Box.whole(SHAPE), sound)
-    assert {"mask", "ids", "table"} <= {name for row in found["boxes"] for name, count in row["wrong"].items() if count}
+    assert {"mask", "ids", "table"} <= {name for box in found.boxes for name, count in box.wrong.items() if count}

@@ -1,0 +1,152 @@
+"""All labels of a finished run once more: from its probabilities in other blocks, and from its stored tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+
+import numpy as np
+
+from volseg.box import Blocks, Box, Triple
+from volseg.evaluation.finished import FinishedRun
+from volseg.evaluation.recheck import first_voxel, heights, inner, region_rows
+from volseg.segmentation import fragments, stitch
+from volseg.segmentation import holes as voids
+from volseg.segmentation.rules import decide, label_dtype
+
+MAX_ROWS = 50_000_000  # regions and edges up to which stored tables are joined again
+OTHER_BLOCK = (37, 101, 127)  # voxels, beside the halo: a block that fits no shard or tile
+
+
+@dataclass(frozen=True)
+class Relabeling:
+    """All labels recomputed in ``blocks`` blocks of shape ``block``.
+
+    Attributes
+    ----------
+    objects
+        How many there are.
+    wrong
+        Voxels whose stored label is another; all of them where the labels have another dtype.
+    first
+        The first of these, z y x; None where there are none.
+    """
+
+    block: Triple
+    blocks: int
+    objects: int
+    wrong: int
+    first: list[int] | None
+
+    def to_json(self) -> dict:
+        """Plain values that ``json.dumps`` takes."""
+        return {**asdict(self), "block": list(self.block)}
+
+
+@dataclass(frozen=True)
+class Rejoining:
+    """The stored tables joined again: their regions, and how many have another label in the id maps or lead nowhere."""
+
+    regions: int
+    wrong: int
+
+    def to_json(self) -> dict:
+        """Plain values that ``json.dumps`` takes."""
+        return asdict(self)
+
+
+def other_block(run: FinishedRun) -> Triple:
+    """A block shape that is not the run's on any axis where there is a choice, and fits no shard or tile."""
+    size = [min(c + 2 * h, n // 2 + 1) for c, h, n in zip(OTHER_BLOCK, run.halo, run.shape, strict=True)]
+    return tuple(max(1, n - (n == own)) for n, own in zip(size, run.grid.block, strict=True))
+
+
+def relabel(run: FinishedRun, block: Triple) -> Relabeling:
+    """All labels are recomputed in memory, from the stored probabilities in blocks of that shape, and compared."""
+    grid = Blocks(run.shape, block)
+    regions, tables = zip(*(_find_basins(run, box) for box in grid), strict=True)
+    links = [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))]
+    holes, contacts = [], []
+    if run.fills:
+        holes = [voids.describe(region, box, run.shape) for region, box in zip(regions, grid, strict=True)]
+        contacts = [voids.meet(i, holes.__getitem__, grid) for i in range(len(grid))]
+    ids = _decide(run, tables, links, holes, contacts)
+    objects = max(int(block_ids.max()) for block_ids in ids)
+    wrong, first = 0, None
+    for box, region, block_ids in zip(grid, regions, ids, strict=True):
+        differs = block_ids[voids.places(region) if run.fills else region] != run.labels.read(box).astype(np.int64)
+        wrong += int(np.count_nonzero(differs))
+        first = first or (first_voxel(differs, box) if differs.any() else None)
+    if run.labels.dtype != label_dtype(objects):
+        wrong, first = prod(run.shape), [0, 0, 0]
+    return Relabeling(block, len(grid), objects, wrong, first)
+
+
+def _find_basins(run: FinishedRun, box: Box) -> tuple[np.ndarray, fragments.Table]:
+    probability = run.probability(box)
+    height, mass = heights(run, probability, box), inner(run, probability[0], box)
+    return fragments.fragments(height, mass, box, run.shape, run.config.fragments.connectivity)
+
+
+def _decide(
+    run: FinishedRun,
+    tables: Sequence[fragments.Table],
+    links: Sequence[stitch.Links],
+    holes: Sequence[voids.Table],
+    contacts: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """For each block the label of region 0 (none), 1, 2, ... and then, where holes are filled, of its holes."""
+    basins, basin_of = stitch.gather(tables, links)
+    if not run.fills:
+        label = decide(basins, run.rules)
+        return [np.r_[0, label[basin]] for basin in basin_of]
+    volume_holes, hole_of = voids.gather(holes, contacts, basin_of)
+    label, hole_label = np.split(decide(basins, run.rules, volume_holes), [basins.depth.size])
+    return [np.r_[0, label[basin], hole_label[hole]] for basin, hole in zip(basin_of, hole_of, strict=True)]
+
+
+def rejoin(run: FinishedRun) -> Rejoining | None:
+    """The stored tables are joined again; None where they have more than `MAX_ROWS` rows."""
+    tables, links, rows = [], [], 0
+    for i in range(len(run.grid)):
+        table = run.block_basins(i)
+        tables.append(replace(table, crossing=table.crossing[:0], face_at=table.face_at[:0], face_of=table.face_of[:0]))
+        links.append(run.links(i))
+        rows += table.root.size + table.edges.size + links[-1].edges.size
+        if rows > MAX_ROWS:
+            return None
+    regions = sum(table.root.size for table in tables)
+    blocks = range(len(run.grid)) if run.fills else ()
+    holes, contacts = [run.block_holes(i) for i in blocks], [run.hole_contacts(i) for i in blocks]
+    stray = sum(_stray_links(link, tables) for link in links) + _stray_holes(holes, contacts, tables)
+    if stray:
+        return Rejoining(regions, stray)
+    wrong = 0
+    for i, expected in enumerate(_decide(run, tables, links, holes, contacts)):
+        stored = run.block_labels(i)["label"].astype(np.int64)
+        wrong += int(np.count_nonzero(stored != expected)) if stored.size == expected.size else expected.size
+    return Rejoining(regions, wrong)
+
+
+def _stray_links(link: stitch.Links, tables: list[fragments.Table]) -> int:
+    """How many links of a block name a region that no table has, or drain to one that is not lower."""
+    table_of = dict(enumerate(tables)).get
+    upper, lower = (region_rows(names, table_of) for names in link.drains.T)
+    (known, _, height, root), (end_known, leaves, end_height, end_root) = upper, lower
+    down = (end_height < height) | ((end_height == height) & ((end_root < root) | ((end_root == root) & ~leaves)))
+    ends = [region_rows(link.edges[end], table_of)[0] for end in "ab"]
+    return int(np.count_nonzero(~(known & end_known & down)) + np.count_nonzero(~(ends[0] & ends[1])))
+
+
+def _stray_holes(holes: list[voids.Table], contacts: list[np.ndarray], tables: list[fragments.Table]) -> int:
+    """How many tables of holes count other regions than there are, and how many contacts name a place that no table has."""
+    if not holes:
+        return 0
+    last = np.array([table.root.size + hole.voxels.size for hole, table in zip(holes, tables, strict=True)])
+    miscounted = sum(int(hole.regions) != table.root.size for hole, table in zip(holes, tables, strict=True))
+    rims = (stitch.name(i, hole.rim) for i, hole in enumerate(holes))
+    names = np.concatenate([np.empty((0, 2), np.int64), *contacts, *rims])
+    block, place = names >> 32, names & stitch.LOCAL
+    known = (block >= 0) & (block < len(holes)) & (place > 0) & (place <= last[np.clip(block, 0, len(holes) - 1)])
+    return miscounted + int(np.count_nonzero(~known.all(axis=1)))
