@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks import report, trial
 from volseg.box import Box
 from volseg.io import volume
-from volseg.io.pictures import gray, paint
+from volseg.io.pictures import grayscale, label_overlay
 
 PICTURED = 12  # annotated sections of the model in the picture, beside the model of all
 CALIBRATED = 0.08  # share of the sections, held out at the end, that choose the threshold where all are annotated
@@ -103,13 +103,13 @@ def _sections_picture(image: str, label: str, box: Box, runs: dict[int, str], pa
     figure = Figure(figsize=(4.2 * (2 + len(runs)), 2 * 4.2 * box.shape[1] / box.shape[2] + 0.4), layout="constrained")
     for line, z in zip(figure.subplots(2, 2 + len(runs), squeeze=False), (depth // 3, 2 * depth // 3), strict=True):
         plane = Box((box.start[0] + z, *box.start[1:]), (box.start[0] + z + 1, *box.stop[1:]))
-        shown = gray(volume.open(image).read(plane)[0])
+        shown = grayscale(volume.open(image).read(plane)[0])
         truth = volume.open(label).read(plane)[0]
         truth = components(truth > 0) if np.unique(truth).size <= 2 else truth
-        panels = {f"original, section {z}": shown, "truth": paint(shown, truth)}
+        panels = {f"original, section {z}": shown, "truth": label_overlay(shown, truth)}
         for count, run in runs.items():
             ids = volume.open(run, dataset="labels/instances/0").read(plane)[0]
-            panels[f"{count} annotated section{'s' * (count > 1)}"] = paint(shown, ids)
+            panels[f"{count} annotated section{'s' * (count > 1)}"] = label_overlay(shown, ids)
         for axes, (title, picture) in zip(line, panels.items(), strict=True):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
             axes.set(title=title, xticks=[], yticks=[])

@@ -15,8 +15,7 @@ from volseg.config import Config, load, resolve
 from volseg.engine import cluster, folder, pipeline
 from volseg.engine import schedule as flow
 from volseg.inference import model
-from volseg.io import arrays, ome, volume
-from volseg.io import probabilities as foreign
+from volseg.io import arrays, ome, probabilities, volume
 from volseg.planning import prepare as describe
 from volseg.segmentation.fragments import OUTSIDE, fragments
 from volseg.segmentation.rules import ANY, Rules
@@ -123,7 +122,9 @@ def segment_probabilities(path, out, *, show=None, **sections):
 
 def begin_run(path, out, config):
     """A run of the probabilities at ``path`` of which nothing is done."""
-    channels = foreign.channels(str(path), config.probabilities, dataset="", voxel_size_nm=config.input.voxel_size_nm)
+    channels = probabilities.named_channels(
+        str(path), config.probabilities, dataset="", voxel_size_nm=config.input.voxel_size_nm
+    )
     made = describe.from_probabilities(channels, config, str(out))
     folder.begin(made, overwrite=True)
     return made

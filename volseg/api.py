@@ -24,8 +24,7 @@ from volseg.engine.run import Run, blocks, fit, redundancy
 from volseg.engine.schedule import Show
 from volseg.errors import OutOfMemoryError, UserError
 from volseg.inference import hardware
-from volseg.io import arrays, files, ome, volume
-from volseg.io import probabilities as foreign
+from volseg.io import arrays, files, ome, probabilities, volume
 from volseg.io import tables as store
 from volseg.planning import plan
 from volseg.planning import prepare as describe
@@ -117,10 +116,10 @@ def segment_probabilities(path: str, out: str, config: Config, *, overwrite: boo
     """
     start = time.perf_counter()
     of = config.input
-    taken = foreign.channels(path, config.probabilities, dataset=of.dataset, voxel_size_nm=of.voxel_size_nm)
+    taken = probabilities.named_channels(path, config.probabilities, dataset=of.dataset, voxel_size_nm=of.voxel_size_nm)
     out = folder.absolute(out)
     folder.make_room([channel.source for channel in taken if channel.source], out, overwrite)
-    for note in foreign.look(taken):
+    for note in probabilities.notes(taken):
         show.say(note)
     run = describe.from_probabilities(taken, config, folder.partial(out))
     show.say(describe.headline(run))
@@ -209,10 +208,10 @@ def finish(
 
     The command was given at ``start``, its first stage began at ``started``.
     """
-    from volseg.io import pictures as view
+    from volseg.io import pictures
 
     ending = time.perf_counter()
-    sums = store.each(run.out, [f"work/objects/{i}.npz" for i in range(len(run.grid))])
+    sums = store.load_each(run.out, [f"work/objects/{i}.npz" for i in range(len(run.grid))])
     parts = [objects.Sums(**part) for part in sums]
     for stale in ("review", "tables/merges.parquet", "tables/merges.csv"):
         files.remove(f"{run.out}/{stale}")
@@ -222,8 +221,10 @@ def finish(
     _write_table(run.out, "merges", merges.table(told["rows"], run.config.fragments, run.shape, run.voxel_size_nm))
     labels = volume.open(run.out, dataset="labels/instances/0")
     with ThreadPoolExecutor(1) as beside:
-        histogram = beside.submit(view.volumes, columns)
-        files.write_bytes(run.out, "overlay.png", view.overlay(view.seen(run.source, run.out), labels, columns))
+        histogram = beside.submit(pictures.volume_histogram, columns)
+        files.write_bytes(
+            run.out, "overlay.png", pictures.overlay(pictures.pictured_volume(run.source, run.out), labels, columns)
+        )
         files.write_bytes(run.out, "tables/volumes.png", histogram.result())
     arrays.set_group_attributes(run.out, "", ome.multiscales("probability", "czyx", [("0", run.voxel_size_nm)]))
     now = time.perf_counter()
@@ -303,7 +304,7 @@ def _told(run: Run) -> dict[str, np.ndarray]:
     key = f"work/merges/{run.keys['stitch']}.npz"
     if files.exists(f"{run.out}/{key}"):
         return store.load(run.out, key)
-    parts = store.each(run.out, [f"work/borders/{i}.npz" for i in range(len(run.grid))])
+    parts = store.load_each(run.out, [f"work/borders/{i}.npz" for i in range(len(run.grid))])
     graph = merges.graph(merges.Part(**part) for part in parts)
     label = np.arange(1, 1 + graph.depth.size)
     sure = merges.confidence(graph, label, run.config.fragments, run.voxel_size_nm)

@@ -36,7 +36,7 @@ from volseg.config import Probabilities, load
 from volseg.errors import UserError
 from volseg.evaluation.verify import verify
 from volseg.io import arrays, files, pyramid, volume
-from volseg.io import probabilities as foreign
+from volseg.io.probabilities import named_channels, notes, to_uint8
 from volseg.segmentation import objects
 
 BOTH = {"probabilities": {"mask_channel": 0, "contour_channel": 1}}
@@ -61,7 +61,7 @@ def probabilities(reference):
 def test_sixteen_bits_become_the_nearest_of_eight():
     every = np.arange(65536, dtype=np.uint16).reshape(1, 256, 256)
     want = [int(Fraction(255 * int(v), 65535) + Fraction(1, 2)) for v in every.ravel()]
-    np.testing.assert_array_equal(foreign.as_bytes(every).ravel(), want)
+    np.testing.assert_array_equal(to_uint8(every).ravel(), want)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -69,7 +69,7 @@ def test_floats_become_the_nearest_byte_halves_up(dtype):
     values = np.r_[np.random.default_rng(0).random(500), 0, 1, 0.5, np.arange(256) / 255, (np.arange(255) + 0.5) / 255]
     values = values.astype(dtype)
     want = [int(255 * Fraction(float(v)) + Fraction(1, 2)) for v in values]
-    got = foreign.as_bytes(values.reshape(1, 1, -1)).ravel()
+    got = to_uint8(values.reshape(1, 1, -1)).ravel()
     exact = slice(None) if dtype != "float64" else slice(500)  # in double the product itself is rounded
     np.testing.assert_array_equal(got[exact], np.array(want)[exact])
     assert np.abs(got.astype(int) - want).max() <= 1
@@ -80,7 +80,7 @@ def test_a_value_that_is_no_probability_is_named(value):
     data = np.zeros((2, 3, 4), np.float32)
     data[1, 2, 3] = value
     with pytest.raises(ValueError, match=r"voxel 1, 2, 3 of it is .*0\.\.1"):
-        foreign.as_bytes(data)
+        to_uint8(data)
 
 
 # ---------------------------------------------------------------- files
@@ -179,7 +179,7 @@ def test_what_is_no_probability_is_refused_before_anything_is_made(tmp_path, cas
 
 def test_a_mask_of_0_and_1_is_remarked_upon(tmp_path):
     zarr.create_array(tmp_path / "p.zarr", data=np.ones((3, 20, 20), np.uint8))
-    (note,) = foreign.look(foreign.channels(str(tmp_path / "p.zarr"), Probabilities(), dataset="", voxel_size_nm=None))
+    (note,) = notes(named_channels(str(tmp_path / "p.zarr"), Probabilities(), dataset="", voxel_size_nm=None))
     assert "nothing above 1" in note
     assert "255 stands for probability 1" in note
 
@@ -189,7 +189,7 @@ def test_a_bad_voxel_that_no_sample_saw_is_named(probabilities, tmp_path):
     data[1, 20, 149, 100] = 7.5
     zarr.create_array(tmp_path / "p.zarr", data=data)
     made = begin_run(tmp_path / "p.zarr", tmp_path / "out", settings(**BOTH, blocks={"shape": (11, 75, 170)}))
-    foreign.look(made.taken)
+    notes(made.taken)
     with pytest.raises(
         UserError, match=r"channel 1 \(contour\), in box 11:22,75:150,0:170: voxel 9, 74, 100 of it is 7.5"
     ):

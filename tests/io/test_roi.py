@@ -18,7 +18,7 @@ from volseg.engine.run import Run, redundancy
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
 from volseg.io import files, volume
-from volseg.io import roi as wanted
+from volseg.io.roi import RegionOfInterest, find, full_counts
 
 SHAPE = (7, 70, 90)
 
@@ -118,7 +118,7 @@ def test_mask_and_box_decide_the_keys(em, mask, plain, tmp_path):
     run = plain[0]
     image = volume.open(em)
     other = write_volume(str(tmp_path / "mask.zarr"), np.ones(SHAPE, np.uint8))
-    found = [wanted.find(Input(**knobs), SHAPE, image.voxel_size_nm)
+    found = [find(Input(**knobs), SHAPE, image.voxel_size_nm)
              for knobs in ({}, {"roi": "0:7,0:9,0:9"}, {"mask": mask}, {"mask": other})]  # fmt: skip
     keys = {replace(run, wanted=one).keys["predict"] for one in found}
     assert len(keys) == 4
@@ -137,7 +137,7 @@ def test_mask_and_box_decide_the_keys(em, mask, plain, tmp_path):
 def test_what_does_not_fit_the_volume_is_refused(tmp_path, shape, roi, said):
     path = write_volume(str(tmp_path / "mask.zarr"), np.ones(shape, np.uint8)) if shape else ""
     with pytest.raises(UserError, match=said):
-        wanted.find(Input(mask=path, roi=roi), SHAPE, None)
+        find(Input(mask=path, roi=roi), SHAPE, None)
 
 
 def test_what_is_no_box_is_refused():
@@ -148,7 +148,7 @@ def test_what_is_no_box_is_refused():
 @given(st.data())
 @hypothesis_settings(max_examples=40, deadline=None)
 def test_a_coarse_mask_is_its_nearest_voxel(data):
-    """Held against the formula, read in any box; `any` agrees with `read`."""
+    """Held against the formula, read in any box; `meets` agrees with `read`."""
     shape = data.draw(st.tuples(*(st.integers(1, 20) for _ in range(3))))
     factor = data.draw(st.tuples(*(st.integers(1, 5) for _ in range(3))))
     small = tuple(-(-n // f) for n, f in zip(shape, factor, strict=True))
@@ -160,9 +160,9 @@ def test_a_coarse_mask_is_its_nearest_voxel(data):
         def read(self, box):
             return voxels[box.slices].astype(np.uint8)
 
-    found = wanted.Wanted(Box.whole(shape), InMemory("", "zarr", small, "uint8", None, small), factor)
+    found = RegionOfInterest(Box.whole(shape), InMemory("", "zarr", small, "uint8", None, small), factor)
     at = np.ix_(*(np.arange(a, b) // f for a, b, f in zip(box.start, box.stop, factor, strict=True)))
     np.testing.assert_array_equal(found.read(box), voxels[at])
-    assert found.any(box) == voxels[at].any()
+    assert found.meets(box) == voxels[at].any()
     whole = np.ix_(*(np.arange(n) // f for n, f in zip(shape, factor, strict=True)))
-    assert wanted._look(found)["voxels"] == voxels[whole].sum()
+    assert full_counts(found)["voxels"] == voxels[whole].sum()

@@ -408,7 +408,7 @@ def marked(out: str, stage: str, key: str) -> set[int]:
 def receipts(out: str, stage: str, key: str) -> Iterator[dict]:
     """What the blocks of a stage reported that are done under that key."""
     paths = (path for path in files.list_keys(out, f"work/markers/{stage}") if path.endswith(f"-{key}.json"))
-    return (json.loads(blob) for blob in store.ahead(lambda path: files.read_bytes(out, path), paths))
+    return (json.loads(blob) for blob in store.read_ahead(lambda path: files.read_bytes(out, path), paths))
 
 
 # ---------------------------------------------------------------- counters

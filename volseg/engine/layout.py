@@ -103,9 +103,9 @@ class Tables(Generic[T]):
         return _load(self.path, self.key(*index), self.kind, skip)
 
     def load_each(self, indices: Iterable[Any], skip: tuple[str, ...] = (), ahead: int = 32) -> Iterator[T]:
-        """The table of each index, in order, up to ``ahead`` of them read side by side."""
+        """The table of each index, in order, up to ``read_ahead`` of them read side by side."""
         numbers = (index if isinstance(index, tuple) else (index,) for index in indices)
-        return tables.ahead(lambda index: self.load(*index, skip=skip), numbers, ahead)
+        return tables.read_ahead(lambda index: self.load(*index, skip=skip), numbers, ahead)
 
     def exists(self, *index: int | str) -> bool:
         return files.exists(f"{self.path}/{self.key(*index)}")

@@ -265,7 +265,7 @@ def _known_basins(run: Run) -> tuple[stitch.Basins, list[np.ndarray]] | None:
     stored = store.load(run.out, "work/basins.npz")
     if str(stored.pop("of", "")) != run.keys["fragments"]:
         return None
-    each = store.each(run.out, [f"work/labels/{i}.npz" for i in range(len(run.grid))], skip=("label", "void"))
+    each = store.load_each(run.out, [f"work/labels/{i}.npz" for i in range(len(run.grid))], skip=("label", "void"))
     return stitch.Basins(**stored), [of["basin"] for of in each]
 
 
@@ -273,8 +273,8 @@ def _gathered_basins(run: Run) -> tuple[stitch.Basins, list[np.ndarray]]:
     """The volume's basins, and the basin of each of a block's regions, from all tables. None are known until all is stored."""
     files.remove(f"{run.out}/work/basins.npz")
     every = range(len(run.grid))
-    tables = store.each(run.out, [f"work/tables/{i}.npz" for i in every], skip=("crossing", "face_at", "face_of"))
-    links = store.each(run.out, [f"work/links/{i}.npz" for i in every])
+    tables = store.load_each(run.out, [f"work/tables/{i}.npz" for i in every], skip=("crossing", "face_at", "face_of"))
+    links = store.load_each(run.out, [f"work/links/{i}.npz" for i in every])
     return stitch.gather((basins.Table(**t) for t in tables), (stitch.Links(**l) for l in links))
 
 
@@ -282,8 +282,8 @@ def _gathered_voids(run: Run, basin_of: list[np.ndarray]) -> tuple[voids.Voids |
     """The volume's voids, stored for `calibrate`, and the void of each of a block's voids; none where no hole is filled."""
     if not run.fills:
         return None, [np.empty(0, np.int64)] * len(run.grid)
-    tables = store.each(run.out, [f"work/voids/{i}.npz" for i in range(len(run.grid))], skip=("start", "place"))
-    meets = store.each(run.out, [f"work/rims/{i}.npz" for i in range(len(run.grid))])
+    tables = store.load_each(run.out, [f"work/voids/{i}.npz" for i in range(len(run.grid))], skip=("start", "place"))
+    meets = store.load_each(run.out, [f"work/rims/{i}.npz" for i in range(len(run.grid))])
     whole, void_of = voids.gather((voids.Table(**t) for t in tables), (met["pairs"] for met in meets), basin_of)
     store.save(run.out, "work/voids.npz", **asdict(whole))
     return whole, void_of
@@ -301,11 +301,11 @@ def contracted(run: Run, n: int, seconds: dict[str, float], level: int) -> dict:
         if level == 0:
             table = basins.Table(**store.load(run.out, f"work/tables/{n}.npz"))
             near = tree.near(run.grid, n, run.config.fragments.connectivity)
-            links = zip(near, store.each(run.out, [f"work/links/{j}.npz" for j in near]), strict=True)
+            links = zip(near, store.load_each(run.out, [f"work/links/{j}.npz" for j in near]), strict=True)
             graph = tree.leaf(n, table, {j: stitch.Links(**l) for j, l in links})
         else:
             keys = [f"work/tree/{level - 1}/up/{c}.npz" for c in tree.children(run.grid, level, n)]
-            graphs = store.each(run.out, keys, most=max(1, 8 >> level))  # the higher, the larger: fewer at once
+            graphs = store.load_each(run.out, keys, pending=max(1, 8 >> level))  # the higher, the larger: fewer at once
             graph = tree.join(map(opened, graphs), run.grid, level, n)
     with cluster.timed(seconds, "contract"):
         deciding = rules(run.config, run.voxel_size_nm)
@@ -324,7 +324,7 @@ def numbered(run: Run, layer: int, seconds: dict[str, float]) -> dict:
     box = run.layers[layer]
     begin, end = (z * run.shape[1] * run.shape[2] for z in (box.start[0], box.stop[0]))
     places = [(k, n) for k in range(tree.top(run.grid) + 1) for n in tree.parts(run.grid, k).meeting(box)]
-    stored = store.each(run.out, [f"work/tree/{k}/first/{n}.npz" for k, n in places])
+    stored = store.load_each(run.out, [f"work/tree/{k}/first/{n}.npz" for k, n in places])
     firsts = [first[slice(*np.searchsorted(first, (begin, end)))] for first in (s["first"] for s in stored)]
     some = [(place, rank) for place, rank in zip(places, tree.ranks(firsts), strict=True) if rank.size]
 
@@ -359,7 +359,7 @@ def _own_labels(run: Run, n: int, level: int, before: np.ndarray) -> np.ndarray:
     """Labels of the objects that a part finished, ascending; ``before`` counts the objects of all layers before each."""
     first = store.load(run.out, f"work/tree/{level}/first/{n}.npz")["first"]
     layers = np.unique(first // (run.shape[1] * run.shape[2] * run.block[0]))
-    ranks = store.each(run.out, [f"work/tree/{level}/rank/{n}-{layer}.npz" for layer in layers])
+    ranks = store.load_each(run.out, [f"work/tree/{level}/rank/{n}-{layer}.npz" for layer in layers])
     return np.concatenate(
         [np.empty(0, np.int64), *(before[layer] + r["rank"] + 1 for layer, r in zip(layers, ranks, strict=True))]
     )

@@ -15,9 +15,8 @@ from volseg.box import Blocks, Box, Triple, back, turned
 from volseg.config import Config
 from volseg.errors import UserError
 from volseg.inference import tiles
-from volseg.io import probabilities as foreign
-from volseg.io import pyramid, volume
-from volseg.io.roi import Wanted
+from volseg.io import probabilities, pyramid, volume
+from volseg.io.roi import RegionOfInterest
 from volseg.segmentation import fragments as basins
 from volseg.segmentation import hierarchy as tree
 
@@ -50,8 +49,8 @@ class Run:
     mean: float = 0.0
     std: float = 1.0
     engine: dict = field(default_factory=dict)
-    taken: tuple[foreign.Channel, ...] = ()
-    wanted: Wanted | None = None  # None: every voxel
+    taken: tuple[probabilities.Channel, ...] = ()
+    wanted: RegionOfInterest | None = None  # None: every voxel
     pass_blocks: dict[str, Triple] = field(default_factory=dict)  # of passes whose own blocks would not fit the memory
 
     @property
@@ -101,7 +100,7 @@ class Run:
 
     def any_wanted(self, box: Box) -> bool:
         """Whether any voxel of ``box`` is wanted."""
-        return self.wanted is None or self.wanted.any(box)
+        return self.wanted is None or self.wanted.meets(box)
 
     def wanted_in(self, box: Box, plane: str = "xy") -> np.ndarray | None:
         """Which voxels of ``box``, part of the box that is wanted, the mask wants, in the axes of a pass; None: all."""
@@ -190,7 +189,7 @@ class Run:
     @classmethod
     def from_json(cls, plain: dict) -> Run:
         known = {name: _tuples(plain[name]) for name in cls.__dataclass_fields__ if name in plain}
-        taken = tuple(replace(foreign.Channel(**c), source=_volume(c["source"])) for c in plain.get("taken", ()))
+        taken = tuple(replace(probabilities.Channel(**c), source=_volume(c["source"])) for c in plain.get("taken", ()))
         blocks = {plane: _tuples(block) for plane, block in plain.get("pass_blocks", {}).items()}
         whole = {"engine": plain["engine"], "taken": taken, "config": Config(**plain["config"]), "pass_blocks": blocks}
         return cls(**{**known, **whole, "source": _volume(plain["source"]), "wanted": _wanted(plain.get("wanted"))})
@@ -200,11 +199,11 @@ def _volume(plain: dict | None) -> volume.Volume | None:
     return None if plain is None else volume.Volume(**{key: _tuples(value) for key, value in plain.items()})
 
 
-def _wanted(plain: dict | None) -> Wanted | None:
+def _wanted(plain: dict | None) -> RegionOfInterest | None:
     if plain is None:
         return None
     roi = Box(**{name: _tuples(value) for name, value in plain["roi"].items()})
-    return Wanted(**{**plain, "roi": roi, "mask": _volume(plain["mask"]), "factor": _tuples(plain["factor"])})
+    return RegionOfInterest(**{**plain, "roi": roi, "mask": _volume(plain["mask"]), "factor": _tuples(plain["factor"])})
 
 
 def _tuples(value: Any) -> Any:

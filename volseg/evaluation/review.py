@@ -20,7 +20,7 @@ from volseg.box import Box
 from volseg.engine.run import Run
 from volseg.errors import UserError
 from volseg.io import arrays, files, volume
-from volseg.io import pictures as view
+from volseg.io.pictures import grayscale, label_outline, pictured_volume
 from volseg.segmentation import saddles as merges
 from volseg.segmentation.rules import Rules, agglomerate, borders, forest, ranked, rules
 from volseg.segmentation.stitch import Basins
@@ -68,7 +68,7 @@ def load(path: str) -> Reviewed:
     if not files.exists(f"{path}/tables/merges.parquet"):
         raise UserError(f"{path} has no table of merges: volseg segment {path} writes it")
     run = Run.from_json(json.loads(files.read_bytes(path, "run.json")))
-    image = view.seen(run.source, path)
+    image = pictured_volume(run.source, path)
     table = pandas.read_parquet(io.BytesIO(files.read_bytes(path, "tables/merges.parquet")))
     key = f"work/merges/{run.keys['stitch']}.npz"
     if not files.exists(f"{path}/{key}"):
@@ -93,7 +93,7 @@ def picture(found: Reviewed, i: int) -> np.ndarray:
     size = [min(2 * HALF, n) for n in found.run.shape[1:]]
     y0, x0 = (int(np.clip(at - HALF, 0, n - s)) for at, s, n in zip((y, x), size, found.run.shape[1:], strict=True))
     box = Box((z, y0, x0), (z + 1, y0 + size[0], x0 + size[1]))
-    image = view.gray(found.image.read(box)[0])
+    image = grayscale(found.image.read(box)[0])
     apart = sides(found, i, box)
     joined = np.isin(_labels(found, box), [row["label_a"], row["label_b"]]).astype(np.int64)
     panels = [joined, apart] if row["kind"] == "join" else [apart, joined]
@@ -140,7 +140,7 @@ def _panel(image: np.ndarray, ids: np.ndarray, at: tuple[int, int]) -> np.ndarra
     """A section with two objects tinted and outlined, enlarged, a cross on the saddle and a bright line around."""
     image, ids = (np.kron(plane, np.ones((ZOOM, ZOOM), plane.dtype)) for plane in (image, ids))
     share = np.where(ids > 0, 0.3, 0.0)
-    share[view.outline(ids)] = 1.0
+    share[label_outline(ids)] = 1.0
     rgb = np.uint8(image[..., None] * (1 - share[..., None]) + COLORS[ids] * share[..., None])
     panel = Image.fromarray(rgb)
     y, x = (ZOOM * n + ZOOM // 2 for n in at)

@@ -13,12 +13,12 @@ from volseg.box import Box
 from volseg.errors import UserError
 from volseg.io.volume import Volume, open_channels
 
-EDGE = 1024  # longest edge of one panel, voxels
-BINS = 30  # of the histogram
+PANEL_EDGE = 1024  # longest edge of one panel, voxels
+HISTOGRAM_BINS = 30  # of the histogram
 
 
-def seen(source: Volume, run: str) -> Volume:
-    """What pictures of the run at ``run`` show: its source, or where that is gone the mask probabilities that it stored."""
+def pictured_volume(source: Volume, run: str) -> Volume:
+    """What pictures of the run at ``run`` show: its source or, where that is gone, the mask probabilities that it stored."""
     try:
         source.read(Box((0, 0, 0), (1, 1, 1)))
     except UserError:
@@ -29,7 +29,7 @@ def seen(source: Volume, run: str) -> Volume:
 def overlay(source: Volume, labels: Volume, columns: dict[str, np.ndarray]) -> bytes:
     """A PNG of up to three sections, each as it is and with its labels: those through the middle of the largest objects.
 
-    Planes longer than `EDGE` are cut around the object. ``columns`` is the object table.
+    Planes longer than `PANEL_EDGE` are cut around the object. ``columns`` is the object table.
     """
     rows = [_pair(source, labels, center) for center in _centers(source.shape, columns)]
     file = io.BytesIO()
@@ -40,43 +40,43 @@ def overlay(source: Volume, labels: Volume, columns: dict[str, np.ndarray]) -> b
 def _centers(shape: tuple[int, int, int], columns: dict[str, np.ndarray]) -> list[tuple[int, int, int]]:
     """A largest object's middle in each third of the volume along z; the volume's middle where there is none."""
     middle = np.stack([(columns[f"{a}0"] + columns[f"{a}1"]) // 2 for a in "zyx"], axis=1)
-    found = []
+    centers = []
     for third in range(3):
         inside = np.flatnonzero(middle[:, 0] * 3 // shape[0] == third)
         if inside.size:
-            found.append(tuple(int(n) for n in middle[inside[np.argmax(columns["voxels"][inside])]]))
-    return found or [tuple(n // 2 for n in shape)]
+            centers.append(tuple(int(n) for n in middle[inside[np.argmax(columns["voxels"][inside])]]))
+    return centers or [tuple(n // 2 for n in shape)]
 
 
 def _pair(source: Volume, labels: Volume, center: tuple[int, int, int]) -> np.ndarray:
     z, *at = center
-    size = [min(EDGE, n) for n in source.shape[1:]]
+    size = [min(PANEL_EDGE, n) for n in source.shape[1:]]
     y, x = (int(np.clip(a - s // 2, 0, n - s)) for a, s, n in zip(at, size, source.shape[1:], strict=True))
     box = Box((z, y, x), (z + 1, y + size[0], x + size[1]))
-    image, ids = gray(source.read(box)[0]), labels.read(box)[0]
-    return np.concatenate([np.repeat(image[..., None], 3, axis=-1), paint(image, ids)], axis=1)
+    image, ids = grayscale(source.read(box)[0]), labels.read(box)[0]
+    return np.concatenate([np.repeat(image[..., None], 3, axis=-1), label_overlay(image, ids)], axis=1)
 
 
-def gray(plane: np.ndarray) -> np.ndarray:
+def grayscale(plane: np.ndarray) -> np.ndarray:
     """A plane as uint8, stretched between its 0.5 and 99.5 percentiles."""
     low, high = np.percentile(plane, [0.5, 99.5])
     scaled = (plane.astype(np.float32) - low) / max(high - low, 1e-6)
     return np.uint8(255 * np.clip(scaled, 0, 1))
 
 
-def paint(image: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def label_overlay(image: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """A gray plane (uint8) with its objects tinted and outlined, RGB. An id has the same color in every picture."""
-    names, index = np.unique(ids, return_inverse=True)
-    hue = (names.astype(np.uint64) * np.uint64(0x9E3779B1) % np.uint64(1 << 32)).astype(np.float64) / (1 << 32)
+    distinct, index = np.unique(ids, return_inverse=True)
+    hue = (distinct.astype(np.uint64) * np.uint64(0x9E3779B1) % np.uint64(1 << 32)).astype(np.float64) / (1 << 32)
     color = 255 * np.array([colorsys.hsv_to_rgb(h, 0.75, 1.0) for h in hue])
     out = np.repeat(image[..., None], 3, axis=-1)
-    inside, edge = ids > 0, outline(ids)
-    of = color[index.reshape(ids.shape)[inside]]
-    out[inside] = np.where(edge[inside][:, None], of, 0.7 * image[inside][:, None] + 0.3 * of)
+    inside, edge = ids > 0, label_outline(ids)
+    tint = color[index.reshape(ids.shape)[inside]]
+    out[inside] = np.where(edge[inside][:, None], tint, 0.7 * image[inside][:, None] + 0.3 * tint)
     return out
 
 
-def outline(ids: np.ndarray) -> np.ndarray:
+def label_outline(ids: np.ndarray) -> np.ndarray:
     """Which pixels of objects have a neighbor, by a side, of another id.
 
     >>> outline(np.array([[0, 1, 1, 1, 2]])).tolist()
@@ -94,19 +94,20 @@ def outline(ids: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- the histogram
 
 
-def volumes(columns: dict[str, np.ndarray]) -> bytes:
+def volume_histogram(columns: dict[str, np.ndarray]) -> bytes:
     """A PNG of the histogram of the objects' volumes, on a logarithmic axis. ``columns`` is the object table.
 
-    Drawn here, since to load a library of plots takes longer than to decide a run anew.
+    Drawn with Pillow: loading matplotlib takes longer than deciding a run anew.
     """
-    of = columns["volume_um3"]
-    low, high = (np.log10(of.min() * 0.9), np.log10(of.max() * 1.1)) if of.size else (-1.0, 1.0)
-    counts, _ = np.histogram(np.log10(of), np.linspace(low, high, BINS + 1))
+    volumes = columns["volume_um3"]
+    extent = (volumes.min() * 0.9, volumes.max() * 1.1) if volumes.size else (0.1, 10.0)
+    low, high = np.log10(extent)
+    counts, _ = np.histogram(np.log10(volumes), np.linspace(low, high, HISTOGRAM_BINS + 1))
     most = max(1, int(counts.max()))
     picture = Image.new("RGB", (640, 420), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     left, top, right, bottom = 64, 40, 620, 350
-    edges = np.linspace(left, right, BINS + 1).round().astype(int)
+    edges = np.linspace(left, right, HISTOGRAM_BINS + 1).round().astype(int)
     for count, (begin, end) in zip(counts, pairwise(edges), strict=True):
         if count:
             draw.rectangle((begin, bottom - round((bottom - top) * count / most), end - 1, bottom), fill="#1f77b4")
@@ -119,7 +120,7 @@ def volumes(columns: dict[str, np.ndarray]) -> bytes:
         x = left + round((right - left) * (np.log10(value) - low) / (high - low))
         draw.line((x, bottom, x, bottom + 5), fill="black")
         draw.text((x, bottom + 9), f"{value:g}", "black", font, anchor="mt")
-    draw.text(((left + right) // 2, top - 10), f"{of.size} objects", "black", font, anchor="mb")
+    draw.text(((left + right) // 2, top - 10), f"{volumes.size} objects", "black", font, anchor="mb")
     draw.text(((left + right) // 2, bottom + 34), "volume (um^3)", "black", font, anchor="mt")
     file = io.BytesIO()
     picture.save(file, "PNG")

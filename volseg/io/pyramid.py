@@ -9,7 +9,7 @@ import numpy as np
 
 from volseg.box import Box, Triple
 
-SMALL = 64  # a level whose longest axis is at most this is the last one
+SMALLEST_LEVEL = 64  # a level whose longest axis is at most this is the last one
 
 
 def levels(shape: Triple, voxel_size_nm: tuple[float, float, float] | None, count: int) -> list[tuple[Triple, Triple]]:
@@ -22,23 +22,23 @@ def levels(shape: Triple, voxel_size_nm: tuple[float, float, float] | None, coun
     [((100, 400, 400), (1, 1, 1)), ((100, 200, 200), (1, 2, 2)), ((100, 100, 100), (1, 2, 2))]
     """
     size = tuple(voxel_size_nm or (1.0, 1.0, 1.0))
-    found = [(tuple(shape), (1, 1, 1))]
-    while len(found) < count and max(found[-1][0]) > SMALL:
-        above = found[-1][0]
+    pairs = [(tuple(shape), (1, 1, 1))]
+    while len(pairs) < count and max(pairs[-1][0]) > SMALLEST_LEVEL:
+        above = pairs[-1][0]
         limit = sqrt(2) * min(s for s, n in zip(size, above, strict=True) if n > 1)
         factor = tuple(2 if n > 1 and s <= limit else 1 for s, n in zip(size, above, strict=True))
         size = tuple(s * f for s, f in zip(size, factor, strict=True))
-        found.append((tuple(-(-n // f) for n, f in zip(above, factor, strict=True)), factor))
-    return found
+        pairs.append((tuple(-(-n // f) for n, f in zip(above, factor, strict=True)), factor))
+    return pairs
 
 
 def sizes(levels: list[tuple[Triple, Triple]], voxel_size_nm: tuple[float, float, float]) -> list[tuple[float, ...]]:
     """Voxel size z y x in nm of each level that :func:`levels` gave."""
-    found = []
+    out = []
     for _, factor in levels:
-        above = found[-1] if found else voxel_size_nm
-        found.append(tuple(float(s) * f for s, f in zip(above, factor, strict=True)))
-    return found
+        above = out[-1] if out else voxel_size_nm
+        out.append(tuple(float(s) * f for s, f in zip(above, factor, strict=True)))
+    return out
 
 
 def parent_box(box: Box, factor: Triple, above: Triple) -> Box:

@@ -1,7 +1,7 @@
-"""The voxels that a run is asked for: those of a box, and of them those that a mask volume names.
+"""The region of interest of a run: the voxels of a box and, of these, those where a mask is not 0.
 
-Elsewhere its probabilities are 0. Whether a voxel is wanted depends on that voxel alone, and no wanted voxel sees a tile
-left out, so what the wanted ones hold is what they would hold without a mask, for every blocking.
+Elsewhere the run's probabilities are 0. Whether a voxel belongs to the region depends on that voxel alone, and no voxel of
+the region needs a tile that is left out. So inside, a run holds what it would hold without a mask, for every blocking.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from volseg.box import Blocks, Box, Triple
 from volseg.config import Input
 from volseg.errors import UserError
 from volseg.io import volume
+from volseg.io.header import shape_text
 
-READ = (64, 1024, 1024)  # voxels of a mask that are looked at together
-LARGEST = 1 << 32  # voxels up to which a mask is read whole before the run; of a larger one, patches
+READ_SHAPE = (64, 1024, 1024)  # voxels of a mask that are read at once
+MAX_SCANNED_VOXELS = 1 << 32  # larger masks are not read whole before the run, but in patches
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RegionOfInterest:
     """A box of the volume, and a mask whose voxels stand for ``factor`` of the volume's along each axis.
 
-    ``voxels`` are wanted, of a mask beyond `LARGEST` an estimate; ``checksum`` is the mask's.
+    ``voxels`` counts those of the region; it is an estimate where the mask has more than `MAX_SCANNED_VOXELS`.
+    ``checksum`` is the mask's.
     """
 
     roi: Box
@@ -36,46 +38,47 @@ class Wanted:
 
     @property
     def key(self) -> tuple:
-        """What of it decides the bytes of a run."""
+        """What decides the bytes of a run: the box, the mask's voxels and their factor."""
         return str(self.roi), self.checksum, self.factor
 
     def read(self, box: Box) -> np.ndarray:
-        """Which voxels of ``box`` are wanted, bool z y x."""
+        """Which voxels of ``box`` belong to the region, bool z y x."""
         out = np.zeros(box.shape, bool)
         inside = self.roi.intersect(box)
         if inside.voxels:
             out[inside.inside(box)] = self._masked(inside)
         return out
 
-    def any(self, box: Box) -> bool:
-        """Whether any voxel of ``box`` is wanted."""
+    def meets(self, box: Box) -> bool:
+        """Whether any voxel of ``box`` belongs to the region."""
         inside = self.roi.intersect(box)
-        return bool(inside.voxels and (self.mask is None or _read(self.mask, self._under(inside)).any()))
+        return bool(inside.voxels and (self.mask is None or _nonzero(self.mask, self._mask_box(inside)).any()))
 
     def _masked(self, box: Box) -> np.ndarray | bool:
         """The mask's nearest voxels to those of ``box``."""
         if self.mask is None:
             return True
-        under = self._under(box)
-        found = _read(self.mask, under)
+        mask_box = self._mask_box(box)
+        inside = _nonzero(self.mask, mask_box)
         for axis in range(3):
-            found = found.take(self._place(axis, box.start[axis], box.stop[axis]) - under.start[axis], axis)
-        return found
+            index = self._mask_index(axis, box.start[axis], box.stop[axis]) - mask_box.start[axis]
+            inside = inside.take(index, axis)
+        return inside
 
-    def each(self, axis: int) -> np.ndarray:
+    def voxels_per_mask_voxel(self, axis: int) -> np.ndarray:
         """How many voxels of the box along an axis each voxel of the mask stands for."""
         return np.bincount(
-            self._place(axis, self.roi.start[axis], self.roi.stop[axis]), minlength=self.mask.shape[axis]
+            self._mask_index(axis, self.roi.start[axis], self.roi.stop[axis]), minlength=self.mask.shape[axis]
         )
 
-    def _place(self, axis: int, start: int, stop: int) -> np.ndarray:
+    def _mask_index(self, axis: int, start: int, stop: int) -> np.ndarray:
         """The mask's voxel for each of the volume's along an axis; beyond its end, where it was rounded down, its last."""
         return np.minimum(np.arange(start, stop) // self.factor[axis], self.mask.shape[axis] - 1)
 
-    def _under(self, box: Box) -> Box:
+    def _mask_box(self, box: Box) -> Box:
         """The mask's voxels that stand for those of ``box``."""
-        start = tuple(int(self._place(axis, a, a + 1)[0]) for axis, a in enumerate(box.start))
-        return Box(start, tuple(int(self._place(axis, b - 1, b)[0]) + 1 for axis, b in enumerate(box.stop)))
+        start = tuple(int(self._mask_index(axis, a, a + 1)[0]) for axis, a in enumerate(box.start))
+        return Box(start, tuple(int(self._mask_index(axis, b - 1, b)[0]) + 1 for axis, b in enumerate(box.stop)))
 
     def __str__(self) -> str:
         mask = f"mask {self.mask.path}" if self.mask else ""
@@ -84,30 +87,32 @@ class Wanted:
         return f"wanted are {self.voxels} voxels of box {self.roi}{', ' * bool(mask)}{mask}"
 
 
-def find(knobs: Input, shape: Triple, voxel_size_nm: tuple[float, float, float] | None) -> Wanted | None:
-    """What ``knobs.mask`` and ``knobs.roi`` want of a volume of that shape; None where they are empty.
+def find(settings: Input, shape: Triple, voxel_size_nm: tuple[float, float, float] | None) -> RegionOfInterest | None:
+    """The region that ``settings.mask`` and ``settings.roi`` name in a volume of that shape; None where both are empty.
 
     Raises `UserError` for a box that leaves the volume, and a mask whose shape is not the volume's divided by whole
     numbers.
     """
-    if not knobs.mask and not knobs.roi:
+    if not settings.mask and not settings.roi:
         return None
-    roi = Box.parse(knobs.roi) if knobs.roi else Box.whole(shape)
-    if roi.clip(shape) != roi:
-        raise UserError(f"input.roi = {roi} leaves the volume, whose shape is {_by(shape)} z y x; give a box inside it")
-    if not knobs.mask:
-        return Wanted(roi, voxels=roi.voxels)
-    mask = volume.open(knobs.mask)
+    box = Box.parse(settings.roi) if settings.roi else Box.whole(shape)
+    if box.clip(shape) != box:
+        shown = shape_text(shape)
+        raise UserError(f"input.roi = {box} leaves the volume, whose shape is {shown} z y x; give a box inside it")
+    if not settings.mask:
+        return RegionOfInterest(box, voxels=box.voxels)
+    mask = volume.open(settings.mask)
     factor = tuple(
         _factor(n, m, size) for n, m, size in zip(shape, mask.shape, _ratio(mask, voxel_size_nm), strict=True)
     )
     if 0 in factor:
         raise UserError(
-            f"mask {mask.path} has shape {_by(mask.shape)} and the volume {_by(shape)}, z y x; a mask has the volume's "
-            "shape, or that divided by a whole number on each axis, rounded up or down"
+            f"mask {mask.path} has shape {shape_text(mask.shape)} and the volume {shape_text(shape)}, z y x; a mask has the "
+            "volume's shape, or that divided by a whole number on each axis, rounded up or down"
         )
-    found = Wanted(roi, mask, factor)
-    return replace(found, **(_look(found) if prod(mask.shape) <= LARGEST else _glance(found)))
+    region = RegionOfInterest(box, mask, factor)
+    counts = full_counts if prod(mask.shape) <= MAX_SCANNED_VOXELS else sampled_counts
+    return replace(region, **counts(region))
 
 
 def _factor(length: int, mask: int, ratio: float | None) -> int:
@@ -132,27 +137,23 @@ def _ratio(mask: volume.Volume, voxel_size_nm: tuple | None) -> tuple[float | No
     return tuple(m / v for m, v in zip(mask.voxel_size_nm, voxel_size_nm, strict=True))
 
 
-def _look(wanted: Wanted) -> dict:
-    """Fingerprint of all voxels of a mask, and how many voxels of the volume it wants."""
-    mask, voxels = wanted.mask, 0
+def full_counts(region: RegionOfInterest) -> dict:
+    """``checksum`` of all voxels of the mask, and ``voxels``: how many of the volume's belong to the region."""
+    mask, voxels = region.mask, 0
     digest = hashlib.sha256(f"{mask.shape}".encode())
-    for box in Blocks(mask.shape, READ):
-        part = _read(mask, box)
+    for box in Blocks(mask.shape, READ_SHAPE):
+        part = _nonzero(mask, box)
         digest.update(np.packbits(part).tobytes())
-        z, y, x = (wanted.each(axis)[place] for axis, place in enumerate(box.slices))
+        z, y, x = (region.voxels_per_mask_voxel(axis)[span] for axis, span in enumerate(box.slices))
         voxels += int(part @ x @ y @ z)
     return {"checksum": digest.hexdigest(), "voxels": voxels}
 
 
-def _glance(wanted: Wanted) -> dict:
-    """The same from patches of a large mask."""
-    parts = [_read(wanted.mask, box).mean() for box in volume.patches(wanted.mask.shape)]
-    return {"checksum": wanted.mask.checksum(), "voxels": round(float(np.mean(parts)) * wanted.roi.voxels)}
+def sampled_counts(region: RegionOfInterest) -> dict:
+    """The same, estimated from patches of a large mask."""
+    shares = [_nonzero(region.mask, box).mean() for box in volume.patches(region.mask.shape)]
+    return {"checksum": region.mask.checksum(), "voxels": round(float(np.mean(shares)) * region.roi.voxels)}
 
 
-def _read(mask: volume.Volume, box: Box) -> np.ndarray:
+def _nonzero(mask: volume.Volume, box: Box) -> np.ndarray:
     return mask.read(box) != 0
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))

@@ -14,38 +14,37 @@ import numpy as np
 from volseg.io import files
 
 IO_THREADS = 16  # small objects read or written at once
-ONE_READS = (
-    threading.Lock()
-)  # headers go through Python's parser, which in 3.11 now and then fails in threads side by side
+NPZ_LOCK = threading.Lock()  # numpy parses headers with ast, which in Python 3.11 sometimes fails in parallel threads
 
 
 def save(out: str, key: str, **arrays: np.ndarray) -> None:
+    """The object ``key`` under ``out`` holds these arrays."""
     file = io.BytesIO()
     np.savez(file, **arrays)
     files.write_bytes(out, key, file.getbuffer())
 
 
 def load(out: str, key: str, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """The arrays saved under ``key``; those to ``skip`` come empty."""
+    """The arrays saved under ``key``; those named in ``skip`` come empty."""
     packed = io.BytesIO(files.read_bytes(out, key))
-    with ONE_READS, np.load(packed) as stored:  # allow_pickle is off
+    with NPZ_LOCK, np.load(packed) as stored:  # allow_pickle is off
         return {name: np.empty(0) if name in skip else stored[name] for name in stored.files}
 
 
-def each(
-    out: str, keys: Iterable[str], skip: tuple[str, ...] = (), most: int = 2 * IO_THREADS
+def load_each(
+    out: str, keys: Iterable[str], skip: tuple[str, ...] = (), pending: int = 2 * IO_THREADS
 ) -> Iterator[dict[str, np.ndarray]]:
-    """What is saved under each key; at most so many are in memory that were not taken yet."""
-    return ahead(lambda key: load(out, key, skip), keys, most)
+    """`load` of each key, in order; up to ``pending`` tables are read ahead."""
+    return read_ahead(lambda key: load(out, key, skip), keys, pending)
 
 
-def ahead(read: Callable[[Any], Any], keys: Iterable[Any], most: int = 2 * IO_THREADS) -> Iterator[Any]:
-    """``read(key)`` for each key, in order, up to ``most`` of them read ahead side by side: an object store answers slowly."""
+def read_ahead(read: Callable[[Any], Any], keys: Iterable[Any], pending: int = 2 * IO_THREADS) -> Iterator[Any]:
+    """``read(key)`` for each key, in order, with up to ``pending`` calls ahead in threads: object stores answer slowly."""
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(IO_THREADS) as pool:
         for key in keys:
             waiting.append(pool.submit(read, key))
-            if len(waiting) >= most:
+            if len(waiting) >= pending:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

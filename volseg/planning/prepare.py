@@ -19,9 +19,7 @@ from volseg.errors import UserError
 from volseg.inference import autoselect as probe
 from volseg.inference import backends, export, hardware, model, tiles
 from volseg.inference.normalization import normalization, standardized
-from volseg.io import files, volume
-from volseg.io import probabilities as foreign
-from volseg.io import roi as wanted
+from volseg.io import files, probabilities, roi, volume
 from volseg.planning import memory
 
 TOO_LARGE = "; memory holds no more tiles at once"  # of why a run computes as it does
@@ -31,7 +29,7 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     """The run as plain data, every choice made."""
     path = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(path)
-    if tuple(card["heads"]) not in (foreign.NAMES[:2], foreign.NAMES):
+    if tuple(card["heads"]) not in (probabilities.CHANNEL_NAMES[:2], probabilities.CHANNEL_NAMES):
         raise UserError(f"{path} has heads {card['heads']}; the watershed wants mask and contour, perhaps distance: train "
                         "such a model")  # fmt: skip
     check_channels(config, tuple(card["heads"]))
@@ -61,7 +59,7 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
         engine=computes,
         predict_block=slab,
         block=block,
-        wanted=wanted.find(config.input, source.shape, voxel_size_nm),
+        wanted=roi.find(config.input, source.shape, voxel_size_nm),
     )
     return _blocked(run)
 
@@ -78,7 +76,7 @@ def _check_tiles(knobs: Predict, multiple: int) -> None:
                         f"predict.tile = {knobs.tile} that this network takes; set {longest // 2} or less")  # fmt: skip
 
 
-def from_probabilities(taken: tuple[foreign.Channel, ...], config: Config, out: str) -> Run:
+def from_probabilities(taken: tuple[probabilities.Channel, ...], config: Config, out: str) -> Run:
     """The run of probabilities made elsewhere as plain data, every choice made."""
     sources = [channel.source for channel in taken if channel.source]
     slab, block = blocks(sources[0].shape, config.blocks.shape)
@@ -88,11 +86,11 @@ def from_probabilities(taken: tuple[foreign.Channel, ...], config: Config, out: 
         config=config,
         heads=tuple(channel.name for channel in taken),
         voxel_size_nm=next((s.voxel_size_nm for s in sources if s.voxel_size_nm), (1.0, 1.0, 1.0)),
-        checksum=foreign.checksum(taken),
+        checksum=probabilities.checksum(taken),
         predict_block=slab,
         block=block,
         taken=taken,
-        wanted=wanted.find(config.input, sources[0].shape, sources[0].voxel_size_nm),
+        wanted=roi.find(config.input, sources[0].shape, sources[0].voxel_size_nm),
     )
     return _blocked(run)
 
@@ -132,7 +130,7 @@ def memory_limit(knobs: Cluster, crew: cluster.Crew) -> int:
     return (machine.free_memory() - memory.CLIENT) // (crew.workers + crew.beside)
 
 
-def check_channels(config: Config, heads: tuple[str, ...], taken: tuple[foreign.Channel, ...] = ()) -> None:
+def check_channels(config: Config, heads: tuple[str, ...], taken: tuple[probabilities.Channel, ...] = ()) -> None:
     """Refuses to follow a channel that a run of these ``heads``, or ``taken`` from elsewhere, does not have."""
     lacking = {channel.name for channel in taken if channel.source is None} | ({"distance"} - set(heads))
     height = config.fragments.height

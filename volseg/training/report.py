@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from volseg.config import Train
 from volseg.inference import model
-from volseg.io.pictures import gray
+from volseg.io.pictures import grayscale
 from volseg.training.decoding import THRESHOLDS, Decoding, slabs, smooth
 from volseg.training.samples import Source
 from volseg.training.targets import UNLABELED, describe
@@ -208,7 +208,7 @@ def panels(image: np.ndarray, labels: np.ndarray, found: np.ndarray) -> bytes:
     Agreement is green, what was missed blue, what was wrongly found red. Sections longer than `EDGE` are made smaller.
     """
     step = -(-max(image.shape) // EDGE)
-    plane = np.repeat(gray(image)[..., None], 3, axis=-1)
+    plane = np.repeat(grayscale(image)[..., None], 3, axis=-1)
     known = labels != UNLABELED
     truth, found = known & (labels != 0), found & known
     marks = [
