@@ -18,11 +18,13 @@ import tifffile
 from scipy.ndimage import gaussian_filter
 
 from benchmarks import report
-from volseg.box import Blocks, Box, Triple
+from volseg.box import Blocks, Box, Triple, VoxelSize
 from volseg.config import Config
 from volseg.io import arrays, volume
-from volseg.segmentation import fragments, stitch
-from volseg.segmentation.rules import decide, rules
+from volseg.segmentation import stitch
+from volseg.segmentation.basins import watershed_block
+from volseg.segmentation.heights import block_heights, height_halo
+from volseg.segmentation.rules import Rules, label_basins
 
 VNC = ("input.voxel_size_nm=[50, 4.6, 4.6]", "fragments.smooth=[0, 2, 2]")  # settings of the runs on VNC
 
@@ -141,22 +143,22 @@ def vnc_probabilities(folder: str, box: Box) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(soft * (0.5 + dark), 0, 1), np.clip(2 * soft * (1 - soft) * (0.5 + dark), 0, 1)
 
 
-def cut(probability: np.ndarray, config: Config, block: Triple, voxel_size_nm: fragments.Nm3) -> np.ndarray:
+def cut(probability: np.ndarray, config: Config, block: Triple, voxel_size_nm: VoxelSize) -> np.ndarray:
     """Labels of probabilities (2, z, y, x) in memory, cut into blocks of that shape."""
     shape = probability.shape[1:]
     grid = Blocks(shape, block)
     knobs = config.fragments
     regions, tables = [], []
     for box in grid:
-        have = box.grow(fragments.halo(knobs, voxel_size_nm)).clip(shape)
+        have = box.grow(height_halo(knobs, voxel_size_nm)).clip(shape)
         part = probability[(slice(None), *have.slices)]
-        height = fragments.heights(part, box, shape, knobs, voxel_size_nm)
-        region, table = fragments.fragments(height, probability[(0, *box.slices)], box, shape, knobs.connectivity)
+        height = block_heights(part, box, shape, knobs, voxel_size_nm)
+        region, table = watershed_block(height, probability[(0, *box.slices)], box, shape, knobs.connectivity)
         regions.append(region)
         tables.append(table)
     links = [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))]
     basins, basin_of = stitch.gather(tables, links)
-    label = decide(basins, rules(config, voxel_size_nm))
+    label = label_basins(basins, Rules.from_config(config, voxel_size_nm))
     out = np.zeros(shape, np.int64)
     for box, region, basin in zip(grid, regions, basin_of, strict=True):
         out[box.slices] = np.r_[0, label[basin]][region]

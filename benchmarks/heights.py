@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report
-from volseg.box import Box
+from volseg.box import Box, VoxelSize
 from volseg.config import Fragments
 from volseg.evaluation import evaluate
 from volseg.evaluation.calibrate import SCORES
 from volseg.evaluation.metrics import Contingency, foreground, instances, pairs
 from volseg.io import arrays
-from volseg.segmentation import fragments, stitch
-from volseg.segmentation.rules import Rules, decide
+from volseg.segmentation import stitch
+from volseg.segmentation.basins import watershed_block
+from volseg.segmentation.heights import block_heights, height_difference, seed_height
+from volseg.segmentation.rules import Rules, label_basins
 
 SEEDS = (0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9)
 PERSISTENCE = (0.0, 0.1)
@@ -40,7 +42,7 @@ class Part:
     truth: np.ndarray
     near: np.ndarray
     knobs: dict
-    voxel_size_nm: fragments.Nm3
+    voxel_size_nm: VoxelSize
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ def decisions(of: Part, change: dict, only: Decision | None = None) -> Iterator[
     table = Contingency.of(of.truth, region)
     grid = product(SEEDS, PERSISTENCE, (False, True))
     for seed, share, keep in [(only.seed, only.persistence, only.keep_unseeded)] if only else grid:
-        level = fragments.seed_height(seed, knobs, of.voxel_size_nm)
-        depth = fragments.depth_height(share, knobs, of.voxel_size_nm)
-        label = decide(basins, Rules(level, depth, keep_unseeded=keep))
+        level = seed_height(seed, knobs, of.voxel_size_nm)
+        depth = height_difference(share, knobs, of.voxel_size_nm)
+        label = label_basins(basins, Rules(level, depth, keep_unseeded=keep))
         voxels = np.bincount(label, weights=basins.voxels, minlength=1)
         for size in [only.min_voxels] if only else SIZES:
             kept = np.r_[0, np.where(voxels[label] >= size, label, 0)].astype(np.uint64)
@@ -98,10 +100,10 @@ def decisions(of: Part, change: dict, only: Decision | None = None) -> Iterator[
 def cut(of: Part, knobs: Fragments) -> tuple[np.ndarray, stitch.Basins]:
     """The basin (from 1) of each voxel, and the tables."""
     whole, shape = Box.whole(of.truth.shape), of.truth.shape
-    height = fragments.heights(of.probability, whole, shape, knobs, of.voxel_size_nm)
+    height = block_heights(of.probability, whole, shape, knobs, of.voxel_size_nm)
     mass = np.ascontiguousarray(of.probability[0])
-    region, table = fragments.fragments(height, mass, whole, shape, knobs.connectivity)
-    basins, (basin_of,) = stitch.gather([table], [stitch.Links(np.empty((0, 2), np.int64), table.crossing)])
+    region, table = watershed_block(height, mass, whole, shape, knobs.connectivity)
+    basins, (basin_of,) = stitch.gather([table], [stitch.Links(np.empty((0, 2), np.int64), table.crossing_edges)])
     return np.r_[0, basin_of + 1][region], basins
 
 

@@ -25,8 +25,11 @@ from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
 from volseg.evaluation.synthetic import synth
 from volseg.io import arrays
-from volseg.segmentation import fragments, objects, stitch
-from volseg.segmentation.rules import Rules, decide
+from volseg.segmentation import objects, stitch
+from volseg.segmentation.basins import BlockBasins, watershed_block
+from volseg.segmentation.edges import find
+from volseg.segmentation.heights import OUTSIDE, block_heights, height_halo, seed_height
+from volseg.segmentation.rules import Rules, label_basins
 from volseg.system import tune_malloc
 
 SIDES = (256, 128, 64, 32)  # of the blocks, voxels; cut to the volume
@@ -48,7 +51,7 @@ def measure(run: str, sections: int, repeats: int) -> None:
         "watershed per block, cellpose's rule": partial(per_block, shrink=True),
     }  # fmt: skip
     probability = _probability(run, sections)
-    share, voxels = float((_landscape(probability)[0] != fragments.OUTSIDE).mean()), probability[0].size
+    share, voxels = float((_landscape(probability)[0] != OUTSIDE).mean()), probability[0].size
     with TemporaryDirectory() as folder:
         stored = Path(folder, "probability.npy")
         np.save(stored, probability)
@@ -120,8 +123,8 @@ def _probability(run: str, sections: int) -> np.ndarray:
 def _landscape(probability: np.ndarray) -> tuple[np.ndarray, int, float]:
     """Heights of the whole volume, the height of a seed, and seconds."""
     start, shape = time.perf_counter(), probability.shape[1:]
-    height = fragments.heights(probability, Box.whole(shape), shape, CONFIG.fragments)
-    seed = fragments.seed_height(CONFIG.stitch.seed, CONFIG.fragments)
+    height = block_heights(probability, Box.whole(shape), shape, CONFIG.fragments)
+    seed = seed_height(CONFIG.stitch.seed, CONFIG.fragments)
     return height[1:-1, 1:-1, 1:-1], seed, time.perf_counter() - start
 
 
@@ -140,7 +143,7 @@ def _counted(labels: np.ndarray) -> int:
 @dataclass(frozen=True)
 class _Cut:
     region: np.ndarray
-    table: fragments.Table
+    table: BlockBasins
 
 
 def ours(probability: np.ndarray, side: int) -> Found:
@@ -149,16 +152,16 @@ def ours(probability: np.ndarray, side: int) -> Found:
     grid = _blocks(shape, side)
     cuts = []
     for box in grid:
-        have, start = box.grow(fragments.halo(knobs)).clip(shape), time.perf_counter()
-        height = fragments.heights(probability[(slice(None), *have.slices)], box, shape, knobs)
+        have, start = box.grow(height_halo(knobs)).clip(shape), time.perf_counter()
+        height = block_heights(probability[(slice(None), *have.slices)], box, shape, knobs)
         spent += time.perf_counter() - start
-        cuts.append(_Cut(*fragments.fragments(height, probability[0][box.slices], box, shape)))
+        cuts.append(_Cut(*watershed_block(height, probability[0][box.slices], box, shape)))
     tables = [cut.table for cut in cuts]
     basins, basin_of = stitch.gather(tables, [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))])
-    label = decide(basins, Rules(fragments.seed_height(CONFIG.stitch.seed, knobs), min_voxels=SMALL))
+    label = label_basins(basins, Rules(seed_height(CONFIG.stitch.seed, knobs), min_voxels=SMALL))
     out = np.empty(shape, np.uint32)
     for box, cut, basin in zip(grid, cuts, basin_of, strict=True):
-        objects.painted(cut.region, np.r_[0, label[basin]].astype(np.uint32), out[box.slices])
+        objects.paint(cut.region, np.r_[0, label[basin]].astype(np.uint32), out[box.slices])
     return Found(int(out.max()), spent)
 
 
@@ -168,7 +171,7 @@ def whole(probability: np.ndarray, _: int) -> Found:
 
     height, seed, spent = _landscape(probability)
     markers, _ = ndimage.label(height <= seed)
-    return Found(_counted(watershed(height, markers, mask=height != fragments.OUTSIDE, connectivity=1)), spent)
+    return Found(_counted(watershed(height, markers, mask=height != OUTSIDE, connectivity=1)), spent)
 
 
 def components(probability: np.ndarray, side: int) -> Found:
@@ -177,7 +180,7 @@ def components(probability: np.ndarray, side: int) -> Found:
     from dask_image import ndmeasure
 
     height, _, spent = _landscape(probability)
-    mask = dask.array.from_array(height != fragments.OUTSIDE, chunks=_blocks(height.shape, side).block)
+    mask = dask.array.from_array(height != OUTSIDE, chunks=_blocks(height.shape, side).block)
     return Found(_counted(ndmeasure.label(mask)[0].compute(scheduler="single-threaded")), spent)
 
 
@@ -194,14 +197,14 @@ def per_block(probability: np.ndarray, side: int, *, shrink: bool) -> Found:
     for box in grid:
         here = height[box.slices]
         markers, count = ndimage.label(here <= seed)
-        labels = watershed(here, markers, mask=here != fragments.OUTSIDE, connectivity=1)
+        labels = watershed(here, markers, mask=here != OUTSIDE, connectivity=1)
         out[box.slices] = np.where(labels > 0, labels + last, 0)
         last += count
     parent = np.arange(last + 1)
     for a, b in _touching(out, grid.block, shrink):
-        p, q = stitch.find(parent, a), stitch.find(parent, b)
+        p, q = find(parent, a), find(parent, b)
         parent[max(p, q)] = min(p, q)
-    return Found(_counted(np.array([stitch.find(parent, i) for i in range(last + 1)])[out]), spent)
+    return Found(_counted(np.array([find(parent, i) for i in range(last + 1)])[out]), spent)
 
 
 def _touching(labels: np.ndarray, block: Triple, shrink: bool) -> Iterator[np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 
 from benchmarks import report
-from volseg.box import Blocks, Box
+from volseg.box import Blocks, Box, VoxelSize
 from volseg.config import Config, Fragments, load
 from volseg.engine import folder, pipeline
 from volseg.evaluation import evaluate
@@ -24,8 +24,9 @@ from volseg.evaluation.metrics import Contingency, foreground, instances
 from volseg.inference import model
 from volseg.io import arrays, files, volume
 from volseg.planning import prepare as describe
-from volseg.segmentation import fragments
-from volseg.segmentation.rules import decide, rules
+from volseg.segmentation.basins import watershed_block
+from volseg.segmentation.heights import block_heights, seed_height
+from volseg.segmentation.rules import Rules, label_basins
 from volseg.segmentation.stitch import Basins, gather, link
 
 THREE = 'predict.planes=["xy","xz","yz"]'
@@ -85,7 +86,7 @@ def scores(run: str, truth: str, chosen: Box, tested: Box) -> dict:
     def labeled(seed: float, least: int, part: Box) -> Contingency:
         stitch = config.stitch.model_copy(update={"seed": seed, "min_voxels": least})
         both = config.model_copy(update={"fragments": knobs, "stitch": stitch})
-        return tables[part].renamed(np.r_[0, decide(basins, rules(both, nm))])
+        return tables[part].renamed(np.r_[0, label_basins(basins, Rules.from_config(both, nm))])
 
     own = config.stitch
     ways = [(own.seed, own.min_voxels), *product((seed for seed in SEEDS if seed > own.seed_low), SIZES)]
@@ -105,20 +106,20 @@ def threshold(probability: np.ndarray, knobs: Fragments, part: Box, truth: np.nd
         "height": "probability", "contour": 0.0, "distance": 0, "distance_nm": 0.0, "threshold": THRESHOLDS[0],
     })  # fmt: skip
     shape = probability.shape[1:]
-    height = fragments.heights(probability, Box.whole(shape), shape, only_mask)[1:-1, 1:-1, 1:-1][part.slices]
+    height = block_heights(probability, Box.whole(shape), shape, only_mask)[1:-1, 1:-1, 1:-1][part.slices]
 
     def iou(share: float) -> float:
-        mask = height <= fragments.seed_height(share, only_mask)
+        mask = height <= seed_height(share, only_mask)
         return np.count_nonzero(mask & (truth > 0)) / max(1, np.count_nonzero(mask | (truth > 0)))
 
     return max(THRESHOLDS, key=iou)
 
 
-def cut(probability: np.ndarray, knobs: Fragments, voxel_size_nm: fragments.Nm3) -> tuple[Basins, np.ndarray]:
+def cut(probability: np.ndarray, knobs: Fragments, voxel_size_nm: VoxelSize) -> tuple[Basins, np.ndarray]:
     """Basins of a volume in memory, and for each voxel 1 + the number of its basin (0: none)."""
     shape = probability.shape[1:]
     box = Box.whole(shape)
-    height = fragments.heights(probability, box, shape, knobs, voxel_size_nm)
-    region, table = fragments.fragments(height, probability[0], box, shape, knobs.connectivity)
+    height = block_heights(probability, box, shape, knobs, voxel_size_nm)
+    region, table = watershed_block(height, probability[0], box, shape, knobs.connectivity)
     basins, (number,) = gather([table], [link(0, lambda _: table, Blocks(shape, shape))])
     return basins, (np.r_[-1, number] + 1)[region]

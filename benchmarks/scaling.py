@@ -22,7 +22,7 @@ from volseg import config
 from volseg.box import Blocks, Box
 from volseg.engine import cluster
 from volseg.io import arrays, ome, volume
-from volseg.segmentation import stitch
+from volseg.segmentation.edges import argsort_rows
 
 GROWTH = {  # piece, blocks and tiles, and how often the piece is laid along z, y and x: once, then 8 and 64 times as much
     "z": ((16, 512, 512), ("blocks.shape=[8, 512, 512]",), ((1, 1, 1), (8, 1, 1), (64, 1, 1))),
@@ -61,7 +61,7 @@ def _warm() -> None:
     """Kernels that sort long tables are compiled: only the larger volumes have any, and compiling takes 56 MB of a worker."""
     many = np.arange(1 << 16)
     for high in (many.astype(np.int32), many):
-        stitch.order(high, many)
+        argsort_rows(high, many)
 
 
 def workers(out: str, counts: tuple[int, ...]) -> None:

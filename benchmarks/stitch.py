@@ -29,9 +29,10 @@ from volseg.config import Config, Fragments
 from volseg.engine import cluster
 from volseg.errors import UserError
 from volseg.io import arrays, files
-from volseg.segmentation import fragments, stitch
-from volseg.segmentation import hierarchy as tree
-from volseg.segmentation.rules import Rules, decide, rules
+from volseg.segmentation import hierarchy, stitch
+from volseg.segmentation.basins import BlockBasins, watershed_block
+from volseg.segmentation.heights import block_heights, height_halo
+from volseg.segmentation.rules import Rules, label_basins
 
 LEVELS = 8  # of the tree that the simulated volumes have room for
 
@@ -47,7 +48,7 @@ class Pattern:
     grid: Blocks
     counts: Triple
     origin: int
-    tables: dict[int, fragments.Table]
+    tables: dict[int, BlockBasins]
     links: dict[int, stitch.Links]
     rules: Rules
 
@@ -58,7 +59,7 @@ class Pattern:
 
     def base(self, i: int, level: int = 0) -> tuple[int, Triple]:
         """The part of the period that part ``i`` of that level is a moved copy of, and by how many blocks."""
-        parts = tree.parts(self.grid, level)
+        parts = hierarchy.parts(self.grid, level)
         coords, start = parts.coords(i), self.origin >> level
         there = [start + (c - start) % max(1, n >> level) for c, n in zip(coords, self.counts, strict=True)]
         return parts.index(tuple(there)), tuple((c - b) << level for c, b in zip(coords, there, strict=True))
@@ -78,7 +79,7 @@ def cut(run: str, block: Triple, most: Triple) -> Pattern:
         period = np.concatenate([period, np.flip(period, axis)], axis)
     origin = 2 << LEVELS
     grid = Blocks(tuple(2 * origin * b for b in block), block)
-    pattern = Pattern(grid, counts, origin, {}, {}, rules(config, nm))
+    pattern = Pattern(grid, counts, origin, {}, {}, Rules.from_config(config, nm))
     places = [grid.index(tuple(origin + c for c in coords)) for coords in product(*map(range, counts))]
     for i in places:
         pattern.tables[i] = _table(period, grid[i], grid.shape, config.fragments, nm)
@@ -95,13 +96,13 @@ def _blocks(length: int, block: int) -> int:
     return 1 << (2 * length // block).bit_length() - 1
 
 
-def _table(period: np.ndarray, box: Box, shape: Triple, knobs: Fragments, nm: tuple) -> fragments.Table:
-    around = box.grow(fragments.halo(knobs, nm))
+def _table(period: np.ndarray, box: Box, shape: Triple, knobs: Fragments, nm: tuple) -> BlockBasins:
+    around = box.grow(height_halo(knobs, nm))
     at = [np.arange(a, b) % n for a, b, n in zip(around.start, around.stop, period.shape[1:], strict=True)]
     probability = period[np.ix_(range(len(period)), *at)]
-    height = fragments.heights(probability, box, shape, knobs, nm)
+    height = block_heights(probability, box, shape, knobs, nm)
     mass = np.ascontiguousarray(probability[0][box.inside(around)])
-    return fragments.fragments(height, mass, box, shape, knobs.connectivity)[1]
+    return watershed_block(height, mass, box, shape, knobs.connectivity)[1]
 
 
 # ---------------------------------------------------------------- moving
@@ -115,20 +116,20 @@ def _voxels(pattern: Pattern, by: Triple) -> int:
 
 def _shifted(rows: np.ndarray, far: int, names: int, fields: tuple[str, ...]) -> np.ndarray:
     out = rows.copy()
-    for field in ("high_at", "low_at"):
+    for field in ("high_voxel", "low_voxel"):
         out[field] += far
     for field in fields:
         out[field] += names
     return out
 
 
-def _moved_table(pattern: Pattern, i: int) -> fragments.Table:
+def _moved_table(pattern: Pattern, i: int) -> BlockBasins:
     base, by = pattern.base(i)
     table, far = pattern.tables[base], _voxels(pattern, by)
-    moved = {name: getattr(table, name) + far for name in ("root", "first", "face_at")}
-    crossing = _shifted(table.crossing, far, 0, ())
+    moved = {name: getattr(table, name) + far for name in ("root", "first", "face_voxel")}
+    crossing = _shifted(table.crossing_edges, far, 0, ())
     crossing["b"] += far
-    return replace(table, **moved, edges=_shifted(table.edges, far, 0, ()), crossing=crossing)
+    return replace(table, **moved, edges=_shifted(table.edges, far, 0, ()), crossing_edges=crossing)
 
 
 def _moved_links(pattern: Pattern, i: int) -> stitch.Links:
@@ -138,7 +139,7 @@ def _moved_links(pattern: Pattern, i: int) -> stitch.Links:
     return stitch.Links(links.drains + names, _shifted(links.edges, _voxels(pattern, by), names, ("a", "b")))
 
 
-def _moved_graph(pattern: Pattern, graph: tree.Graph, by: Triple) -> tree.Graph:
+def _moved_graph(pattern: Pattern, graph: hierarchy.Graph, by: Triple) -> hierarchy.Graph:
     far = _voxels(pattern, by)
     _, ny, nx = pattern.grid.counts
     names = ((by[0] * ny + by[1]) * nx + by[2]) << 32
@@ -158,7 +159,7 @@ def times(pattern: Pattern, edges: int) -> Triple:
     return side, side, ceil(periods / side**2)
 
 
-def blocks_of(pattern: Pattern, repeats: Triple) -> Iterator[tuple[fragments.Table, stitch.Links]]:
+def blocks_of(pattern: Pattern, repeats: Triple) -> Iterator[tuple[BlockBasins, stitch.Links]]:
     """Tables and links of a volume of so many periods: blocks are numbered one period after another.
 
     What leads out of the volume is left out.
@@ -197,7 +198,7 @@ def _relative(pattern: Pattern, names: np.ndarray, number: dict[int, int]) -> tu
     found = [pattern.base(int(block)) for block in blocks]
     ways = [sum((n // c + 1) * 3**k for n, c, k in zip(by, pattern.counts, (2, 1, 0), strict=True)) for _, by in found]
     own = np.array([number[base] for base, _ in found], np.int64)
-    return np.array(ways, np.int64)[place], (own[place] << 32) | (names & stitch.LOCAL)
+    return np.array(ways, np.int64)[place], (own[place] << 32) | (names & stitch.REGION_MASK)
 
 
 def _periods_around(at: Triple, repeats: Triple) -> np.ndarray:
@@ -211,7 +212,7 @@ def _periods_around(at: Triple, repeats: Triple) -> np.ndarray:
 
 
 def flat(pattern: Pattern, repeats: Triple) -> dict:
-    """One row: what `gather` and `decide` take for a volume of so many periods, all in this process.
+    """One row: what `gather` and `label_basins` take for a volume of so many periods, all in this process.
 
     The time to draw the tables is left out, as is that to read them where they are stored.
     """
@@ -219,7 +220,7 @@ def flat(pattern: Pattern, repeats: Triple) -> dict:
     tables, links = _unzipped(_counted(blocks_of(pattern, repeats), drawing, counts))
     basins, _ = stitch.gather(tables, links)
     gathered = clock.lap()
-    label = decide(basins, pattern.rules)
+    label = label_basins(basins, pattern.rules)
     decided = clock.lap()
     return {
         "edges": int(counts[1]), "regions": int(counts[0]), "basins": label.size, "objects": int(label.max(initial=0)),
@@ -280,7 +281,7 @@ def levels(pattern: Pattern, voxels: float) -> list[dict]:
 
     Seconds are of one process and without storage. The volume's outer faces are taken for inner ones, except at the top.
     """
-    graphs: dict[int, tree.Graph] = {}
+    graphs: dict[int, hierarchy.Graph] = {}
     rows, last = [], _top(pattern, voxels)
     for level in range(last + 1):
         graphs, row = _level(pattern, graphs, level, level == last)
@@ -301,32 +302,32 @@ def _top(pattern: Pattern, voxels: float) -> int:
 
 
 def _level(
-    pattern: Pattern, below: dict[int, tree.Graph], level: int, last: bool
-) -> tuple[dict[int, tree.Graph], dict]:
+    pattern: Pattern, below: dict[int, hierarchy.Graph], level: int, last: bool
+) -> tuple[dict[int, hierarchy.Graph], dict]:
     """The contracted parts of one period at that level, and their mean cost."""
     start, ups, costs = pattern.origin >> level, {}, []
-    parts = tree.parts(pattern.grid, level)
+    parts = hierarchy.parts(pattern.grid, level)
     for coords in product(*(range(max(1, n >> level)) for n in pattern.counts)):
         n = parts.index(tuple(start + c for c in coords))
         if level == 0:
-            links = {j: _moved_links(pattern, j) for j in tree.near(pattern.grid, n, 26)}
-            build = lambda n=n, links=links: tree.leaf(n, pattern.tables[n], links)  # noqa: E731
+            links = {j: _moved_links(pattern, j) for j in hierarchy.linked_blocks(pattern.grid, n, 26)}
+            build = lambda n=n, links=links: hierarchy.block_graph(n, pattern.tables[n], links)  # noqa: E731
             size = pattern.tables[n].edges.nbytes + sum(l.edges.nbytes for l in links.values())
         else:
 
-            def opened(c: int, n: int = n) -> tree.Graph:
+            def opened(c: int, n: int = n) -> hierarchy.Graph:
                 graph = _at(pattern, below, c, level - 1)
                 return _alone(pattern, graph, level, n) if last else graph
 
-            each = tree.children(pattern.grid, level, n)
-            build = lambda n=n, each=each: tree.join(map(opened, each), pattern.grid, level, n)  # noqa: E731
+            each = hierarchy.children(pattern.grid, level, n)
+            build = lambda n=n, each=each: hierarchy.join(map(opened, each), pattern.grid, level, n)  # noqa: E731
             graphs = [opened(c) for c in each]
             size = sum(_bytes(g) for g in graphs)
         clock = _Clock()
-        graph = build() if level == 0 else tree.join(graphs, pattern.grid, level, n)
-        ups[n], finished, _ = tree.contract(graph, pattern.rules.seed_height)
-        costs.append((clock.lap()[1], graph.depth.size, graph.inner.size + graph.outer.size, finished.depth.size,
-                      size, _bytes(ups[n]), ups[n].depth.size))  # fmt: skip
+        graph = build() if level == 0 else hierarchy.join(graphs, pattern.grid, level, n)
+        ups[n], finished, _ = hierarchy.contract(graph, pattern.rules.seed_height)
+        costs.append((clock.lap()[1], graph.minimum.size, graph.inner.size + graph.outer.size, finished.minimum.size,
+                      size, _bytes(ups[n]), ups[n].minimum.size))  # fmt: skip
         if last:
             break
     cpu, components, rows, finished, read, written, up = np.mean(costs, axis=0)
@@ -337,27 +338,27 @@ def _level(
     }  # fmt: skip
 
 
-def _at(pattern: Pattern, graphs: dict[int, tree.Graph], n: int, level: int) -> tree.Graph:
+def _at(pattern: Pattern, graphs: dict[int, hierarchy.Graph], n: int, level: int) -> hierarchy.Graph:
     base, by = pattern.base(n, level)
     return _moved_graph(pattern, graphs[base], by)
 
 
-def _alone(pattern: Pattern, graph: tree.Graph, level: int, n: int) -> tree.Graph:
+def _alone(pattern: Pattern, graph: hierarchy.Graph, level: int, n: int) -> hierarchy.Graph:
     """The graph if the volume ended where part ``n`` does."""
     place = np.unravel_index(graph.outer["there"] >> 32, pattern.grid.counts)
-    coords = tree.parts(pattern.grid, level).coords(n)
+    coords = hierarchy.parts(pattern.grid, level).coords(n)
     inside = np.all([p >> level == c for p, c in zip(place, coords, strict=True)], axis=0)
     return replace(graph, outer=graph.outer[inside])
 
 
-def _bytes(graph: tree.Graph) -> int:
-    return sum(getattr(graph, name).nbytes for name in tree.Graph.__dataclass_fields__)
+def _bytes(graph: hierarchy.Graph) -> int:
+    return sum(getattr(graph, name).nbytes for name in hierarchy.Graph.__dataclass_fields__)
 
 
 def _peak(build: object, pattern: Pattern) -> int:
     """Most bytes that one part takes, with what it is given: as in a run, a part of its own at a time."""
     tracemalloc.start()
-    tree.contract(build(), pattern.rules.seed_height)
+    hierarchy.contract(build(), pattern.rules.seed_height)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak

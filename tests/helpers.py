@@ -17,8 +17,9 @@ from volseg.engine import schedule as flow
 from volseg.inference import model
 from volseg.io import arrays, ome, probabilities, volume
 from volseg.planning import prepare as describe
-from volseg.segmentation.fragments import OUTSIDE, fragments
-from volseg.segmentation.rules import ANY, Rules
+from volseg.segmentation.basins import watershed_block
+from volseg.segmentation.heights import OUTSIDE
+from volseg.segmentation.rules import NO_LIMIT, Rules
 from volseg.segmentation.stitch import gather, link
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,7 +169,7 @@ def cut(height, block, *, order=None, repeat=(), connectivity=6):
     for i in [*(order if order is not None else range(len(grid))), *repeat]:
         box = grid[i]
         frame = box.grow(1).shift((1, 1, 1)).slices
-        done[i] = fragments(padded[frame], np.ones(box.shape, np.uint8), box, height.shape, connectivity)
+        done[i] = watershed_block(padded[frame], np.ones(box.shape, np.uint8), box, height.shape, connectivity)
     tables = [done[i][1] for i in range(len(grid))]
     links = [link(i, lambda j: tables[j], grid) for i in range(len(grid))]
     return grid, [done[i][0] for i in range(len(grid))], tables, links
@@ -195,10 +196,10 @@ def all_rules(draw, level):
     """Rules that bite on small fields; most are often left out."""
     return Rules(
         level,
-        depth=draw(st.sampled_from([0, 0, 1, 2, 5])),
+        persistence=draw(st.sampled_from([0, 0, 1, 2, 5])),
         join_height=draw(st.sampled_from([-1, -1, level + 1, level + 2, level + 6])),
         min_voxels=draw(st.integers(0, 5)),
-        max_voxels=draw(st.sampled_from([ANY, ANY, 8, 40])),
+        max_voxels=draw(st.sampled_from([NO_LIMIT, NO_LIMIT, 8, 40])),
         fill_voxels=draw(st.sampled_from([0, 0, 2, 20])),
         keep_unseeded=draw(st.booleans()),
         low_height=draw(st.sampled_from([-1, -1, level + 1, level + 4])),

@@ -28,10 +28,9 @@ from volseg.io import arrays, files, ome, probabilities, volume
 from volseg.io import tables as store
 from volseg.planning import plan
 from volseg.planning import prepare as describe
-from volseg.segmentation import objects
-from volseg.segmentation import saddles as merges
-from volseg.segmentation.fragments import probability_of, seed_height
-from volseg.segmentation.rules import rules
+from volseg.segmentation import objects, saddles
+from volseg.segmentation.heights import height_to_probability, seed_height
+from volseg.segmentation.rules import Rules
 
 LITTLE = 0.1  # share of predict's blocks that may be lost where a batch turns out to be too large
 LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
@@ -212,13 +211,15 @@ def finish(
 
     ending = time.perf_counter()
     sums = store.load_each(run.out, [f"work/objects/{i}.npz" for i in range(len(run.grid))])
-    parts = [objects.Sums(**part) for part in sums]
+    parts = [objects.ObjectSums(**part) for part in sums]
     for stale in ("review", "tables/merges.parquet", "tables/merges.csv"):
         files.remove(f"{run.out}/{stale}")
     told = _told(run)
-    columns = objects.table(objects.merge(parts), run.shape, run.voxel_size_nm, told["confidence"])
+    columns = objects.objects_table(objects.merge(parts), run.shape, run.voxel_size_nm, told["confidence"])
     _write_table(run.out, "objects", columns)
-    _write_table(run.out, "merges", merges.table(told["rows"], run.config.fragments, run.shape, run.voxel_size_nm))
+    _write_table(
+        run.out, "merges", saddles.saddles_table(told["rows"], run.config.fragments, run.shape, run.voxel_size_nm)
+    )
     labels = volume.open(run.out, dataset="labels/instances/0")
     with ThreadPoolExecutor(1) as beside:
         histogram = beside.submit(pictures.volume_histogram, columns)
@@ -277,10 +278,10 @@ def _lacks(run: Run) -> str:
     knobs, rule = run.config.fragments, run.config.stitch
     if not files.exists(f"{run.out}/work/basins.npz"):
         return "no voxel reaches fragments.threshold, none of those that do reaches stitch.seed, or all objects are too small"
-    depth = store.load(run.out, "work/basins.npz")["depth"]
+    depth = store.load(run.out, "work/basins.npz")["minimum"]
     if not depth.size:
         return f"no voxel, smoothed, reaches fragments.threshold = {knobs.threshold:g}"
-    most = float(probability_of(depth.min(), knobs, run.voxel_size_nm))
+    most = float(height_to_probability(depth.min(), knobs, run.voxel_size_nm))
     what = {"probability": "mask less contour"}.get(knobs.height, knobs.height)
     if depth.min() > seed_height(rule.seed, knobs, run.voxel_size_nm) and not rule.keep_unseeded:
         return f"none of {depth.size} basins holds a seed: {what}, smoothed, is at most {most:.2f}, stitch.seed = {rule.seed:g}"
@@ -305,10 +306,13 @@ def _told(run: Run) -> dict[str, np.ndarray]:
     if files.exists(f"{run.out}/{key}"):
         return store.load(run.out, key)
     parts = store.load_each(run.out, [f"work/borders/{i}.npz" for i in range(len(run.grid))])
-    graph = merges.graph(merges.Part(**part) for part in parts)
-    label = np.arange(1, 1 + graph.depth.size)
-    sure = merges.confidence(graph, label, run.config.fragments, run.voxel_size_nm)
-    return {"rows": merges.merges(graph, rules(run.config, run.voxel_size_nm), label), "confidence": sure}
+    graph = saddles.object_graph(saddles.BlockBorders(**part) for part in parts)
+    label = np.arange(1, 1 + graph.minimum.size)
+    sure = saddles.confidence(graph, label, run.config.fragments, run.voxel_size_nm)
+    return {
+        "rows": saddles.rank_saddles(graph, Rules.from_config(run.config, run.voxel_size_nm), label),
+        "confidence": sure,
+    }
 
 
 def _write_table(out: str, name: str, columns: dict[str, np.ndarray]) -> None:

@@ -8,6 +8,7 @@ from itertools import product
 from math import prod
 
 Triple = tuple[int, int, int]
+VoxelSize = tuple[float, float, float]  # nm, z y x
 
 
 def turned(triple: Triple, axes: Triple) -> Triple:

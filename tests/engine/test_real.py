@@ -13,8 +13,10 @@ from volseg.config import Fragments, load
 from volseg.evaluation.evaluate import evaluate
 from volseg.inference import model
 from volseg.io import arrays, volume
-from volseg.segmentation import fragments, stitch
-from volseg.segmentation.rules import Rules, decide
+from volseg.segmentation import stitch
+from volseg.segmentation.basins import watershed_block
+from volseg.segmentation.heights import OUTSIDE, block_heights, seed_height
+from volseg.segmentation.rules import Rules, label_basins
 
 PART = Box((140, 200, 400), (156, 520, 912))
 
@@ -61,11 +63,11 @@ def test_the_forest_agrees_with_a_watershed_of_the_whole_volume(part):
     stored = arrays.open_array(str(part / "whole"), "0")
     probability = np.asarray(stored[:])
     knobs = Fragments(threshold=0.5, smooth=(2, 2, 2))
-    height = fragments.heights(probability, Box.whole(PART.shape), PART.shape, knobs)
-    level = fragments.seed_height(0.8, knobs)
+    height = block_heights(probability, Box.whole(PART.shape), PART.shape, knobs)
+    level = seed_height(0.8, knobs)
     ours = labeled(height, probability[0], level)
     height = height[1:-1, 1:-1, 1:-1]
-    mask = height != fragments.OUTSIDE
+    mask = height != OUTSIDE
     seeds = label(height <= level, connectivity=1)
     theirs = watershed(np.where(mask, height, 0), seeds, mask=mask, connectivity=1)
     pairs = np.unique(np.stack([seeds, ours])[:, seeds > 0], axis=1)
@@ -77,7 +79,7 @@ def test_the_forest_agrees_with_a_watershed_of_the_whole_volume(part):
 
 def labeled(height, mass, level):
     """Labels of one block that is the whole volume."""
-    region, table = fragments.fragments(height, mass, Box.whole(PART.shape), PART.shape)
+    region, table = watershed_block(height, mass, Box.whole(PART.shape), PART.shape)
     alone = stitch.link(0, [table].__getitem__, Blocks(PART.shape, PART.shape))
     basins, basin_of = stitch.gather([table], [alone])
-    return np.r_[0, decide(basins, Rules(level))[basin_of[0]]][region]
+    return np.r_[0, label_basins(basins, Rules(level))[basin_of[0]]][region]

@@ -24,8 +24,10 @@ from volseg.evaluation.recompute import rejoin
 from volseg.evaluation.seams import MEASURES, compare, measure_seams, permutation_p
 from volseg.evaluation.verify import BOX, draw_boxes, verify
 from volseg.io import arrays, volume
-from volseg.segmentation import fragments, stitch
-from volseg.segmentation.rules import Rules, forest
+from volseg.segmentation import stitch
+from volseg.segmentation.agglomerate import forest
+from volseg.segmentation.heights import OUTSIDE
+from volseg.segmentation.rules import Rules
 
 BLOCK = (11, 75, 85)
 
@@ -112,7 +114,7 @@ def test_a_label_outside_the_mask_is_found(copy):
     labels = zarr.open_array(str(copy / "labels/instances/0"), mode="r+")
     stored = open_finished(copy)
     whole = Box.whole(SHAPE)
-    masked = heights(stored, stored.probability(whole), whole)[1:-1, 1:-1, 1:-1] != fragments.OUTSIDE
+    masked = heights(stored, stored.probability(whole), whole)[1:-1, 1:-1, 1:-1] != OUTSIDE
     labels[tuple(np.argwhere(~masked)[5])] = 3
     assert "mask" in failed(verify(copy))
 
@@ -158,7 +160,7 @@ def test_links_to_blocks_that_do_not_exist_are_found(copy):
     keys = [copy / f"work/links/{i}.npz" for i in range(len(Blocks(SHAPE, BLOCK)))]
     key = next(key for key in keys if len(np.load(key)["drains"]))
     links = dict(np.load(key))
-    links["drains"][:, 1] = stitch.name(99, links["drains"][:, 1])
+    links["drains"][:, 1] = stitch.global_id(99, links["drains"][:, 1])
     np.savez(key, **links)
     result = verify(copy)
     assert "basins" in failed(result)

@@ -320,7 +320,7 @@ def test_ids_beyond_32_bits_are_counted_and_made_coarser(tmp_path):
     label = np.array([0, 2**32 + 7, 2**53 + 1, 2**53 + 2], np.uint64)
     region = np.random.default_rng(0).integers(0, 4, (4, 6, 8)).astype(np.uint32)
     sums = objects.measure(region, label, np.full(region.shape, 200, np.uint8), Box.whole(region.shape), [None] * 3)
-    table = objects.table(objects.merge([sums]), region.shape, (1.0, 1.0, 1.0))
+    table = objects.objects_table(objects.merge([sums]), region.shape, (1.0, 1.0, 1.0))
     assert table["id"].tolist() == label[1:].tolist()
     assert table["voxels"].tolist() == [np.count_nonzero(region == i) for i in (1, 2, 3)]
     assert table["neighbors"].tolist() == [2, 2, 2]

@@ -16,11 +16,11 @@ from tests.helpers import all_rules, basins_of, cut, fields, row
 from volseg.box import Blocks, Box
 from volseg.config import Fragments
 from volseg.errors import UserError
-from volseg.segmentation import hierarchy as tree
-from volseg.segmentation import holes as voids
-from volseg.segmentation.fragments import OUTSIDE, halo, heights, metric, seed_height
-from volseg.segmentation.rules import Rules, decide
-from volseg.segmentation.stitch import by_key, gather, order
+from volseg.segmentation import hierarchy, holes
+from volseg.segmentation.edges import argsort_rows, argsort_saddles
+from volseg.segmentation.heights import OUTSIDE, block_heights, distance_unit, height_halo, seed_height
+from volseg.segmentation.rules import Rules, label_basins
+from volseg.segmentation.stitch import gather
 
 
 def paint(grid, regions, ids):
@@ -36,44 +36,46 @@ def blockwise(height, rules, block, **how):
     grid, regions, tables, links = cut(height, block, **how)
     basins, basin_of = gather(tables, links)
     if not rules.fill_voxels:
-        label = decide(basins, rules)
+        label = label_basins(basins, rules)
         return paint(grid, regions, [label[basin] for basin in basin_of])
-    parts = [voids.describe(region, box, height.shape) for region, box in zip(regions, grid, strict=True)]
-    meets = [voids.meet(i, parts.__getitem__, grid) for i in range(len(grid))]
-    whole, void_of = voids.gather(parts, meets, basin_of)
-    label, count = decide(basins, rules, whole), basins.depth.size
+    parts = [holes.block_holes(region, box, height.shape) for region, box in zip(regions, grid, strict=True)]
+    meets = [holes.face_contacts(i, parts.__getitem__, grid) for i in range(len(grid))]
+    whole, void_of = holes.gather(parts, meets, basin_of)
+    label, count = label_basins(basins, rules, whole), basins.minimum.size
     places = [np.r_[basin, count + void] for basin, void in zip(basin_of, void_of, strict=True)]
-    return paint(grid, map(voids.places, regions), [label[place] for place in places])
+    return paint(grid, map(holes.number_holes, regions), [label[place] for place in places])
 
 
 def treewise(height, rules, block, *, connectivity=6, shuffle=None, **how):
     """Labels by `tree`, the parts of each level in any order and some of them twice."""
     grid, regions, tables, links = cut(height, block, connectivity=connectivity, **how)
     graphs, done, fates = {}, {}, {}
-    for step in range(tree.top(grid) + 1):
-        parts = list(range(len(tree.parts(grid, step))))
+    for step in range(hierarchy.top_level(grid) + 1):
+        parts = list(range(len(hierarchy.parts(grid, step))))
         for n in [*shuffle.permutation(parts), *shuffle.choice(parts, 2)] if shuffle else parts:
             if step == 0:
-                graph = tree.leaf(n, tables[n], {j: links[j] for j in tree.near(grid, n, connectivity)})
+                graph = hierarchy.block_graph(
+                    n, tables[n], {j: links[j] for j in hierarchy.linked_blocks(grid, n, connectivity)}
+                )
             else:
-                graph = tree.join([graphs[step - 1, c] for c in tree.children(grid, step, n)], grid, step, n)
-            graphs[step, n], done[step, n], fates[step, n] = tree.contract(graph, rules.seed_height)
-    assert graphs[tree.top(grid), 0].depth.size == 0
+                graph = hierarchy.join([graphs[step - 1, c] for c in hierarchy.children(grid, step, n)], grid, step, n)
+            graphs[step, n], done[step, n], fates[step, n] = hierarchy.contract(graph, rules.seed_height)
+    assert graphs[hierarchy.top_level(grid), 0].minimum.size == 0
     return paint(grid, regions, handed_down(grid, rules, graphs, done, fates))
 
 
 def handed_down(grid, rules, graphs, done, fates):
     """The labels of each block's regions."""
-    keep = {part: tree.kept(finished, rules) for part, finished in done.items()}
-    ranks = dict(zip(done, tree.ranks([done[part].first[keep[part]] for part in done]), strict=True))
-    above = {(tree.top(grid), 0): np.empty(0, np.int64)}
-    for step in range(tree.top(grid), -1, -1):
-        for n in range(len(tree.parts(grid, step))):
+    keep = {part: hierarchy.labeled(finished, rules) for part, finished in done.items()}
+    ranks = dict(zip(done, hierarchy.ranks([done[part].first[keep[part]] for part in done]), strict=True))
+    above = {(hierarchy.top_level(grid), 0): np.empty(0, np.int64)}
+    for step in range(hierarchy.top_level(grid), -1, -1):
+        for n in range(len(hierarchy.parts(grid, step))):
             finished = np.zeros(keep[step, n].size, np.int64)
             finished[keep[step, n]] = ranks[step, n] + 1
-            label = tree.named(fates[step, n], above.pop((step, n)), finished)
-            below = tree.children(grid, step, n) if step else [n]
-            sizes = [graphs[step - 1, c].depth.size for c in below] if step else [label.size]
+            label = hierarchy.assign(fates[step, n], above.pop((step, n)), finished)
+            below = hierarchy.children(grid, step, n) if step else [n]
+            sizes = [graphs[step - 1, c].minimum.size for c in below] if step else [label.size]
             above.update(
                 {(step - 1, c): share for c, share in zip(below, np.split(label, np.cumsum(sizes)[:-1]), strict=True)}
             )
@@ -185,11 +187,11 @@ def test_every_cutting_gives_the_brute_force_forest(field, connectivity, data):
     height, level = field
     block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
     count = len(Blocks(height.shape, block))
-    order = data.draw(st.permutations(range(count)))
+    argsort_rows = data.draw(st.permutations(range(count)))
     repeat = data.draw(st.lists(st.integers(0, count - 1), max_size=3))
     rules = data.draw(all_rules(level))
     want = brute_force(height, rules, connectivity)
-    found = blockwise(height, rules, block, order=order, repeat=repeat, connectivity=connectivity)
+    found = blockwise(height, rules, block, order=argsort_rows, repeat=repeat, connectivity=connectivity)
     np.testing.assert_array_equal(found, want)
 
 
@@ -204,7 +206,7 @@ def test_a_tree_of_blocks_gives_what_one_union_find_does(field, data):
         "repeat": data.draw(st.lists(st.integers(0, count - 1), max_size=3)),
         "connectivity": data.draw(st.sampled_from([6, 26])),
     }
-    rules = replace(data.draw(all_rules(level)), depth=0, join_height=-1, fill_voxels=0, low_height=-1)
+    rules = replace(data.draw(all_rules(level)), persistence=0, join_height=-1, fill_voxels=0, low_height=-1)
     found = treewise(height, rules, block, shuffle=np.random.default_rng(data.draw(st.integers(0, 99))), **how)
     np.testing.assert_array_equal(found, blockwise(height, rules, block, **how))
     np.testing.assert_array_equal(found, brute_force(height, rules, how["connectivity"]))
@@ -268,11 +270,11 @@ def test_only_what_outer_faces_leave_open_goes_up():
     """By hand, in two blocks: of a valley at 0 and three hills, only the one that crosses the face, and its way to 0."""
     height = row(0, 8, 5, 7, 3, 6, 2)
     grid, _, tables, links = cut(height, (1, 1, 4))
-    up, finished, _ = tree.contract(tree.leaf(0, tables[0], dict(enumerate(links))), 0)
-    assert (up.depth.size, up.inner.size, finished.depth.size) == (2, 1, 0)
-    up, finished, _ = tree.contract(tree.leaf(1, tables[1], dict(enumerate(links))), 0)
-    assert (up.depth.size, up.inner.size, finished.depth.size) == (1, 0, 0)
-    assert tree.top(grid) == 1
+    up, finished, _ = hierarchy.contract(hierarchy.block_graph(0, tables[0], dict(enumerate(links))), 0)
+    assert (up.minimum.size, up.inner.size, finished.minimum.size) == (2, 1, 0)
+    up, finished, _ = hierarchy.contract(hierarchy.block_graph(1, tables[1], dict(enumerate(links))), 0)
+    assert (up.minimum.size, up.inner.size, finished.minimum.size) == (1, 0, 0)
+    assert hierarchy.top_level(grid) == 1
 
 
 @settings(max_examples=50, deadline=None)
@@ -282,9 +284,9 @@ def test_orders_are_those_of_numpy(seed, size, high):
     columns = [
         rng.integers(0, h, size).astype(t) - h // 2 for h, t in [(high, "i4"), (1 << 40, "i8"), (9, "i4"), (2, "i8")]
     ]
-    np.testing.assert_array_equal(order(*columns), np.lexsort(columns[::-1]))
+    np.testing.assert_array_equal(argsort_rows(*columns), np.lexsort(columns[::-1]))
     columns[1] = rng.integers(0, 1 + size // 3, size)
-    np.testing.assert_array_equal(by_key(*columns), np.lexsort(columns[::-1]))
+    np.testing.assert_array_equal(argsort_saddles(*columns), np.lexsort(columns[::-1]))
 
 
 @pytest.mark.parametrize("connectivity", [6, 26])
@@ -294,7 +296,7 @@ def test_every_contact_face_is_counted_once_with_its_higher_end(connectivity, fi
     height, _ = field
     block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
     whole, cut = (basins_of(height, b, connectivity).edges for b in (height.shape, block))
-    for name in ("high_at", "low_at", "area", "height"):
+    for name in ("high_voxel", "low_voxel", "area", "height"):
         np.testing.assert_array_equal(whole[name], cut[name])
     assert (whole["height"] >= whole["area"] * whole["high"].astype(np.int64)).all()
 
@@ -322,8 +324,8 @@ def test_two_valleys_meet_at_their_ridge():
         (Rules(4), [1, 1, 2, 2, 2, 2, 3]),
         (Rules(0, low_height=5), [1, 1, 2, 2, 2, 2, 3]),
         (Rules(0, low_height=2), [1, 1, 1, 1, 1, 1, 2]),  # the dip at 4 is no seed
-        (Rules(4, depth=3), [1, 1, 1, 1, 1, 1, 2]),  # the dip at 4 is 2 deep, that at 1 is 8
-        (Rules(4, depth=9), [1, 1, 1, 1, 1, 1, 1]),
+        (Rules(4, persistence=3), [1, 1, 1, 1, 1, 1, 2]),  # the dip at 4 is 2 deep, that at 1 is 8
+        (Rules(4, persistence=9), [1, 1, 1, 1, 1, 1, 1]),
         (Rules(4, join_height=6), [1, 1, 1, 1, 1, 1, 2]),
         (Rules(4, min_voxels=2), [1, 1, 2, 2, 2, 2, 0]),
         (Rules(4, min_voxels=2, fill_voxels=1), [1, 1, 2, 2, 2, 2, 2]),
@@ -345,7 +347,7 @@ def test_voxels_that_touch_by_a_corner_are_one_object_on_a_grid_of_26():
     height[0, 0, 0], height[1, 1, 1], height[2, 2, 2] = 3, 2, 1
     assert blockwise(height, Rules(3), (1, 1, 1)).max() == 3
     assert blockwise(height, Rules(3), (1, 1, 1), connectivity=26).max() == 1
-    assert basins_of(height, (1, 1, 1), 26).depth.tolist() == [1]
+    assert basins_of(height, (1, 1, 1), 26).minimum.tolist() == [1]
 
 
 def test_basins_that_touch_by_an_edge_alone_have_a_saddle_and_no_area():
@@ -385,11 +387,11 @@ def test_heights_do_not_see_the_blocks(seed, smooth, height, distance, contour, 
     rng = np.random.default_rng(seed)
     probability = rng.choice(np.array([0, 100, 130, 200, 255], np.uint8), (3, *shape), p=[0.3, 0.1, 0.2, 0.2, 0.2])
     knobs = Fragments(smooth=smooth, contour=contour, threshold=0.4, height=height, **distance)
-    whole = heights(probability, Box.whole(shape), shape, knobs, voxel_size_nm)
+    whole = block_heights(probability, Box.whole(shape), shape, knobs, voxel_size_nm)
     block = tuple(data.draw(st.integers(1, n)) for n in shape)
     for box in Blocks(shape, block):
-        have = box.grow(halo(knobs, voxel_size_nm)).clip(shape)
-        part = heights(probability[(slice(None), *have.slices)], box, shape, knobs, voxel_size_nm)
+        have = box.grow(height_halo(knobs, voxel_size_nm)).clip(shape)
+        part = block_heights(probability[(slice(None), *have.slices)], box, shape, knobs, voxel_size_nm)
         np.testing.assert_array_equal(part, whole[box.grow(1).shift((1, 1, 1)).slices])
 
 
@@ -409,7 +411,7 @@ def test_heights_are_what_their_definition_says():
     inside = level >= np.ceil(0.4 * 255 * 64)
     squared = np.minimum(np.rint(ndimage.distance_transform_edt(inside) ** 2), 16)
     want = np.where(inside, (255 * 64 - level) * 17 + 16 - squared, OUTSIDE)
-    got = heights(probability, Box.whole(shape), shape, knobs)[1:-1, 1:-1, 1:-1]
+    got = block_heights(probability, Box.whole(shape), shape, knobs)[1:-1, 1:-1, 1:-1]
     np.testing.assert_array_equal(got, want)
 
 
@@ -433,8 +435,8 @@ def test_heights_of_long_rows_are_what_their_definition_says(seed, smooth, conto
     want = np.where(level >= np.ceil(0.4 * 255 * 64), 255 * 64 - inside, OUTSIDE)
     block = tuple(data.draw(st.integers(1, n)) for n in shape)
     for box in [Box.whole(shape), *Blocks(shape, block)]:
-        have = box.grow(halo(knobs)).clip(shape)
-        got = heights(probability[(slice(None), *have.slices)], box, shape, knobs)
+        have = box.grow(height_halo(knobs)).clip(shape)
+        got = block_heights(probability[(slice(None), *have.slices)], box, shape, knobs)
         np.testing.assert_array_equal(got[1:-1, 1:-1, 1:-1], want[box.slices])
 
 
@@ -459,12 +461,12 @@ def blobs(seed, shape):
 def test_distances_in_nm_are_those_of_scipy(voxel_size_nm):
     mask = blobs(6, (9, 24, 27))
     knobs = Fragments(smooth=(0, 0, 0), distance_nm=45, threshold=0.4)
-    around = metric(knobs, voxel_size_nm)
+    around = distance_unit(knobs, voxel_size_nm)
     inside = mask >= np.ceil(0.4 * 255)
-    got = heights(np.stack([mask] * 2), Box.whole(mask.shape), mask.shape, knobs, voxel_size_nm)[1:-1, 1:-1, 1:-1]
+    got = block_heights(np.stack([mask] * 2), Box.whole(mask.shape), mask.shape, knobs, voxel_size_nm)[1:-1, 1:-1, 1:-1]
     assert (inside == (got != OUTSIDE)).all()
     far = around.cap**2 - got[inside] % (around.cap**2 + 1)
-    exact = ndimage.distance_transform_edt(inside, sampling=around.edges)[inside]
+    exact = ndimage.distance_transform_edt(inside, sampling=around.spacing)[inside]
     np.testing.assert_array_equal(far, np.minimum(np.rint(exact**2), around.cap**2))
     nm = np.minimum(ndimage.distance_transform_edt(inside, sampling=voxel_size_nm)[inside], 45)
     np.testing.assert_allclose(45 * np.sqrt(far) / around.cap, nm, rtol=1 / 32)
@@ -476,16 +478,18 @@ def test_cubes_have_the_same_distance_in_nm_as_in_voxels():
     box, shape = Box.whole(mask.shape[1:]), mask.shape[1:]
     for height in ("probability", "distance"):
         voxels, nm = (Fragments(height=height, contour=0.3, **d) for d in ({"distance": 4}, {"distance_nm": 33}))
-        np.testing.assert_array_equal(heights(mask, box, shape, voxels), heights(mask, box, shape, nm, (8, 8, 8)))
+        np.testing.assert_array_equal(
+            block_heights(mask, box, shape, voxels), block_heights(mask, box, shape, nm, (8, 8, 8))
+        )
         assert seed_height(0.6, voxels) == seed_height(0.6, nm, (8, 8, 8))
 
 
 def test_a_distance_too_far_for_whole_numbers_is_refused():
-    assert metric(Fragments(distance_nm=1275), (5, 5, 5)).cap == 255
+    assert distance_unit(Fragments(distance_nm=1275), (5, 5, 5)).cap == 255
     with pytest.raises(UserError, match="give at most 1275"):
-        metric(Fragments(distance_nm=1290), (5, 5, 5))
+        distance_unit(Fragments(distance_nm=1290), (5, 5, 5))
     with pytest.raises(ValueError, match="voxel_size_nm"):
-        halo(Fragments(distance_nm=10))
+        height_halo(Fragments(distance_nm=10))
 
 
 @pytest.mark.parametrize(
@@ -497,7 +501,7 @@ def test_each_height_is_low_where_its_evidence_is_strong(height, first):
     mask = np.array([0, 200, 250, 250, 250, 200, 0], np.uint8)
     probability = np.stack([mask, [0, 50, 0, 0, 0, 50, 0], [0, 30, 60, 90, 60, 30, 0]]).reshape(3, 1, 1, 7)
     knobs = Fragments(smooth=(0, 0, 0), distance=2, height=height)
-    got = heights(probability.astype(np.uint8), Box.whole((1, 1, 7)), (1, 1, 7), knobs)[1, 1, 2:4]
+    got = block_heights(probability.astype(np.uint8), Box.whole((1, 1, 7)), (1, 1, 7), knobs)[1, 1, 2:4]
     if height == "distance":
         assert got.tolist() == [(4 - first[0]) * 16321 + 64 * (255 - 150), (4 - first[1]) * 16321 + 64 * (255 - 250)]
     else:
@@ -513,7 +517,7 @@ def test_a_seed_is_where_the_evidence_reaches_its_share(height, channel):
         probability = 255 - probability
         probability[0] = 255
     knobs = Fragments(smooth=(0, 0, 0), distance=3, height=height, threshold=0.0)
-    got = heights(probability, Box.whole((1, 1, 5)), (1, 1, 5), knobs)[1, 1, 1:-1]
+    got = block_heights(probability, Box.whole((1, 1, 5)), (1, 1, 5), knobs)[1, 1, 1:-1]
     assert (got <= seed_height(0.6, knobs)).tolist() == [False, False, True, True, True]
 
 
@@ -522,7 +526,7 @@ def test_a_seed_of_the_distance_is_a_share_of_its_cap():
     probability = np.full((2, 1, 1, 25), [[[[255]]], [[[0]]]], np.uint8)
     probability[0, 0, 0, [0, -1]] = 0
     knobs = Fragments(smooth=(0, 0, 0), distance=10, height="distance")
-    got = heights(probability, Box.whole((1, 1, 25)), (1, 1, 25), knobs)[1, 1, 1:-1]
+    got = block_heights(probability, Box.whole((1, 1, 25)), (1, 1, 25), knobs)[1, 1, 1:-1]
     assert np.flatnonzero(got <= seed_height(0.6, knobs)).tolist() == list(range(6, 19))
 
 

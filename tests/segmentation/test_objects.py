@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from skimage.measure import regionprops
 
 from volseg.box import Blocks, Box
-from volseg.segmentation.objects import RUN, measure, merge, near_face, table
+from volseg.segmentation.objects import MAX_RUN_VOXELS, first_plane, measure, merge, objects_table
 
 SIZE = (40.0, 5.0, 4.0)
 
@@ -28,7 +28,7 @@ def measured(labels, mass, block, at=(0, 0, 0)):
 def rows_of(labels, size=(1.0, 1.0, 1.0), block=None):
     """The table of a label volume without background probability."""
     mass = np.full(labels.shape, 255, np.uint8)
-    return table(measured(labels.astype(np.uint32), mass, block or labels.shape), labels.shape, size)
+    return objects_table(measured(labels.astype(np.uint32), mass, block or labels.shape), labels.shape, size)
 
 
 @settings(max_examples=60, deadline=None)
@@ -41,8 +41,8 @@ def test_sums_and_table_do_not_see_the_blocks(seed, data):
     block = tuple(data.draw(st.integers(1, n)) for n in shape)
     pieces, whole = measured(labels, mass, block), measured(labels, mass, shape)
     np.testing.assert_array_equal(pieces.rows, whole.rows)
-    np.testing.assert_array_equal(pieces.touching, whole.touching)
-    got, want = table(pieces, shape, SIZE), table(whole, shape, SIZE)
+    np.testing.assert_array_equal(pieces.contacts, whole.contacts)
+    got, want = objects_table(pieces, shape, SIZE), objects_table(whole, shape, SIZE)
     assert all(got[name].tobytes() == want[name].tobytes() for name in want)
 
 
@@ -59,7 +59,7 @@ def test_faces_and_neighbors_agree_with_counting_them_one_by_one(seed, data):
             if low and high and low != high:
                 touching.add((min(low, high), max(low, high)))
     got = measured(labels.astype(np.uint32), np.zeros(shape, np.uint8), tuple(max(1, n // 2) for n in shape))
-    assert {tuple(pair) for pair in got.touching.tolist()} == touching
+    assert {tuple(pair) for pair in got.contacts.tolist()} == touching
     for row in got.rows:
         assert row["faces"].tolist() == [faces.get((row["id"], axis), 0) for axis in range(3)]
 
@@ -68,7 +68,7 @@ def test_the_table_agrees_with_scikit_image():
     rng = np.random.default_rng(1)
     labels = np.kron(rng.integers(0, 5, (4, 4, 4)), np.ones((3, 5, 4), int)).astype(np.uint32)
     mass = rng.integers(5, 256, labels.shape).astype(np.uint8)
-    got = table(measured(labels, mass, (5, 7, 6)), labels.shape, SIZE)
+    got = objects_table(measured(labels, mass, (5, 7, 6)), labels.shape, SIZE)
     props = regionprops(labels, mass)
     assert got["id"].tolist() == [p.label for p in props]
     assert got["voxels"].tolist() == [p.area for p in props]
@@ -139,13 +139,13 @@ def test_neighbors_share_a_face_and_count_once():
 def test_the_lowest_probability_is_that_of_the_object_alone():
     labels = np.array([[[1, 1, 1, 0, 2, 2]]], np.uint32)
     mass = np.array([[[255, 51, 102, 0, 204, 255]]], np.uint8)
-    got = table(measured(labels, mass, (1, 1, 2)), labels.shape, SIZE)
+    got = objects_table(measured(labels, mass, (1, 1, 2)), labels.shape, SIZE)
     np.testing.assert_allclose(got["min_probability"], [0.2, 0.8])
 
 
 def test_moments_stay_exact_far_from_the_origin():
     """Squares of these coordinates add up to more than 2**63."""
-    labels = np.zeros((3, 4, 2 * RUN), np.uint32)
+    labels = np.zeros((3, 4, 2 * MAX_RUN_VOXELS), np.uint32)
     labels[1, 1:3, 5:-5] = 1
     mass = np.zeros(labels.shape, np.uint8)
     far = (1 << 24, 30_000_000, 1 << 25)
@@ -153,7 +153,7 @@ def test_moments_stay_exact_far_from_the_origin():
     sums.append(measured(labels, mass, labels.shape))
     assert np.all(sums[0].rows == sums[1].rows)
     assert sums[1].rows["moment"][0, 2, 0] >= 1 << 31
-    got, near, at_zero = (table(s, labels.shape, SIZE) for s in sums)
+    got, near, at_zero = (objects_table(s, labels.shape, SIZE) for s in sums)
     for name in ("sd0_nm", "sd1_nm", "sd2_nm", "axis0_z", "axis0_y", "axis0_x"):
         assert got[name] == near[name] == at_zero[name]
 
@@ -165,17 +165,17 @@ def test_regions_of_one_label_are_one_object():
     )
     assert sums.rows["id"].tolist() == [7]
     assert sums.rows["faces"].tolist() == [[0, 0, 1]]
-    assert sums.touching.size == 0
+    assert sums.contacts.size == 0
 
 
 def test_the_near_face_of_a_block_is_found_among_its_face_voxels():
     labels = np.random.default_rng(3).integers(0, 3, (5, 6, 7))
     box = Box((2, 3, 1), (5, 6, 4))
-    face_at = np.flatnonzero(labels)
-    face_at = face_at[[all(a <= p < b for a, p, b in zip(box.start, np.unravel_index(i, labels.shape), box.stop,
-                                                         strict=True)) for i in face_at]]  # fmt: skip
+    face_voxel = np.flatnonzero(labels)
+    face_voxel = face_voxel[[all(a <= p < b for a, p, b in zip(box.start, np.unravel_index(i, labels.shape), box.stop,
+                                                         strict=True)) for i in face_voxel]]  # fmt: skip
     for axis in range(3):
-        got = near_face(face_at, labels.flat[face_at], box, labels.shape, axis)
+        got = first_plane(face_voxel, labels.flat[face_voxel], box, labels.shape, axis)
         np.testing.assert_array_equal(got, np.take(labels[box.slices], 0, axis))
 
 
@@ -187,7 +187,7 @@ def test_an_object_at_the_border_says_so():
 
 
 def test_no_objects_make_an_empty_table():
-    got = table(merge([]), (4, 4, 4), (1.0, 1.0, 1.0))
+    got = objects_table(merge([]), (4, 4, 4), (1.0, 1.0, 1.0))
     assert all(len(column) == 0 for column in got.values())
     assert rows_of(np.zeros((2, 3, 4)))["id"].size == 0
 

@@ -19,8 +19,8 @@ from volseg.config import Fragments
 from volseg.errors import UserError
 from volseg.evaluation import review
 from volseg.io import volume
-from volseg.segmentation import saddles as merges
-from volseg.segmentation.rules import Rules, decide
+from volseg.segmentation import saddles
+from volseg.segmentation.rules import Rules, label_basins
 from volseg.segmentation.stitch import gather
 
 VALLEYS = row(4, 6, 5, 1, 0, 9, 1)
@@ -28,7 +28,7 @@ VALLEYS = row(4, 6, 5, 1, 0, 9, 1)
 
 def told(height, rules, block):
     basins = basins_of(height, block)
-    return merges.merges(basins, rules, decide(basins, rules))
+    return saddles.rank_saddles(basins, rules, label_basins(basins, rules))
 
 
 @settings(max_examples=40, deadline=None)
@@ -44,19 +44,19 @@ def test_the_table_does_not_see_the_blocks(field, data):
 @given(field=fields(), connectivity=st.sampled_from([6, 26]), data=st.data())
 def test_borders_and_confidence_need_no_basins_of_the_volume(connectivity, field, data):
     height, level = field
-    rules = replace(data.draw(all_rules(level)), depth=0, join_height=-1, fill_voxels=0)
+    rules = replace(data.draw(all_rules(level)), persistence=0, join_height=-1, fill_voxels=0)
     block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
     _, _, tables, links = cut(height, block, connectivity=connectivity)
     basins, basin_of = gather(tables, links)
-    label = decide(basins, rules)
-    parts = [merges.met(i, table, links[i], lambda j: label[basin_of[j]]) for i, table in enumerate(tables)]
-    graph = merges.graph(parts)
-    each = np.arange(1, 1 + graph.depth.size)
-    names = [name for name in merges.ROW.names if name != "edge"]
-    flat = merges.merges(basins, rules, label)
-    np.testing.assert_array_equal(merges.merges(graph, rules, each)[names], flat[flat["kind"] == 1][names])
+    label = label_basins(basins, rules)
+    parts = [saddles.block_borders(i, table, links[i], lambda j: label[basin_of[j]]) for i, table in enumerate(tables)]
+    graph = saddles.object_graph(parts)
+    each = np.arange(1, 1 + graph.minimum.size)
+    names = [name for name in saddles.ROW.names if name != "edge"]
+    flat = saddles.rank_saddles(basins, rules, label)
+    np.testing.assert_array_equal(saddles.rank_saddles(graph, rules, each)[names], flat[flat["kind"] == 1][names])
     np.testing.assert_array_equal(
-        merges.confidence(graph, each, Fragments()), merges.confidence(basins, label, Fragments())
+        saddles.confidence(graph, each, Fragments()), saddles.confidence(basins, label, Fragments())
     )
 
 
@@ -65,26 +65,26 @@ def test_borders_and_confidence_need_no_basins_of_the_volume(connectivity, field
     [
         (Rules(4), [("border", "seed", 2, 6, 1, [2, 4]), ("border", "seed", 5, 9, 5, [4, 1])]),
         (Rules(6), [("join", "seed", 0, 6, 1, [4, 2]), ("border", "seed", 3, 9, 5, [6, 1])]),
-        (Rules(4, depth=3), [("join", "persistence", 1, 6, 1, [4, 2]), ("border", "seed", 5, 9, 5, [6, 1])]),
+        (Rules(4, persistence=3), [("join", "persistence", 1, 6, 1, [4, 2]), ("border", "seed", 5, 9, 5, [6, 1])]),
         (Rules(4, join_height=6), [("join", "mean", 0, 6, 1, [4, 2]), ("border", "mean", 3, 9, 5, [6, 1])]),
         (Rules(3), [("join", "unseeded", 1, 6, 1, [4, 2]), ("border", "seed", 6, 9, 5, [6, 1])]),
-        (Rules(3, depth=5), [("join", "unseeded", 3, 6, 1, [4, 2]), ("border", "persistence", 3, 9, 5, [6, 1])]),
+        (Rules(3, persistence=5), [("join", "unseeded", 3, 6, 1, [4, 2]), ("border", "persistence", 3, 9, 5, [6, 1])]),
         (Rules(2, low_height=5), [("border", "unseeded", 1, 6, 1, [2, 4]), ("border", "unseeded", 4, 9, 5, [4, 1])]),
         (Rules(6, min_voxels=3), []),
     ],
 )
 def test_each_rule_tells_how_near_it_came(rules, want):
     found = told(VALLEYS, rules, (1, 1, 2))
-    names = [(merges.KINDS[r["kind"]], merges.RULES[r["rule"]]) for r in found]
-    columns = [found[name].tolist() for name in ("margin", "saddle", "at", "voxels")]
+    names = [(saddles.KINDS[r["kind"]], saddles.RULES[r["rule"]]) for r in found]
+    columns = [found[name].tolist() for name in ("margin", "saddle", "voxel", "voxels")]
     assert [(*name, *rest) for name, *rest in zip(names, *columns, strict=True)] == want
 
 
 def test_confidence_is_the_depth_below_the_lowest_saddle():
     basins, knobs = basins_of(VALLEYS * 1632, (1, 1, 7)), Fragments()  # a tenth of all heights for each unit
-    label = decide(basins, Rules(4 * 1632))
-    np.testing.assert_allclose(merges.confidence(basins, label, knobs), [0.2, 0.6, 0.8])
-    np.testing.assert_allclose(merges.confidence(basins, np.minimum(label, 1), knobs), [1.0])
+    label = label_basins(basins, Rules(4 * 1632))
+    np.testing.assert_allclose(saddles.confidence(basins, label, knobs), [0.2, 0.6, 0.8])
+    np.testing.assert_allclose(saddles.confidence(basins, np.minimum(label, 1), knobs), [1.0])
 
 
 def test_a_runs_table_holds_every_pair_of_objects_that_touch(reference):
@@ -123,9 +123,9 @@ def test_review_draws_what_it_lists(reference, tmp_path):
 
 
 def test_the_parts_of_a_join_have_the_sizes_that_are_told():
-    for rules in (Rules(6), Rules(4, depth=3), Rules(4, join_height=6), Rules(3)):
+    for rules in (Rules(6), Rules(4, persistence=3), Rules(4, join_height=6), Rules(3)):
         basins = basins_of(VALLEYS, (1, 1, 7))
-        rows = merges.merges(basins, rules, decide(basins, rules))
+        rows = saddles.rank_saddles(basins, rules, label_basins(basins, rules))
         part = review.parts(basins, rules, rows[rows["kind"] == 0][0])
         assert sorted(basins.voxels[part == side].sum() for side in (1, 2)) == [2, 4]
 

@@ -25,7 +25,8 @@ import numpy as np
 from volseg.box import Box
 from volseg.errors import DamagedFileError, UserError
 from volseg.io import arrays, files, tables
-from volseg.segmentation import fragments, hierarchy, holes, objects, saddles, stitch
+from volseg.segmentation import hierarchy, holes, objects, saddles, stitch
+from volseg.segmentation.basins import BlockBasins
 
 FORMAT = 1  # of a run's folder; raised when an older volseg could misread a newer folder, or the other way round
 T = TypeVar("T")
@@ -50,14 +51,14 @@ class BlockLabels:
 
 @dataclass(frozen=True)
 class HoleContacts:
-    """Pairs of holes, and of holes and regions, that touch over a block's far faces: see `holes.meet`."""
+    """Pairs of holes, and of holes and regions, that touch over a block's far faces: see `holes.face_contacts`."""
 
     pairs: np.ndarray
 
 
 @dataclass(frozen=True)
 class Joins:
-    """How each join was decided: rows of `saddles.merges`, and each object's ``confidence``."""
+    """How each join was decided: rows of `saddles.rank_saddles`, and each object's ``confidence``."""
 
     rows: np.ndarray
     confidence: np.ndarray
@@ -188,16 +189,16 @@ class Layout:
         return Tables(self.path, f"work/{pattern}.npz", kind)
 
     @cached_property
-    def block_basins(self) -> Tables[fragments.Table]:
-        return self._tables("tables/{}", fragments.Table)
+    def block_basins(self) -> Tables[BlockBasins]:
+        return self._tables("tables/{}", BlockBasins)
 
     @cached_property
     def links(self) -> Tables[stitch.Links]:
         return self._tables("links/{}", stitch.Links)
 
     @cached_property
-    def block_holes(self) -> Tables[holes.Table]:
-        return self._tables("holes/{}", holes.Table)
+    def block_holes(self) -> Tables[holes.BlockHoles]:
+        return self._tables("holes/{}", holes.BlockHoles)
 
     @cached_property
     def hole_contacts(self) -> Tables[HoleContacts]:
@@ -208,12 +209,12 @@ class Layout:
         return self._tables("labels/{}", BlockLabels)
 
     @cached_property
-    def object_sums(self) -> Tables[objects.Sums]:
-        return self._tables("objects/{}", objects.Sums)
+    def object_sums(self) -> Tables[objects.ObjectSums]:
+        return self._tables("objects/{}", objects.ObjectSums)
 
     @cached_property
-    def borders(self) -> Tables[saddles.Part]:
-        return self._tables("borders/{}", saddles.Part)
+    def borders(self) -> Tables[saddles.BlockBorders]:
+        return self._tables("borders/{}", saddles.BlockBorders)
 
     # ---- tables of the volume
 
@@ -223,8 +224,8 @@ class Layout:
         return self._tables("merges/{}", Joins)
 
     @cached_property
-    def volume_holes(self) -> Tables[holes.Voids]:
-        return self._tables("holes", holes.Voids)
+    def volume_holes(self) -> Tables[holes.Holes]:
+        return self._tables("holes", holes.Holes)
 
     def save_basins(self, basins: stitch.Basins, key: str) -> None:
         """The volume's basins, and the key of the tables that they were gathered from."""

@@ -42,12 +42,10 @@ from volseg.inference.device import Call, out_of_memory_as
 from volseg.inference.normalization import scale
 from volseg.io import arrays, files, pyramid
 from volseg.io import tables as store
-from volseg.segmentation import fragments as basins
-from volseg.segmentation import hierarchy as tree
-from volseg.segmentation import holes as voids
-from volseg.segmentation import objects, stitch
-from volseg.segmentation import saddles as merges
-from volseg.segmentation.rules import decide, label_dtype, rules
+from volseg.segmentation import hierarchy, holes, objects, saddles, stitch
+from volseg.segmentation.basins import BlockBasins, watershed_block
+from volseg.segmentation.heights import block_heights, height_halo
+from volseg.segmentation.rules import Rules, label_basins, label_dtype
 from volseg.system import trim_memory
 
 INFERS = threading.Lock()  # held by the task of this process that infers, while others read and write
@@ -188,13 +186,13 @@ def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
     """Basins of block ``i`` are stored, with the table of how they touch."""
     box = run.grid[i]
     knobs = run.config.fragments
-    have = box.grow(basins.halo(knobs, run.voxel_size_nm)).clip(run.shape)
+    have = box.grow(height_halo(knobs, run.voxel_size_nm)).clip(run.shape)
     with cluster.timed(seconds, "read"):
         probability = np.asarray(arrays.open_array(run.out, "0")[(slice(None), *have.slices)])
     with cluster.timed(seconds, "basins"):
-        height = basins.heights(probability, box, run.shape, knobs, run.voxel_size_nm)
+        height = block_heights(probability, box, run.shape, knobs, run.voxel_size_nm)
         mass = np.ascontiguousarray(probability[0][box.inside(have)])
-        region, table = basins.fragments(height, mass, box, run.shape, knobs.connectivity)
+        region, table = watershed_block(height, mass, box, run.shape, knobs.connectivity)
     with cluster.timed(seconds, "write"):
         arrays.write(arrays.open_array(run.out, "work/fragments"), box, region)
         store.save(run.out, f"work/tables/{i}.npz", **asdict(table))
@@ -204,9 +202,9 @@ def faces(run: Run, i: int, seconds: dict[str, float]) -> dict:
     """The `stitch.Links` of block ``i`` are stored; returns how many edges the block has."""
 
     @lru_cache
-    def table_of(j: int) -> basins.Table:
+    def table_of(j: int) -> BlockBasins:
         with cluster.timed(seconds, "read"):
-            return basins.Table(**store.load(run.out, f"work/tables/{j}.npz"))
+            return BlockBasins(**store.load(run.out, f"work/tables/{j}.npz"))
 
     with cluster.timed(seconds, "link"):
         found = stitch.link(i, table_of, run.grid)
@@ -216,17 +214,17 @@ def faces(run: Run, i: int, seconds: dict[str, float]) -> dict:
 
 
 def found_voids(run: Run, i: int, seconds: dict[str, float]) -> None:
-    """The `voids.Table` of block ``i`` is stored."""
+    """The `holes.BlockHoles` of block ``i`` is stored."""
     region = np.asarray(arrays.open_array(run.out, "work/fragments")[run.grid[i].slices])
     with cluster.timed(seconds, "voids"):
-        table = voids.describe(region, run.grid[i], run.shape)
+        table = holes.block_holes(region, run.grid[i], run.shape)
     store.save(run.out, f"work/voids/{i}.npz", **asdict(table))
 
 
 def rims(run: Run, i: int, seconds: dict[str, float]) -> None:
     """What the voids of block ``i`` touch over its far faces, and what lies there touches voids, is stored."""
-    table_of = lru_cache(lambda j: voids.Table(**store.load(run.out, f"work/voids/{j}.npz")))
-    store.save(run.out, f"work/rims/{i}.npz", pairs=voids.meet(i, table_of, run.grid))
+    table_of = lru_cache(lambda j: holes.BlockHoles(**store.load(run.out, f"work/voids/{j}.npz")))
+    store.save(run.out, f"work/rims/{i}.npz", pairs=holes.face_contacts(i, table_of, run.grid))
 
 
 def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
@@ -237,12 +235,12 @@ def stitched(run: Run, _: int, seconds: dict[str, float]) -> dict:
         whole, basin_of = known or _gathered_basins(run)
         outside, void_of = _gathered_voids(run, basin_of)
     with cluster.timed(seconds, "decide"):
-        rule = rules(run.config, run.voxel_size_nm)
-        label, of_void = np.split(decide(whole, rule, outside), [whole.depth.size])
+        rule = Rules.from_config(run.config, run.voxel_size_nm)
+        label, of_void = np.split(label_basins(whole, rule, outside), [whole.minimum.size])
     found = int(label.max(initial=0))
     with cluster.timed(seconds, "write"):
-        sure = merges.confidence(whole, label, run.config.fragments, run.voxel_size_nm)
-        told = {"rows": merges.merges(whole, rule, label), "confidence": sure}
+        sure = saddles.confidence(whole, label, run.config.fragments, run.voxel_size_nm)
+        told = {"rows": saddles.rank_saddles(whole, rule, label), "confidence": sure}
         files.remove(f"{run.out}/work/merges")
         store.save(run.out, f"work/merges/{run.keys['stitch']}.npz", **told)
         dtype = label_dtype(found)
@@ -273,18 +271,22 @@ def _gathered_basins(run: Run) -> tuple[stitch.Basins, list[np.ndarray]]:
     """The volume's basins, and the basin of each of a block's regions, from all tables. None are known until all is stored."""
     files.remove(f"{run.out}/work/basins.npz")
     every = range(len(run.grid))
-    tables = store.load_each(run.out, [f"work/tables/{i}.npz" for i in every], skip=("crossing", "face_at", "face_of"))
+    tables = store.load_each(
+        run.out, [f"work/tables/{i}.npz" for i in every], skip=("crossing_edges", "face_voxel", "face_region")
+    )
     links = store.load_each(run.out, [f"work/links/{i}.npz" for i in every])
-    return stitch.gather((basins.Table(**t) for t in tables), (stitch.Links(**l) for l in links))
+    return stitch.gather((BlockBasins(**t) for t in tables), (stitch.Links(**l) for l in links))
 
 
-def _gathered_voids(run: Run, basin_of: list[np.ndarray]) -> tuple[voids.Voids | None, list[np.ndarray]]:
+def _gathered_voids(run: Run, basin_of: list[np.ndarray]) -> tuple[holes.Holes | None, list[np.ndarray]]:
     """The volume's voids, stored for `calibrate`, and the void of each of a block's voids; none where no hole is filled."""
     if not run.fills:
         return None, [np.empty(0, np.int64)] * len(run.grid)
-    tables = store.load_each(run.out, [f"work/voids/{i}.npz" for i in range(len(run.grid))], skip=("start", "place"))
+    tables = store.load_each(
+        run.out, [f"work/voids/{i}.npz" for i in range(len(run.grid))], skip=("run_start", "run_piece")
+    )
     meets = store.load_each(run.out, [f"work/rims/{i}.npz" for i in range(len(run.grid))])
-    whole, void_of = voids.gather((voids.Table(**t) for t in tables), (met["pairs"] for met in meets), basin_of)
+    whole, void_of = holes.gather((holes.BlockHoles(**t) for t in tables), (met["pairs"] for met in meets), basin_of)
     store.save(run.out, "work/voids.npz", **asdict(whole))
     return whole, void_of
 
@@ -293,40 +295,42 @@ def contracted(run: Run, n: int, seconds: dict[str, float], level: int) -> dict:
     """Part ``n`` of that level is contracted: what goes up is stored, what became of the rest, and what it finished."""
     sizes: list[int] = []
 
-    def opened(columns: dict[str, np.ndarray]) -> tree.Graph:
-        sizes.append(columns["depth"].size)
-        return tree.Graph(**columns)
+    def opened(columns: dict[str, np.ndarray]) -> hierarchy.Graph:
+        sizes.append(columns["minimum"].size)
+        return hierarchy.Graph(**columns)
 
     with cluster.timed(seconds, "read"):
         if level == 0:
-            table = basins.Table(**store.load(run.out, f"work/tables/{n}.npz"))
-            near = tree.near(run.grid, n, run.config.fragments.connectivity)
+            table = BlockBasins(**store.load(run.out, f"work/tables/{n}.npz"))
+            near = hierarchy.linked_blocks(run.grid, n, run.config.fragments.connectivity)
             links = zip(near, store.load_each(run.out, [f"work/links/{j}.npz" for j in near]), strict=True)
-            graph = tree.leaf(n, table, {j: stitch.Links(**l) for j, l in links})
+            graph = hierarchy.block_graph(n, table, {j: stitch.Links(**l) for j, l in links})
         else:
-            keys = [f"work/tree/{level - 1}/up/{c}.npz" for c in tree.children(run.grid, level, n)]
+            keys = [f"work/tree/{level - 1}/up/{c}.npz" for c in hierarchy.children(run.grid, level, n)]
             graphs = store.load_each(run.out, keys, pending=max(1, 8 >> level))  # the higher, the larger: fewer at once
-            graph = tree.join(map(opened, graphs), run.grid, level, n)
+            graph = hierarchy.join(map(opened, graphs), run.grid, level, n)
     with cluster.timed(seconds, "contract"):
-        deciding = rules(run.config, run.voxel_size_nm)
-        up, finished, fate = tree.contract(graph, deciding.seed_height)
+        deciding = Rules.from_config(run.config, run.voxel_size_nm)
+        up, finished, fate = hierarchy.contract(graph, deciding.seed_height)
         del graph
-        kept = tree.kept(finished, deciding)
+        kept = hierarchy.labeled(finished, deciding)
     with cluster.timed(seconds, "write"):
         store.save(run.out, f"work/tree/{level}/up/{n}.npz", **asdict(up))
         store.save(run.out, f"work/tree/{level}/fate/{n}.npz", fate=fate, kept=kept, sizes=np.array(sizes, np.int64))
         store.save(run.out, f"work/tree/{level}/first/{n}.npz", first=finished.first[kept])
-    return {"components": int(fate.size), "up": int(up.depth.size), "rows": int(up.inner.size + up.outer.size)}
+    return {"components": int(fate.size), "up": int(up.minimum.size), "rows": int(up.inner.size + up.outer.size)}
 
 
 def numbered(run: Run, layer: int, seconds: dict[str, float]) -> dict:
     """The ranks of all objects whose first voxel lies in that layer of blocks are stored; returns how many they are."""
     box = run.layers[layer]
     begin, end = (z * run.shape[1] * run.shape[2] for z in (box.start[0], box.stop[0]))
-    places = [(k, n) for k in range(tree.top(run.grid) + 1) for n in tree.parts(run.grid, k).meeting(box)]
+    places = [
+        (k, n) for k in range(hierarchy.top_level(run.grid) + 1) for n in hierarchy.parts(run.grid, k).meeting(box)
+    ]
     stored = store.load_each(run.out, [f"work/tree/{k}/first/{n}.npz" for k, n in places])
     firsts = [first[slice(*np.searchsorted(first, (begin, end)))] for first in (s["first"] for s in stored)]
-    some = [(place, rank) for place, rank in zip(places, tree.ranks(firsts), strict=True) if rank.size]
+    some = [(place, rank) for place, rank in zip(places, hierarchy.ranks(firsts), strict=True) if rank.size]
 
     def save(item: tuple[tuple[int, int], np.ndarray]) -> None:
         (k, n), rank = item
@@ -342,16 +346,16 @@ def named(run: Run, n: int, seconds: dict[str, float], level: int) -> None:
     fate = store.load(run.out, f"work/tree/{level}/fate/{n}.npz")
     before = store.load(run.out, "work/tree/before.npz")["before"]
     above = np.empty(0, np.int64)
-    if level < tree.top(run.grid):
+    if level < hierarchy.top_level(run.grid):
         above = store.load(run.out, f"work/tree/{level}/label/{n}.npz")["label"]
     finished = np.zeros(fate["kept"].size, np.int64)
     finished[fate["kept"]] = _own_labels(run, n, level, before)
-    label = tree.named(fate["fate"], above, finished)
+    label = hierarchy.assign(fate["fate"], above, finished)
     if level == 0:
         store.save(run.out, f"work/labels/{n}.npz", label=np.r_[0, label].astype(label_dtype(int(before[-1]))))
         return
     shares = np.split(label, np.cumsum(fate["sizes"])[:-1])
-    for child, share in zip(tree.children(run.grid, level, n), shares, strict=True):
+    for child, share in zip(hierarchy.children(run.grid, level, n), shares, strict=True):
         store.save(run.out, f"work/tree/{level - 1}/label/{child}.npz", label=share)
 
 
@@ -368,9 +372,11 @@ def _own_labels(run: Run, n: int, level: int, before: np.ndarray) -> np.ndarray:
 def borders(run: Run, i: int, seconds: dict[str, float]) -> None:
     """Where a tree stitched: which objects meet in block ``i`` and over its far faces, and how, is stored."""
     label_of = lru_cache(lambda j: store.load(run.out, f"work/labels/{j}.npz")["label"][1:].astype(np.int64))
-    table = basins.Table(**store.load(run.out, f"work/tables/{i}.npz", skip=("crossing", "face_at", "face_of")))
+    table = BlockBasins(
+        **store.load(run.out, f"work/tables/{i}.npz", skip=("crossing_edges", "face_voxel", "face_region"))
+    )
     links = stitch.Links(**store.load(run.out, f"work/links/{i}.npz"))
-    store.save(run.out, f"work/borders/{i}.npz", **asdict(merges.met(i, table, links, label_of)))
+    store.save(run.out, f"work/borders/{i}.npz", **asdict(saddles.block_borders(i, table, links, label_of)))
 
 
 def relabel(run: Run, i: int, seconds: dict[str, float]) -> dict:
@@ -386,10 +392,10 @@ def relabel(run: Run, i: int, seconds: dict[str, float]) -> dict:
             region = np.asarray(arrays.open_array(run.out, "work/fragments")[box.slices])
             mass = np.asarray(arrays.open_array(run.out, "0")[(0, *box.slices)])
         with cluster.timed(seconds, "measure"):
-            place = voids.places(region) if run.fills else region
+            place = holes.number_holes(region) if run.fills else region
             sums = objects.measure(place, label, mass, box, behind)
         with cluster.timed(seconds, "write"):
-            arrays.write(arrays.open_array(run.out, "labels/instances/0"), box, objects.painted(place, label))
+            arrays.write(arrays.open_array(run.out, "labels/instances/0"), box, objects.paint(place, label))
             store.save(run.out, f"work/objects/{i}.npz", **asdict(sums))
 
     return _unless_kept(run, "relabel", i, stamp, make)
@@ -434,9 +440,11 @@ def _behind(run: Run, i: int, axis: int) -> np.ndarray | None:
     j = run.grid.index(tuple(c + (k == axis) for k, c in enumerate(run.grid.coords(i))))
     label = store.load(run.out, f"work/labels/{j}.npz")["label"]
     if run.fills:
-        return label[voids.plane(voids.Table(**store.load(run.out, f"work/voids/{j}.npz")), run.grid[j], 2 * axis)]
-    table = store.load(run.out, f"work/tables/{j}.npz", skip=("edges", "crossing"))
-    return objects.near_face(table["face_at"], label[table["face_of"]], run.grid[j], run.shape, axis)
+        return label[
+            holes.face_plane(holes.BlockHoles(**store.load(run.out, f"work/voids/{j}.npz")), run.grid[j], 2 * axis)
+        ]
+    table = store.load(run.out, f"work/tables/{j}.npz", skip=("edges", "crossing_edges"))
+    return objects.first_plane(table["face_voxel"], label[table["face_region"]], run.grid[j], run.shape, axis)
 
 
 def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> dict:

@@ -17,8 +17,9 @@ from volseg.errors import UserError
 from volseg.inference import tiles
 from volseg.io import probabilities, pyramid, volume
 from volseg.io.roi import RegionOfInterest
-from volseg.segmentation import fragments as basins
-from volseg.segmentation import hierarchy as tree
+from volseg.segmentation import hierarchy
+from volseg.segmentation.edges import EDGE
+from volseg.segmentation.heights import DistanceUnit, distance_unit
 
 BLOCK_VOXELS = 1 << 24  # voxels of a block that volseg chooses itself
 BATCHES = 8  # of a block on a GPU: while the first is cut and the last is fetched, nothing is computed
@@ -133,7 +134,7 @@ class Run:
         if stage in self.passes:
             return self.pass_grid(self.passes[stage])
         if name in ("tree", "names"):
-            return tree.parts(self.grid, level)
+            return hierarchy.parts(self.grid, level)
         if name == "pyramid":
             return self.level_grid(level)
         return {self.first: self.predict_grid, "stitch": Blocks(self.shape, self.shape), "number": self.layers}.get(
@@ -146,8 +147,8 @@ class Run:
         return self.config.stitch.fill_holes_voxels > 0
 
     @property
-    def metric(self) -> basins.Metric:
-        return basins.metric(self.config.fragments, self.voxel_size_nm)
+    def metric(self) -> DistanceUnit:
+        return distance_unit(self.config.fragments, self.voxel_size_nm)
 
     @property
     def levels(self) -> list[tuple[Triple, Triple]]:
@@ -168,11 +169,11 @@ class Run:
         if self.wanted:
             first = _hash(first, self.wanted.key)
         passes = {stage: _hash(first, stage, self.pass_grid(plane).block) for stage, plane in self.passes.items()}
-        fragments = _hash(first, c.fragments.model_dump(), asdict(self.metric), self.block, basins.EDGE.names)
+        fragments = _hash(first, c.fragments.model_dump(), asdict(self.metric), self.block, EDGE.names)
         voids = _hash(fragments, "voids")
         stitched = _hash(fragments, c.stitch.model_dump(exclude={"reduce"}))
         levels = {f"pyramid{k}": _hash(stitched, k, *self.levels) for k in range(1, len(self.levels))}
-        steps = [f"{stage}{k}" for stage in ("tree", "names") for k in range(tree.top(self.grid) + 1)]
+        steps = [f"{stage}{k}" for stage in ("tree", "names") for k in range(hierarchy.top_level(self.grid) + 1)]
         deciding = dict.fromkeys(["stitch", *steps, "number", "borders", "relabel"], stitched)
         return {**passes, self.first: first, "fragments": fragments, "faces": fragments, "voids": voids, "rims": voids,
                 **deciding, **levels}  # fmt: skip

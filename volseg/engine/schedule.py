@@ -28,8 +28,8 @@ from volseg.engine.run import Run, level_of
 from volseg.errors import OutOfMemoryError, UserError
 from volseg.io import files, pyramid
 from volseg.io import tables as store
-from volseg.segmentation import fragments as basins
-from volseg.segmentation import hierarchy as tree
+from volseg.segmentation import hierarchy
+from volseg.segmentation.heights import height_halo
 
 FLAT_EDGES = 50_000_000  # edges that one process stitches unless it is told otherwise: about 4 GB
 EDGE_BYTES = 80  # that stitching takes in memory for each of them, as benchmarks/README.md measures
@@ -150,7 +150,7 @@ def predicted_share(run: Run) -> float:
 
 def to_faces(run: Run) -> list[Step]:
     """From the image, or what is taken for it, to tables that name neighbors."""
-    halo = basins.halo(run.config.fragments, run.voxel_size_nm)
+    halo = height_halo(run.config.fragments, run.voxel_size_nm)
     predicted = len(cluster.marked(run.out, run.first, run.keys[run.first])) == len(run.predict_grid)
     passes = [] if predicted else [Step(stage, device=True) for stage in run.passes]
     voids = Step("voids", {"fragments": partial(Box.grow, halo=0)})
@@ -242,7 +242,7 @@ def _stitch(client: Any, run: Run, show: Show, ledger: Ledger) -> None:
         run_stage(client, run, "stitch", show, ledger)
         return
     files.remove(f"{run.out}/work/basins.npz")
-    levels = range(tree.top(run.grid) + 1)
+    levels = range(hierarchy.top_level(run.grid) + 1)
     for level in levels:
         run_stage(client, run, f"tree{level}", show, ledger)
     run_stage(client, run, "number", show, ledger)

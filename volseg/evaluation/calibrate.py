@@ -24,10 +24,9 @@ from volseg.evaluation import evaluate
 from volseg.evaluation.metrics import Contingency, foreground, instances
 from volseg.inference import model
 from volseg.io import arrays, files
-from volseg.segmentation import holes as voids
-from volseg.segmentation import stitch
-from volseg.segmentation.fragments import EDGE
-from volseg.segmentation.rules import Rules, components, labels, rules
+from volseg.segmentation import holes, stitch
+from volseg.segmentation.edges import EDGE
+from volseg.segmentation.rules import Rules, components, label_components
 
 SEEDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
 DEPTHS = (0.0, 0.02, 0.05, 0.1)
@@ -68,7 +67,7 @@ def _default(own: Stitch) -> Stitch:
     return own.model_copy(update={name: getattr(Stitch(), name) for name in KNOBS})
 
 
-def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins, voids.Voids | None, Contingency]:
+def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins, holes.Holes | None, Contingency]:
     """The run, its basins, where holes are filled its voids, and how these (from 1) overlap true objects in ``box``."""
     if not files.exists(f"{run}/work/basins.npz"):
         raise UserError(
@@ -87,8 +86,8 @@ def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins,
     total = Contingency.empty()
     for i in old.grid.meeting(box):
         part = old.grid[i].intersect(box)
-        total += Contingency.of(read(part), _numbered(run, old, i, part, basins.depth.size))
-    outside = voids.Voids(**_stored(run, "work/voids.npz")) if old.fills else None
+        total += Contingency.of(read(part), _numbered(run, old, i, part, basins.minimum.size))
+    outside = holes.Holes(**_stored(run, "work/voids.npz")) if old.fills else None
     return old, basins, outside, total
 
 
@@ -98,7 +97,7 @@ def _numbered(path: str, run: Run, i: int, part: Box, basins: int) -> np.ndarray
     regions, of = arrays.open_array(path, "work/fragments"), _stored(path, f"work/labels/{i}.npz")
     if not run.fills:
         return np.r_[0, 1 + of["basin"]][np.asarray(regions[part.slices])]
-    place = voids.places(np.asarray(regions[run.grid[i].slices]))[part.inside(run.grid[i])]
+    place = holes.number_holes(np.asarray(regions[run.grid[i].slices]))[part.inside(run.grid[i])]
     return np.r_[0, 1 + of["basin"], 1 + basins + of["void"]][place]
 
 
@@ -113,17 +112,17 @@ def _stored(run: str, key: str) -> dict[str, np.ndarray]:
 
 
 def _rows(
-    run: Run, basins: stitch.Basins, outside: voids.Voids | None, overlap: Contingency, tried: list[Stitch]
+    run: Run, basins: stitch.Basins, outside: holes.Holes | None, overlap: Contingency, tried: list[Stitch]
 ) -> Iterator[dict]:
     """A row for each candidate. Those that differ in sizes alone share components; those that decide alike, a score."""
     joined: dict[Rules, np.ndarray] = {}
     scored: dict[bytes, dict] = {}
     for knobs in tried:
-        rule = rules(run.config.model_copy(update={"stitch": knobs}), run.voxel_size_nm)
-        joins = Rules(rule.seed_height, rule.depth, rule.join_height, low_height=rule.low_height)
+        rule = Rules.from_config(run.config.model_copy(update={"stitch": knobs}), run.voxel_size_nm)
+        joins = Rules(rule.seed_height, rule.persistence, rule.join_height, low_height=rule.low_height)
         if joins not in joined:
             joined = {joins: components(basins, joins)}
-        label = labels(basins, rule, joined[joins], outside)
+        label = label_components(basins, rule, joined[joins], outside)
         key = label.tobytes()
         if key not in scored:
             scored[key] = _scores(overlap.renamed(np.r_[0, label]))

@@ -17,9 +17,10 @@ from volseg.config import Config
 from volseg.engine.run import Run
 from volseg.errors import UserError
 from volseg.io import arrays, files, tables, volume
-from volseg.segmentation import fragments, stitch
-from volseg.segmentation import holes as voids
-from volseg.segmentation.rules import Rules, rules
+from volseg.segmentation import holes, stitch
+from volseg.segmentation.basins import BlockBasins
+from volseg.segmentation.heights import height_halo
+from volseg.segmentation.rules import Rules
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class FinishedRun:
 
     @property
     def rules(self) -> Rules:
-        return rules(self.config, self.voxel_size_nm)
+        return Rules.from_config(self.config, self.voxel_size_nm)
 
     @property
     def fills(self) -> bool:
@@ -76,7 +77,7 @@ class FinishedRun:
     @property
     def halo(self) -> Triple:
         """Voxels around a box that its heights need."""
-        return fragments.halo(self.config.fragments, self.voxel_size_nm)
+        return height_halo(self.config.fragments, self.voxel_size_nm)
 
     # ---- results
 
@@ -102,8 +103,8 @@ class FinishedRun:
         """The region of each voxel of ``box``, numbered within its block."""
         return self._voxels("work/fragments", box)
 
-    def block_basins(self, block: int) -> fragments.Table:
-        return fragments.Table(**self._arrays(f"work/tables/{block}.npz"))
+    def block_basins(self, block: int) -> BlockBasins:
+        return BlockBasins(**self._arrays(f"work/tables/{block}.npz"))
 
     def links(self, block: int) -> stitch.Links:
         return stitch.Links(**self._arrays(f"work/links/{block}.npz"))
@@ -112,8 +113,8 @@ class FinishedRun:
         """What was decided on a block: ``label`` and ``basin`` of its regions, and, where holes are filled, ``void``."""
         return self._arrays(f"work/labels/{block}.npz")
 
-    def block_holes(self, block: int) -> voids.Table:
-        return voids.Table(**self._arrays(f"work/voids/{block}.npz"))
+    def block_holes(self, block: int) -> holes.BlockHoles:
+        return holes.BlockHoles(**self._arrays(f"work/voids/{block}.npz"))
 
     def hole_contacts(self, block: int) -> np.ndarray:
         return self._arrays(f"work/rims/{block}.npz")["pairs"]

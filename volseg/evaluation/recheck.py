@@ -20,17 +20,19 @@ from functools import lru_cache
 import numpy as np
 from numba import njit
 
-from volseg.box import Blocks, Box
+from volseg.box import Blocks, Box, VoxelSize
 from volseg.evaluation.finished import FinishedRun
-from volseg.segmentation import fragments, stitch
-from volseg.segmentation import holes as voids
-from volseg.segmentation.rules import ANY, Rules
+from volseg.segmentation import holes, stitch
+from volseg.segmentation.basins import BlockBasins, watershed_block
+from volseg.segmentation.edges import SADDLE_ORDER, find
+from volseg.segmentation.heights import block_heights
+from volseg.segmentation.rules import NO_LIMIT, Rules
 
 CHECKS = ("heights", "basins", "ids", "mask", "rule", "table")
 THIN = (5, 31)  # voxels along z and y, beside the halo, of the pieces that heights are recomputed in
 CACHED_BLOCKS = 64  # blocks whose tables are kept while descents are followed
 
-TableOf = Callable[[int], "fragments.Table | None"]
+TableOf = Callable[[int], "BlockBasins | None"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def check_box(run: FinishedRun, box: Box) -> BoxCheck:
     probability = run.probability(box)
     height = heights(run, probability, box)
     mass = inner(run, probability[0], box)
-    region, table = fragments.fragments(height, mass, box, run.shape, run.config.fragments.connectivity)
+    region, table = watershed_block(height, mass, box, run.shape, run.config.fragments.connectivity)
     label = run.labels.read(box)
     wrong, joins, complete = _against_rule(run, box, region, table, label)
     masks = {
@@ -99,7 +101,7 @@ def check_box(run: FinishedRun, box: Box) -> BoxCheck:
 
 def heights(run: FinishedRun, probability: np.ndarray, box: Box) -> np.ndarray:
     """Heights of ``box`` and one voxel around it; ``probability`` is that of the box and its halo, cut to the volume."""
-    return fragments.heights(probability, box, run.shape, run.config.fragments, run.voxel_size_nm)
+    return block_heights(probability, box, run.shape, run.config.fragments, run.voxel_size_nm)
 
 
 def inner(run: FinishedRun, field: np.ndarray, box: Box) -> np.ndarray:
@@ -131,7 +133,7 @@ def _heights_differ(run: FinishedRun, box: Box, probability: np.ndarray, height:
 
 
 def _against_work(
-    run: FinishedRun, box: Box, region: np.ndarray, table: fragments.Table, label: np.ndarray
+    run: FinishedRun, box: Box, region: np.ndarray, table: BlockBasins, label: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Which voxels have another basin than their descent says, and which another label than the id map gives.
 
@@ -161,7 +163,7 @@ def _stored_basins(run: FinishedRun, box: Box) -> tuple[np.ndarray, np.ndarray]:
         root[part] = _minima(j, used.astype(np.int64), table_of, drains_of)[index.reshape(region[part].shape)]
         place = region[part]
         if run.fills:
-            place = voids.places(run.regions(grid[j]))[grid[j].intersect(box).inside(grid[j])]
+            place = holes.number_holes(run.regions(grid[j]))[grid[j].intersect(box).inside(grid[j])]
         ids = np.r_[run.block_labels(j)["label"].astype(np.int64), -2]
         mapped[part] = ids[np.minimum(place, ids.size - 1)]
     return root, mapped
@@ -172,7 +174,7 @@ def _minima(block: int, regions: np.ndarray, table_of: TableOf, drains_of: Calla
     the tables lead nowhere or not down."""
     out = np.where(regions == 0, -1, -2)
     todo = np.flatnonzero(regions > 0)
-    names = stitch.name(block, regions[todo])
+    names = stitch.global_id(block, regions[todo])
     last = np.full((2, todo.size), np.iinfo(np.int64).max)  # height and index that the next exit must be below
     while todo.size:
         known, leaves, depth, root = region_rows(names, table_of)
@@ -194,7 +196,7 @@ def region_rows(names: np.ndarray, table_of: TableOf) -> tuple[np.ndarray, np.nd
         table, index = table_of(int(j)), np.flatnonzero(names >> 32 == j)
         if table is None:
             continue
-        row = (names[index] & stitch.LOCAL) - 1
+        row = (names[index] & stitch.REGION_MASK) - 1
         fits = (row >= 0) & (row < table.root.size)
         index, row = index[fits], row[fits]
         known[index], leaves[index] = True, table.is_exit[row]
@@ -218,14 +220,14 @@ def _drained_into(names: np.ndarray, drains_of: Callable[[int], np.ndarray]) -> 
 
 
 def _against_rule(
-    run: FinishedRun, box: Box, region: np.ndarray, table: fragments.Table, label: np.ndarray
+    run: FinishedRun, box: Box, region: np.ndarray, table: BlockBasins, label: np.ndarray
 ) -> tuple[np.ndarray, int, int]:
     """Which voxels have a label that no surroundings of the box could give; how many joins are sure, objects complete."""
     rules, size = run.rules, table.root.size
-    edges = table.edges[np.lexsort([table.edges[key] for key in reversed(fragments.KEY)])]
+    edges = table.edges[np.lexsort([table.edges[key] for key in reversed(SADDLE_ORDER)])]
     outward = table.is_exit.copy()
-    outward[table.face_of.astype(np.int64) - 1] = True
-    root, seeded, complete = sure_joins(edges["a"] - 1, edges["b"] - 1, edges["high"], table.depth, outward, rules)
+    outward[table.face_region.astype(np.int64) - 1] = True
+    root, seeded, complete = sure_joins(edges["a"] - 1, edges["b"] - 1, edges["high"], table.minimum, outward, rules)
     joins = size - int(np.count_nonzero(root == np.arange(size)))
     region_label = np.zeros(size + 1, label.dtype)
     region_label[region.ravel()[::-1]] = label.ravel()[::-1]  # of its first voxel, which is written last
@@ -233,7 +235,7 @@ def _against_rule(
     voxels = np.bincount(root, weights=table.voxels, minlength=size).astype(np.int64)[root]
     kept = (voxels >= rules.min_voxels) & (seeded[root] | rules.keep_unseeded)
     complete = complete[root]
-    kept &= (rules.max_voxels == ANY) | (complete & (voxels <= rules.max_voxels) & (not run.fills))
+    kept &= (rules.max_voxels == NO_LIMIT) | (complete & (voxels <= rules.max_voxels) & (not run.fills))
     stored = region_label[1:]
     bad = stored != stored[root]
     bad |= kept & (stored == 0)
@@ -296,7 +298,7 @@ def _sure_joins(a, b, saddle, depth, outward, level, low, persistence, alone):
     parent, deepest, seeded = np.arange(depth.size), depth.astype(np.int64), depth <= low
     complete = ~outward
     for e in range(a.size):
-        p, q = stitch.find(parent, a[e]), stitch.find(parent, b[e])
+        p, q = find(parent, a[e]), find(parent, b[e])
         if p == q:
             continue
         free = (not seeded[p] and not outward[p]) or (not seeded[q] and not outward[q])
@@ -313,7 +315,7 @@ def _sure_joins(a, b, saddle, depth, outward, level, low, persistence, alone):
         elif alone or saddle[e] - max(deepest[p], deepest[q]) < persistence:
             complete[p] = complete[q] = False
     for i in range(parent.size):
-        parent[i] = stitch.find(parent, i)
+        parent[i] = find(parent, i)
     return parent, seeded, complete
 
 
@@ -341,16 +343,16 @@ def _against_holes(run: FinishedRun, box: Box, region: np.ndarray, label: np.nda
     A hole has one label. With one, it is small, reaches no border of the volume and touches nothing of another label.
     A hole that is complete in the box, is like that and touches one label alone, has it.
     """
-    table, place = voids.describe(region, box, run.shape), voids.places(region)
+    table, place = holes.block_holes(region, box, run.shape), holes.number_holes(region)
     regions, count = int(table.regions), table.voxels.size
     place_label = np.zeros(regions + 1 + count, np.int64)
     place_label[place.ravel()[::-1]] = label.ravel()[::-1]
-    number, touched = table.rim[:, 0] - regions - 1, place_label[table.rim[:, 1]]
-    lowest = stitch.least(touched, number, count)
-    one_label = lowest == -stitch.least(-touched, number, count)
+    number, touched = table.contacts[:, 0] - regions - 1, place_label[table.contacts[:, 1]]
+    lowest = stitch.min_by_group(touched, number, count)
+    one_label = lowest == -stitch.min_by_group(-touched, number, count)
     complete = np.ones(place_label.size, bool)
     complete[table.place] = False
-    fillable = ~table.open & (table.voxels <= run.rules.fill_voxels) & one_label
+    fillable = ~table.is_open & (table.voxels <= run.rules.fill_voxels) & one_label
     own = place_label[regions + 1 :]
     bad = np.where(own > 0, ~fillable | (own != lowest), complete[regions + 1 :] & fillable & (lowest > 0))
     return (region == 0) & (np.r_[np.zeros(regions + 1, bool), bad][place] | (label != place_label[place]))
@@ -382,7 +384,7 @@ def _against_table(run: FinishedRun, box: Box, label: np.ndarray, mass: np.ndarr
 
 
 def _measure_objects(
-    group: np.ndarray, index: tuple[np.ndarray, ...], mass: np.ndarray, box: Box, voxel_size_nm: fragments.Nm3
+    group: np.ndarray, index: tuple[np.ndarray, ...], mass: np.ndarray, box: Box, voxel_size_nm: VoxelSize
 ) -> dict[str, np.ndarray]:
     """Columns of the object table, from voxels at ``index`` (z, y, x in the box) of objects ``group`` (0..n-1).
 

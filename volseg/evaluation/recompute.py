@@ -11,9 +11,9 @@ import numpy as np
 from volseg.box import Blocks, Box, Triple
 from volseg.evaluation.finished import FinishedRun
 from volseg.evaluation.recheck import first_voxel, heights, inner, region_rows
-from volseg.segmentation import fragments, stitch
-from volseg.segmentation import holes as voids
-from volseg.segmentation.rules import decide, label_dtype
+from volseg.segmentation import holes, stitch
+from volseg.segmentation.basins import BlockBasins, watershed_block
+from volseg.segmentation.rules import label_basins, label_dtype
 
 MAX_ROWS = 50_000_000  # regions and edges up to which stored tables are joined again
 OTHER_BLOCK = (37, 101, 127)  # voxels, beside the halo: a block that fits no shard or tile
@@ -69,13 +69,15 @@ def relabel(run: FinishedRun, block: Triple) -> Relabeling:
     links = [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))]
     holes, contacts = [], []
     if run.fills:
-        holes = [voids.describe(region, box, run.shape) for region, box in zip(regions, grid, strict=True)]
-        contacts = [voids.meet(i, holes.__getitem__, grid) for i in range(len(grid))]
+        holes = [holes.block_holes(region, box, run.shape) for region, box in zip(regions, grid, strict=True)]
+        contacts = [holes.face_contacts(i, holes.__getitem__, grid) for i in range(len(grid))]
     ids = _decide(run, tables, links, holes, contacts)
     objects = max(int(block_ids.max()) for block_ids in ids)
     wrong, first = 0, None
     for box, region, block_ids in zip(grid, regions, ids, strict=True):
-        differs = block_ids[voids.places(region) if run.fills else region] != run.labels.read(box).astype(np.int64)
+        differs = block_ids[holes.number_holes(region) if run.fills else region] != run.labels.read(box).astype(
+            np.int64
+        )
         wrong += int(np.count_nonzero(differs))
         first = first or (first_voxel(differs, box) if differs.any() else None)
     if run.labels.dtype != label_dtype(objects):
@@ -83,26 +85,26 @@ def relabel(run: FinishedRun, block: Triple) -> Relabeling:
     return Relabeling(block, len(grid), objects, wrong, first)
 
 
-def _find_basins(run: FinishedRun, box: Box) -> tuple[np.ndarray, fragments.Table]:
+def _find_basins(run: FinishedRun, box: Box) -> tuple[np.ndarray, BlockBasins]:
     probability = run.probability(box)
     height, mass = heights(run, probability, box), inner(run, probability[0], box)
-    return fragments.fragments(height, mass, box, run.shape, run.config.fragments.connectivity)
+    return watershed_block(height, mass, box, run.shape, run.config.fragments.connectivity)
 
 
 def _decide(
     run: FinishedRun,
-    tables: Sequence[fragments.Table],
+    tables: Sequence[BlockBasins],
     links: Sequence[stitch.Links],
-    holes: Sequence[voids.Table],
+    holes: Sequence[holes.BlockHoles],
     contacts: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
     """For each block the label of region 0 (none), 1, 2, ... and then, where holes are filled, of its holes."""
     basins, basin_of = stitch.gather(tables, links)
     if not run.fills:
-        label = decide(basins, run.rules)
+        label = label_basins(basins, run.rules)
         return [np.r_[0, label[basin]] for basin in basin_of]
-    volume_holes, hole_of = voids.gather(holes, contacts, basin_of)
-    label, hole_label = np.split(decide(basins, run.rules, volume_holes), [basins.depth.size])
+    volume_holes, hole_of = holes.gather(holes, contacts, basin_of)
+    label, hole_label = np.split(label_basins(basins, run.rules, volume_holes), [basins.minimum.size])
     return [np.r_[0, label[basin], hole_label[hole]] for basin, hole in zip(basin_of, hole_of, strict=True)]
 
 
@@ -129,7 +131,7 @@ def rejoin(run: FinishedRun) -> Rejoining | None:
     return Rejoining(regions, wrong)
 
 
-def _stray_links(link: stitch.Links, tables: list[fragments.Table]) -> int:
+def _stray_links(link: stitch.Links, tables: list[BlockBasins]) -> int:
     """How many links of a block name a region that no table has, or drain to one that is not lower."""
     table_of = dict(enumerate(tables)).get
     upper, lower = (region_rows(names, table_of) for names in link.drains.T)
@@ -139,14 +141,14 @@ def _stray_links(link: stitch.Links, tables: list[fragments.Table]) -> int:
     return int(np.count_nonzero(~(known & end_known & down)) + np.count_nonzero(~(ends[0] & ends[1])))
 
 
-def _stray_holes(holes: list[voids.Table], contacts: list[np.ndarray], tables: list[fragments.Table]) -> int:
+def _stray_holes(holes: list[holes.BlockHoles], contacts: list[np.ndarray], tables: list[BlockBasins]) -> int:
     """How many tables of holes count other regions than there are, and how many contacts name a place that no table has."""
     if not holes:
         return 0
     last = np.array([table.root.size + hole.voxels.size for hole, table in zip(holes, tables, strict=True)])
     miscounted = sum(int(hole.regions) != table.root.size for hole, table in zip(holes, tables, strict=True))
-    rims = (stitch.name(i, hole.rim) for i, hole in enumerate(holes))
+    rims = (stitch.global_id(i, hole.rim) for i, hole in enumerate(holes))
     names = np.concatenate([np.empty((0, 2), np.int64), *contacts, *rims])
-    block, place = names >> 32, names & stitch.LOCAL
+    block, place = names >> 32, names & stitch.REGION_MASK
     known = (block >= 0) & (block < len(holes)) & (place > 0) & (place <= last[np.clip(block, 0, len(holes) - 1)])
     return miscounted + int(np.count_nonzero(~known.all(axis=1)))

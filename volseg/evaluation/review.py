@@ -21,8 +21,9 @@ from volseg.engine.run import Run
 from volseg.errors import UserError
 from volseg.io import arrays, files, volume
 from volseg.io.pictures import grayscale, label_outline, pictured_volume
-from volseg.segmentation import saddles as merges
-from volseg.segmentation.rules import Rules, agglomerate, borders, forest, ranked, rules
+from volseg.segmentation import saddles
+from volseg.segmentation.agglomerate import agglomerate, borders, forest, rank_components
+from volseg.segmentation.rules import Rules
 from volseg.segmentation.stitch import Basins
 
 HALF = 96  # voxels around the saddle
@@ -107,7 +108,7 @@ def sides(found: Reviewed, i: int, box: Box) -> np.ndarray:
     if row["kind"] == "border" or found.basins is None:
         labels = _labels(found, box)
         return np.where(labels == row["label_a"], 1, np.where(labels == row["label_b"], 2, 0))
-    part = parts(found.basins, rules(found.run.config, found.run.voxel_size_nm), found.rows[i])
+    part = parts(found.basins, Rules.from_config(found.run.config, found.run.voxel_size_nm), found.rows[i])
     region = np.asarray(arrays.open_array(found.path, "work/fragments")[box.slices])
     out = np.zeros(region.shape, np.int64)
     for j in found.run.grid.meeting(box):
@@ -122,12 +123,12 @@ def _labels(found: Reviewed, box: Box) -> np.ndarray:
 
 
 def parts(basins: Basins, rules: Rules, row: np.ndarray) -> np.ndarray:
-    """For each basin 1 or 2 if it is in that part of the join ``row`` (of `merges.ROW`) when it happens, else 0."""
+    """For each basin 1 or 2 if it is in that part of the join ``row`` (of `saddles.ROW`) when it happens, else 0."""
     edges, e = basins.edges, int(row["edge"])
-    until = edges if row["rule"] == merges.MEAN else edges[:e]
-    root, _ = forest(until["a"], until["b"], until["high"], basins.depth, *rules.seeds)
-    if row["rule"] == merges.MEAN:
-        root, _ = ranked(root, basins.first)
+    until = edges if row["rule"] == saddles.MEAN else edges[:e]
+    root, _ = forest(until["a"], until["b"], until["high"], basins.minimum, *rules.seeds)
+    if row["rule"] == saddles.MEAN:
+        root, _ = rank_components(root, basins.first)
         for p, q, *_, at in agglomerate(*borders(edges, root), rules.join_height):
             if at == e:
                 break

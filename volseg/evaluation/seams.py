@@ -14,7 +14,7 @@ import numpy as np
 from volseg.box import Box
 from volseg.evaluation.finished import FinishedRun
 from volseg.evaluation.recheck import heights
-from volseg.segmentation.fragments import OUTSIDE
+from volseg.segmentation.heights import OUTSIDE
 
 MEASURES = ("changes", "ends", "objects", "size")
 WINDOW = 512  # longest edge of the part of a plane that is looked at, voxels

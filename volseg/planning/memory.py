@@ -15,7 +15,7 @@ import numpy as np
 from volseg.box import Blocks, Box, Triple, back, turned
 from volseg.engine.run import Run, fit
 from volseg.inference import tiles
-from volseg.segmentation import fragments as basins
+from volseg.segmentation.heights import height_halo
 
 PROCESS = 190_000_000  # a worker that has read and written a little
 CLIENT = 350_000_000  # the process where the command was given, with the scheduler
@@ -105,9 +105,9 @@ def _take(run: Run, block: Triple) -> int:
 
 
 def _fragments(run: Run, block: Triple) -> int:
-    halo = basins.halo(run.config.fragments, run.voxel_size_nm)
+    halo = height_halo(run.config.fragments, run.voxel_size_nm)
     around = prod(min(n + 2 * h, most + 2) for n, h, most in zip(block, halo, run.shape, strict=True))
-    return around * (BASINS + DISTANCE * bool(run.metric.cap) + 2 * len(run.heads) - 4)
+    return around * (BASINS + DISTANCE * bool(run.distance_unit.cap) + 2 * len(run.heads) - 4)
 
 
 # ---------------------------------------------------------------- blocks that fit

@@ -35,8 +35,9 @@ from volseg.inference.normalization import scale
 from volseg.io import files
 from volseg.planning import memory
 from volseg.planning import prepare as describe
-from volseg.segmentation import fragments as basins
 from volseg.segmentation import objects
+from volseg.segmentation.basins import BlockBasins, watershed_block
+from volseg.segmentation.heights import block_heights
 
 START = 3.0  # seconds: 2 until workers are there, 1 for the table and the picture
 SPEED = {
@@ -427,10 +428,10 @@ def _instances(probability: np.ndarray, knobs: Fragments, voxel_size_nm: tuple) 
     box, mass = Box.whole(shape), np.ascontiguousarray(probability[0])
     for _ in range(2):  # numba may compile in the first
         start = time.perf_counter()
-        height = basins.heights(probability, box, shape, knobs, voxel_size_nm)
-        region, table = basins.fragments(height, mass, box, shape, knobs.connectivity)
+        height = block_heights(probability, box, shape, knobs, voxel_size_nm)
+        region, table = watershed_block(height, mass, box, shape, knobs.connectivity)
         label = np.arange(table.root.size + 1, dtype=np.uint32)
-        labels = objects.painted(region, label)
+        labels = objects.paint(region, label)
         objects.measure(region, label, mass, box, [None] * 3)
         packed = {"probability": probability, "fragments": region, "labels": labels}
         sizes = {name: len(Zstd(1).encode(np.ascontiguousarray(data))) / data.size for name, data in packed.items()}
@@ -438,7 +439,7 @@ def _instances(probability: np.ndarray, knobs: Fragments, voxel_size_nm: tuple) 
     whole = _bytes(table)
     parts = [Box((a, 0, 0), (b, *shape[1:])) for a, b in ((0, shape[0] // 2), (shape[0] // 2, shape[0]))]
     cut = [
-        basins.fragments(height[p.start[0] : p.stop[0] + 2], mass[p.slices], p, shape, knobs.connectivity)[1]
+        watershed_block(height[p.start[0] : p.stop[0] + 2], mass[p.slices], p, shape, knobs.connectivity)[1]
         for p in parts
     ]
     sizes["tables"] = LINKED * whole / mass.size
@@ -446,7 +447,7 @@ def _instances(probability: np.ndarray, knobs: Fragments, voxel_size_nm: tuple) 
     return {"instances": mass.size / took, "packed": sizes}
 
 
-def _bytes(table: basins.Table) -> int:
+def _bytes(table: BlockBasins) -> int:
     return sum(column.nbytes for column in vars(table).values())
 
 

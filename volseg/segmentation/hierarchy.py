@@ -1,21 +1,4 @@
-"""Decide a graph of basins that no process could hold: contract it in each block, then in steps of 2 x 2 x 2 blocks.
-
-What `decide` computes is the minimum spanning forest of the regions, where a region that drains into another comes before
-all edges, and a virtual root that knows every seed comes right after the edges that are no higher than the seed level.
-Two facts about such forests (Tarjan, "Data structures and network algorithms", 1983, chapter 6) hold in any part of it:
-
-- the highest edge of a cycle is not in the forest, so a part may drop it, whatever lies outside;
-- the lowest edge that leaves a set of regions is in the forest, so a part may join along it once it knows all that leave.
-
-Edges are totally ordered by `KEY`, so both are certain and the order of contraction does not matter. Of a part, only what
-its outer faces leave open goes up: as much as its masked surface, not as its volume. What nothing leaves is finished.
-
-1. `leaf`: the graph of one block. It knows every edge and drain over its faces, its neighbors' too.
-2. `contract`: joins and drops what is certain.
-3. `join`: the graph of up to eight parts, their common faces now inside. Back to 2, until one part is the volume.
-
-On the way back each part tells its parts what became of the components that they passed up.
-"""
+"""Hierarchy."""
 
 from __future__ import annotations
 
@@ -26,16 +9,19 @@ import numpy as np
 from numba import njit
 
 from volseg.box import Blocks
-from volseg.segmentation.fragments import EDGE, KEY, Table
+from volseg.segmentation.basins import BlockBasins
+from volseg.segmentation.edges import EDGE, SADDLE_ORDER, argsort_rows, argsort_saddles, find, index_dtype, precedes
 from volseg.segmentation.rules import Rules
-from volseg.segmentation.stitch import LOCAL, Links, add_up, before, by_key, find, least, order, positions
+from volseg.segmentation.stitch import REGION_MASK, Links, min_by_group, sum_by_group
 
-_SADDLE = [(key, EDGE[key]) for key in KEY]
+_SADDLE = [(key, EDGE[key]) for key in SADDLE_ORDER]
 INNER = np.dtype([("a", np.uint32), ("b", np.uint32), *_SADDLE])
-OUTER = np.dtype([("of", np.uint32), ("here", np.int64), ("there", np.int64), *_SADDLE])
-BACK = np.dtype([("of", np.uint32), ("here", np.int64), ("there", np.int64)])  # what `join` keeps of a second side
+OUTER = np.dtype([("component", np.uint32), ("region", np.int64), ("neighbor", np.int64), *_SADDLE])
+BACK = np.dtype(
+    [("component", np.uint32), ("region", np.int64), ("neighbor", np.int64)]
+)  # what `join` keeps of a second side
 DRAIN = -1  # `high` of what is joined before all edges; heights are not negative
-SUMS = ("depth", "voxels", "first", "mass")
+SUMS = ("minimum", "voxels", "first", "probability_sum")
 
 
 @dataclass(frozen=True)
@@ -47,10 +33,10 @@ class Graph:
     outer    OUTER rows from component ``of``, whose region ``here`` meets region ``there`` outside the part
     """
 
-    depth: np.ndarray
+    minimum: np.ndarray
     voxels: np.ndarray
     first: np.ndarray
-    mass: np.ndarray
+    probability_sum: np.ndarray
     inner: np.ndarray
     outer: np.ndarray
 
@@ -58,7 +44,7 @@ class Graph:
 # ---------------------------------------------------------------- parts of the volume
 
 
-def top(grid: Blocks) -> int:
+def top_level(grid: Blocks) -> int:
     """The level whose one part is the volume; level 0 has the blocks."""
     return (max(grid.counts) - 1).bit_length()
 
@@ -67,7 +53,7 @@ def parts(grid: Blocks, level: int) -> Blocks:
     """The parts of that level: 2**level blocks along each axis.
 
     >>> grid = Blocks((5, 1, 1), (1, 1, 1))
-    >>> [len(parts(grid, level)) for level in range(top(grid) + 1)]
+    >>> [len(parts(grid, level)) for level in range(top_level(grid) + 1)]
     [5, 3, 2, 1]
     """
     return Blocks(grid.shape, tuple(b << level for b in grid.block))
@@ -81,16 +67,16 @@ def children(grid: Blocks, level: int, n: int) -> list[int]:
 # ---------------------------------------------------------------- 1
 
 
-def near(grid: Blocks, i: int, connectivity: int) -> list[int]:
-    """Block ``i`` and the blocks whose links `leaf` needs: all that voxels of ``i`` can have neighbors in."""
+def linked_blocks(grid: Blocks, i: int, connectivity: int) -> list[int]:
+    """Block ``i`` and the blocks whose links `block_graph` needs: all that voxels of ``i`` can have neighbors in."""
     return [i, *grid.neighbors(i)] if connectivity == 6 else grid.meeting(grid[i].grow(1))
 
 
-def leaf(i: int, table: Table, links: Mapping[int, Links]) -> Graph:
-    """The `Graph` of block ``i``; its components are its regions. ``links`` are those of all blocks `near` it."""
+def block_graph(i: int, table: BlockBasins, links: Mapping[int, Links]) -> Graph:
+    """The `Graph` of block ``i``; its components are its regions. ``links`` are those of all blocks `linked_blocks` it."""
     inner = np.empty(table.edges.size, INNER)
     inner["a"], inner["b"] = table.edges["a"] - 1, table.edges["b"] - 1
-    for key in KEY:
+    for key in SADDLE_ORDER:
         inner[key] = table.edges[key]
     own = links[i]
     outer = [_drains(own.drains[:, 0], own.drains[:, 1]), _crossing(own.edges["a"], own.edges["b"], own.edges)]
@@ -98,18 +84,18 @@ def leaf(i: int, table: Table, links: Mapping[int, Links]) -> Graph:
         into = links[j].drains[links[j].drains[:, 1] >> 32 == i]
         edges = links[j].edges[links[j].edges["b"] >> 32 == i]
         outer += [_drains(into[:, 1], into[:, 0]), _crossing(edges["b"], edges["a"], edges)]
-    return Graph(table.depth, table.voxels, table.first, table.mass, inner, np.concatenate(outer))
+    return Graph(table.minimum, table.voxels, table.first, table.probability_sum, inner, np.concatenate(outer))
 
 
 def _drains(here: np.ndarray, there: np.ndarray) -> np.ndarray:
     out = np.zeros(here.size, OUTER)
-    out["of"], out["here"], out["there"], out["high"] = (here & LOCAL) - 1, here, there, DRAIN
+    out["component"], out["region"], out["neighbor"], out["high"] = (here & REGION_MASK) - 1, here, there, DRAIN
     return out
 
 
 def _crossing(here: np.ndarray, there: np.ndarray, edges: np.ndarray) -> np.ndarray:
     out = _drains(here, there)
-    for key in KEY:
+    for key in SADDLE_ORDER:
         out[key] = edges[key]
     return out
 
@@ -123,33 +109,37 @@ def contract(graph: Graph, level: int) -> tuple[Graph, Graph, np.ndarray]:
     That is its number among those that go up, or ``~number`` (below 0) among the finished. Seeds are the components of
     depth at most ``level``; of two rows to the same region outside only the lowest goes up.
     """
-    count = graph.depth.size
-    there, outside = _numbered(graph.outer["there"])
-    seeded = np.concatenate([graph.depth <= level, np.zeros(outside, bool)])
-    by_inner, by_outer = (by_key(*(rows[key] for key in KEY)) for rows in (graph.inner, graph.outer))
-    whole, root = (np.arange(size, dtype=positions(seeded.size)) for size in (seeded.size, count))
+    count = graph.minimum.size
+    there, outside = _numbered(graph.outer["neighbor"])
+    seeded = np.concatenate([graph.minimum <= level, np.zeros(outside, bool)])
+    by_inner, by_outer = (argsort_saddles(*(rows[key] for key in SADDLE_ORDER)) for rows in (graph.inner, graph.outer))
+    whole, root = (np.arange(size, dtype=index_dtype(seeded.size)) for size in (seeded.size, count))
     of_inner, of_outer = _contract(graph.inner, graph.outer, there, by_inner, by_outer, seeded, whole, root, level)
     del there, seeded, by_inner, by_outer, whole
     inner, outer = graph.inner[of_inner], graph.outer[of_outer]
     group, sums = _sum(graph, root)
-    is_open = np.zeros(sums["depth"].size, bool)
-    for ends in (inner["a"], inner["b"], outer["of"]):
+    is_open = np.zeros(sums["minimum"].size, bool)
+    for ends in (inner["a"], inner["b"], outer["component"]):
         is_open[group[ends]] = True
     done = np.flatnonzero(~is_open)
     done = done[np.argsort(sums["first"][done])]
-    became = np.empty(is_open.size, np.int64)
-    became[is_open] = np.arange(np.count_nonzero(is_open))
-    became[done] = ~np.arange(done.size)
-    fate = became[group]
-    inner["a"], inner["b"], outer["of"] = fate[inner["a"]], fate[inner["b"]], fate[outer["of"]]
+    new_index = np.empty(is_open.size, np.int64)
+    new_index[is_open] = np.arange(np.count_nonzero(is_open))
+    new_index[done] = ~np.arange(done.size)
+    destination = new_index[group]
+    inner["a"], inner["b"], outer["component"] = (
+        destination[inner["a"]],
+        destination[inner["b"]],
+        destination[outer["component"]],
+    )
     up = Graph(**{name: column[is_open] for name, column in sums.items()}, inner=inner, outer=outer)
     finished = Graph(**{name: column[done] for name, column in sums.items()}, inner=inner[:0], outer=outer[:0])
-    return up, finished, fate
+    return up, finished, destination
 
 
 def _numbered(names: np.ndarray) -> tuple[np.ndarray, int]:
     """The number (from 0) of each name among the distinct ones in ascending order, and how many these are."""
-    return _count_up(names, order(names)) if names.size else (np.empty(0, np.uint32), 0)
+    return _count_up(names, argsort_rows(names)) if names.size else (np.empty(0, np.uint32), 0)
 
 
 @njit(cache=True, nogil=True)
@@ -177,14 +167,14 @@ def _contract(inner, outer, there, by_inner, by_outer, seeded, whole, sure, leve
     keep_inner, keep_outer = np.zeros(inner.size, np.bool_), np.zeros(outer.size, np.bool_)
     i = j = 0
     while i < by_inner.size or j < by_outer.size:
-        known = j == by_outer.size or (i < by_inner.size and not before(outer[by_outer[j]], inner[by_inner[i]]))
+        known = j == by_outer.size or (i < by_inner.size and not precedes(outer[by_outer[j]], inner[by_inner[i]]))
         if known:
             e = np.int64(by_inner[i])
             a, b, high = np.int64(inner[e].a), np.int64(inner[e].b), inner[e].high
             i += 1
         else:
             e = np.int64(by_outer[j])
-            a, b, high = np.int64(outer[e].of), count + np.int64(there[e]), outer[e].high
+            a, b, high = np.int64(outer[e].component), count + np.int64(there[e]), outer[e].high
             j += 1
         p, q = find(whole, a), find(whole, b)
         free = high <= level or high == DRAIN
@@ -211,17 +201,17 @@ def _sum(graph: Graph, root: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarr
     group = (np.cumsum(is_root) - 1)[root]
     groups = np.count_nonzero(is_root)
     return group, {
-        "depth": least(graph.depth, group, groups).astype(np.int32),
-        "voxels": add_up(graph.voxels, group, groups),
-        "first": least(graph.first, group, groups),
-        "mass": add_up(graph.mass, group, groups),
+        "minimum": min_by_group(graph.minimum, group, groups).astype(np.int32),
+        "voxels": sum_by_group(graph.voxels, group, groups),
+        "first": min_by_group(graph.first, group, groups),
+        "probability_sum": sum_by_group(graph.probability_sum, group, groups),
     }
 
 
-def kept(finished: Graph, rules: Rules) -> np.ndarray:
+def labeled(finished: Graph, rules: Rules) -> np.ndarray:
     """Which finished objects are labeled: the rules of `decide` that see an object's sums and nothing else."""
     keep = (finished.voxels >= rules.min_voxels) & (finished.voxels <= rules.max_voxels)
-    return keep if rules.keep_unseeded else keep & (finished.depth <= rules.seeds[1])
+    return keep if rules.keep_unseeded else keep & (finished.minimum <= rules.seeds[1])
 
 
 # ---------------------------------------------------------------- 3
@@ -240,12 +230,12 @@ def join(below: Iterable[Graph], grid: Blocks, level: int, n: int) -> Graph:
     for child in each:
         graph = next(graphs)
         inner.append(_moved(graph.inner, ("a", "b"), count))
-        rows = _moved(graph.outer, ("of",), count)
+        rows = _moved(graph.outer, ("component",), count)
         for name, column in sums.items():
             column.append(getattr(graph, name))
-        count += graph.depth.size
+        count += graph.minimum.size
         del graph
-        at = _parts_of(rows["there"], grid, level - 1)
+        at = _parts_of(rows["neighbor"], grid, level - 1)
         outer.append(rows[~np.isin(at, each)])
         for other in each:
             if other > child:
@@ -285,10 +275,12 @@ def _meet(ahead: np.ndarray, back: np.ndarray) -> np.ndarray:
 
     A contracted graph lists no pair twice.
     """
-    found, of = _paired(ahead, back, order(ahead["here"], ahead["there"]), order(back["there"], back["here"]))
+    found, of = _paired(
+        ahead, back, argsort_rows(ahead["region"], ahead["neighbor"]), argsort_rows(back["neighbor"], back["region"])
+    )
     out = np.empty(found.size, INNER)
-    out["a"], out["b"] = ahead["of"][found], of
-    for key in KEY:
+    out["a"], out["b"] = ahead["component"][found], of
+    for key in SADDLE_ORDER:
         out[key] = ahead[key][found]
     return out
 
@@ -299,13 +291,13 @@ def _paired(ahead, back, by_ahead, by_back):
     used = j = 0
     of = np.empty(min(ahead.size, back.size), np.uint32)
     for e in by_ahead:
-        here, there = ahead[e].here, ahead[e].there
+        here, there = ahead[e].region, ahead[e].neighbor
         while j < by_back.size and (
-            back[by_back[j]].there < here or (back[by_back[j]].there == here and back[by_back[j]].here < there)
+            back[by_back[j]].neighbor < here or (back[by_back[j]].neighbor == here and back[by_back[j]].region < there)
         ):
             j += 1
-        if j < by_back.size and back[by_back[j]].there == here and back[by_back[j]].here == there:
-            by_ahead[used], of[used] = e, back[by_back[j]].of
+        if j < by_back.size and back[by_back[j]].neighbor == here and back[by_back[j]].region == there:
+            by_ahead[used], of[used] = e, back[by_back[j]].component
             used += 1
     return by_ahead[:used], of[:used]
 
@@ -325,10 +317,10 @@ def ranks(firsts: Sequence[np.ndarray]) -> list[np.ndarray]:
     return np.split(rank, np.cumsum([first.size for first in firsts])[:-1]) if firsts else []
 
 
-def named(fate: np.ndarray, above: np.ndarray, finished: np.ndarray) -> np.ndarray:
+def assign(destination: np.ndarray, above: np.ndarray, finished: np.ndarray) -> np.ndarray:
     """The label of each component, from its fate and the labels of what went up and of what was finished.
 
-    >>> named(np.array([0, ~1, ~0, 1]), np.array([7, 8]), np.array([3, 0])).tolist()
+    >>> assign(np.array([0, ~1, ~0, 1]), np.array([7, 8]), np.array([3, 0])).tolist()
     [7, 0, 3, 8]
     """
-    return np.concatenate([above, finished[::-1]])[fate]
+    return np.concatenate([above, finished[::-1]])[destination]

@@ -1,15 +1,4 @@
-"""Pieces of background, so that those which one object encloses can be filled: exactly, however the volume is cut.
-
-A void is a piece of what is outside the mask, connected by voxel faces, whatever neighbors the mask itself has (as
-`scipy.ndimage.binary_fill_holes` does by default). Voids are found in each block from its regions alone, no probability
-is read, and joined over faces, as basins are:
-
-1. `places`, `describe`: a block's voids, the regions they touch, and what lies on its faces.
-2. `meet`: what touches what over the faces to the blocks behind.
-3. `gather`: the volume's voids, and the basins that each touches. Which are filled is up to `decide`.
-
-In a block a void's number comes after those of the regions, so that one number, its place, tells what a voxel is of.
-"""
+"""Holes."""
 
 from __future__ import annotations
 
@@ -20,11 +9,12 @@ import numpy as np
 from numba import njit
 
 from volseg.box import Blocks, Box, Triple
-from volseg.segmentation.stitch import LOCAL, add_up, find, least, name
+from volseg.segmentation.edges import connected_components, find, unite
+from volseg.segmentation.stitch import REGION_MASK, global_id, min_by_group, sum_by_group
 
 
 @dataclass(frozen=True)
-class Table:
+class BlockHoles:
     """What one block says of its voids, in the order of their first voxels; they are the places from ``regions + 1`` on.
 
     regions  how many regions the block has
@@ -39,40 +29,40 @@ class Table:
     regions: np.ndarray
     voxels: np.ndarray
     first: np.ndarray
-    open: np.ndarray
-    rim: np.ndarray
-    begin: np.ndarray
-    start: np.ndarray
-    place: np.ndarray
+    is_open: np.ndarray
+    contacts: np.ndarray
+    face_offset: np.ndarray
+    run_start: np.ndarray
+    run_piece: np.ndarray
 
 
 @dataclass(frozen=True)
-class Voids:
-    """The whole volume's voids: voxels, lowest linear index and whether they reach the border, as in `Table`, now complete.
+class Holes:
+    """The volume's holes: voxels, lowest linear index and whether they reach the border, as in `BlockHoles`, now complete.
 
-    rim  int64 (n, 2): voids (from 0) and the basins (from 0) that share a voxel face with them
+    contacts  int64 (n, 2): voids (from 0) and the basins (from 0) that share a voxel face with them
     """
 
     voxels: np.ndarray
     first: np.ndarray
-    open: np.ndarray
-    rim: np.ndarray
+    is_open: np.ndarray
+    contacts: np.ndarray
 
 
 # ---------------------------------------------------------------- 1
 
 
-def places(region: np.ndarray) -> np.ndarray:
+def number_holes(region: np.ndarray) -> np.ndarray:
     """The place of each voxel: its region, or the number of regions plus its void's (from 1). uint32.
 
-    >>> places(np.array([[[1, 0, 2, 0]]], np.uint32))
+    >>> number_holes(np.array([[[1, 0, 2, 0]]], np.uint32))
     array([[[1, 3, 2, 4]]], dtype=uint32)
     """
     return _numbered(region, np.uint32(region.max(initial=0)))[0]
 
 
-def describe(region: np.ndarray, box: Box, shape: Triple) -> Table:
-    """The `Table` of a block from its regions (uint32, 0 outside the mask), which are numbered from 1 without gaps."""
+def block_holes(region: np.ndarray, box: Box, shape: Triple) -> BlockHoles:
+    """The `BlockHoles` of a block from its regions (uint32, 0 outside the mask), which are numbered from 1 without gaps."""
     regions = int(region.max(initial=0))
     place, voxels, first = _numbered(region, np.uint32(regions))
     is_open = np.zeros(regions + 1 + voxels.size, bool)
@@ -83,15 +73,15 @@ def describe(region: np.ndarray, box: Box, shape: Triple) -> Table:
             is_open[face] |= ends
             at = np.flatnonzero(np.r_[not ends, (face[1:] != face[:-1]) & (not ends)])
             runs.append((at, face[at]))
-    return Table(
+    return BlockHoles(
         regions=np.array(regions),
         voxels=voxels,
         first=_in_volume(first, box, shape),
-        open=is_open[regions + 1 :],
-        rim=_rim(place, regions),
-        begin=np.cumsum([0, *(start.size for start, _ in runs)]),
-        start=np.concatenate([start for start, _ in runs]),
-        place=np.concatenate([of for _, of in runs]),
+        is_open=is_open[regions + 1 :],
+        contacts=_hole_contacts(place, regions),
+        face_offset=np.cumsum([0, *(start.size for start, _ in runs)]),
+        run_start=np.concatenate([start for start, _ in runs]),
+        run_piece=np.concatenate([of for _, of in runs]),
     )
 
 
@@ -136,9 +126,9 @@ def _numbered(region, regions):
                     parent[n] = n
                     runs += 1
                 if up:
-                    _unite(parent, n, np.int64(out[z, y - 1, x]))
+                    unite(parent, n, np.int64(out[z, y - 1, x]))
                 if back:
-                    _unite(parent, n, np.int64(out[z - 1, y, x]))
+                    unite(parent, n, np.int64(out[z - 1, y, x]))
                 out[z, y, x] = n
                 left = True
     number = np.zeros(runs, np.uint32)
@@ -171,17 +161,10 @@ def _doubled(full):
     return grown
 
 
-@njit(cache=True, nogil=True)
-def _unite(parent, a, b):
-    """One set of two; its root is the lower of theirs."""
-    a, b = find(parent, a), find(parent, b)
-    parent[max(a, b)] = min(a, b)
-
-
-def _rim(place: np.ndarray, regions: int) -> np.ndarray:
+def _hole_contacts(place: np.ndarray, regions: int) -> np.ndarray:
     """Pairs of a void and a region that share a voxel face, each once."""
     codes = np.unique(_touching(place, np.int64(regions)))
-    return np.stack([codes >> 32, codes & LOCAL], axis=1)
+    return np.stack([codes >> 32, codes & REGION_MASK], axis=1)
 
 
 @njit(cache=True, nogil=True)
@@ -220,7 +203,7 @@ def _touching(place, regions):
 # ---------------------------------------------------------------- 2
 
 
-def meet(i: int, table_of: Callable[[int], Table], grid: Blocks) -> np.ndarray:
+def face_contacts(i: int, table_of: Callable[[int], BlockHoles], grid: Blocks) -> np.ndarray:
     """Pairs of names (int64 (n, 2)) that share a face of block ``i`` with a block behind it, at least one a void's.
 
     ``table_of`` gives the table of ``i`` and of the blocks behind it. A name is ``block << 32 | place``.
@@ -236,65 +219,54 @@ def meet(i: int, table_of: Callable[[int], Table], grid: Blocks) -> np.ndarray:
         a = of[np.searchsorted(start, at, "right") - 1]
         b = of_there[np.searchsorted(start_there, at, "right") - 1]
         with_void = (a > here.regions) | (b > there.regions)
-        found.append(np.stack([name(i, a[with_void]), name(j, b[with_void])], axis=1))
+        found.append(np.stack([global_id(i, a[with_void]), global_id(j, b[with_void])], axis=1))
     return np.unique(np.concatenate(found), axis=0)
 
 
-def plane(table: Table, box: Box, face: int) -> np.ndarray:
+def face_plane(table: BlockHoles, box: Box, face: int) -> np.ndarray:
     """The places (2-D) on a face of a block that has volume behind it."""
     shape = [n for axis, n in enumerate(box.shape) if axis != face // 2]
     start, place = _face(table, face)
     return np.repeat(place, np.diff(np.r_[start, shape[0] * shape[1]])).reshape(shape)
 
 
-def _face(table: Table, face: int) -> tuple[np.ndarray, np.ndarray]:
-    rows = slice(*table.begin[face : face + 2])
-    return table.start[rows], table.place[rows]
+def _face(table: BlockHoles, face: int) -> tuple[np.ndarray, np.ndarray]:
+    rows = slice(*table.face_offset[face : face + 2])
+    return table.run_start[rows], table.run_piece[rows]
 
 
 # ---------------------------------------------------------------- 3
 
 
 def gather(
-    tables: Iterable[Table], meets: Iterable[np.ndarray], basin_of: Sequence[np.ndarray]
-) -> tuple[Voids, list[np.ndarray]]:
-    """The volume's `Voids`, and for each block the void (from 0) of each of its voids.
+    tables: Iterable[BlockHoles], meets: Iterable[np.ndarray], basin_of: Sequence[np.ndarray]
+) -> tuple[Holes, list[np.ndarray]]:
+    """The volume's `Holes`, and for each block the void (from 0) of each of its voids.
 
     Tables and meets come in the order of blocks; ``basin_of`` has the basin of each block's regions.
     """
-    tables = [replace(table, start=table.start[:0], place=table.place[:0]) for table in tables]
+    tables = [replace(table, run_start=table.run_start[:0], run_piece=table.run_piece[:0]) for table in tables]
     regions = np.array([int(table.regions) for table in tables])
     offset = np.cumsum([0, *(table.voxels.size for table in tables)])
-    pairs = np.concatenate([*(name(i, table.rim) for i, table in enumerate(tables)), *meets])
-    block, place = pairs >> 32, pairs & LOCAL
+    pairs = np.concatenate([*(global_id(i, table.contacts) for i, table in enumerate(tables)), *meets])
+    block, place = pairs >> 32, pairs & REGION_MASK
     is_void = place > regions[block]
     number = np.where(is_void, place - 1 + (offset[:-1] - regions)[block], 0)
     both = is_void.all(axis=1)
-    _, of = np.unique(united(*number[both].T.copy(), int(offset[-1])), return_inverse=True)
+    _, of = np.unique(connected_components(*number[both].T.copy(), int(offset[-1])), return_inverse=True)
     count = int(of.max(initial=-1)) + 1
     begin, basin = np.cumsum([0, *regions]), np.concatenate(basin_of)
     number[~is_void] = basin[(begin[block] + place - 1)[~is_void]]
     rim = np.where(is_void[:, :1], number, number[:, ::-1])[~both]
     rim[:, 0] = of[rim[:, 0]]
-    whole = Voids(
-        voxels=add_up(_column(tables, "voxels"), of, count),
-        first=least(_column(tables, "first"), of, count),
-        open=least(~_column(tables, "open"), of, count) == 0,
-        rim=np.unique(rim, axis=0),
+    whole = Holes(
+        voxels=sum_by_group(_column(tables, "voxels"), of, count),
+        first=min_by_group(_column(tables, "first"), of, count),
+        is_open=min_by_group(~_column(tables, "is_open"), of, count) == 0,
+        contacts=np.unique(rim, axis=0),
     )
     return whole, np.split(of, offset[1:-1])
 
 
-def _column(tables: list[Table], field: str) -> np.ndarray:
+def _column(tables: list[BlockHoles], field: str) -> np.ndarray:
     return np.concatenate([getattr(table, field) for table in tables])
-
-
-@njit(cache=True)
-def united(a, b, count):
-    """The root of each of ``count`` sets after those of ``a`` and ``b`` were united, pair by pair."""
-    parent = np.arange(count)
-    for e in range(a.size):
-        _unite(parent, a[e], b[e])
-    for n in range(count):
-        parent[n] = find(parent, n)
-    return parent

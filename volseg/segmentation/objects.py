@@ -15,15 +15,15 @@ from numba import njit
 from volseg.box import Box, Triple
 
 MOMENTS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # axes multiplied
-WORD = 32  # bits of the lower word of a moment
-RUN = 1 << 12  # voxels added at once: then a run's moments fit 63 bits on axes of up to 2**25 voxels
+WORD_BITS = 32  # bits of the lower word of a moment
+MAX_RUN_VOXELS = 1 << 12  # voxels added at once: then a run's moments fit 63 bits on axes of up to 2**25 voxels
 
 ROW = np.dtype(
     [
         ("id", np.uint64),
         ("voxels", np.int64),
-        ("mass", np.int64),  # sum of the stored mask probability
-        ("least", np.uint8),  # lowest of it
+        ("probability_sum", np.int64),  # sum of the stored mask probability
+        ("min_probability", np.uint8),  # lowest of it
         (
             "faces",
             np.int64,
@@ -38,7 +38,7 @@ ROW = np.dtype(
 
 
 @dataclass(frozen=True)
-class Sums:
+class ObjectSums:
     """What a part of the volume adds to the table.
 
     rows      ROW, one for each label, sorted by id
@@ -46,7 +46,7 @@ class Sums:
     """
 
     rows: np.ndarray
-    touching: np.ndarray
+    contacts: np.ndarray
 
 
 # ---------------------------------------------------------------- one block
@@ -54,8 +54,8 @@ class Sums:
 
 def measure(
     region: np.ndarray, label: np.ndarray, mass: np.ndarray, box: Box, behind: Sequence[np.ndarray | None]
-) -> Sums:
-    """The `Sums` of ``box``.
+) -> ObjectSums:
+    """The `ObjectSums` of ``box``.
 
     ``region`` (uint32) numbers the block's regions from 1, ``label[region]`` is their label (``label[0]`` is 0), ``mass``
     is the stored mask probability (uint8). ``behind`` has for each axis the labels of the plane behind the block's far
@@ -65,7 +65,9 @@ def measure(
     rows = np.zeros(ids.size, ROW)
     rows["id"] = ids
     *columns, joined, pairs = _add(region, number.astype(np.int64), mass, np.array(box.start, np.int64), ids.size)
-    for name, column in zip(("voxels", "mass", "least", "sum", "moment", "start", "stop"), columns, strict=True):
+    for name, column in zip(
+        ("voxels", "probability_sum", "min_probability", "sum", "moment", "start", "stop"), columns, strict=True
+    ):
         rows[name] = column
     touching = [ids[np.stack([pairs >> 32, pairs & 0xFFFFFFFF], axis=1)]]
     for axis in range(3):
@@ -79,10 +81,10 @@ def measure(
             apart = (here != there) & (here > 0) & (there > 0)
             touching.append(np.stack([here[apart], there[apart]], axis=1))
         rows["faces"][:, axis] = 2 * (rows["voxels"] - joined[:, axis]) - ends
-    return merge([Sums(rows[(rows["voxels"] > 0) & (ids > 0)], np.concatenate(touching))])
+    return merge([ObjectSums(rows[(rows["voxels"] > 0) & (ids > 0)], np.concatenate(touching))])
 
 
-def painted(region: np.ndarray, label: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def paint(region: np.ndarray, label: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """``label[region]``, in ``out`` where that is given: of ``region``, 3-D, every number is less than ``label.size``."""
     out = np.empty(region.shape, label.dtype) if out is None else out
     _paint(region, label, out)
@@ -98,13 +100,13 @@ def _paint(region, label, out):
                 to[x] = label[of[x]]
 
 
-def near_face(face_at: np.ndarray, face_label: np.ndarray, box: Box, shape: Triple, axis: int) -> np.ndarray:
+def first_plane(face_at: np.ndarray, face_label: np.ndarray, box: Box, shape: Triple, axis: int) -> np.ndarray:
     """The labels (2-D, uint64) of the first plane of ``box`` along ``axis``.
 
     ``face_at`` holds the linear indices of all masked voxels on the box's faces, ``face_label`` their labels.
 
     >>> box = Box((1, 0, 0), (2, 1, 3))
-    >>> near_face(np.array([3, 5]), np.array([7, 8]), box, (2, 1, 3), 0).tolist()
+    >>> first_plane(np.array([3, 5]), np.array([7, 8]), box, (2, 1, 3), 0).tolist()
     [[7, 0, 8]]
     """
     place = [p - a for p, a in zip(np.unravel_index(face_at, shape), box.start, strict=True)]
@@ -139,7 +141,7 @@ def _add(region, number, mass, origin, size):
                 if r == 0:
                     x += 1
                     continue
-                begin, end, n = x, min(nx, x + RUN), number[r]
+                begin, end, n = x, min(nx, x + MAX_RUN_VOXELS), number[r]
                 low, run = np.uint8(255), np.int64(0)
                 while x < end and row[x] == r:
                     low = min(low, mass[z, y, x])
@@ -195,36 +197,36 @@ def _add_run(at, length, sums, moment, start, stop):
         start[axis] = min(start[axis], at[axis])
         stop[axis] = max(stop[axis], at[axis] + (length if axis == 2 else 1))
     for k, value in enumerate((length * z * z, length * y * y, squares, length * z * y, z * along, y * along)):
-        moment[k, 0] += value >> WORD
-        moment[k, 1] += value & ((1 << WORD) - 1)
+        moment[k, 0] += value >> WORD_BITS
+        moment[k, 1] += value & ((1 << WORD_BITS) - 1)
 
 
 # ---------------------------------------------------------------- all blocks
 
 
-def merge(parts: Sequence[Sums]) -> Sums:
-    """The `Sums` of several blocks together; order and grouping do not matter."""
-    touching = np.concatenate([np.empty((0, 2), np.uint64), *(part.touching for part in parts)])
+def merge(parts: Sequence[ObjectSums]) -> ObjectSums:
+    """The `ObjectSums` of several blocks together; order and grouping do not matter."""
+    touching = np.concatenate([np.empty((0, 2), np.uint64), *(part.contacts for part in parts)])
     touching = np.unique(np.sort(touching, axis=1), axis=0)
     rows = np.concatenate([np.empty(0, ROW), *(part.rows for part in parts)])
     if not rows.size:
-        return Sums(rows, touching)
+        return ObjectSums(rows, touching)
     rows = rows[np.argsort(rows["id"], kind="stable")]
     first = np.flatnonzero(np.r_[True, rows["id"][1:] != rows["id"][:-1]])
     out = rows[first]
-    how = {"least": np.minimum, "start": np.minimum, "stop": np.maximum}
+    how = {"min_probability": np.minimum, "start": np.minimum, "stop": np.maximum}
     for field in ROW.names[1:]:
         out[field] = how.get(field, np.add).reduceat(rows[field], first, axis=0)
-    carry = out["moment"][..., 1] >> WORD
+    carry = out["moment"][..., 1] >> WORD_BITS
     out["moment"][..., 0] += carry
-    out["moment"][..., 1] -= carry << WORD
-    return Sums(out, touching)
+    out["moment"][..., 1] -= carry << WORD_BITS
+    return ObjectSums(out, touching)
 
 
-def table(
-    sums: Sums, shape: Triple, voxel_size_nm: tuple[float, float, float], confidence: np.ndarray | None = None
+def objects_table(
+    sums: ObjectSums, shape: Triple, voxel_size_nm: tuple[float, float, float], confidence: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Columns of the object table from complete `Sums`.
+    """Columns of the object table from complete `ObjectSums`.
 
     ``z0 .. x1`` bound the object (voxels, half-open). ``centroid_*_nm`` is the mean of its voxels' positions, a voxel's
     position being its index times the voxel size. ``mean_probability`` and ``min_probability`` are 0..1. ``neighbors``
@@ -257,11 +259,11 @@ def table(
     columns["length_nm"] = 2 * np.sqrt(5.0) * sd[:, 0]
     columns.update({f"sd{k}_nm": sd[:, k] for k in range(3)})
     columns.update({f"axis0_{axis}": axis0[:, i] for i, axis in enumerate("zyx")})
-    columns["mean_probability"] = rows["mass"] / (255.0 * rows["voxels"])
-    columns["min_probability"] = rows["least"] / 255.0
+    columns["mean_probability"] = rows["probability_sum"] / (255.0 * rows["voxels"])
+    columns["min_probability"] = rows["min_probability"] / 255.0
     known = np.full(rows.size, np.nan) if confidence is None else confidence[rows["id"].astype(np.int64) - 1]
     columns["confidence"] = known
-    columns["neighbors"] = np.bincount(np.searchsorted(rows["id"], sums.touching).ravel(), minlength=rows.size)
+    columns["neighbors"] = np.bincount(np.searchsorted(rows["id"], sums.contacts).ravel(), minlength=rows.size)
     columns["touches_border"] = np.any((rows["start"] == 0) | (rows["stop"] == np.array(shape)), axis=1)
     return columns
 
@@ -274,7 +276,7 @@ def _covariance(rows: np.ndarray, size: np.ndarray) -> np.ndarray:
     out = np.zeros((rows.size, 3, 3))
     voxels, total = rows["voxels"].astype(object), rows["sum"].astype(object)
     for k, (i, j) in enumerate(MOMENTS):
-        moment = (rows["moment"][:, k, 0].astype(object) << WORD) + rows["moment"][:, k, 1]
+        moment = (rows["moment"][:, k, 0].astype(object) << WORD_BITS) + rows["moment"][:, k, 1]
         central = (voxels * moment - total[:, i] * total[:, j]) / (voxels * voxels)
         out[:, i, j] = out[:, j, i] = central.astype(np.float64) * (size[i] * size[j])
     return out + np.diag(size**2 / 12)

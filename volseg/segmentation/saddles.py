@@ -1,25 +1,4 @@
-"""The proofreading queue: joins and kept borders of objects, each with how little would have decided it otherwise.
-
-A row is a saddle. ``margin`` is how far the number that decided lies from where it would have decided otherwise, in
-probability: the least certain rows come first. Listed are
-
-    border  every pair of labels that touch
-    join    a step of `decide` that put two parts of an object together, where each part alone had the minimum size
-
-and of these the `MOST` least certain. Joins with a part below the minimum size are left out: every voxel of a flat
-interior makes one. ``rule`` says which number decided:
-
-    seed         saddle against seed level. Of a join it is how much higher than the level the saddle's probability is
-    unseeded     one part of a join holds no seed: how much below the (low) seed level its highest probability is; of a border,
-                 where there is a low level, how much above it the highest of the lesser object is
-    persistence  how deep the shallower part lies below the saddle, against ``stitch.persistence``
-    mean         the whole border's mean probability, against ``stitch.join_mean``
-
-A join by several rules has the greatest margin of them, a border that several rules could join the smallest.
-
-Where a tree stitched, no process knows the order of joins inside an object, so borders alone are listed: `met` finds them
-in each block's tables, and `graph` makes of them what the above takes.
-"""
+"""Saddles."""
 
 from __future__ import annotations
 
@@ -29,23 +8,34 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from volseg.box import Triple
+from volseg.box import Triple, VoxelSize
 from volseg.config import Fragments
-from volseg.segmentation.fragments import EDGE, KEY, Nm3, Table, depth_height, probability_of
-from volseg.segmentation.rules import APART, SEED, SHALLOW, UNSEEDED, Rules, agglomerate, borders, forest, ranked
-from volseg.segmentation.stitch import LOCAL, Basins, Links, add_up, by_key, least, lowest
+from volseg.segmentation.agglomerate import (
+    APART,
+    SEED,
+    SHALLOW,
+    UNSEEDED,
+    agglomerate,
+    borders,
+    forest,
+    rank_components,
+)
+from volseg.segmentation.basins import BlockBasins
+from volseg.segmentation.edges import EDGE, SADDLE_ORDER, argsort_saddles, merge_parallel
+from volseg.segmentation.heights import height_difference, height_to_probability
+from volseg.segmentation.rules import Rules
+from volseg.segmentation.stitch import REGION_MASK, Basins, Links, min_by_group, sum_by_group
 
-MOST = 100_000  # rows
+MAX_ROWS = 100_000  # rows
 MEAN = APART  # after the codes of `forest`
 KINDS, RULES = ("join", "border"), ("", "seed", "unseeded", "persistence", "mean")
-
 ROW = np.dtype(
     [
         ("margin", np.float64),  # in heights
         ("kind", np.int8),  # index of KINDS
         ("rule", np.int8),  # index of RULES
         ("saddle", np.int64),  # height
-        ("at", np.int64),  # linear index of its higher end
+        ("voxel", np.int64),  # linear index of its higher end
         ("edge", np.int64),  # its row in the edges of `Basins`
         ("area", np.int64),  # voxel faces, and the sum of their heights
         ("height", np.int64),
@@ -55,29 +45,29 @@ ROW = np.dtype(
 )
 
 
-def merges(basins: Basins, rules: Rules, label: np.ndarray) -> np.ndarray:
+def rank_saddles(basins: Basins, rules: Rules, label: np.ndarray) -> np.ndarray:
     """ROW of each join and border, least certain first; ``label`` is what `decide` gave."""
     edges = basins.edges
-    root, did = forest(edges["a"], edges["b"], edges["high"], basins.depth, *rules.seeds)
+    root, action = forest(edges["a"], edges["b"], edges["high"], basins.minimum, *rules.seeds)
     rows = np.concatenate([
-        _forest_joins(basins, rules, label, did),
+        _forest_joins(basins, rules, label, action),
         _mean_joins(basins, rules, label, root),
         _borders(basins, rules, label),
     ])  # fmt: skip
-    return rows[np.lexsort([rows["edge"], rows["kind"], rows["margin"]])][:MOST]
+    return rows[np.lexsort([rows["edge"], rows["kind"], rows["margin"]])][:MAX_ROWS]
 
 
-def _forest_joins(basins: Basins, rules: Rules, label: np.ndarray, did: np.ndarray) -> np.ndarray:
-    at = np.flatnonzero((did > 0) & (did < APART))
+def _forest_joins(basins: Basins, rules: Rules, label: np.ndarray, action: np.ndarray) -> np.ndarray:
+    at = np.flatnonzero((action > 0) & (action < APART))
     edges = basins.edges[at]
-    voxels, shallow = _sides(edges["a"], edges["b"], basins.voxels, basins.depth)
+    voxels, shallow = _sides(edges["a"], edges["b"], basins.voxels, basins.minimum)
     large = (voxels.min(axis=1, initial=np.iinfo(np.int64).max) >= max(1, rules.min_voxels)) & (label[edges["a"]] > 0)
-    shallow, did = shallow[large], did[at][large]
+    shallow, action = shallow[large], action[at][large]
     rows = _rows(basins, at[large], "join", label)
-    rows["rule"], rows["voxels"] = did, np.sort(voxels[large])[:, ::-1]
-    by_level = np.where(did == UNSEEDED, shallow - rules.seeds[1], rules.seed_height - rows["saddle"])
+    rows["rule"], rows["voxels"] = action, np.sort(voxels[large])[:, ::-1]
+    by_level = np.where(action == UNSEEDED, shallow - rules.seeds[1], rules.seed_height - rows["saddle"])
     too_shallow = rules.seeds[2] - (rows["saddle"] - shallow)
-    rows["margin"] = np.where(did == SHALLOW, too_shallow, np.maximum(by_level, too_shallow))
+    rows["margin"] = np.where(action == SHALLOW, too_shallow, np.maximum(by_level, too_shallow))
     return rows
 
 
@@ -104,12 +94,12 @@ def _sides(a, b, voxels, depth):
 def _mean_joins(basins: Basins, rules: Rules, label: np.ndarray, root: np.ndarray) -> np.ndarray:
     if rules.join_height < 0 or not basins.edges.size:
         return np.empty(0, ROW)
-    group, first = ranked(root, basins.first)
+    group, first = rank_components(root, basins.first)
     joins = np.array(agglomerate(*borders(basins.edges, group), rules.join_height), np.int64).reshape(-1, 5)
     rows = _rows(basins, joins[:, 4], "join", label)
     rows["rule"], rows["area"], rows["height"] = MEAN, joins[:, 2], joins[:, 3]
     rows["margin"] = rules.join_height - rows["height"] / np.maximum(1, rows["area"])
-    voxels = add_up(basins.voxels, group, first.size)
+    voxels = sum_by_group(basins.voxels, group, first.size)
     for row, (p, q, *_) in zip(rows, joins.tolist(), strict=True):
         row["voxels"] = max(voxels[p], voxels[q]), min(voxels[p], voxels[q])
         voxels[p] += voxels[q]
@@ -123,8 +113,8 @@ def _borders(basins: Basins, rules: Rules, label: np.ndarray) -> np.ndarray:
     rows = _rows(basins, row, "border", label)
     rows["label"], rows["area"], rows["height"] = np.stack([low, high], axis=1), area, height
     size = int(label.max(initial=0)) + 1
-    rows["voxels"] = add_up(basins.voxels, label, size)[rows["label"]]
-    deepest = least(basins.depth, label, size)
+    rows["voxels"] = sum_by_group(basins.voxels, label, size)[rows["label"]]
+    deepest = min_by_group(basins.minimum, label, size)
     never = np.full(rows.size, np.inf)
     shallow = np.maximum(deepest[low], deepest[high])
     level, least_seed, depth = rules.seeds
@@ -150,7 +140,7 @@ def _rows(basins: Basins, at: np.ndarray, kind: str, label: np.ndarray) -> np.nd
     """ROWs of the edges ``at``, without margins and sizes."""
     edges, rows = basins.edges[at], np.zeros(at.size, ROW)
     rows["edge"] = at
-    rows["kind"], rows["saddle"], rows["at"] = KINDS.index(kind), edges["high"], edges["high_at"]
+    rows["kind"], rows["saddle"], rows["voxel"] = KINDS.index(kind), edges["high"], edges["high_voxel"]
     rows["area"], rows["height"] = edges["area"], edges["height"]
     rows["label"] = np.stack([label[edges["a"]], label[edges["b"]]], axis=1)
     return rows
@@ -160,54 +150,54 @@ def _rows(basins: Basins, at: np.ndarray, kind: str, label: np.ndarray) -> np.nd
 
 
 @dataclass(frozen=True)
-class Part:
+class BlockBorders:
     """What a block says of objects once they are labeled.
 
-    label, depth, voxels   each label there is, its lowest height and its voxels in the block
+    label, minimum, voxels   each label there is, its lowest height and its voxels in the block
     edges                  EDGE rows between labels, one for each pair
     """
 
     label: np.ndarray
-    depth: np.ndarray
+    minimum: np.ndarray
     voxels: np.ndarray
     edges: np.ndarray
 
 
-def met(i: int, table: Table, links: Links, label_of: Callable[[int], np.ndarray]) -> Part:
-    """The `Part` of block ``i``. ``label_of`` gives the labels (int64) of regions 1, 2, .. of ``i`` and of blocks ahead."""
+def block_borders(i: int, table: BlockBasins, links: Links, label_of: Callable[[int], np.ndarray]) -> BlockBorders:
+    """The `BlockBorders` of block ``i``. ``label_of`` gives the labels (int64) of regions 1.. of ``i`` and blocks ahead."""
     edges = np.concatenate([table.edges, links.edges])
     here, ahead = slice(table.edges.size), links.edges["b"] >> 32
-    edges["a"] = label_of(i)[(edges["a"] & LOCAL) - 1]
+    edges["a"] = label_of(i)[(edges["a"] & REGION_MASK) - 1]
     edges["b"][here] = label_of(i)[table.edges["b"] - 1]
     for j in np.unique(ahead):
         there = table.edges.size + np.flatnonzero(ahead == j)
-        edges["b"][there] = label_of(int(j))[(edges["b"][there] & LOCAL) - 1]
+        edges["b"][there] = label_of(int(j))[(edges["b"][there] & REGION_MASK) - 1]
     edges = edges[(edges["a"] != edges["b"]) & (edges["a"] > 0) & (edges["b"] > 0)]
     edges["a"], edges["b"] = np.minimum(edges["a"], edges["b"]), np.maximum(edges["a"], edges["b"])
     ids, of = np.unique(label_of(i), return_inverse=True)
     own = ids > 0
-    depth = least(table.depth.astype(np.int64), of, ids.size)[own]
-    return Part(ids[own], depth, add_up(table.voxels, of, ids.size)[own], lowest(edges))
+    depth = min_by_group(table.minimum.astype(np.int64), of, ids.size)[own]
+    return BlockBorders(ids[own], depth, sum_by_group(table.voxels, of, ids.size)[own], merge_parallel(edges))
 
 
-def graph(parts: Iterable[Part]) -> Basins:
+def object_graph(parts: Iterable[BlockBorders]) -> Basins:
     """The objects 1..n of the volume and their borders, each object as one basin; first voxels and masses are left 0."""
     parts = list(parts)
     label = np.concatenate([part.label for part in parts]) - 1
     count = int(label.max(initial=-1)) + 1
-    edges = lowest(np.concatenate([np.empty(0, EDGE), *(part.edges for part in parts)]))
-    edges = edges[by_key(*(edges[key] for key in KEY))]
+    edges = merge_parallel(np.concatenate([np.empty(0, EDGE), *(part.edges for part in parts)]))
+    edges = edges[argsort_saddles(*(edges[key] for key in SADDLE_ORDER))]
     edges["a"], edges["b"] = edges["a"] - 1, edges["b"] - 1
-    depth = least(np.concatenate([part.depth for part in parts]), label, count).astype(np.int32)
-    voxels = add_up(np.concatenate([part.voxels for part in parts]), label, count)
+    depth = min_by_group(np.concatenate([part.minimum for part in parts]), label, count).astype(np.int32)
+    voxels = sum_by_group(np.concatenate([part.voxels for part in parts]), label, count)
     return Basins(depth, voxels, np.zeros(count, np.int64), np.zeros(count, np.int64), edges)
 
 
 # ---------------------------------------------------------------- what is told
 
 
-def table(
-    rows: np.ndarray, knobs: Fragments, shape: Triple, voxel_size_nm: tuple[float, float, float]
+def saddles_table(
+    rows: np.ndarray, settings: Fragments, shape: Triple, voxel_size_nm: tuple[float, float, float]
 ) -> dict[str, np.ndarray]:
     """Columns of the table of merges.
 
@@ -215,16 +205,16 @@ def table(
     ``contact_faces`` counts voxel faces; ``contact_um2`` takes the mean face of a voxel where voxels are no cubes.
     ``voxels_a`` and ``voxels_b`` are, of a join, its two parts at that step, the larger first.
     """
-    step = depth_height(1.0, knobs, voxel_size_nm)
-    z, y, x = np.unravel_index(rows["at"], shape)
+    step = height_difference(1.0, settings, voxel_size_nm)
+    z, y, x = np.unravel_index(rows["voxel"], shape)
     face_um2 = sum(np.prod(np.delete(voxel_size_nm, i)) for i in range(3)) / 3 * 1e-6
     mean = np.where(rows["area"] > 0, rows["height"] / np.maximum(1, rows["area"]), rows["saddle"])
     return {
         "kind": np.array(KINDS)[rows["kind"]],
         "rule": np.array(RULES)[rows["rule"]],
         "margin": rows["margin"] / step,
-        "saddle_probability": probability_of(rows["saddle"], knobs, voxel_size_nm),
-        "mean_probability": probability_of(mean, knobs, voxel_size_nm),
+        "saddle_probability": height_to_probability(rows["saddle"], settings, voxel_size_nm),
+        "mean_probability": height_to_probability(mean, settings, voxel_size_nm),
         "contact_faces": rows["area"],
         "contact_um2": rows["area"] * face_um2,
         "label_a": rows["label"][:, 0],
@@ -236,15 +226,17 @@ def table(
     }
 
 
-def confidence(basins: Basins, label: np.ndarray, knobs: Fragments, voxel_size_nm: Nm3 | None = None) -> np.ndarray:
+def confidence(
+    basins: Basins, label: np.ndarray, settings: Fragments, voxel_size_nm: VoxelSize | None = None
+) -> np.ndarray:
     """For labels 1..n the probability at the object's deepest point, less that of its lowest saddle to another object.
 
     An object that touches no other has the whole of it.
     """
     size = int(label.max(initial=0)) + 1
-    deepest = least(basins.depth, label, size)
+    deepest = min_by_group(basins.minimum, label, size)
     low, high, *_, row = _between(basins, label)
-    saddle = np.minimum(*(least(basins.edges["high"][row], end, size) for end in (low, high)))
+    saddle = np.minimum(*(min_by_group(basins.edges["high"][row], end, size) for end in (low, high)))
     known = saddle < np.iinfo(np.int64).max
-    to = np.where(known, probability_of(np.where(known, saddle, 0), knobs, voxel_size_nm), 0.0)
-    return (probability_of(deepest, knobs, voxel_size_nm) - to)[1:]
+    to = np.where(known, height_to_probability(np.where(known, saddle, 0), settings, voxel_size_nm), 0.0)
+    return (height_to_probability(deepest, settings, voxel_size_nm) - to)[1:]

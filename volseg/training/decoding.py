@@ -13,9 +13,11 @@ from scipy import ndimage
 from volseg.box import Box, Triple
 from volseg.config import Config, Fragments, Train
 from volseg.evaluation import metrics
-from volseg.segmentation import fragments as basins
 from volseg.segmentation import stitch
-from volseg.segmentation.rules import decide, rules
+from volseg.segmentation.basins import watershed_block
+from volseg.segmentation.edges import EDGE
+from volseg.segmentation.heights import block_heights
+from volseg.segmentation.rules import Rules, label_basins
 from volseg.training.samples import Source
 from volseg.training.targets import UNLABELED
 from volseg.training.validate import plane_logits
@@ -163,9 +165,9 @@ def _cut(slab: Slab, knobs: Fragments) -> tuple[stitch.Basins, metrics.Contingen
     """The basins of a slab, as a run of one block would cut them, and how they (from 1) overlap true objects."""
     shape = slab.labels.shape
     box = Box.whole(shape)
-    height = basins.heights(slab.chance, box, shape, knobs, slab.voxel_size_nm)
-    region, table = basins.fragments(height, np.ascontiguousarray(slab.chance[0]), box, shape, knobs.connectivity)
-    nothing = stitch.Links(np.empty((0, 2), np.int64), np.empty(0, basins.EDGE))
+    height = block_heights(slab.chance, box, shape, knobs, slab.voxel_size_nm)
+    region, table = watershed_block(height, np.ascontiguousarray(slab.chance[0]), box, shape, knobs.connectivity)
+    nothing = stitch.Links(np.empty((0, 2), np.int64), np.empty(0, EDGE))
     whole, (basin,) = stitch.gather([table], [nothing])
     valid = slab.labels != UNLABELED
     return whole, metrics.Contingency.of(slab.labels[valid], np.r_[0, basin + 1][region[valid]])
@@ -175,7 +177,7 @@ def _quality(slabs: list[Slab], cut: list, config: Config) -> float:
     """PQ of what ``config`` decides, the slabs of a source taken together, the mean over sources by their share."""
     tables: dict[int, metrics.Contingency] = {}
     for i, (slab, (whole, overlap)) in enumerate(zip(slabs, cut, strict=True)):
-        label = decide(whole, rules(config, slab.voxel_size_nm))
+        label = label_basins(whole, Rules.from_config(config, slab.voxel_size_nm))
         table = _apart(overlap.renamed(np.r_[0, label]), i)
         tables[slab.source] = tables.get(slab.source, metrics.Contingency.empty()) + table
     shares = {slab.source: slab.share for slab in slabs}

@@ -23,7 +23,7 @@ from volseg.inference import backends, export, model, tiles
 from volseg.inference.normalization import normalization
 from volseg.io import volume
 from volseg.planning import prepare as describe
-from volseg.segmentation import fragments as basins
+from volseg.segmentation.heights import OUTSIDE, block_heights
 from volseg.training.targets import parse_sections
 
 CALIBRATED_ON = 20  # sections, evenly spread over those given
@@ -147,8 +147,8 @@ def _iou(probability: np.ndarray, real: np.ndarray, card: dict) -> float:
     """IoU of what the model's own settings take for foreground, whatever objects are cut by; only these sections are seen."""
     inside, plain = Box.whole(real.shape), {"height": "probability", "contour": 0.0, "distance": 0, "distance_nm": 0.0}
     knobs = load(base=card["decode"]).fragments.model_copy(update=plain)
-    height = basins.heights(probability, inside, real.shape, knobs)
-    found = height[1:-1, 1:-1, 1:-1] != basins.OUTSIDE
+    height = block_heights(probability, inside, real.shape, knobs)
+    found = height[1:-1, 1:-1, 1:-1] != OUTSIDE
     return float((found & real).sum() / max(1, (found | real).sum()))
 
 
