@@ -147,7 +147,7 @@ class Run:
         return self.config.stitch.fill_holes_voxels > 0
 
     @property
-    def metric(self) -> DistanceUnit:
+    def distance_unit(self) -> DistanceUnit:
         return distance_unit(self.config.fragments, self.voxel_size_nm)
 
     @property
@@ -169,7 +169,7 @@ class Run:
         if self.wanted:
             first = _hash(first, self.wanted.key)
         passes = {stage: _hash(first, stage, self.pass_grid(plane).block) for stage, plane in self.passes.items()}
-        fragments = _hash(first, c.fragments.model_dump(), asdict(self.metric), self.block, EDGE.names)
+        fragments = _hash(first, c.fragments.model_dump(), asdict(self.distance_unit), self.block, EDGE.names)
         voids = _hash(fragments, "voids")
         stitched = _hash(fragments, c.stitch.model_dump(exclude={"reduce"}))
         levels = {f"pyramid{k}": _hash(stitched, k, *self.levels) for k in range(1, len(self.levels))}

@@ -200,7 +200,7 @@ def region_rows(names: np.ndarray, table_of: TableOf) -> tuple[np.ndarray, np.nd
         fits = (row >= 0) & (row < table.root.size)
         index, row = index[fits], row[fits]
         known[index], leaves[index] = True, table.is_exit[row]
-        depth[index], root[index] = table.depth[row], table.root[row]
+        depth[index], root[index] = table.minimum[row], table.root[row]
     return known, leaves, depth, root
 
 
@@ -351,7 +351,7 @@ def _against_holes(run: FinishedRun, box: Box, region: np.ndarray, label: np.nda
     lowest = stitch.min_by_group(touched, number, count)
     one_label = lowest == -stitch.min_by_group(-touched, number, count)
     complete = np.ones(place_label.size, bool)
-    complete[table.place] = False
+    complete[table.run_piece] = False
     fillable = ~table.is_open & (table.voxels <= run.rules.fill_voxels) & one_label
     own = place_label[regions + 1 :]
     bad = np.where(own > 0, ~fillable | (own != lowest), complete[regions + 1 :] & fillable & (lowest > 0))

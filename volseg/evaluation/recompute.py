@@ -11,8 +11,10 @@ import numpy as np
 from volseg.box import Blocks, Box, Triple
 from volseg.evaluation.finished import FinishedRun
 from volseg.evaluation.recheck import first_voxel, heights, inner, region_rows
-from volseg.segmentation import holes, stitch
+from volseg.segmentation import stitch
 from volseg.segmentation.basins import BlockBasins, watershed_block
+from volseg.segmentation.holes import BlockHoles, block_holes, face_contacts, number_holes
+from volseg.segmentation.holes import gather as gather_holes
 from volseg.segmentation.rules import label_basins, label_dtype
 
 MAX_ROWS = 50_000_000  # regions and edges up to which stored tables are joined again
@@ -69,15 +71,13 @@ def relabel(run: FinishedRun, block: Triple) -> Relabeling:
     links = [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))]
     holes, contacts = [], []
     if run.fills:
-        holes = [holes.block_holes(region, box, run.shape) for region, box in zip(regions, grid, strict=True)]
-        contacts = [holes.face_contacts(i, holes.__getitem__, grid) for i in range(len(grid))]
+        holes = [block_holes(region, box, run.shape) for region, box in zip(regions, grid, strict=True)]
+        contacts = [face_contacts(i, holes.__getitem__, grid) for i in range(len(grid))]
     ids = _decide(run, tables, links, holes, contacts)
     objects = max(int(block_ids.max()) for block_ids in ids)
     wrong, first = 0, None
     for box, region, block_ids in zip(grid, regions, ids, strict=True):
-        differs = block_ids[holes.number_holes(region) if run.fills else region] != run.labels.read(box).astype(
-            np.int64
-        )
+        differs = block_ids[number_holes(region) if run.fills else region] != run.labels.read(box).astype(np.int64)
         wrong += int(np.count_nonzero(differs))
         first = first or (first_voxel(differs, box) if differs.any() else None)
     if run.labels.dtype != label_dtype(objects):
@@ -95,7 +95,7 @@ def _decide(
     run: FinishedRun,
     tables: Sequence[BlockBasins],
     links: Sequence[stitch.Links],
-    holes: Sequence[holes.BlockHoles],
+    holes: Sequence[BlockHoles],
     contacts: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
     """For each block the label of region 0 (none), 1, 2, ... and then, where holes are filled, of its holes."""
@@ -103,7 +103,7 @@ def _decide(
     if not run.fills:
         label = label_basins(basins, run.rules)
         return [np.r_[0, label[basin]] for basin in basin_of]
-    volume_holes, hole_of = holes.gather(holes, contacts, basin_of)
+    volume_holes, hole_of = gather_holes(holes, contacts, basin_of)
     label, hole_label = np.split(label_basins(basins, run.rules, volume_holes), [basins.minimum.size])
     return [np.r_[0, label[basin], hole_label[hole]] for basin, hole in zip(basin_of, hole_of, strict=True)]
 
@@ -113,7 +113,9 @@ def rejoin(run: FinishedRun) -> Rejoining | None:
     tables, links, rows = [], [], 0
     for i in range(len(run.grid)):
         table = run.block_basins(i)
-        tables.append(replace(table, crossing=table.crossing[:0], face_at=table.face_at[:0], face_of=table.face_of[:0]))
+        tables.append(
+            replace(table, crossing_edges=table.edges[:0], face_voxel=table.root[:0], face_region=table.root[:0])
+        )
         links.append(run.links(i))
         rows += table.root.size + table.edges.size + links[-1].edges.size
         if rows > MAX_ROWS:
@@ -141,13 +143,13 @@ def _stray_links(link: stitch.Links, tables: list[BlockBasins]) -> int:
     return int(np.count_nonzero(~(known & end_known & down)) + np.count_nonzero(~(ends[0] & ends[1])))
 
 
-def _stray_holes(holes: list[holes.BlockHoles], contacts: list[np.ndarray], tables: list[BlockBasins]) -> int:
+def _stray_holes(holes: list[BlockHoles], contacts: list[np.ndarray], tables: list[BlockBasins]) -> int:
     """How many tables of holes count other regions than there are, and how many contacts name a place that no table has."""
     if not holes:
         return 0
     last = np.array([table.root.size + hole.voxels.size for hole, table in zip(holes, tables, strict=True)])
     miscounted = sum(int(hole.regions) != table.root.size for hole, table in zip(holes, tables, strict=True))
-    rims = (stitch.global_id(i, hole.rim) for i, hole in enumerate(holes))
+    rims = (stitch.global_id(i, hole.contacts) for i, hole in enumerate(holes))
     names = np.concatenate([np.empty((0, 2), np.int64), *contacts, *rims])
     block, place = names >> 32, names & stitch.REGION_MASK
     known = (block >= 0) & (block < len(holes)) & (place > 0) & (place <= last[np.clip(block, 0, len(holes) - 1)])
