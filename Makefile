@@ -11,7 +11,7 @@ help:
 	@echo "make demo    segment a small synthetic volume with the shipped model"
 	@echo "make test    check style, types and import layers; run the test suite and all examples in docstrings"
 	@echo "make lint    check style and types"
-	@echo "make lock    resolve requirements.lock anew"
+	@echo "make lock    bring requirements.lock up to pyproject.toml; with UPGRADE=--upgrade, to the newest versions"
 	@echo "make clean   remove what demo and test made (not $(VENV))"
 
 $(READY): requirements.lock pyproject.toml
@@ -36,11 +36,11 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-lock:
+lock:  # UPGRADE=--upgrade takes the newest of all; without, what stands there stays and only what is new is added
 	@$(PYTHON) -m venv $(VENV)-lock
 	@$(VENV)-lock/bin/python -m pip install --quiet uv
 	@$(VENV)-lock/bin/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 \
-	    --no-emit-index-url --custom-compile-command "make lock" --upgrade --quiet --output-file requirements.lock
+	    --no-emit-index-url --custom-compile-command "make lock" $(UPGRADE) --quiet --output-file requirements.lock
 	@rm -rf $(VENV)-lock
 
 clean:

@@ -1,4 +1,4 @@
-"""What this machine has left for a run: memory within any container's limit, and disk."""
+"""What this machine has: memory within any container's limit, disk, and packages that only some commands need."""
 
 from __future__ import annotations
 
@@ -7,9 +7,41 @@ import gc
 import platform
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+from volseg.errors import UserError
+
 CGROUPS = Path("/sys/fs/cgroup")
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; it is not imported by this.
+
+    >>> installed("numpy"), installed("no_such_package")
+    (True, False)
+    """
+    return package in sys.modules or find_spec(package) is not None
+
+
+def require(*packages: str, extra: str) -> None:
+    """Goes on only where these packages are installed, which come with an extra of volseg.
+
+    Call it before the imports that need them. Raises `UserError` with the line that installs what is missing.
+
+    >>> require("numpy", extra="train")
+    >>> require("no_such_package", extra="train")
+    Traceback (most recent call last):
+        ...
+    volseg.errors.UserError: no_such_package is not installed; install it with: pip install 'volseg[train]'
+    """
+    missing = [package for package in packages if not installed(package)]
+    if missing:
+        them = "it" if len(missing) == 1 else "them"
+        state = "is" if len(missing) == 1 else "are"
+        raise UserError(
+            f"{', '.join(missing)} {state} not installed; install {them} with: pip install 'volseg[{extra}]'"
+        )
 
 
 def free_memory() -> int:

@@ -25,6 +25,7 @@ from volseg.config import Predict
 from volseg.errors import UserError
 from volseg.inference import backends, cache, export, hardware
 from volseg.inference.device import is_out_of_memory
+from volseg.system import installed, require
 
 PROBED_VOXELS = 1 << 29  # a smaller volume is done before a probe has paid for itself
 SIDES = 0.001  # share of voxels that may change sides of 0.5 against float32
@@ -77,7 +78,8 @@ def choose(knobs: Predict, path: Path, int8: bool, voxels: int, sample: Callable
     """
     wanted = candidates(knobs, int8)
     if len(wanted) == 1 and (knobs.batch or not hardware.gpu_count()):
-        return Choice(*wanted[0], knobs.batch or 1, "as set")
+        why = "as set" if installed("torch") else "all that runs without torch"
+        return Choice(*wanted[0], knobs.batch or 1, why)
     if voxels < PROBED_VOXELS:
         found = backends.choose(knobs.backend, knobs.precision, int8)
         known = GPU_BATCH if backends.describe(*found)["device"] == "cuda" else 1
@@ -98,7 +100,12 @@ def candidates(knobs: Predict, int8: bool) -> list[tuple[str, str]]:
 
 
 def _present(backend: str, precision: str, int8: bool, *, asked: bool) -> bool:
-    """Whether the backend is installed and computes in that precision, in hardware unless it is ``asked`` for."""
+    """Whether the backend is installed and computes in that precision, in hardware unless it is ``asked`` for.
+
+    torch makes every form of a model but int8.
+    """
+    if precision != "int8" and not installed("torch"):
+        return False
     cuda = hardware.gpu_count() > 0 and backend != "openvino"
     fits = {"fp32": True, "bf16": asked or cuda or hardware.has_bf16(), "fp16": cuda, "int8": asked or int8}[precision]
     try:
@@ -162,8 +169,10 @@ def cache_file(path: Path, wanted: list, size: int, shape: tuple) -> Path:
 def measure(path: Path, wanted: list[tuple[str, str]], size: int, batch: np.ndarray) -> list[Row]:
     """A row for each candidate, from a process of its own: what it loads and what it breaks is gone afterwards.
 
-    One that ends its process is refused, and another process goes on with the next, for `SECONDS` in all.
+    One that ends its process is refused, and another process goes on with the next, for `SECONDS` in all. Needs torch,
+    which makes the float32 form that all are held against.
     """
+    require("torch", extra="torch")
     end, found = time.monotonic() + SECONDS, []
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "tiles.npy"), batch)

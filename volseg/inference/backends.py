@@ -23,6 +23,7 @@ import numpy as np
 from volseg.errors import UserError
 from volseg.inference import export, hardware, model
 from volseg.inference.device import NUMPY, Call, Device, TorchDevice, as_cuda_graph, row_by_row
+from volseg.system import installed
 
 if TYPE_CHECKING:
     import torch
@@ -38,13 +39,15 @@ def choose(backend: str = "auto", precision: str = "auto", int8: bool = False) -
     """The backend and precision that ``auto`` stands for on this machine, where nothing is measured.
 
     torch fp16 on a CUDA device; else OpenVINO: in int8 where the model's form may be taken (``int8``) and the CPU is
-    known to gain by it, in bf16 where the CPU has it. Raises `UserError` for a pair that does not exist.
+    known to gain by it or torch is missing, which makes all other forms; in bf16 where the CPU has it. Raises `UserError`
+    for a pair that does not exist.
     """
     cuda = hardware.gpu_count() > 0
     if backend == "auto":
         backend = "torch" if cuda and precision != "int8" else "openvino"
     if precision == "auto" and backend == "openvino":
-        precision = "int8" if int8 and "avx2" in hardware.cpu_flags() else "bf16" if hardware.has_bf16() else "fp32"
+        gains = "avx2" in hardware.cpu_flags() or not installed("torch")
+        precision = "int8" if int8 and gains else "bf16" if hardware.has_bf16() else "fp32"
     if precision == "auto":
         precision = "fp16" if cuda and backend == "torch" else "fp32"
     if precision not in PRECISIONS[backend]:
@@ -62,7 +65,10 @@ def version(backend: str) -> str:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    raise UserError(f"predict.backend = {backend!r} needs the package {PACKAGES[backend]}; install it or use auto")
+    line = f"pip install 'volseg[{backend}]'"  # each has an extra of its name
+    raise UserError(
+        f"predict.backend = {backend!r} needs the package {PACKAGES[backend]}; use auto, or install it with: {line}"
+    )
 
 
 def describe(backend: str, precision: str, place: int = 0) -> dict:

