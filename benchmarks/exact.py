@@ -56,7 +56,7 @@ def of_volume(path: str, sections: int) -> None:
                 "blocks": name or " x ".join(map(str, block)),
                 "workers": workers,
                 "objects": facts["objects"],
-                "sha256": digest(labels.read(Box.whole(labels.shape))),
+                "sha256": digest(labels.read(Box.from_shape(labels.shape))),
             })  # fmt: skip
             shutil.rmtree(out)
     report.keep("exact", rows)
@@ -96,7 +96,7 @@ def of_run(run: str) -> None:
     shape = probability.shape[1:]
     labels = volume.open(run, dataset="labels/instances/0")
     rows = [{"blocks": "as run", "seconds": round(facts["seconds"]["total"], 1),
-             "sha256": digest(labels.read(Box.whole(shape)))}]  # fmt: skip
+             "sha256": digest(labels.read(Box.from_shape(shape)))}]  # fmt: skip
     for block in ((192, 192, 192), (64, 64, 64), (37, 50, 192), (16, 100, 31), (165, 768, 40), (5, 768, 1024)):
         start = time.perf_counter()
         found = cut(probability, config, block, tuple(facts["voxel_size_nm"])).astype(labels.dtype)
@@ -128,7 +128,7 @@ def of_vnc(folder: str, sections: int) -> None:
             rows.append({
                 "blocks": " x ".join(map(str, block)),
                 "objects": json.loads(Path(out, "run.json").read_text())["objects"],
-                "sha256": digest(labels.read(Box.whole(labels.shape))),
+                "sha256": digest(labels.read(Box.from_shape(labels.shape))),
             })  # fmt: skip
             shutil.rmtree(out)
     report.keep("exact-vnc", rows)

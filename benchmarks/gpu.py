@@ -119,7 +119,7 @@ def _monai(run: Run, device: str) -> dict[str, Callable[[], np.ndarray]]:
         return {}
     import torch
 
-    slab = standardized(run.source.read(Box.whole(run.shape)), run.mean, run.std)
+    slab = standardized(run.source.read(Box.from_shape(run.shape)), run.mean, run.std)
     slab = np.pad(slab, ((1, 1), (0, 0), (0, 0)), mode="edge")
     network = torch.nn.Sequential(model.load(model.shipped())[0], torch.nn.Sigmoid()).eval()
     network = network.to(device, memory_format=torch.channels_last)

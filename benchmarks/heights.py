@@ -99,7 +99,7 @@ def decisions(of: Part, change: dict, only: Decision | None = None) -> Iterator[
 
 def cut(of: Part, knobs: Fragments) -> tuple[np.ndarray, stitch.Basins]:
     """The basin (from 1) of each voxel, and the tables."""
-    whole, shape = Box.whole(of.truth.shape), of.truth.shape
+    whole, shape = Box.from_shape(of.truth.shape), of.truth.shape
     height = block_heights(of.probability, whole, shape, knobs, of.voxel_size_nm)
     mass = np.ascontiguousarray(of.probability[0])
     region, table = watershed_block(height, mass, whole, shape, knobs.connectivity)

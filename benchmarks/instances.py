@@ -123,7 +123,7 @@ def _probability(run: str, sections: int) -> np.ndarray:
 def _landscape(probability: np.ndarray) -> tuple[np.ndarray, int, float]:
     """Heights of the whole volume, the height of a seed, and seconds."""
     start, shape = time.perf_counter(), probability.shape[1:]
-    height = block_heights(probability, Box.whole(shape), shape, CONFIG.fragments)
+    height = block_heights(probability, Box.from_shape(shape), shape, CONFIG.fragments)
     seed = seed_height(CONFIG.stitch.seed, CONFIG.fragments)
     return height[1:-1, 1:-1, 1:-1], seed, time.perf_counter() - start
 

@@ -106,7 +106,7 @@ def threshold(probability: np.ndarray, knobs: Fragments, part: Box, truth: np.nd
         "height": "probability", "contour": 0.0, "distance": 0, "distance_nm": 0.0, "threshold": THRESHOLDS[0],
     })  # fmt: skip
     shape = probability.shape[1:]
-    height = block_heights(probability, Box.whole(shape), shape, only_mask)[1:-1, 1:-1, 1:-1][part.slices]
+    height = block_heights(probability, Box.from_shape(shape), shape, only_mask)[1:-1, 1:-1, 1:-1][part.slices]
 
     def iou(share: float) -> float:
         mask = height <= seed_height(share, only_mask)
@@ -118,7 +118,7 @@ def threshold(probability: np.ndarray, knobs: Fragments, part: Box, truth: np.nd
 def cut(probability: np.ndarray, knobs: Fragments, voxel_size_nm: VoxelSize) -> tuple[Basins, np.ndarray]:
     """Basins of a volume in memory, and for each voxel 1 + the number of its basin (0: none)."""
     shape = probability.shape[1:]
-    box = Box.whole(shape)
+    box = Box.from_shape(shape)
     height = block_heights(probability, box, shape, knobs, voxel_size_nm)
     region, table = watershed_block(height, probability[0], box, shape, knobs.connectivity)
     basins, (number,) = gather([table], [link(0, lambda _: table, Blocks(shape, shape))])

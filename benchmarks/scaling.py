@@ -94,7 +94,7 @@ def _laid(folder: Path, piece: tuple[int, ...], times: tuple[int, ...]) -> Path:
     start = [sys.executable, "-m", "volseg", "synth", str(folder / "piece.zarr"), "--overwrite", "--seed", "1"]
     subprocess.run([*start, "--shape", ",".join(map(str, piece))], check=True)
     one = volume.open(str(folder / "piece.zarr"))
-    voxels = one.read(Box.whole(one.shape))
+    voxels = one.read(Box.from_shape(one.shape))
     laid = np.pad(voxels, [(0, n * (k - 1)) for n, k in zip(piece, times, strict=True)], mode="symmetric")
     arrays.create_group(str(image))
     arrays.create_array(

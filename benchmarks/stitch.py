@@ -101,7 +101,7 @@ def _table(period: np.ndarray, box: Box, shape: Triple, knobs: Fragments, nm: tu
     at = [np.arange(a, b) % n for a, b, n in zip(around.start, around.stop, period.shape[1:], strict=True)]
     probability = period[np.ix_(range(len(period)), *at)]
     height = block_heights(probability, box, shape, knobs, nm)
-    mass = np.ascontiguousarray(probability[0][box.inside(around)])
+    mass = np.ascontiguousarray(probability[0][box.slices_within(around)])
     return watershed_block(height, mass, box, shape, knobs.connectivity)[1]
 
 

@@ -44,7 +44,7 @@ def _row(seed: int, shape: str, config: str, model: str, sets: tuple[str, ...], 
 
 def _labels(path: Path, name: str) -> np.ndarray:
     stored = volume.open(str(path), dataset=name)
-    return stored.read(Box.whole(stored.shape))
+    return stored.read(Box.from_shape(stored.shape))
 
 
 def _counts(truth: np.ndarray, found: np.ndarray) -> dict:

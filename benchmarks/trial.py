@@ -46,7 +46,7 @@ def cut(image: str, label: str, sections: str, out: Path) -> tuple[str, str, Box
     """
     shape = volume.open(image).shape
     if not sections:
-        return image, label, Box.whole(shape)
+        return image, label, Box.from_shape(shape)
     first, stop = span(image, sections)
     start, end = max(0, first - MARGIN), min(shape[0], stop + MARGIN)
     key = hashlib.sha256(f"{image} {label} {sections}".encode()).hexdigest()[:8]

@@ -55,7 +55,7 @@ def settings(**sections):
 def digest(out):
     """SHA-256 of the raw bytes of the labels."""
     labels = volume.open(str(out), dataset="labels/instances/0")
-    return hashlib.sha256(labels.read(Box.whole(labels.shape)).tobytes()).hexdigest()
+    return hashlib.sha256(labels.read(Box.from_shape(labels.shape)).tobytes()).hexdigest()
 
 
 def command(image, out, *more):
@@ -99,7 +99,7 @@ def write_volume(path, data, nm=None):
     """A zarr volume with these voxels."""
     arrays.create_group(path)
     arrays.create_array(path, "0", shape=data.shape, dtype=data.dtype, chunk=data.shape, shard=data.shape, axes="zyx")
-    arrays.write(arrays.open_array(path, "0"), Box.whole(data.shape), data)
+    arrays.write(arrays.open_array(path, "0"), Box.from_shape(data.shape), data)
     arrays.set_group_attributes(path, "", ome.multiscales("volume", "zyx", [("0", nm or (5.0, 5.0, 5.0))]))
     return path
 

@@ -166,8 +166,8 @@ def test_stores_are_compared(monkeypatch, tmp_path):
 
 def test_a_volume_grows_by_mirrored_copies(tmp_path):
     folder = scaling._laid(tmp_path / "grown", (4, 32, 48), (2, 1, 3))
-    voxels = volume.open(str(folder / "em.zarr")).read(Box.whole((8, 32, 144)))
-    piece = volume.open(str(folder / "piece.zarr")).read(Box.whole((4, 32, 48)))
+    voxels = volume.open(str(folder / "em.zarr")).read(Box.from_shape((8, 32, 144)))
+    piece = volume.open(str(folder / "piece.zarr")).read(Box.from_shape((4, 32, 48)))
     assert (voxels[4:, :, 48:96] == piece[::-1, :, ::-1]).all()
     assert (voxels[:4, :, 96:] == piece).all()
 

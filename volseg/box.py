@@ -1,4 +1,4 @@
-"""Boxes: half-open voxel regions, and the lists of blocks that tile a volume. Axes are z, y, x throughout."""
+"""Boxes of voxels, and the grids of blocks that tile a volume. Axes are z, y, x throughout."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from math import prod
 
 Triple = tuple[int, int, int]
 VoxelSize = tuple[float, float, float]  # nm, z y x
+Slices = tuple[slice, slice, slice]
 
 
-def turned(triple: Triple, axes: Triple) -> Triple:
-    """``triple`` with its axes in another order, as `numpy.transpose` takes them; `back` of ``axes`` undoes it."""
-    return tuple(triple[a] for a in axes)
+def transpose_axes(triple: Triple, axes: Triple) -> Triple:
+    """``triple`` with its axes in another order, as `numpy.transpose` takes them.
+
+    >>> transpose_axes((5, 6, 7), (2, 0, 1))
+    (7, 5, 6)
+    """
+    z, y, x = axes
+    return triple[z], triple[y], triple[x]
 
 
-def back(axes: Triple) -> Triple:
+def inverse_axes(axes: Triple) -> Triple:
     """The order of axes that undoes ``axes``.
 
-    >>> turned(turned((5, 6, 7), (2, 0, 1)), back((2, 0, 1)))
+    >>> transpose_axes(transpose_axes((5, 6, 7), (2, 0, 1)), inverse_axes((2, 0, 1)))
     (5, 6, 7)
     """
-    return tuple(axes.index(k) for k in range(3))
+    return axes.index(0), axes.index(1), axes.index(2)
 
 
 @dataclass(frozen=True, order=True)
@@ -37,14 +43,28 @@ class Box:
     stop: Triple
 
     @classmethod
-    def whole(cls, shape: Triple) -> Box:
-        """The box of a volume of that shape."""
-        return cls((0, 0, 0), tuple(int(n) for n in shape))
+    def from_shape(cls, shape: tuple[int, ...]) -> Box:
+        """The box of all voxels of a volume.
+
+        Parameters
+        ----------
+        shape
+            Voxels along z, y and x.
+        """
+        z, y, x = shape
+        return cls((0, 0, 0), (int(z), int(y), int(x)))
 
     @classmethod
     def parse(cls, text: str) -> Box:
         """The box written as ``z0:z1,y0:y1,x0:x1``.
 
+        Raises
+        ------
+        ValueError
+            If the text has another form, or the box is empty or negative.
+
+        Examples
+        --------
         >>> str(Box.parse("0:10,5:20,7:9"))
         '0:10,5:20,7:9'
         """
@@ -62,52 +82,58 @@ class Box:
 
     @property
     def shape(self) -> Triple:
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+        """Voxels along z, y and x; 0 or less on an axis where the box is empty."""
+        (z0, y0, x0), (z1, y1, x1) = self.start, self.stop
+        return z1 - z0, y1 - y0, x1 - x0
 
     @property
     def voxels(self) -> int:
+        """How many voxels the box holds."""
         return prod(max(0, n) for n in self.shape)
 
     @property
-    def slices(self) -> tuple[slice, slice, slice]:
-        return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+    def slices(self) -> Slices:
+        """Slices that cut the box out of an array of the volume."""
+        (z0, y0, x0), (z1, y1, x1) = self.start, self.stop
+        return slice(z0, z1), slice(y0, y1), slice(x0, x1)
 
     def grow(self, halo: int | Triple) -> Box:
-        """This box with ``halo`` voxels more on both sides of each axis; may leave the volume."""
-        halo = (halo,) * 3 if isinstance(halo, int) else halo
-        return Box(
-            tuple(a - h for a, h in zip(self.start, halo, strict=True)),
-            tuple(b + h for b, h in zip(self.stop, halo, strict=True)),
-        )
+        """This box with ``halo`` voxels more on both sides of each axis; it may leave the volume."""
+        dz, dy, dx = (halo,) * 3 if isinstance(halo, int) else halo
+        (z0, y0, x0), (z1, y1, x1) = self.start, self.stop
+        return Box((z0 - dz, y0 - dy, x0 - dx), (z1 + dz, y1 + dy, x1 + dx))
 
     def intersect(self, other: Box) -> Box:
-        """The voxels in both boxes; where there are none, an empty box (some axis of length 0)."""
-        start = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
-        stop = tuple(min(a, b) for a, b in zip(self.stop, other.stop, strict=True))
-        return Box(start, tuple(max(a, b) for a, b in zip(start, stop, strict=True)))
+        """The voxels in both boxes; where there are none, an empty box (some axis has length 0)."""
+        z0, y0, x0 = (max(a, b) for a, b in zip(self.start, other.start, strict=True))
+        z1, y1, x1 = (min(a, b) for a, b in zip(self.stop, other.stop, strict=True))
+        return Box((z0, y0, x0), (max(z0, z1), max(y0, y1), max(x0, x1)))
 
     def clip(self, shape: Triple) -> Box:
         """The part of this box that lies in a volume of that shape."""
-        return self.intersect(Box.whole(shape))
+        return self.intersect(Box.from_shape(shape))
 
     def shift(self, offset: Triple) -> Box:
         """This box moved by ``offset`` voxels."""
-        return Box(
-            tuple(a + o for a, o in zip(self.start, offset, strict=True)),
-            tuple(b + o for b, o in zip(self.stop, offset, strict=True)),
-        )
+        (z0, y0, x0), (z1, y1, x1), (dz, dy, dx) = self.start, self.stop, offset
+        return Box((z0 + dz, y0 + dy, x0 + dx), (z1 + dz, y1 + dy, x1 + dx))
 
-    def turned(self, axes: Triple) -> Box:
+    def transpose(self, axes: Triple) -> Box:
         """This box with its axes in another order.
 
-        >>> str(Box((0, 2, 4), (1, 3, 5)).turned((2, 0, 1)))
+        >>> str(Box((0, 2, 4), (1, 3, 5)).transpose((2, 0, 1)))
         '4:5,0:1,2:3'
         """
-        return Box(turned(self.start, axes), turned(self.stop, axes))
+        return Box(transpose_axes(self.start, axes), transpose_axes(self.stop, axes))
 
-    def inside(self, outer: Box) -> tuple[slice, slice, slice]:
-        """Slices that cut this box out of an array that holds ``outer``."""
-        return self.shift(tuple(-a for a in outer.start)).slices
+    def slices_within(self, outer: Box) -> Slices:
+        """Slices that cut this box out of an array that holds ``outer``.
+
+        >>> Box((4, 0, 2), (5, 1, 3)).slices_within(Box((3, 0, 0), (9, 9, 9)))
+        (slice(1, 2, None), slice(0, 1, None), slice(2, 3, None))
+        """
+        z, y, x = outer.start
+        return self.shift((-z, -y, -x)).slices
 
 
 @dataclass(frozen=True)
@@ -125,7 +151,8 @@ class Blocks:
     @property
     def counts(self) -> Triple:
         """Blocks along each axis."""
-        return tuple(-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
+        z, y, x = (-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
+        return z, y, x
 
     def __len__(self) -> int:
         return prod(self.counts)
@@ -143,27 +170,37 @@ class Blocks:
     def __getitem__(self, i: int) -> Box:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        start = tuple(c * b for c, b in zip(self.coords(i), self.block, strict=True))
-        return Box(start, tuple(a + b for a, b in zip(start, self.block, strict=True))).clip(self.shape)
+        z, y, x = (c * b for c, b in zip(self.coords(i), self.block, strict=True))
+        dz, dy, dx = self.block
+        return Box((z, y, x), (z + dz, y + dy, x + dx)).clip(self.shape)
 
     def __iter__(self) -> Iterator[Box]:
         return (self[i] for i in range(len(self)))
 
+    def next_along(self, i: int, axis: int) -> int | None:
+        """Number of the block behind block ``i`` along an axis; None where the volume ends.
+
+        >>> grid = Blocks((5, 4, 4), (2, 4, 4))
+        >>> grid.next_along(1, 0), grid.next_along(2, 0)
+        (2, None)
+        """
+        z, y, x = (c + (k == axis) for k, c in enumerate(self.coords(i)))
+        return self.index((z, y, x)) if self[i].stop[axis] < self.shape[axis] else None
+
     def neighbors(self, i: int) -> list[int]:
         """Numbers of the blocks that share a face with block ``i``."""
-        here = self.coords(i)
-        found = []
+        z, y, x = self.coords(i)
+        numbers = []
         for axis, step in product(range(3), (-1, 1)):
-            there = list(here)
-            there[axis] += step
-            if 0 <= there[axis] < self.counts[axis]:
-                found.append(self.index(tuple(there)))
-        return found
+            neighbor = z + step * (axis == 0), y + step * (axis == 1), x + step * (axis == 2)
+            if 0 <= neighbor[axis] < self.counts[axis]:
+                numbers.append(self.index(neighbor))
+        return numbers
 
-    def meeting(self, box: Box) -> list[int]:
+    def overlapping(self, box: Box) -> list[int]:
         """Numbers of the blocks that share a voxel with ``box``, in raster order."""
         box = box.clip(self.shape)
         if not box.voxels:
             return []
-        spans = [range(a // b, -(-e // b)) for a, e, b in zip(box.start, box.stop, self.block, strict=True)]
-        return [self.index(c) for c in product(*spans)]
+        spans = (range(a // b, -(-e // b)) for a, e, b in zip(box.start, box.stop, self.block, strict=True))
+        return [self.index((z, y, x)) for z, y, x in product(*spans)]

@@ -90,7 +90,7 @@ def test_labels_that_an_earlier_volseg_began_are_made_anew(mask, tmp_path):
 
 
 def labels(out):
-    return volume.open(out, dataset="labels/instances/0").read(Box.whole(SHAPE))
+    return volume.open(out, dataset="labels/instances/0").read(Box.from_shape(SHAPE))
 
 
 def half(out, change):

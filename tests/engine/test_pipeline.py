@@ -330,7 +330,7 @@ def test_the_table_counts_the_labels(reference):
 def test_synthetic_volumes_do_not_see_the_blocks(tmp_path):
     for name, block in (("a", (20, 40, 50)), ("b", (7, 16, 33))):
         launch.synthesize(str(tmp_path / name), (20, 40, 50), block, seed=3, overwrite=False, show=Quiet())
-    want = synth(Box.whole((20, 40, 50)), seed=3)
+    want = synth(Box.from_shape((20, 40, 50)), seed=3)
     for name in "ab":
         for array, part in zip(("0", "labels/truth/0"), want, strict=True):
             np.testing.assert_array_equal(zarr.open_array(str(tmp_path / name / array), mode="r")[:], part)

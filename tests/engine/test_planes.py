@@ -124,7 +124,7 @@ def test_stored_probabilities_are_the_mean_of_whole_plane_forwards(looks, ways, 
     image = synth(Box((0, 0, 0), (7, 24, 40)), seed=1)[0]
     path = str(tmp_path / "em.zarr")
     arrays.create_array(tmp_path, "em.zarr", shape=image.shape, dtype="uint8", chunk=image.shape, shard=image.shape)
-    arrays.write(arrays.open_array(tmp_path, "em.zarr"), Box.whole(image.shape), image)
+    arrays.write(arrays.open_array(tmp_path, "em.zarr"), Box.from_shape(image.shape), image)
     config = settings(predict={"tile": 1280, "precision": "fp32", "normalize": "volume", **looks},
                       blocks={"shape": (7, 13, 25)})  # fmt: skip
     run = describe.from_image(volume.open(path), config, str(tmp_path / "run.partial"))

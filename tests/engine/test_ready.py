@@ -30,7 +30,7 @@ def test_a_block_is_ready_once_all_that_it_needs_is_done(shape, block, other, ha
         while (j := then.take()) is not None:
             out.add(j)
         assert first.voxels == sum(early[j].voxels for j in order[:known])
-        assert out == {j for j in range(len(late)) if done.issuperset(early.meeting(region(late[j])))}
+        assert out == {j for j in range(len(late)) if done.issuperset(early.overlapping(region(late[j])))}
 
 
 def test_what_was_done_before_is_not_handed_out_again():

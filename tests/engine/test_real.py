@@ -63,7 +63,7 @@ def test_the_forest_agrees_with_a_watershed_of_the_whole_volume(part):
     stored = arrays.open_array(str(part / "whole"), "0")
     probability = np.asarray(stored[:])
     knobs = Fragments(threshold=0.5, smooth=(2, 2, 2))
-    height = block_heights(probability, Box.whole(PART.shape), PART.shape, knobs)
+    height = block_heights(probability, Box.from_shape(PART.shape), PART.shape, knobs)
     level = seed_height(0.8, knobs)
     ours = labeled(height, probability[0], level)
     height = height[1:-1, 1:-1, 1:-1]
@@ -79,7 +79,7 @@ def test_the_forest_agrees_with_a_watershed_of_the_whole_volume(part):
 
 def labeled(height, mass, level):
     """Labels of one block that is the whole volume."""
-    region, table = watershed_block(height, mass, Box.whole(PART.shape), PART.shape)
+    region, table = watershed_block(height, mass, Box.from_shape(PART.shape), PART.shape)
     alone = stitch.link(0, [table].__getitem__, Blocks(PART.shape, PART.shape))
     basins, basin_of = stitch.gather([table], [alone])
     return np.r_[0, label_basins(basins, Rules(level))[basin_of[0]]][region]

@@ -17,7 +17,7 @@ NEGATIVE = Box((-37, -350, -9), (5, -300, 40))
 def cut(box: Box, seed: int, inner: Box) -> tuple[np.ndarray, np.ndarray]:
     """The part ``inner`` of a synthetic ``box``."""
     image, labels = synth(box, seed=seed)
-    return image[inner.inside(box)], labels[inner.inside(box)]
+    return image[inner.slices_within(box)], labels[inner.slices_within(box)]
 
 
 @st.composite

@@ -55,7 +55,7 @@ def failed(result):
 def test_a_sound_run_is_equal_in_every_check(run):
     result = verify(run)
     assert result.ok
-    assert [box.box for box in result.boxes] == [Box.whole(SHAPE)]  # one box holds this volume
+    assert [box.box for box in result.boxes] == [Box.from_shape(SHAPE)]  # one box holds this volume
     assert set(result.boxes[0].wrong.values()) == {0}
     assert result.boxes[0].complete_objects == result.objects > 3
     assert result.relabeling.wrong == result.rejoining.wrong == 0
@@ -95,7 +95,7 @@ def test_boxes_that_cut_objects_and_blocks_accuse_no_sound_run(run):
     boxes = [check_box(stored, box) for box in Blocks(SHAPE, (9, 61, 53))]
     assert all(set(box.wrong.values()) == {0} for box in boxes)
     assert sum(box.sure_joins for box in boxes) > 10
-    assert sum(box.masked for box in boxes) == check_box(stored, Box.whole(SHAPE)).masked
+    assert sum(box.masked for box in boxes) == check_box(stored, Box.from_shape(SHAPE)).masked
 
 
 def test_a_changed_label_is_found(copy):
@@ -113,7 +113,7 @@ def test_a_changed_label_is_found(copy):
 def test_a_label_outside_the_mask_is_found(copy):
     labels = zarr.open_array(str(copy / "labels/instances/0"), mode="r+")
     stored = open_finished(copy)
-    whole = Box.whole(SHAPE)
+    whole = Box.from_shape(SHAPE)
     masked = heights(stored, stored.probability(whole), whole)[1:-1, 1:-1, 1:-1] != OUTSIDE
     labels[tuple(np.argwhere(~masked)[5])] = 3
     assert "mask" in failed(verify(copy))
@@ -276,8 +276,8 @@ def test_seams_are_seen_where_they_are_and_only_there(tmp_path, run, torn):
     arrays.create_group(path)
     arrays.create_array(path, "0", shape=(2, *shape), dtype="uint8", chunk=(1, *shape), shard=(2, *shape), axes="czyx")
     arrays.create_array(path, "labels", shape=shape, dtype="uint32", chunk=shape, shard=shape, axes="zyx")
-    arrays.write(arrays.open_array(path, "labels"), Box.whole(shape), labels)
-    arrays.write(arrays.open_array(path, "0"), Box.whole(shape), np.stack([(labels > 0) * np.uint8(255)] * 2))
+    arrays.write(arrays.open_array(path, "labels"), Box.from_shape(shape), labels)
+    arrays.write(arrays.open_array(path, "0"), Box.from_shape(shape), np.stack([(labels > 0) * np.uint8(255)] * 2))
     ids, voxels = np.unique(labels[labels > 0], return_counts=True)
     (tmp_path / "rods.zarr/tables").mkdir()
     pandas.DataFrame({"id": ids, "voxels": voxels}).to_parquet(tmp_path / "rods.zarr/tables/objects.parquet")
@@ -328,7 +328,7 @@ def test_boxes_are_drawn_by_the_seed_and_lie_inside(run):
     assert boxes == draw_boxes(large, 9, np.random.default_rng(3)) != draw_boxes(large, 9, np.random.default_rng(4))
     assert len(boxes) == 9
     assert all(box.shape == BOX and box.clip(large.shape) == box for box in boxes)
-    assert all(len(large.grid.meeting(box)) > 1 for box in boxes[::2])
+    assert all(len(large.grid.overlapping(box)) > 1 for box in boxes[::2])
 
 
 def test_boxes_lie_in_what_was_wanted(run):
@@ -342,7 +342,7 @@ def test_boxes_lie_in_what_was_wanted(run):
     assert all(
         box.start[0] >= 100 and box.stop[0] <= 220 and box.start[1] >= 1400 and box.start[2] == 0 for box in boxes
     )
-    assert len(large.grid.meeting(boxes[0])) == 4  # the one corner in there; the boxes around it are one
+    assert len(large.grid.overlapping(boxes[0])) == 4  # the one corner in there; the boxes around it are one
 
 
 def test_a_path_is_named_where_the_table_is_missing(copy):

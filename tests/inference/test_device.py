@@ -59,9 +59,9 @@ def begun(em, networks, out, heads, **predict):
 def plainly(run, plane, box, wanted):
     """What a block holds, told a second time in numpy: a tile after the other, nothing shared with what is tested."""
     axes, grid = tiles.PLANES[plane], run.tile_grid(plane)
-    image = run.source.read(Box.whole(run.shape)).transpose(axes)
+    image = run.source.read(Box.from_shape(run.shape)).transpose(axes)
     depth, rows, columns = image.shape
-    turned = box.turned(axes)
+    turned = box.transpose(axes)
     out = np.zeros((len(run.heads), depth, rows, columns), np.uint8)
     kept = []
     for z in range(turned.start[0], turned.stop[0]):
@@ -117,8 +117,8 @@ def plainly(run, plane, box, wanted):
 )
 def test_torch_makes_the_bytes_that_numpy_makes(em, networks, tmp_path, heads, plane, box, masked, knobs):
     run = begun(em, networks, tmp_path / "run", heads, **knobs)
-    box = Box.parse(box) if box else Box.whole(run.shape)
-    shape = box.turned(tiles.PLANES[plane]).shape
+    box = Box.parse(box) if box else Box.from_shape(run.shape)
+    shape = box.transpose(tiles.PLANES[plane]).shape
     wanted = np.random.default_rng(1).random(shape) < 0.001 if masked else None
     out = np.zeros((heads, *shape), np.uint8)
     facts = pipeline._infer(run, plane, box, wanted, out, {})
@@ -133,7 +133,7 @@ def test_torch_makes_the_bytes_that_numpy_makes(em, networks, tmp_path, heads, p
 
 def test_blocks_agree_where_the_device_cuts_and_blends(em, networks, tmp_path):
     run = begun(em, networks, tmp_path / "run", 3)
-    whole = pipeline._probabilities(run, "xy", Box.whole(run.shape), {})[0]
+    whole = pipeline._probabilities(run, "xy", Box.from_shape(run.shape), {})[0]
     for box in map(Box.parse, ("0:2,0:70,0:90", "1:3,40:70,0:33", "3:4,7:9,50:90")):
         part = pipeline._probabilities(run, "xy", box, {})[0]
         np.testing.assert_array_equal(part, whole[(slice(None), *box.slices)])
@@ -143,7 +143,7 @@ def test_blocks_of_a_network_that_bins_agree_and_hold_what_numpy_makes(em, tmp_p
     """Tiles of 96 would be three squares of 32 by 32 squares of voxels: they are of 64."""
     run = begun(em, {2: network(tmp_path / "binned.safetensors", HEADS[:2], 2)}, tmp_path / "run", 2, tile=96)
     assert run.tile_grid("xy").size == (64, 64)
-    box = Box.whole(run.shape)
+    box = Box.from_shape(run.shape)
     whole = pipeline._probabilities(run, "xy", box, {})[0]
     assert len(np.unique(whole)) > 20
     np.testing.assert_array_equal(whole, plainly(run, "xy", box, None))

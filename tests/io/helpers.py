@@ -18,7 +18,7 @@ from volseg.errors import UserError
 from volseg.io import arrays, files, ome, volume
 
 SHAPE = (5, 40, 33)
-WHOLE = Box.whole(SHAPE)
+WHOLE = Box.from_shape(SHAPE)
 CUTS = [WHOLE, Box((2, 0, 0), (3, 40, 33)), Box((1, 7, 5), (4, 31, 33)), Box((4, 39, 32), (5, 40, 33))]
 
 
@@ -34,7 +34,7 @@ def voxels(dtype="uint8", shape=SHAPE, seed=0):
 def assert_reads(opened, data):
     """``opened`` holds ``data``: whole, in cuts, from threads and after pickling."""
     assert opened.shape == data.shape
-    cuts = [box for cut in (*CUTS, Box.whole(data.shape)) if (box := cut.clip(data.shape)).voxels]
+    cuts = [box for cut in (*CUTS, Box.from_shape(data.shape)) if (box := cut.clip(data.shape)).voxels]
     for box in cuts:
         got = opened.read(box)
         assert got.dtype == opened.dtype

@@ -77,7 +77,7 @@ def test_a_write_of_some_channels_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="whole shards"):
         arrays.write(
-            arrays.open_array(tmp_path / "r.zarr", "0"), Box.whole((4, 8, 8)), np.zeros((1, 4, 8, 8), np.uint8)
+            arrays.open_array(tmp_path / "r.zarr", "0"), Box.from_shape((4, 8, 8)), np.zeros((1, 4, 8, 8), np.uint8)
         )
 
 
@@ -104,7 +104,7 @@ def test_a_flipped_bit_in_a_run_is_found(tmp_path):
     raw[len(raw) // 3] ^= 1
     file.write_bytes(raw)
     with refused("box 0:20,0:30,0:40", "c/0/0/0"):
-        volume.open(tmp_path / "run.zarr", dataset="labels/instances/0").read(Box.whole((20, 30, 40)))
+        volume.open(tmp_path / "run.zarr", dataset="labels/instances/0").read(Box.from_shape((20, 30, 40)))
 
 
 def test_blocks_written_again_as_background_are_background(tmp_path):

@@ -311,7 +311,9 @@ def test_labels_of_64_bits_go_all_the_way(monkeypatch, reference, tmp_path):
     config = settings(**BOTH, blocks={"shape": (11, 75, 170)})
     labels = volume.open(segment_here(f"{reference}/0", tmp_path / "run.volseg.zarr", config).labels)
     assert labels.dtype == "uint64"
-    np.testing.assert_array_equal(labels.read(Box.whole(SHAPE)), volume.open(reference).read(Box.whole(SHAPE)))
+    np.testing.assert_array_equal(
+        labels.read(Box.from_shape(SHAPE)), volume.open(reference).read(Box.from_shape(SHAPE))
+    )
     assert zarr.open_array(f"{tmp_path}/run.volseg.zarr/labels/instances/1", mode="r").dtype == np.uint64
     assert verify(f"{tmp_path}/run.volseg.zarr", boxes=1).ok
 
@@ -319,7 +321,9 @@ def test_labels_of_64_bits_go_all_the_way(monkeypatch, reference, tmp_path):
 def test_ids_beyond_32_bits_are_counted_and_made_coarser(tmp_path):
     label = np.array([0, 2**32 + 7, 2**53 + 1, 2**53 + 2], np.uint64)
     region = np.random.default_rng(0).integers(0, 4, (4, 6, 8)).astype(np.uint32)
-    sums = objects.measure(region, label, np.full(region.shape, 200, np.uint8), Box.whole(region.shape), [None] * 3)
+    sums = objects.measure(
+        region, label, np.full(region.shape, 200, np.uint8), Box.from_shape(region.shape), [None] * 3
+    )
     table = objects.objects_table(objects.merge([sums]), region.shape, (1.0, 1.0, 1.0))
     assert table["id"].tolist() == label[1:].tolist()
     assert table["voxels"].tolist() == [np.count_nonzero(region == i) for i in (1, 2, 3)]

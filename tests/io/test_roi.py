@@ -26,7 +26,7 @@ SHAPE = (7, 70, 90)
 @pytest.fixture(scope="module")
 def em(tmp_path_factory):
     """A synthetic volume, black in the last tile of its sections 2 to 6. Tests must not change it."""
-    image = synth(Box.whole(SHAPE), seed=12)[0]
+    image = synth(Box.from_shape(SHAPE), seed=12)[0]
     image[2:, :, 26:] = 0
     return write_volume(str(tmp_path_factory.mktemp("em") / "em.zarr"), image)
 
@@ -110,7 +110,7 @@ def test_probabilities_from_elsewhere_are_masked_too(plain, mask, tmp_path):
     out = str(tmp_path / "run.zarr")
     launch.segment_probabilities(f"{plain[0].out}/0", out, config, overwrite=False, show=Quiet())
     run = Run.from_json(json.loads(files.read_bytes(out, "run.json")))
-    want = run.wanted.read(Box.whole(SHAPE))
+    want = run.wanted.read(Box.from_shape(SHAPE))
     np.testing.assert_array_equal(probabilities(out), probabilities(plain[0].out) * want)
 
 
@@ -160,7 +160,7 @@ def test_a_coarse_mask_is_its_nearest_voxel(data):
         def read(self, box):
             return voxels[box.slices].astype(np.uint8)
 
-    found = RegionOfInterest(Box.whole(shape), InMemory("", "zarr", small, "uint8", None, small), factor)
+    found = RegionOfInterest(Box.from_shape(shape), InMemory("", "zarr", small, "uint8", None, small), factor)
     at = np.ix_(*(np.arange(a, b) // f for a, b, f in zip(box.start, box.stop, factor, strict=True)))
     np.testing.assert_array_equal(found.read(box), voxels[at])
     assert found.meets(box) == voxels[at].any()

@@ -46,7 +46,7 @@ def test_a_file_replaced_by_another_is_read_anew(tmp_path):
         tifffile.imwrite(tmp_path / "v.tif", data)
         for name in ("v.zarr", "v.tif"):
             opened = volume.open(tmp_path / name)
-            np.testing.assert_array_equal(opened.read(Box.whole(data.shape)), data)
+            np.testing.assert_array_equal(opened.read(Box.from_shape(data.shape)), data)
 
 
 @pytest.fixture(scope="module")

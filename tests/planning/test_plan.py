@@ -12,7 +12,7 @@ from tests.helpers import Quiet, digest, run_stages, settings, write_volume
 from volseg import api as launch
 from volseg import cli
 from volseg import system as machine
-from volseg.box import turned
+from volseg.box import transpose_axes
 from volseg.config import Config
 from volseg.engine import cluster
 from volseg.engine.run import Run, blocks, redundancy, with_full_batches
@@ -71,11 +71,14 @@ def test_blocks_are_cut_until_they_fit(tmp_path, shape, room):
 def test_blocks_on_a_gpu_fill_its_batches(tmp_path, shape, planes, gpus, deep):
     run = unread(shape, tmp_path, predict={"tile": 1280, "overlap": 64, "planes": planes})
     run = with_full_batches(replace(run, engine={**ENGINE, "device": "cuda", "batch": 8}), gpus)
-    found = {p: turned(run.pass_grid(p).block if run.passes else run.predict_block, tiles.PLANES[p])[0] for p in planes}
+    found = {
+        p: transpose_axes(run.pass_grid(p).block if run.passes else run.predict_block, tiles.PLANES[p])[0]
+        for p in planes
+    }
     assert found == deep
     for plane, depth in found.items():
         grid = run.tile_grid(plane)
-        sections, *section = turned(shape, tiles.PLANES[plane])
+        sections, *section = transpose_axes(shape, tiles.PLANES[plane])
         each = len(grid.meeting(*(slice(0, n) for n in section)))
         slots = sum(-(-min(depth, sections - z) * each // 8) * 8 for z in range(0, sections, depth))
         assert sections * each / slots > 0.9 or sections < 8

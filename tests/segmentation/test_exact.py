@@ -387,7 +387,7 @@ def test_heights_do_not_see_the_blocks(seed, smooth, height, distance, contour, 
     rng = np.random.default_rng(seed)
     probability = rng.choice(np.array([0, 100, 130, 200, 255], np.uint8), (3, *shape), p=[0.3, 0.1, 0.2, 0.2, 0.2])
     knobs = Fragments(smooth=smooth, contour=contour, threshold=0.4, height=height, **distance)
-    whole = block_heights(probability, Box.whole(shape), shape, knobs, voxel_size_nm)
+    whole = block_heights(probability, Box.from_shape(shape), shape, knobs, voxel_size_nm)
     block = tuple(data.draw(st.integers(1, n)) for n in shape)
     for box in Blocks(shape, block):
         have = box.grow(height_halo(knobs, voxel_size_nm)).clip(shape)
@@ -411,7 +411,7 @@ def test_heights_are_what_their_definition_says():
     inside = level >= np.ceil(0.4 * 255 * 64)
     squared = np.minimum(np.rint(ndimage.distance_transform_edt(inside) ** 2), 16)
     want = np.where(inside, (255 * 64 - level) * 17 + 16 - squared, OUTSIDE)
-    got = block_heights(probability, Box.whole(shape), shape, knobs)[1:-1, 1:-1, 1:-1]
+    got = block_heights(probability, Box.from_shape(shape), shape, knobs)[1:-1, 1:-1, 1:-1]
     np.testing.assert_array_equal(got, want)
 
 
@@ -434,7 +434,7 @@ def test_heights_of_long_rows_are_what_their_definition_says(seed, smooth, conto
     level, inside = (_smoothed(field, smooth) for field in (probability[0], less))
     want = np.where(level >= np.ceil(0.4 * 255 * 64), 255 * 64 - inside, OUTSIDE)
     block = tuple(data.draw(st.integers(1, n)) for n in shape)
-    for box in [Box.whole(shape), *Blocks(shape, block)]:
+    for box in [Box.from_shape(shape), *Blocks(shape, block)]:
         have = box.grow(height_halo(knobs)).clip(shape)
         got = block_heights(probability[(slice(None), *have.slices)], box, shape, knobs)
         np.testing.assert_array_equal(got[1:-1, 1:-1, 1:-1], want[box.slices])
@@ -463,7 +463,9 @@ def test_distances_in_nm_are_those_of_scipy(voxel_size_nm):
     knobs = Fragments(smooth=(0, 0, 0), distance_nm=45, threshold=0.4)
     around = distance_unit(knobs, voxel_size_nm)
     inside = mask >= np.ceil(0.4 * 255)
-    got = block_heights(np.stack([mask] * 2), Box.whole(mask.shape), mask.shape, knobs, voxel_size_nm)[1:-1, 1:-1, 1:-1]
+    got = block_heights(np.stack([mask] * 2), Box.from_shape(mask.shape), mask.shape, knobs, voxel_size_nm)[
+        1:-1, 1:-1, 1:-1
+    ]
     assert (inside == (got != OUTSIDE)).all()
     far = around.cap**2 - got[inside] % (around.cap**2 + 1)
     exact = ndimage.distance_transform_edt(inside, sampling=around.spacing)[inside]
@@ -475,7 +477,7 @@ def test_distances_in_nm_are_those_of_scipy(voxel_size_nm):
 
 def test_cubes_have_the_same_distance_in_nm_as_in_voxels():
     mask = np.stack([blobs(7, (8, 13, 11))] * 2)
-    box, shape = Box.whole(mask.shape[1:]), mask.shape[1:]
+    box, shape = Box.from_shape(mask.shape[1:]), mask.shape[1:]
     for height in ("probability", "distance"):
         voxels, nm = (Fragments(height=height, contour=0.3, **d) for d in ({"distance": 4}, {"distance_nm": 33}))
         np.testing.assert_array_equal(
@@ -501,7 +503,7 @@ def test_each_height_is_low_where_its_evidence_is_strong(height, first):
     mask = np.array([0, 200, 250, 250, 250, 200, 0], np.uint8)
     probability = np.stack([mask, [0, 50, 0, 0, 0, 50, 0], [0, 30, 60, 90, 60, 30, 0]]).reshape(3, 1, 1, 7)
     knobs = Fragments(smooth=(0, 0, 0), distance=2, height=height)
-    got = block_heights(probability.astype(np.uint8), Box.whole((1, 1, 7)), (1, 1, 7), knobs)[1, 1, 2:4]
+    got = block_heights(probability.astype(np.uint8), Box.from_shape((1, 1, 7)), (1, 1, 7), knobs)[1, 1, 2:4]
     if height == "distance":
         assert got.tolist() == [(4 - first[0]) * 16321 + 64 * (255 - 150), (4 - first[1]) * 16321 + 64 * (255 - 250)]
     else:
@@ -517,7 +519,7 @@ def test_a_seed_is_where_the_evidence_reaches_its_share(height, channel):
         probability = 255 - probability
         probability[0] = 255
     knobs = Fragments(smooth=(0, 0, 0), distance=3, height=height, threshold=0.0)
-    got = block_heights(probability, Box.whole((1, 1, 5)), (1, 1, 5), knobs)[1, 1, 1:-1]
+    got = block_heights(probability, Box.from_shape((1, 1, 5)), (1, 1, 5), knobs)[1, 1, 1:-1]
     assert (got <= seed_height(0.6, knobs)).tolist() == [False, False, True, True, True]
 
 
@@ -526,7 +528,7 @@ def test_a_seed_of_the_distance_is_a_share_of_its_cap():
     probability = np.full((2, 1, 1, 25), [[[[255]]], [[[0]]]], np.uint8)
     probability[0, 0, 0, [0, -1]] = 0
     knobs = Fragments(smooth=(0, 0, 0), distance=10, height="distance")
-    got = block_heights(probability, Box.whole((1, 1, 25)), (1, 1, 25), knobs)[1, 1, 1:-1]
+    got = block_heights(probability, Box.from_shape((1, 1, 25)), (1, 1, 25), knobs)[1, 1, 1:-1]
     assert np.flatnonzero(got <= seed_height(0.6, knobs)).tolist() == list(range(6, 19))
 
 

@@ -31,7 +31,7 @@ def volume_with_cavities():
 
 
 def labels(out):
-    return volume.open(str(out), dataset="labels/instances/0").read(Box.whole(SHAPE))
+    return volume.open(str(out), dataset="labels/instances/0").read(Box.from_shape(SHAPE))
 
 
 def sets(*more):
@@ -99,7 +99,7 @@ def test_a_label_in_a_cavity_that_must_not_have_it_is_found(run):
     holes, _ = ndimage.label(sound == 0)
     small = next(n for n in np.unique(holes[box.slices])[1:] if 5 < np.count_nonzero(holes == n) < 60)
     label = int(np.setdiff1d(sound[ndimage.binary_dilation(holes == small)], 0)[0])
-    arrays.write(array, Box.whole(SHAPE), np.where(holes == small, label, sound).astype(sound.dtype))
+    arrays.write(array, Box.from_shape(SHAPE), np.where(holes == small, label, sound).astype(sound.dtype))
     found = verify(run)
-    arrays.write(array, Box.whole(SHAPE), sound)
+    arrays.write(array, Box.from_shape(SHAPE), sound)
     assert {"mask", "ids", "table"} <= {name for box in found.boxes for name, count in box.wrong.items() if count}

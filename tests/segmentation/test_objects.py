@@ -198,7 +198,7 @@ def test_blocks_and_boxes_are_consistent():
     for i, box in enumerate(grid):
         count[box.slices] += 1
         assert grid.index(grid.coords(i)) == i
-        assert i in grid.meeting(box)
+        assert i in grid.overlapping(box)
         assert all(i in grid.neighbors(j) for j in grid.neighbors(i))
     assert np.all(count == 1)
     assert Box.parse(str(grid[3])) == grid[3]

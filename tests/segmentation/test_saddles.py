@@ -90,7 +90,7 @@ def test_confidence_is_the_depth_below_the_lowest_saddle():
 def test_a_runs_table_holds_every_pair_of_objects_that_touch(reference):
     table = pandas.read_parquet(f"{reference}/tables/merges.parquet")
     labels = volume.open(reference, dataset="labels/instances/0")
-    ids = labels.read(Box.whole(labels.shape)).astype(np.int64)
+    ids = labels.read(Box.from_shape(labels.shape)).astype(np.int64)
     want = set()
     for axis in range(3):
         near, far = (np.delete(ids, end, axis).ravel() for end in (-1, 0))

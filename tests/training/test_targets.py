@@ -47,7 +47,7 @@ def test_sections_that_mix_one_bit_and_eight_bit_are_one_mask(objects):
 
 def test_the_published_vnc_labels_are_one_mask(shared_data):
     stack = volume.open(shared_data / "vnc" / "mitochondria")
-    labels, note = normalize_labels(stack.read(Box.whole(stack.shape)))
+    labels, note = normalize_labels(stack.read(Box.from_shape(stack.shape)))
     assert note["kind"] == "mask"
     assert note["values"] == {1: 3, 255: 17}
     assert (labels != 0).mean() == pytest.approx(0.0539, abs=1e-4)

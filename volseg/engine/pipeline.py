@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from volseg.box import Box, back, turned
+from volseg.box import Box, inverse_axes, transpose_axes
 from volseg.engine import cluster
 from volseg.engine.run import Run, bits, level_of, tiles_of
 from volseg.errors import OutOfMemoryError, UserError
@@ -86,7 +86,7 @@ def _probabilities(run: Run, plane: str, box: Box, seconds: dict[str, float]) ->
         return out, {"inferred": 0, "device": 0.0}
     with cluster.timed(seconds, "read"):
         wanted = run.wanted_in(core, plane)
-    inside = out[(slice(None), *core.inside(box))].transpose(0, *(1 + a for a in tiles.PLANES[plane]))
+    inside = out[(slice(None), *core.slices_within(box))].transpose(0, *(1 + a for a in tiles.PLANES[plane]))
     facts = _infer(run, plane, core, wanted, inside, seconds)
     if wanted is not None:
         inside *= wanted
@@ -104,7 +104,7 @@ def _infer(
     seconds in which the device computed, and the bytes that it was sent and that were fetched from it.
     """
     grid = run.tile_grid(plane)
-    first, y, x = box.turned(tiles.PLANES[plane]).slices
+    first, y, x = box.transpose(tiles.PLANES[plane]).slices
     todo = tiles_of(run, plane, box, wanted)
     device = backends.device(run.engine["backend"], cluster.place_here())
     with cluster.timed(seconds, "read"):
@@ -159,11 +159,11 @@ def slab(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> tile
     """The source under some tiles of the sections of ``box``, with neighboring sections, read at once."""
     axes, grid, around = tiles.PLANES[plane], run.tile_grid(plane), run.sections // 2
     places = [grid.place(tile) for tile in meeting]
-    seen = box.turned(axes)
+    seen = box.transpose(axes)
     start = (seen.start[0] - around, min(p[0].start for p in places), min(p[1].start for p in places))
     stop = (seen.stop[0] + around, max(p[0].stop for p in places), max(p[1].stop for p in places))
-    need = Box(start, stop).clip(turned(run.shape, axes))
-    voxels = np.ascontiguousarray(run.source.read(need.turned(back(axes))).transpose(axes))
+    need = Box(start, stop).clip(transpose_axes(run.shape, axes))
+    voxels = np.ascontiguousarray(run.source.read(need.transpose(inverse_axes(axes))).transpose(axes))
     return tiles.Slab(voxels, need.start, around, run.shape[axes[0]])
 
 
@@ -174,7 +174,7 @@ def take(run: Run, i: int, seconds: dict[str, float]) -> None:
         out = np.zeros((len(run.heads), *box.shape), np.uint8)
         core = run.core(box)
         if core.voxels and run.any_wanted(core):
-            inside = out[(slice(None), *core.inside(box))]
+            inside = out[(slice(None), *core.slices_within(box))]
             inside[:] = [channel.read(core) for channel in run.taken]
             if (wanted := run.wanted_in(core)) is not None:
                 inside *= wanted
@@ -191,7 +191,7 @@ def fragments(run: Run, i: int, seconds: dict[str, float]) -> None:
         probability = np.asarray(arrays.open_array(run.out, "0")[(slice(None), *have.slices)])
     with cluster.timed(seconds, "basins"):
         height = block_heights(probability, box, run.shape, knobs, run.voxel_size_nm)
-        mass = np.ascontiguousarray(probability[0][box.inside(have)])
+        mass = np.ascontiguousarray(probability[0][box.slices_within(have)])
         region, table = watershed_block(height, mass, box, run.shape, knobs.connectivity)
     with cluster.timed(seconds, "write"):
         arrays.write(arrays.open_array(run.out, "work/fragments"), box, region)
@@ -326,7 +326,7 @@ def numbered(run: Run, layer: int, seconds: dict[str, float]) -> dict:
     box = run.layers[layer]
     begin, end = (z * run.shape[1] * run.shape[2] for z in (box.start[0], box.stop[0]))
     places = [
-        (k, n) for k in range(hierarchy.top_level(run.grid) + 1) for n in hierarchy.parts(run.grid, k).meeting(box)
+        (k, n) for k in range(hierarchy.top_level(run.grid) + 1) for n in hierarchy.parts(run.grid, k).overlapping(box)
     ]
     stored = store.load_each(run.out, [f"work/tree/{k}/first/{n}.npz" for k, n in places])
     firsts = [first[slice(*np.searchsorted(first, (begin, end)))] for first in (s["first"] for s in stored)]
@@ -453,7 +453,7 @@ def coarser(run: Run, i: int, seconds: dict[str, float], level: int) -> dict:
     box = run.level_grid(level)[i]
     parent = pyramid.parent_box(box, factor, above)
     stage = f"pyramid{level - 1}" if level > 1 else "relabel"
-    stamps = [_read_stamp(run, stage, j) for j in run.level_grid(level - 1).meeting(parent)]
+    stamps = [_read_stamp(run, stage, j) for j in run.level_grid(level - 1).overlapping(parent)]
 
     def make() -> None:
         with cluster.timed(seconds, "read"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from volseg.box import Blocks, Box, Triple, back, turned
+from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
 from volseg.config import Config
 from volseg.errors import UserError
 from volseg.inference import tiles
@@ -87,12 +87,12 @@ class Run:
         if plane in self.pass_blocks:
             return Blocks(self.shape, self.pass_blocks[plane])
         axes = tiles.PLANES[plane]
-        slab = turned(slabs(turned(self.shape, axes), self.source.chunk[axes[0]]), back(axes))
+        slab = transpose_axes(slabs(transpose_axes(self.shape, axes), self.source.chunk[axes[0]]), inverse_axes(axes))
         return Blocks(self.shape, fit(self.config.blocks.shape or slab, self.shape))
 
     def tile_grid(self, plane: str) -> tiles.Grid:
         """The tiles of every section of a pass: a function of the volume's shape."""
-        section, knobs = turned(self.shape, tiles.PLANES[plane])[1:], self.config.predict
+        section, knobs = transpose_axes(self.shape, tiles.PLANES[plane])[1:], self.config.predict
         return tiles.grid(section, knobs.tile, knobs.overlap, self.binning)
 
     def core(self, box: Box) -> Box:
@@ -287,11 +287,11 @@ def with_full_batches(run: Run, gpus: int) -> Run:
 def _filling(run: Run, plane: str, gpus: int) -> Triple:
     axes = tiles.PLANES[plane]
     sections = run.shape[axes[0]]
-    depth, rows, columns = turned(run.pass_grid(plane).block if run.passes else run.predict_block, axes)
+    depth, rows, columns = transpose_axes(run.pass_grid(plane).block if run.passes else run.predict_block, axes)
     each = len(run.tile_grid(plane).meeting(slice(0, rows), slice(0, columns)))
     whole = run.batch // gcd(run.batch, each)  # sections whose tiles fill batches
     depth = max(depth, min(-(-BATCHES * run.batch // each), -(-sections // (4 * gpus))))
-    return turned((min(-(-depth // whole) * whole, sections), rows, columns), back(axes))
+    return transpose_axes((min(-(-depth // whole) * whole, sections), rows, columns), inverse_axes(axes))
 
 
 def _target(shape: Triple) -> int:
@@ -317,7 +317,7 @@ def tiles_of(run: Run, plane: str, box: Box, wanted: np.ndarray | None) -> list[
     ``wanted`` says which of its voxels are wanted, in the axes of the pass (None: all). A tile that holds none of them
     in the box gives none of them anything, so leaving it out changes none.
     """
-    first, y, x = box.turned(tiles.PLANES[plane]).slices
+    first, y, x = box.transpose(tiles.PLANES[plane]).slices
     grid = run.tile_grid(plane)
     meeting = grid.meeting(y, x)
     every = [(z, tile) for z in range(first.start, first.stop) for tile in meeting]
@@ -341,7 +341,7 @@ def _tiles(run: Run, plane: str, grid: Blocks) -> int:
         found = sum(len(tiles_of(run, plane, box, run.wanted_in(box, plane))) for box in boxes)
         return found * count // len(some)
     axes, laid = tiles.PLANES[plane], run.tile_grid(plane)
-    want = run.core(Box.whole(run.shape))
+    want = run.core(Box.from_shape(run.shape))
     found = want.shape[axes[0]]
     for k, axis in zip(axes[1:], (laid.y, laid.x), strict=True):
         a, b, step = want.start[k], want.stop[k], grid.block[k]

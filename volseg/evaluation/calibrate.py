@@ -75,7 +75,7 @@ def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins,
             f"tree (volseg segment {run} --set stitch.reduce=flat makes them in one process)"
         )
     old = stored_run(run)
-    box = box or Box.whole(old.shape)
+    box = box or Box.from_shape(old.shape)
     if not box.voxels or box.clip(old.shape) != box:
         raise UserError(f"box {box} is empty or leaves the run of shape {old.shape} (z y x); give one inside it")
     read = evaluate.truth_in(truth, old.shape, box)
@@ -84,7 +84,7 @@ def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins,
         raise UserError(f"the basins of {run} are of an earlier volseg: make them anew with volseg segment {run}")
     basins = stitch.Basins(**{name: stored[name] for name in stitch.Basins.__dataclass_fields__})
     total = Contingency.empty()
-    for i in old.grid.meeting(box):
+    for i in old.grid.overlapping(box):
         part = old.grid[i].intersect(box)
         total += Contingency.of(read(part), _numbered(run, old, i, part, basins.minimum.size))
     outside = holes.Holes(**_stored(run, "work/voids.npz")) if old.fills else None
@@ -97,7 +97,7 @@ def _numbered(path: str, run: Run, i: int, part: Box, basins: int) -> np.ndarray
     regions, of = arrays.open_array(path, "work/fragments"), _stored(path, f"work/labels/{i}.npz")
     if not run.fills:
         return np.r_[0, 1 + of["basin"]][np.asarray(regions[part.slices])]
-    place = holes.number_holes(np.asarray(regions[run.grid[i].slices]))[part.inside(run.grid[i])]
+    place = holes.number_holes(np.asarray(regions[run.grid[i].slices]))[part.slices_within(run.grid[i])]
     return np.r_[0, 1 + of["basin"], 1 + basins + of["void"]][place]
 
 

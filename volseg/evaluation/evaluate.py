@@ -119,7 +119,7 @@ def _block(shape: Triple, chunks: Iterable[Triple], voxels: int = BLOCK_VOXELS) 
 def _boxes(sides: tuple[_Side, _Side], shape: Triple, box: Box) -> list[Box]:
     """The evaluated box cut along the blocks of the frame."""
     grid = Blocks(shape, _block(shape, [side.volume.chunk for side in sides]))
-    return [grid[i].intersect(box) for i in grid.meeting(box)]
+    return [grid[i].intersect(box) for i in grid.overlapping(box)]
 
 
 def _count(read_truth: Read, read_pred: Read, boxes: list[Box]) -> Contingency:
@@ -148,9 +148,9 @@ def _components(read: Read, boxes: list[Box], box: Box) -> Read:
     """Reads the 26-connected components of what ``read`` gives above 0 in ``box``; holds the whole box in memory."""
     mask = np.zeros(box.shape, bool)
     for part in boxes:
-        mask[part.inside(box)] = read(part) > 0
+        mask[part.slices_within(box)] = read(part) > 0
     labels = label(mask, connectivity=3)
-    return lambda part: labels[part.inside(box)]
+    return lambda part: labels[part.slices_within(box)]
 
 
 def evaluate(pred: str, truth: str, *, box: Box | None = None, iou: float = 0.5) -> dict:
@@ -179,7 +179,7 @@ def evaluate(pred: str, truth: str, *, box: Box | None = None, iou: float = 0.5)
     """
     check_threshold(iou)
     pred_side, truth_side, shape = _place(_open(pred), _open(truth), box)
-    box = box or Box.whole(shape)
+    box = box or Box.from_shape(shape)
     if not box.voxels or box.clip(shape) != box:
         raise UserError(f"box {box} is empty or leaves the volume of shape {shape} (z y x); give one inside it")
     boxes = _boxes((pred_side, truth_side), shape, box)

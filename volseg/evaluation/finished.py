@@ -63,7 +63,7 @@ class FinishedRun:
     @property
     def roi(self) -> Box:
         """The part of the volume that the run was told to do."""
-        return Box.parse(self.config.input.roi) if self.config.input.roi else Box.whole(self.shape)
+        return Box.parse(self.config.input.roi) if self.config.input.roi else Box.from_shape(self.shape)
 
     @property
     def rules(self) -> Rules:

@@ -106,7 +106,7 @@ def heights(run: FinishedRun, probability: np.ndarray, box: Box) -> np.ndarray:
 
 def inner(run: FinishedRun, field: np.ndarray, box: Box) -> np.ndarray:
     """The voxels of ``box`` of a field that holds its halo too."""
-    return np.ascontiguousarray(field[box.inside(box.grow(run.halo).clip(run.shape))])
+    return np.ascontiguousarray(field[box.slices_within(box.grow(run.halo).clip(run.shape))])
 
 
 def first_voxel(wrong: np.ndarray, box: Box) -> list[int]:
@@ -123,8 +123,8 @@ def _heights_differ(run: FinishedRun, box: Box, probability: np.ndarray, height:
     for part in Blocks(box.shape, (THIN[0] + halo[0], THIN[1] + halo[1], box.shape[2])):
         piece = part.shift(box.start)
         needed = piece.grow(halo).clip(run.shape)
-        cut = heights(run, probability[(slice(None), *needed.inside(padded))], piece)
-        expected = height[piece.grow(1).inside(box.grow(1))]
+        cut = heights(run, probability[(slice(None), *needed.slices_within(padded))], piece)
+        expected = height[piece.grow(1).slices_within(box.grow(1))]
         out[part.slices] = (cut != expected)[1:-1, 1:-1, 1:-1]
     return out
 
@@ -145,7 +145,7 @@ def _against_work(
     ends = np.unravel_index(table.root, run.shape)
     index = tuple(np.clip(a - b, 0, n - 1) for a, b, n in zip(ends, padded.start, padded.shape, strict=True))
     expected = np.r_[-1, np.where(table.is_exit, root[index], table.root)]
-    core = box.inside(padded)
+    core = box.slices_within(padded)
     return {"basins": root[core] != expected[region], "ids": mapped[core] != label.astype(np.int64)}
 
 
@@ -157,13 +157,13 @@ def _stored_basins(run: FinishedRun, box: Box) -> tuple[np.ndarray, np.ndarray]:
     drains_of = lru_cache(CACHED_BLOCKS)(lambda j: run.links(j).drains)
     region = run.regions(box)
     root, mapped = np.empty(box.shape, np.int64), np.empty(box.shape, np.int64)
-    for j in grid.meeting(box):
-        part = grid[j].intersect(box).inside(box)
+    for j in grid.overlapping(box):
+        part = grid[j].intersect(box).slices_within(box)
         used, index = np.unique(region[part], return_inverse=True)
         root[part] = _minima(j, used.astype(np.int64), table_of, drains_of)[index.reshape(region[part].shape)]
         place = region[part]
         if run.fills:
-            place = holes.number_holes(run.regions(grid[j]))[grid[j].intersect(box).inside(grid[j])]
+            place = holes.number_holes(run.regions(grid[j]))[grid[j].intersect(box).slices_within(grid[j])]
         ids = np.r_[run.block_labels(j)["label"].astype(np.int64), -2]
         mapped[part] = ids[np.minimum(place, ids.size - 1)]
     return root, mapped

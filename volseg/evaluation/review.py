@@ -111,8 +111,8 @@ def sides(found: Reviewed, i: int, box: Box) -> np.ndarray:
     part = parts(found.basins, Rules.from_config(found.run.config, found.run.voxel_size_nm), found.rows[i])
     region = np.asarray(arrays.open_array(found.path, "work/fragments")[box.slices])
     out = np.zeros(region.shape, np.int64)
-    for j in found.run.grid.meeting(box):
-        inside = found.run.grid[j].intersect(box).inside(box)
+    for j in found.run.grid.overlapping(box):
+        inside = found.run.grid[j].intersect(box).slices_within(box)
         basin = _arrays(found.path, f"work/labels/{j}.npz")["basin"]
         out[inside] = np.r_[0, part[basin]][region[inside]]
     return out[0]

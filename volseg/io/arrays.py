@@ -224,7 +224,7 @@ def _drop_shards(array: zarr.Array, box: Box) -> bool:
         return False
     lead = array.ndim - 3
     grid = Blocks(array.shape[lead:], (array.shards or array.chunks)[lead:])
-    keys = [array.metadata.encode_chunk_key((0,) * lead + grid.coords(i)) for i in grid.meeting(box)]
+    keys = [array.metadata.encode_chunk_key((0,) * lead + grid.coords(i)) for i in grid.overlapping(box)]
     files = [file for key in keys if (file := Path(array.store.root, array.path, key)).exists()]
     for file in files:
         file.unlink()

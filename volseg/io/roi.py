@@ -46,7 +46,7 @@ class RegionOfInterest:
         out = np.zeros(box.shape, bool)
         inside = self.roi.intersect(box)
         if inside.voxels:
-            out[inside.inside(box)] = self._masked(inside)
+            out[inside.slices_within(box)] = self._masked(inside)
         return out
 
     def meets(self, box: Box) -> bool:
@@ -95,7 +95,7 @@ def find(settings: Input, shape: Triple, voxel_size_nm: tuple[float, float, floa
     """
     if not settings.mask and not settings.roi:
         return None
-    box = Box.parse(settings.roi) if settings.roi else Box.whole(shape)
+    box = Box.parse(settings.roi) if settings.roi else Box.from_shape(shape)
     if box.clip(shape) != box:
         shown = shape_text(shape)
         raise UserError(f"input.roi = {box} leaves the volume, whose shape is {shown} z y x; give a box inside it")

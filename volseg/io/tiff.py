@@ -146,7 +146,9 @@ class Pages:
             both = want.intersect(have)
             if both.voxels:
                 data = decode(z, i)
-                plane[both.inside(want)[1:]] = 0 if data is None else data[both.inside(have)[1:]][..., sample]
+                plane[both.slices_within(want)[1:]] = (
+                    0 if data is None else data[both.slices_within(have)[1:]][..., sample]
+                )
 
     def _segments(self, z: int) -> Iterator[tuple[int, Box]]:
         """Number and box of each strip or tile of page ``z``."""

@@ -160,7 +160,7 @@ def _damaged_chunk(volume: Volume, array: zarr.Array, box: Box) -> str:
     space, stored = ome.space_axes(array.ndim, volume.channel_axis), array.shards or array.chunks
     grid = Blocks(volume.shape, tuple(stored[axis] for axis in space))
     row = 0 if volume.channel_axis is None else volume.channel // stored[volume.channel_axis]
-    for i in grid.meeting(box):
+    for i in grid.overlapping(box):
         try:
             array[_index(volume, array.ndim, grid[i].intersect(box).slices)]
         except Exception:  # the caller tells the cause

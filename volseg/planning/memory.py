@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 
-from volseg.box import Blocks, Box, Triple, back, turned
+from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
 from volseg.engine.run import Run, fit
 from volseg.inference import tiles
 from volseg.segmentation.heights import height_halo
@@ -88,7 +88,7 @@ def source_bytes(run: Run, plane: str, grid: Blocks) -> int:
 
 def _core(run: Run, plane: str, grid: Blocks) -> Triple:
     """The shape of what a block of a pass infers at most, in the axes of the pass."""
-    return turned(fit(grid.block, run.core(Box.whole(run.shape)).shape), tiles.PLANES[plane])
+    return transpose_axes(fit(grid.block, run.core(Box.from_shape(run.shape)).shape), tiles.PLANES[plane])
 
 
 def _covered(axis: tiles.Axis, step: int) -> int:
@@ -129,8 +129,8 @@ def with_blocks_that_fit(run: Run, room: int, threads: int, tasks: int = 1, engi
 
     for stage, plane in run.passes.items():
         axes = tiles.PLANES[plane]
-        for block in _smaller(turned(run.pass_grid(plane).block, axes)):
-            run = replace(run, pass_blocks={**run.pass_blocks, plane: turned(block, back(axes))})
+        for block in _smaller(transpose_axes(run.pass_grid(plane).block, axes)):
+            run = replace(run, pass_blocks={**run.pass_blocks, plane: transpose_axes(block, inverse_axes(axes))})
             if fits(stage)(run):
                 break
     for block in _smaller(run.predict_block):

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from volseg import system as machine
-from volseg.box import Box, Triple, back, turned
+from volseg.box import Box, Triple, inverse_axes, transpose_axes
 from volseg.config import Fragments
 from volseg.engine import cluster, pipeline
 from volseg.engine import forkserver as prefork
@@ -152,8 +152,8 @@ def _read_bytes(run: Run) -> int:
     if run.taken:
         return sum(prod(run.shape) * np.dtype(channel.source.dtype).itemsize for channel in run.taken if channel.source)
     grids = {plane: run.pass_grid(plane) for plane in run.passes.values()} or {"xy": run.predict_grid}
-    core = run.core(Box.whole(run.shape))
-    return sum(memory.source_bytes(run, plane, grid) * len(grid.meeting(core)) for plane, grid in grids.items())
+    core = run.core(Box.from_shape(run.shape))
+    return sum(memory.source_bytes(run, plane, grid) * len(grid.overlapping(core)) for plane, grid in grids.items())
 
 
 def _written_bytes(run: Run, rates: Rates) -> int:
@@ -336,8 +336,8 @@ def _sample(run: Run) -> np.ndarray:
     """A tile of consecutive sections from the middle of what is wanted, as the network takes it: (n, sections, Y, X)."""
     plane = run.config.predict.planes[0]
     axes, grid = tiles.PLANES[plane], run.tile_grid(plane)
-    depth, rows, columns = turned(run.shape, axes)
-    want = run.core(Box.whole(run.shape)).turned(axes)
+    depth, rows, columns = transpose_axes(run.shape, axes)
+    want = run.core(Box.from_shape(run.shape)).transpose(axes)
     z, y, x = ((a + b) // 2 for a, b in zip(want.start, want.stop, strict=True))
     tile = grid.meeting(slice(y, y + 1), slice(x, x + 1))[0]
     place = grid.place(tile)
@@ -346,7 +346,7 @@ def _sample(run: Run) -> np.ndarray:
     box = Box(
         (first, place[0].start, place[1].start), (first + count, min(place[0].stop, rows), min(place[1].stop, columns))
     )
-    slab = pipeline.slab(run, plane, box.turned(back(axes)), [tile])
+    slab = pipeline.slab(run, plane, box.transpose(inverse_axes(axes)), [tile])
     found = np.zeros((count, run.sections, *grid.size), np.float32)
     for k, one in enumerate(found):
         slab.cut(first + k, place, one, scale(run.mean, run.std))
@@ -425,7 +425,7 @@ def _instances(probability: np.ndarray, knobs: Fragments, voxel_size_nm: tuple) 
     from numcodecs import Zstd
 
     shape = probability.shape[1:]
-    box, mass = Box.whole(shape), np.ascontiguousarray(probability[0])
+    box, mass = Box.from_shape(shape), np.ascontiguousarray(probability[0])
     for _ in range(2):  # numba may compile in the first
         start = time.perf_counter()
         height = block_heights(probability, box, shape, knobs, voxel_size_nm)

@@ -131,8 +131,8 @@ def block_heights(
     missing = [(h - f, g - e) for f, h, e, g in zip(full.start, have.start, have.stop, full.stop, strict=True)]
     padded = np.pad(probability, [(0, 0), *missing], mode="edge") if np.any(missing) else probability
     fits = full.grow(tuple(-p for p in settings.smooth))
-    out = _block_heights(padded, fits.clip(shape).inside(fits), settings, around)
-    return np.ascontiguousarray(out[box.grow(1).inside(fits)])
+    out = _block_heights(padded, fits.clip(shape).slices_within(fits), settings, around)
+    return np.ascontiguousarray(out[box.grow(1).slices_within(fits)])
 
 
 def _block_heights(probability: np.ndarray, real: tuple, settings: Fragments, around: DistanceUnit) -> np.ndarray:

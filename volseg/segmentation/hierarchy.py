@@ -61,7 +61,7 @@ def parts(grid: Blocks, level: int) -> Blocks:
 
 def children(grid: Blocks, level: int, n: int) -> list[int]:
     """Parts of the level below that make up part ``n``, in raster order."""
-    return parts(grid, level - 1).meeting(parts(grid, level)[n])
+    return parts(grid, level - 1).overlapping(parts(grid, level)[n])
 
 
 # ---------------------------------------------------------------- 1
@@ -69,7 +69,7 @@ def children(grid: Blocks, level: int, n: int) -> list[int]:
 
 def linked_blocks(grid: Blocks, i: int, connectivity: int) -> list[int]:
     """Block ``i`` and the blocks whose links `block_graph` needs: all that voxels of ``i`` can have neighbors in."""
-    return [i, *grid.neighbors(i)] if connectivity == 6 else grid.meeting(grid[i].grow(1))
+    return [i, *grid.neighbors(i)] if connectivity == 6 else grid.overlapping(grid[i].grow(1))
 
 
 def block_graph(i: int, table: BlockBasins, links: Mapping[int, Links]) -> Graph:

@@ -164,7 +164,7 @@ def objects(slabs: list[Slab], config: Config) -> list[dict]:
 def _cut(slab: Slab, knobs: Fragments) -> tuple[stitch.Basins, metrics.Contingency]:
     """The basins of a slab, as a run of one block would cut them, and how they (from 1) overlap true objects."""
     shape = slab.labels.shape
-    box = Box.whole(shape)
+    box = Box.from_shape(shape)
     height = block_heights(slab.chance, box, shape, knobs, slab.voxel_size_nm)
     region, table = watershed_block(height, np.ascontiguousarray(slab.chance[0]), box, shape, knobs.connectivity)
     nothing = stitch.Links(np.empty((0, 2), np.int64), np.empty(0, EDGE))

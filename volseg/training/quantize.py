@@ -144,7 +144,10 @@ def _probabilities(
 
 def _iou(probability: np.ndarray, real: np.ndarray, card: dict) -> float:
     """IoU of what the model's own settings take for foreground, whatever objects are cut by; only these sections are seen."""
-    inside, plain = Box.whole(real.shape), {"height": "probability", "contour": 0.0, "distance": 0, "distance_nm": 0.0}
+    inside, plain = (
+        Box.from_shape(real.shape),
+        {"height": "probability", "contour": 0.0, "distance": 0, "distance_nm": 0.0},
+    )
     knobs = load(base=card["decode"]).fragments.model_copy(update=plain)
     height = block_heights(probability, inside, real.shape, knobs)
     found = height[1:-1, 1:-1, 1:-1] != OUTSIDE
