@@ -85,7 +85,7 @@ def _bare(run: Run, inferred: int) -> Callable[[], None]:
     shape = (run.batch, run.sections, *run.tile_grid("xy").size)
     device = backends.device("torch")
     blob = export.export_model(model.shipped(), "torch")
-    network = device.synchronized(backends.network(blob, "torch", run.engine["precision"], shape))
+    network = device.synchronized(backends.network(blob, "torch", run.engine.precision, shape))
     batch = device.put(np.random.default_rng(0).normal(size=shape).astype(np.float32))
     count = -(-inferred // (run.batch * prod(shape[2:])))
 

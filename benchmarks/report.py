@@ -10,7 +10,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from volseg.inference import backends, hardware
+from volseg.inference import hardware
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,7 +25,7 @@ def machine() -> dict:
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip(),
         "cpu": _cpu(),
-        "gpu": backends.describe("torch", "fp32")["processor"] if hardware.gpu_count() else "",
+        "gpu": hardware.gpu_name(0) if hardware.gpu_count() else "",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},

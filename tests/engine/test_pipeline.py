@@ -147,7 +147,7 @@ def test_a_bucket_that_holds_other_things_is_left_alone(bucket, image):
 
 def test_a_worker_of_another_kind_is_refused(image, tmp_path):
     run = describe.from_image(volume.open(image), settings(), str(tmp_path / "run.partial"))
-    foreign = replace(run, engine={**run.engine, "processor": "abacus"})
+    foreign = replace(run, engine=replace(run.engine, processor="abacus"))
     folder.begin(foreign, overwrite=False)
     with pytest.raises(UserError, match=r"abacus.*bits differ"):
         pipeline.work(foreign.out, foreign.id, "predict", 0)

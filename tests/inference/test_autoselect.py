@@ -1,5 +1,7 @@
 """What ``auto`` takes: candidates are held against float32, the fastest is kept, and a run stays with its choice."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -129,12 +131,12 @@ def test_what_is_not_measured_in_time_is_not_taken(tiles, monkeypatch):
 def test_a_run_that_was_begun_stays_with_its_choice(image, tmp_path):
     out = str(tmp_path / "run.partial")
     begun = describe.from_image(volume.open(image), settings(predict={"backend": "onnx"}), out)
-    begun.engine["why"] = "of that day"
+    begun = replace(begun, engine=replace(begun.engine, why="of that day"))
     folder.begin(begun, overwrite=False)
     again = describe.from_image(volume.open(image), settings(predict={"backend": "onnx"}), out)
-    assert again.engine["why"] == "of that day"
+    assert again.engine.why == "of that day"
     assert not folder.changed(again)
-    assert describe.from_image(volume.open(image), settings(), out).engine["backend"] != "onnx"
+    assert describe.from_image(volume.open(image), settings(), out).engine.backend != "onnx"
 
 
 def test_a_batch_that_is_chosen_is_part_of_what_decides_the_bits(image, tmp_path):

@@ -18,12 +18,13 @@ from volseg.engine import cluster
 from volseg.engine.run import Run, blocks, redundancy, with_full_batches
 from volseg.errors import UserError
 from volseg.inference import cache, tiles
+from volseg.inference.backends import Engine
 from volseg.io import arrays, files, volume
 from volseg.planning import memory, plan
 from volseg.planning import prepare as describe
 
 GB = 10**9
-ENGINE = {"backend": "openvino", "precision": "fp32", "device": "cpu", "batch": 1}
+ENGINE = Engine("openvino", "fp32", "cpu", "x86_64", "2025.3", "0.1.0", why="as set")
 
 
 def unread(shape, tmp_path, chunk=(1, 4096, 4096), **sections):
@@ -70,7 +71,7 @@ def test_blocks_are_cut_until_they_fit(tmp_path, shape, room):
 )
 def test_blocks_on_a_gpu_fill_its_batches(tmp_path, shape, planes, gpus, deep):
     run = unread(shape, tmp_path, predict={"tile": 1280, "overlap": 64, "planes": planes})
-    run = with_full_batches(replace(run, engine={**ENGINE, "device": "cuda", "batch": 8}), gpus)
+    run = with_full_batches(replace(run, engine=replace(ENGINE, device="cuda", batch=8)), gpus)
     found = {
         p: transpose_axes(run.pass_grid(p).block if run.passes else run.predict_block, tiles.PLANES[p])[0]
         for p in planes
@@ -116,7 +117,7 @@ def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, li
 
 def test_a_batch_that_will_not_fit_is_what_the_advice_is_about(tmp_path):
     run = unread((64, 4096, 4096), tmp_path)
-    run = replace(run, engine={**run.engine, "batch": 64})
+    run = replace(run, engine=replace(run.engine, batch=64))
     found = plan.make(run, cluster.Crew(1), plan.known(run, cluster.Crew(1)))
     with pytest.raises(UserError, match=r"set predict\.batch=32 or less$"):
         plan.refuse(found, run, 8 * GB, 100 * GB)

@@ -79,7 +79,7 @@ def test_blocks_change_no_probability_in_int8(image, quantized, tmp_path):
     for block in ((22, 150, 170), (5, 64, 101)):
         config = settings(predict={"model": str(quantized), "precision": "int8"}, blocks={"shape": block})
         run = describe.from_image(volume.open(image), config, str(tmp_path / f"{block[0]}.partial"))
-        assert run.engine["precision"] == "int8"
+        assert run.engine.precision == "int8"
         folder.begin(run, overwrite=False)
         for i in range(len(run.predict_grid)):
             pipeline.work(run.out, run.id, "predict", i)

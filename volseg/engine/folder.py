@@ -100,7 +100,7 @@ def _lay_out(run: Run, network: bytes | None) -> None:
     _create_fragments(run)
     if not run.taken:
         path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
-        blob = network or export.export_model(path, run.engine["backend"], run.engine["precision"])
+        blob = network or export.export_model(path, run.engine.backend, run.engine.precision)
         files.write_bytes(run.out, "work/model.bin", blob)
     files.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
 

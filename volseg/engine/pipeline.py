@@ -35,7 +35,7 @@ import numpy as np
 
 from volseg.box import Box, inverse_axes, transpose_axes
 from volseg.engine import cluster
-from volseg.engine.run import Run, bits, level_of, tiles_of
+from volseg.engine.run import Run, level_of, tiles_of
 from volseg.errors import OutOfMemoryError, UserError
 from volseg.inference import backends, tiles
 from volseg.inference.device import Call, out_of_memory_as
@@ -106,7 +106,7 @@ def _infer(
     grid = run.tile_grid(plane)
     first, y, x = box.transpose(tiles.PLANES[plane]).slices
     todo = tiles_of(run, plane, box, wanted)
-    device = backends.device(run.engine["backend"], cluster.place_here())
+    device = backends.device(run.engine.backend, cluster.place_here())
     with cluster.timed(seconds, "read"):
         here = slab(run, plane, box, grid.meeting(y, x))
         with out_of_memory_as(f"{here.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
@@ -532,18 +532,20 @@ def _network(run: Run, size: tuple[int, int]) -> Call:
 def _loaded(out: str, key: str, size: tuple[int, int]) -> Call:
     """The network of a run for tiles of one size, once for each worker process."""
     run = _run(out, key)
-    here = backends.describe(run.engine["backend"], run.engine["precision"], cluster.place_here())
-    if bits({**run.engine, **here}) != bits(run.engine):
+    begun = run.engine.arithmetic
+    here = backends.Engine.here(
+        run.engine.backend, run.engine.precision, cluster.place_here(), batch=run.batch
+    ).arithmetic
+    if here != begun:
         raise UserError(
-            f"this worker would run {here}, the run was begun with {bits(run.engine)}; their bits differ, "
-            "so they cannot share it"
+            f"this worker would run {here}, the run was begun with {begun}; their bits differ, so they cannot share it"
         )
     shape = (run.batch, run.sections, *size)
     blob = files.read_bytes(out, "work/model.bin")
-    engine = run.engine["backend"], run.engine["precision"]
+    engine = run.engine.backend, run.engine.precision
     return backends.network(blob, *engine, shape, _threads(run), cluster.place_here())
 
 
 def _threads(run: Run) -> int:
     """Batches under way at once in this worker: on a GPU one is queued while the other is computed."""
-    return 2 if run.engine["device"] == "cuda" else cluster.threads_here()
+    return 2 if run.engine.device == "cuda" else cluster.threads_here()

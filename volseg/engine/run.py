@@ -15,6 +15,7 @@ from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
 from volseg.config import Config
 from volseg.errors import UserError
 from volseg.inference import tiles
+from volseg.inference.backends import Engine
 from volseg.io import probabilities, pyramid, volume
 from volseg.io.roi import RegionOfInterest
 from volseg.segmentation import hierarchy
@@ -49,7 +50,7 @@ class Run:
     binning: int = 1
     mean: float = 0.0
     std: float = 1.0
-    engine: dict = field(default_factory=dict)
+    engine: Engine | None = None  # None: its probabilities are taken
     taken: tuple[probabilities.Channel, ...] = ()
     wanted: RegionOfInterest | None = None  # None: every voxel
     pass_blocks: dict[str, Triple] = field(default_factory=dict)  # of passes whose own blocks would not fit the memory
@@ -66,7 +67,7 @@ class Run:
     @property
     def batch(self) -> int:
         """Tiles in one forward pass; the last are padded, so that each pass has the same bits."""
-        return self.engine.get("batch") or self.config.predict.batch or 1
+        return self.engine.batch if self.engine else 1
 
     @property
     def predict_grid(self) -> Blocks:
@@ -159,7 +160,8 @@ class Run:
         """Each stage's hash of all that determines its output."""
         c = self.config
         first = _hash(
-            self.checksum, self.shape, self.model_sha256, self.mean, self.std, bits(self.engine), self.predict_block,
+            self.checksum, self.shape, self.model_sha256, self.mean, self.std, self.engine and self.engine.arithmetic,
+            self.predict_block,
             c.predict.tile, c.predict.overlap, c.predict.batch, c.predict.tta, sorted(c.predict.planes), c.output.chunk,
             CONSTANT,
         )  # fmt: skip
@@ -185,14 +187,24 @@ class Run:
 
     def to_json(self) -> dict:
         plain = asdict(replace(self, config=None))
-        return {**plain, "config": self.config.model_dump(mode="json", exclude={"train"}), "keys": self.keys}
+        return {
+            **plain,
+            "engine": plain["engine"] or {},
+            "config": self.config.model_dump(mode="json", exclude={"train"}),
+            "keys": self.keys,
+        }
 
     @classmethod
     def from_json(cls, plain: dict) -> Run:
         known = {name: _tuples(plain[name]) for name in cls.__dataclass_fields__ if name in plain}
         taken = tuple(replace(probabilities.Channel(**c), source=_volume(c["source"])) for c in plain.get("taken", ()))
         blocks = {plane: _tuples(block) for plane, block in plain.get("pass_blocks", {}).items()}
-        whole = {"engine": plain["engine"], "taken": taken, "config": Config(**plain["config"]), "pass_blocks": blocks}
+        whole = {
+            "engine": Engine(**plain["engine"]) if plain["engine"] else None,
+            "taken": taken,
+            "config": Config(**plain["config"]),
+            "pass_blocks": blocks,
+        }
         return cls(**{**known, **whole, "source": _volume(plain["source"]), "wanted": _wanted(plain.get("wanted"))})
 
 
@@ -223,11 +235,6 @@ def level_of(stage: str) -> tuple[str, int]:
     """
     name = stage.rstrip("0123456789")
     return name, int(stage.removeprefix(name) or 0)
-
-
-def bits(engine: dict) -> dict:
-    """What of an engine's description decides the bits it computes."""
-    return {name: value for name, value in engine.items() if name != "why"}
 
 
 # ---------------------------------------------------------------- blocks

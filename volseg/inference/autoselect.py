@@ -82,7 +82,7 @@ def choose(knobs: Predict, path: Path, int8: bool, voxels: int, sample: Callable
         return Choice(*wanted[0], knobs.batch or 1, why)
     if voxels < PROBED_VOXELS:
         found = backends.choose(knobs.backend, knobs.precision, int8)
-        known = GPU_BATCH if backends.describe(*found)["device"] == "cuda" else 1
+        known = GPU_BATCH if backends.Engine.here(*found).device == "cuda" else 1
         why = "known to be fastest on such a machine; the volume is too small to try others"
         return Choice(*found, knobs.batch or known, why)
     rows, kept = _cached_rows(path, wanted, knobs.batch, sample())
@@ -157,7 +157,7 @@ def _cached_rows(path: Path, wanted: list, size: int, batch: np.ndarray) -> tupl
 
 def cache_file(path: Path, wanted: list, size: int, shape: tuple) -> Path:
     """Where the choice for this machine, model, tile and these versions is kept."""
-    engines = [backends.describe(*pair) for pair in wanted]
+    engines = [backends.Engine.here(*pair).arithmetic for pair in wanted]
     facts = [hashlib.sha256(path.read_bytes()).hexdigest(), engines, size, shape, os.cpu_count(), hardware.gpu_count()]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return cache.folder() / f"{key}.probe"

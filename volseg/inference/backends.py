@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,20 +72,49 @@ def version(backend: str) -> str:
     )
 
 
-def describe(backend: str, precision: str, place: int = 0) -> dict:
-    """What decides the bits of a forward pass besides the model: recorded in the run, compared on restart and workers.
+@dataclass(frozen=True)
+class Engine:
+    """What a run computes with: recorded in the run, compared on restart and by every worker.
 
-    ``place`` as for `load`: a machine may have GPUs of several kinds.
+    All but ``why``, the reason for the choice in a few words, decides the bits of a forward pass, besides the model.
+
+    >>> Engine("torch", "fp32", "cpu", "x86_64 avx2", "2.9", "0.1.0", why="as set").arithmetic == Engine(
+    ...     "torch", "fp32", "cpu", "x86_64 avx2", "2.9", "0.1.0").arithmetic
+    True
     """
-    cuda = backend != "openvino" and hardware.gpu_count() > 0
-    return {
-        "backend": backend,
-        "precision": precision,
-        "device": "cuda" if cuda else "cpu",
-        "processor": hardware.gpu_name(place % hardware.gpu_count()) if cuda else hardware.instruction_sets(),
-        "version": version(backend),
-        "volseg": metadata.version("volseg"),
-    }
+
+    backend: str
+    precision: str
+    device: str  # cpu or cuda
+    processor: str  # a GPU's name, or the vector instructions of a CPU
+    version: str  # of the backend's package
+    volseg: str
+    batch: int = 1  # tiles in a forward pass
+    why: str = ""
+
+    @classmethod
+    def here(cls, backend: str, precision: str, place: int = 0, *, batch: int = 1, why: str = "") -> Engine:
+        """The engine of that backend and precision on this machine; ``place`` as for `load`: GPUs may be of several kinds.
+
+        Raises
+        ------
+        UserError
+            The backend is not installed.
+        """
+        cuda = backend != "openvino" and hardware.gpu_count() > 0
+        device, processor = "cpu", hardware.instruction_sets()
+        if cuda:
+            device, processor = "cuda", hardware.gpu_name(place % hardware.gpu_count())
+        own = metadata.version("volseg")
+        return cls(backend, precision, device, processor, version(backend), own, batch, why)
+
+    @property
+    def arithmetic(self) -> dict:
+        """What decides the bits, as JSON has it."""
+        return {name: value for name, value in vars(self).items() if name != "why"}
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.precision} on {self.device}"
 
 
 def load(

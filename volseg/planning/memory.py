@@ -33,11 +33,11 @@ def network(run: Run, threads: int) -> int:
     """Host memory of the network and of ``threads`` forward passes side by side, roughly."""
     if run.taken:
         return 0
-    if run.engine["device"] == "cuda":
+    if run.engine.device == "cuda":
         return CUDA
     tile = max(prod(run.tile_grid(plane).size) for plane in run.config.predict.planes)
-    each = PASS[run.engine["backend"]] / run.binning**2 + ENDS * (run.sections + len(run.heads))
-    return NETWORK[run.engine["backend"]] + threads * run.batch * round(tile * each)
+    each = PASS[run.engine.backend] / run.binning**2 + ENDS * (run.sections + len(run.heads))
+    return NETWORK[run.engine.backend] + threads * run.batch * round(tile * each)
 
 
 def stages(run: Run, threads: int) -> dict[str, int]:
@@ -68,7 +68,7 @@ def _predict(run: Run, plane: str, grid: Blocks, threads: int) -> int:
     tile = run.batch * prod(laid.size)
     under_way = 4 * tile * ((threads + 2) * run.sections + (threads + 1) * heads)
     blend = rows * columns * (4 + 8 * heads)
-    if run.engine["device"] == "cuda" and run.engine["backend"] == "torch":
+    if run.engine.device == "cuda" and run.engine.backend == "torch":
         return masked + slab + out + _locked(slab) + _locked(out)  # the rest lies on the GPU
     return out + masked + max(slab + under_way + blend, slab + out)
 

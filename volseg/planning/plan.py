@@ -28,7 +28,7 @@ from volseg.box import Box, Triple, inverse_axes, transpose_axes
 from volseg.config import Fragments
 from volseg.engine import cluster, pipeline
 from volseg.engine import forkserver as prefork
-from volseg.engine.run import Run, bits, redundancy
+from volseg.engine.run import Run, redundancy
 from volseg.errors import UserError
 from volseg.inference import backends, cache, export, hardware, model, tiles
 from volseg.inference.normalization import scale
@@ -284,16 +284,17 @@ def known(run: Run, crew: cluster.Crew) -> Rates:
         return Rates(**json.loads(_cache_file(run, crew).read_text()))
     except (OSError, ValueError, TypeError):
         pass
-    engine, cuda = run.engine, run.engine.get("device") == "cuda"
+    engine, cuda = run.engine, describe.gpus(run) > 0
     speeds = {**SPEED, **(FAST if hardware.has_bf16() else {})}
-    of_core = speeds.get(f"{engine.get('backend')} {engine.get('precision')}", 1.0)
+    of_core = speeds.get(f"{engine.backend} {engine.precision}", 1.0) if engine else 1.0
     speed = crew.workers * (GPU_SPEED if cuda else crew.threads * of_core * (BINNED if run.binning > 1 else 1))
     return Rates(1e6 * speed, INSTANCES * (crew.workers + crew.beside), memory.network(run, crew.threads))
 
 
 def _cache_file(run: Run, crew: cluster.Crew) -> Path:
     sizes = [run.tile_grid(plane).size for plane in run.config.predict.planes]
-    facts = [run.checksum, run.model_sha256, bits(run.engine), sorted(PACKED), sizes, run.config.predict.tta, run.heads,
+    engine = run.engine and run.engine.arithmetic
+    facts = [run.checksum, run.model_sha256, engine, sorted(PACKED), sizes, run.config.predict.tta, run.heads,
              run.config.fragments.model_dump(mode="json"), asdict(crew), os.cpu_count()]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return cache.folder() / f"{key}.plan"
@@ -307,11 +308,11 @@ def probe(run: Run, crew: cluster.Crew) -> Rates:
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "tiles.npy"), batch)
         path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
-        Path(folder, "model.bin").write_bytes(export.export_model(path, run.engine["backend"], run.engine["precision"]))
-        asked = {**bits(run.engine), "batch": run.batch, "threads": crew.threads, "voxel_size_nm": run.voxel_size_nm,
+        Path(folder, "model.bin").write_bytes(export.export_model(path, run.engine.backend, run.engine.precision))
+        asked = {**run.engine.arithmetic, "threads": crew.threads, "voxel_size_nm": run.voxel_size_nm,
                  "fragments": run.config.fragments.model_dump(mode="json")}  # fmt: skip
         Path(folder, "asked.json").write_text(json.dumps(asked))
-        found = _together(folder, 1 if run.engine["device"] == "cuda" else crew.workers)
+        found = _together(folder, 1 if run.engine.device == "cuda" else crew.workers)
     count = crew.workers / len(found)
     rates = Rates(
         predict=count * sum(_predicted(run, one["predict"], crew.threads) for one in found),
@@ -327,7 +328,7 @@ def probe(run: Run, crew: cluster.Crew) -> Rates:
 
 def _predicted(run: Run, network: float, threads: int) -> float:
     """Voxels/s of predict in a worker whose network alone does so many."""
-    if run.engine["device"] == "cuda":
+    if run.engine.device == "cuda":
         return ON_GPU * network
     return 1 / (1 / network + LAID / (threads * run.config.predict.tta))
 

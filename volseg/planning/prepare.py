@@ -17,7 +17,8 @@ from volseg.engine import cluster, folder
 from volseg.engine.run import Run, blocks, redundancy, with_full_batches
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
-from volseg.inference import backends, export, hardware, model, tiles
+from volseg.inference import export, hardware, model, tiles
+from volseg.inference.backends import Engine
 from volseg.inference.normalization import normalization, standardized
 from volseg.io import files, probabilities, roi, volume
 from volseg.planning import memory
@@ -120,7 +121,7 @@ def crew_of(run: Run) -> cluster.Crew:
 
 def gpus(run: Run) -> int:
     """How many GPUs of this machine a run computes on."""
-    return hardware.gpu_count() if run.engine.get("device") == "cuda" else 0
+    return hardware.gpu_count() if run.engine and run.engine.device == "cuda" else 0
 
 
 def memory_limit(knobs: Cluster, crew: cluster.Crew) -> int:
@@ -148,7 +149,7 @@ def _refuse_anisotropic(planes: tuple[str, ...], voxel_size_nm: tuple[float, flo
                         "nm: use predict.planes = ['xy'], or correct input.voxel_size_nm")  # fmt: skip
 
 
-def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std: float) -> dict:
+def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std: float) -> Engine:
     """What a new run computes with, and why."""
     card = model.load_card(path)
     choice = probe.choose(
@@ -157,28 +158,28 @@ def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std:
     )  # fmt: skip
     if choice.precision == "int8":
         model.quantized(path)
-    return {**backends.describe(choice.backend, choice.precision), "batch": choice.batch, "why": choice.why}
+    return Engine.here(**vars(choice))
 
 
-def _begun_engine(out: str, config: Config, path: Path) -> dict:
+def _begun_engine(out: str, config: Config, path: Path) -> Engine | None:
     """What the run begun at ``out`` computes with, if its settings left the choice open as these do; else nothing.
 
     A restart must not choose anew: timing is noisy, and another choice has other bits.
     """
     if not files.exists(f"{out}/work/run.json"):
-        return {}
+        return None
     old = json.loads(files.read_bytes(out, "work/run.json"))
     same_model = old.get("model_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
     if not same_model or old["config"]["predict"] != config.predict.model_dump(mode="json"):
-        return {}
-    here = backends.describe(old["engine"]["backend"], old["engine"]["precision"])
-    return {**old["engine"], **here}
+        return None
+    begun = Engine(**old["engine"])
+    return Engine.here(begun.backend, begun.precision, batch=begun.batch, why=begun.why)
 
 
 def with_half_batch(run: Run) -> Run:
     """The run with half as many tiles in a forward pass: other bits, so nothing that was predicted can be kept."""
-    why = run.engine.get("why", "as begun").removesuffix(TOO_LARGE) + TOO_LARGE
-    return replace(run, engine={**run.engine, "batch": run.batch // 2, "why": why})
+    why = run.engine.why.removesuffix(TOO_LARGE) + TOO_LARGE
+    return replace(run, engine=replace(run.engine, batch=run.batch // 2, why=why))
 
 
 def try_backends(path: str, config: Config) -> list[probe.Row]:
@@ -251,4 +252,4 @@ def _origin(run: Run) -> str:
 
 def engine(run: Run) -> str:
     """What a run computes with, and why."""
-    return f"{run.engine['backend']} {run.engine['precision']} on {run.engine['device']} ({run.engine.get('why', 'as begun')})"
+    return f"{run.engine} ({run.engine.why})"
