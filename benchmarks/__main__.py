@@ -286,5 +286,22 @@ def planes(
     bench.measure(image, truth, crop, choose, test, out, sets or [])
 
 
+@app.command("bytes")
+def same_bytes(
+    against: Annotated[str, typer.Option(metavar="REVISION", help="Compare with the code of this commit.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Names of the runs to make; all.")] = None,
+    shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels of the synthetic volume, z y x.")] = (
+        40,
+        160,
+        192,
+    ),
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Hashes of a fixed set of small runs; with --against, exit code 1 where another revision gives other bytes."""
+    from benchmarks import bytes as bench
+
+    bench.measure(against, tuple(only or ()), shape, workers)
+
+
 if __name__ == "__main__":
     app()

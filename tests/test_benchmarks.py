@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from typer.testing import CliRunner
 
 from benchmarks import (
@@ -26,6 +28,7 @@ from benchmarks import (
     touching,
     trial,
 )
+from benchmarks import bytes as hashing
 from benchmarks.__main__ import app
 from volseg.box import Box
 from volseg.config import load
@@ -42,6 +45,32 @@ def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, t
     assert len(kept["rows"]) == 7
     assert kept["cores"] >= 1
     assert kept["date"]
+
+
+def test_the_same_code_gives_the_same_bytes():
+    different, rows = hashing.compare(hashing.ROOT, hashing.ROOT, ("foreign",), (16, 64, 96), 1)
+    assert not different
+    assert [(name, parts) for name, _, parts in rows] == [("blocks", "-"), ("foreign", "-")]
+    assert all(count > 8 for _, count, _ in rows)
+
+
+def test_a_revision_is_there_as_long_as_it_is_needed():
+    with hashing.checked_out("HEAD") as tree:
+        assert (tree / "volseg/__init__.py").exists()
+    assert not tree.exists()
+    with pytest.raises(SystemExit, match="cannot check out nothing"), hashing.checked_out("nothing"):
+        pass
+
+
+def test_every_part_of_a_run_is_hashed(reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "run.volseg.zarr")
+    before = hashing.hash_run(run)
+    assert {"probabilities", "labels/0", "tables/objects.csv", "tables/merges.csv", "work/tables"} <= before.keys()
+    labels = zarr.open_array(run / "labels/instances/0", mode="r+")
+    labels[0, 0, 0] = labels[0, 0, 0] + 1
+    (run / "tables/objects.csv").write_text("id\n")
+    after = hashing.hash_run(run)
+    assert hashing.differences(before, after) == ["labels/0", "tables/objects.csv"]
 
 
 def test_annotated_sections_are_evenly_spread():
