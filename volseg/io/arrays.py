@@ -124,6 +124,24 @@ def _cached_array(path: str, name: str, mode: str, stamp: Any) -> zarr.Array:
         return zarr.open_array(_CompleteChunks(_store(path), _blosc(array)), path=name, mode=mode)
 
 
+def location(node: Any) -> tuple[str, str] | None:
+    """Path and name of a zarr array or group that any process can open by them; None for all else."""
+    if not isinstance(node, (zarr.Array, zarr.Group)):
+        return None
+    store = node.store
+    if isinstance(store, LocalStore):
+        return str(store.root), node.path
+    if isinstance(store, FsspecStore) and _known_by_url(store.fs):
+        return store.fs.unstrip_protocol(store.path), node.path
+    return None
+
+
+def _known_by_url(filesystem: Any) -> bool:
+    """Whether a URL alone leads another process there: not into memory, and without keys or an endpoint."""
+    of_zarr = ("asynchronous", "loop", "skip_instance_cache")
+    return "memory" not in filesystem.protocol and not set(filesystem.storage_options) - set(of_zarr)
+
+
 def clear_array_cache() -> None:
     """This process holds no zarr array open any more; the next use opens it anew."""
     _cached_array.cache_clear()

@@ -27,7 +27,15 @@ def absolute(path: str | Path) -> str:
 
 
 def join(path: str | Path, *keys: str) -> str:
-    return "/".join([absolute(path), *(key.strip("/") for key in keys if key)])
+    return "/".join(part for part in (absolute(path), join_keys(*keys)) if part)
+
+
+def join_keys(*keys: str) -> str:
+    """
+    >>> join_keys("", "/labels/", "0")
+    'labels/0'
+    """
+    return "/".join(part for key in keys if (part := key.strip("/")))
 
 
 def suggestions(path: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from volseg.errors import UserError
 
 TripleNm = tuple[float, float, float]
 
-MAX_UNNAMED_CHANNELS = 4  # entries of an axis without a name that is taken for channels
+MAX_VOXELS = 1 << 53  # each voxel has an exact number in double precision
 CACHE_BYTES = 128 << 20  # decoded TIFF strips and PNG slices kept per file or folder
 READS = "volseg reads zarr and OME-Zarr, multi-page TIFF, and folders of TIFF or PNG slices"
 
@@ -43,7 +44,15 @@ def voxel_dtype(dtype: np.dtype, where: str) -> str:
     return dtype.newbyteorder("=").name
 
 
-def shape_text(shape: tuple[int, ...]) -> str:
+def check_shape(shape: Sequence[int], where: str) -> None:
+    """Refuses a shape that no volume has, before anything is made of that size."""
+    if prod(shape) > MAX_VOXELS:
+        raise UserError(
+            f"{where} has shape {shape_text(shape)}, more than {MAX_VOXELS:.0e} voxels: its metadata is damaged"
+        )
+
+
+def shape_text(shape: Sequence[int]) -> str:
     """
     >>> shape_text((5, 40, 33))
     '5 x 40 x 33'

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from volseg.io import axes
 from volseg.io.header import TripleNm
 
 NM_PER_UNIT = {
@@ -30,11 +31,6 @@ NM_PER_UNIT = {
 }  # how many nanometers one unit is
 
 
-def space_axes(ndim: int, channel_axis: int | None) -> list[int]:
-    """Which axes of an array are z y x: the last three, the channels apart."""
-    return [axis for axis in range(ndim) if axis != channel_axis][-3:]
-
-
 def metadata(attributes: dict) -> dict:
     """OME-Zarr metadata of a group: 0.5 keeps it under ``ome``, 0.4 at the top."""
     return attributes.get("ome", attributes)
@@ -43,7 +39,7 @@ def metadata(attributes: dict) -> dict:
 def voxel_size_nm(image: dict, entry: dict, channel_axis: int | None) -> TripleNm | None:
     """Voxel size z y x in nm from coordinate transformations and axis units; None where either is absent."""
     listed = image.get("axes", [])
-    space = space_axes(len(listed), channel_axis)
+    space = axes.space(len(listed), channel_axis)
     units = [NM_PER_UNIT.get(str(listed[i].get("unit", "")).lower()) for i in space if isinstance(listed[i], dict)]
     size = np.ones(3)
     found = False

@@ -79,7 +79,7 @@ def label_overlay(image: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def label_outline(ids: np.ndarray) -> np.ndarray:
     """Which pixels of objects have a neighbor, by a side, of another id.
 
-    >>> outline(np.array([[0, 1, 1, 1, 2]])).tolist()
+    >>> label_outline(np.array([[0, 1, 1, 1, 2]])).tolist()
     [[False, True, False, True, True]]
     """
     edge = np.zeros(ids.shape, bool)

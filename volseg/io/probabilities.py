@@ -58,9 +58,9 @@ def to_uint8(data: np.ndarray) -> np.ndarray:
     A float counts as out of range when it would not round to 0..255: blended tiles may overshoot 1 by their rounding.
     Raises ValueError that names the first such voxel (z y x in ``data``).
 
-    >>> as_bytes(np.array([[[0, 128, 129, 65535]]], np.uint16)).tolist()
+    >>> to_uint8(np.array([[[0, 128, 129, 65535]]], np.uint16)).tolist()
     [[[0, 0, 1, 255]]]
-    >>> as_bytes(np.array([[[0, 0.5, 1.001]]], np.float32)).tolist()
+    >>> to_uint8(np.array([[[0, 0.5, 1.001]]], np.float32)).tolist()
     [[[0, 128, 255]]]
     """
     if data.dtype == np.uint8:

@@ -17,9 +17,9 @@ import numpy as np
 from volseg.box import Blocks, Box, Triple
 from volseg.errors import UserError
 from volseg.io import files, ome
+from volseg.io.axes import MAX_UNNAMED_CHANNELS
 from volseg.io.header import (
     CACHE_BYTES,
-    MAX_UNNAMED_CHANNELS,
     Header,
     TripleNm,
     decoding,

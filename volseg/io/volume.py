@@ -1,19 +1,34 @@
 """Volumes by their path: a :class:`Volume` reads boxes (z y x) from a zarr array, an OME-Zarr group, a multi-page TIFF or
-a folder of slices. Paths are local or fsspec URLs."""
+a folder of slices. Paths are local or fsspec URLs. Arrays from Python become volumes, too."""
 
 from __future__ import annotations
 
-import hashlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from volseg.box import Box, Triple
 from volseg.errors import UserError
-from volseg.io import files, formats
-from volseg.io.header import TripleNm, shape_text
+from volseg.io import array_volume, arrays, files, formats
+from volseg.io.array_volume import ArrayVolume
+from volseg.io.header import TripleNm
+from volseg.io.voxels import check_inside, fingerprint, finite, patches
+
+__all__ = [
+    "ArrayVolume",
+    "Volume",
+    "isotropic",
+    "materialize",
+    "open",
+    "open_channels",
+    "open_volume",
+    "patches",
+]
 
 ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which all planes look alike
 
@@ -28,43 +43,35 @@ class Volume:
     dtype: str
     voxel_size_nm: TripleNm | None
     chunk: Triple  # what is cheap to read at once
-    dataset: str = ""  # where the array stands inside a zarr group
+    dataset: str = ""  # the array inside a zarr group
     channel: int = 0  # which one is read, where several are stored
-    channel_axis: int | None = None  # the axis of a zarr array that holds them; TIFF files tell it themselves
+    channel_axis: int | None = None  # the axis of a zarr array that holds them; TIFF files say it themselves
     binary: bool = False  # stored as bool: voxels are 0 and 1
 
     def read(self, box: Box) -> np.ndarray:
-        """The voxels of ``box``, which must lie inside, as a new array of ``self.dtype`` (bool comes as uint8 0/1).
+        """The voxels of ``box``.
 
-        Raises :class:`UserError` that names file and box where a chunk or page is damaged, or holds NaN or infinity.
+        Parameters
+        ----------
+        box
+            Inside the volume, z y x.
+
+        Returns
+        -------
+        numpy.ndarray
+            A new array of ``box.shape`` and ``self.dtype``; bool comes as uint8 0 and 1.
+
+        Raises
+        ------
+        UserError
+            Names file and box where a chunk or page is damaged, or holds NaN or infinity.
         """
-        if box.clip(self.shape) != box or not box.voxels:
-            raise UserError(f"box {box} is empty or leaves {self.path}, which is {shape_text(self.shape)} (z y x)")
-        out = formats.read(self, box)
-        if out.dtype.kind == "f" and not np.isfinite(out).all():
-            places = np.argwhere(~np.isfinite(out))
-            start, stop = places.min(0) + box.start, places.max(0) + 1 + box.start
-            bad = Box(tuple(start.tolist()), tuple(stop.tolist()))
-            raise UserError(f"{self.path} holds NaN or infinity in box {bad}; replace these voxels, for instance by 0")
-        return out
+        check_inside(self, box, self.path)
+        return finite(formats.read(self, box), box, self.path)
 
     def checksum(self) -> str:
         """Fingerprint of the voxels: shape, type and 16 patches spread over the volume, whatever the file format."""
-        digest = hashlib.sha256(f"{self.shape} {self.dtype}".encode())
-        with ThreadPoolExecutor(4) as pool:
-            for patch in pool.map(self.read, patches(self.shape)):
-                digest.update(patch.tobytes())
-        return digest.hexdigest()
-
-
-def patches(shape: Triple) -> list[Box]:
-    """16 boxes of up to 1 x 128 x 128 voxels, spread over a volume of that shape."""
-    size = (1, *(min(128, n) for n in shape[1:]))
-    places = [
-        tuple(k % 16 * (n - s) // 15 for k, n, s in zip((i, 5 * i, 11 * i), shape, size, strict=True))
-        for i in range(16)
-    ]
-    return [Box(at, tuple(a + s for a, s in zip(at, size, strict=True))) for at in places]
+        return fingerprint(self)
 
 
 def isotropic(voxel_size_nm: TripleNm) -> bool:
@@ -76,14 +83,32 @@ def isotropic(voxel_size_nm: TripleNm) -> bool:
     return max(voxel_size_nm) <= ISOTROPIC * min(voxel_size_nm)
 
 
-def open(path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None = None) -> Volume:
+def open(
+    path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None = None, channel: int | None = None
+) -> Volume:
     """The volume at ``path``; reads headers only.
 
-    ``dataset`` names an array (or multiscales group) inside a zarr group; "" takes the OME-Zarr full resolution, or the
-    labels of a volseg run. ``voxel_size_nm`` (z y x) overrides what the file says. Raises :class:`UserError` for all
-    that is not a volume.
+    Parameters
+    ----------
+    path
+        A zarr array or OME-Zarr group, a multi-page TIFF, or a folder of slices; local, or an fsspec URL.
+    dataset
+        An array (or multiscales group) inside a zarr group; "" takes the full resolution of an OME-Zarr image, or the
+        labels of a volseg run.
+    voxel_size_nm
+        z y x; overrides what the file says.
+    channel
+        Which of several channels, counted from 0; None refuses several.
+
+    Raises
+    ------
+    UserError
+        For all that is not a volume.
     """
-    return _volumes(path, dataset, voxel_size_nm, several=False)[0]
+    volumes = _volumes(path, dataset, voxel_size_nm, several=channel is not None)
+    if not 0 <= (channel or 0) < len(volumes):
+        raise UserError(f"{volumes[0].path} has {len(volumes)} channels, counted from 0; there is no channel {channel}")
+    return volumes[channel or 0]
 
 
 def open_channels(path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None = None) -> tuple[Volume, ...]:
@@ -96,10 +121,103 @@ def open_channels(path: str | Path, *, dataset: str = "", voxel_size_nm: TripleN
     return _volumes(path, dataset, voxel_size_nm, several=True)
 
 
+def open_volume(
+    source: Any,
+    *,
+    dataset: str = "",
+    voxel_size_nm: TripleNm | None = None,
+    axes: str | Sequence[str] = "",
+    channel: int | None = None,
+) -> Volume | ArrayVolume:
+    """The volume in ``source``: a path, a `Volume`, or an array; reads headers only.
+
+    Parameters
+    ----------
+    source
+        What :func:`open` takes; or an array of numpy, zarr or dask, or anything with ``shape``, ``dtype`` and slices, with
+        axes z y x. A zarr array in a folder or on an object store is opened by its path.
+    dataset, channel
+        As in :func:`open`; an array has no ``dataset``.
+    voxel_size_nm
+        z y x; overrides what the source says.
+    axes
+        Names of an array's axes, such as "czyx". Without them four axes are c z y x.
+
+    Returns
+    -------
+    Volume or ArrayVolume
+        Both read boxes and have a checksum. Workers cannot read an `ArrayVolume`: `materialize` it first.
+
+    Raises
+    ------
+    UserError
+        For all that is not a volume, in one line.
+
+    Examples
+    --------
+    >>> cells = open_volume(np.zeros((8, 64, 64), np.uint8), voxel_size_nm=(50, 5, 5))
+    >>> cells.shape, cells.dtype, cells.voxel_size_nm
+    ((8, 64, 64), 'uint8', (50.0, 5.0, 5.0))
+    """
+    if isinstance(source, (str, PathLike)):
+        return open(source, dataset=dataset, voxel_size_nm=voxel_size_nm, channel=channel)
+    if isinstance(source, (Volume, ArrayVolume)):
+        return replace(source, voxel_size_nm=_size_nm(voxel_size_nm)) if voxel_size_nm else source
+    if (stored := arrays.location(source)) is not None:
+        path, name = stored
+        return open(path, dataset=files.join_keys(name, dataset), voxel_size_nm=voxel_size_nm, channel=channel)
+    if not all(hasattr(source, name) for name in ("shape", "dtype", "__getitem__")):
+        raise UserError(
+            f"a volume is a path or an array with axes z y x, such as numpy's, zarr's or dask's; a {type(source).__name__} "
+            "is neither"
+        )
+    return array_volume.wrap(source, voxel_size_nm=_size_nm(voxel_size_nm), names=axes, channel=channel)
+
+
+def materialize(volume: Volume | ArrayVolume, path: str | Path) -> Volume:
+    """A volume that workers can read: ``volume`` itself or, of an array in memory, its copy at ``path``.
+
+    Parameters
+    ----------
+    volume
+        From :func:`open_volume`.
+    path
+        Where the copy, an OME-Zarr image, is made: a folder or an fsspec URL. A finished copy of the same voxels is
+        taken as it is; anything else there is removed.
+
+    Returns
+    -------
+    Volume
+        Its checksum is that of ``volume``.
+
+    Raises
+    ------
+    UserError
+        The array cannot be read, holds NaN or infinity, or the copy cannot be written.
+    """
+    if isinstance(volume, Volume):
+        return volume
+    array_volume.copy(volume, path)
+    return open(path, dataset="0", voxel_size_nm=volume.voxel_size_nm)
+
+
+def _size_nm(size: Sequence[float] | None) -> TripleNm | None:
+    """Three lengths that a user gave."""
+    if size is None:
+        return None
+    try:
+        z, y, x = (float(n) for n in size)
+    except (TypeError, ValueError):
+        raise UserError(f"voxel_size_nm = {size!r} is not three numbers (z y x)") from None
+    if not all(isfinite(n) and n > 0 for n in (z, y, x)):
+        raise UserError(f"voxel_size_nm = {size!r} must be three lengths above 0 (z y x)")
+    return z, y, x
+
+
 def _volumes(path: str | Path, dataset: str, voxel_size_nm: TripleNm | None, *, several: bool) -> tuple[Volume, ...]:
     path = files.absolute(path)
     header = formats.header(path, dataset, several=several)
-    size = tuple(float(n) for n in voxel_size_nm) if voxel_size_nm else header.voxel_size_nm
+    size = _size_nm(voxel_size_nm) or header.voxel_size_nm
     return tuple(
         Volume(
             path=path,

@@ -10,13 +10,11 @@ import zarr
 
 from volseg.box import Blocks, Box
 from volseg.errors import UserError
-from volseg.io import arrays, files, ome
-from volseg.io.header import MAX_UNNAMED_CHANNELS, Header, reason, shape_text, voxel_dtype
+from volseg.io import arrays, axes, files, ome
+from volseg.io.header import Header, reason, voxel_dtype
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
-
-CHANNEL_NAMES = ("c", "ch", "channel", "channels")  # what a channel axis is called
 
 
 def is_zarr(path: str) -> bool:
@@ -33,12 +31,11 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
     if isinstance(node, zarr.Group):
         raise UserError(f"{where} is a zarr group, not an array{arrays.contents(where)}")
     image, entry = _multiscales(path, dataset)
-    axes = _axes(image, node)
-    lead = _channel_axis(node, axes, where) if several else None
-    _check_axes(node, axes, lead, where)
-    shape, chunk = (
-        tuple(sizes[axis] for axis in ome.space_axes(node.ndim, lead)) for sizes in (node.shape, node.chunks)
-    )
+    names = _axis_names(image, node)
+    lead = axes.channel_axis(node.shape, names, where) if several else None
+    axes.check(node.shape, names, lead, where)
+    space = axes.space(node.ndim, lead)
+    shape, chunk = (tuple(sizes[axis] for axis in space) for sizes in (node.shape, node.chunks))
     chunk = tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
     return Header(
         "zarr",
@@ -90,52 +87,19 @@ def _images(root: str) -> list[dict]:
         return []
 
 
-def _axes(image: dict, array: zarr.Array) -> list[str]:
-    """Names of the array's axes, lower case, "c" for channels. Where nothing names them they are t c z y x, and of four
-    the first is "?"."""
-    axes = [axis if isinstance(axis, str) else ome.axis_name(axis) for axis in image.get("axes", [])]
-    if not axes and array.metadata.zarr_format == 3:
-        axes = [name or "" for name in array.metadata.dimension_names or ()]
-    if len(axes) != array.ndim or not all(axes):
-        axes = ["?", *"zyx"] if array.ndim == 4 else [*("?" * (array.ndim - 5)), *"tczyx"[max(0, 5 - array.ndim) :]]
-    return ["c" if axis.lower() in CHANNEL_NAMES else axis.lower() for axis in axes]
-
-
-def _channel_axis(array: zarr.Array, axes: list[str], where: str) -> int | None:
-    """The axis that holds the channels; None where there is none."""
-    if array.ndim == 4 and "c" not in axes:
-        few = [axis for axis in (0, 3) if array.shape[axis] <= MAX_UNNAMED_CHANNELS]
-        if len(few) != 1:
-            raise UserError(
-                f"{where} is 4-D ({shape_text(array.shape)}) and no axis is named c: volseg cannot tell which one holds the "
-                f"channels; name its axes, or save it as c z y x with at most {MAX_UNNAMED_CHANNELS} channels"
-            )
-        return few[0]
-    return axes.index("c") if "c" in axes and array.ndim > 3 else None
-
-
-def _check_axes(array: zarr.Array, axes: list[str], channel_axis: int | None, where: str) -> None:
-    if array.ndim < 3:
-        raise UserError(f"{where} is {array.ndim}-D ({shape_text(array.shape)}); volseg needs a volume with axes z y x")
-    space = ome.space_axes(array.ndim, channel_axis)
-    names = [axes[axis] for axis in space]
-    if set(names) == set("zyx") and names != ["z", "y", "x"]:
-        raise UserError(f"{where} has axes {' '.join(axes)}; volseg needs z y x last: transpose it")
-    for axis, (name, n) in enumerate(zip(axes, array.shape, strict=True)):
-        if n != 1 and axis not in (*space, channel_axis):
-            raise UserError(
-                f"{where} is {array.ndim}-D ({shape_text(array.shape)}): axis {name.replace('?', 'c')} has {n} entries and "
-                "must have 1; save the wanted one as a z y x array"
-            )
-    if 0 in array.shape:
-        raise UserError(f"{where} has no voxels: its shape is {shape_text(array.shape)}")
+def _axis_names(image: dict, array: zarr.Array) -> list[str]:
+    """Names of the array's axes: from OME metadata, else from zarr 3's own."""
+    names = [axis if isinstance(axis, str) else ome.axis_name(axis) for axis in image.get("axes", [])]
+    if not names and array.metadata.zarr_format == 3:
+        names = list(array.metadata.dimension_names or ())
+    return axes.axis_names(names, array.ndim)
 
 
 def read(volume: Volume, box: Box) -> np.ndarray:
     """The voxels of ``box``; names the first chunk that cannot be read."""
     array = arrays.cached_array(volume.path, volume.dataset)
     try:
-        data = np.asarray(array[_index(volume, array.ndim, box.slices)])
+        data = np.asarray(array[axes.index(array.ndim, box.slices, volume.channel_axis, volume.channel)])
     except Exception as error:  # a damaged chunk raises whatever its codec raises
         where = _damaged_chunk(volume, array, box) or f"box {box}"
         raise UserError(
@@ -145,24 +109,14 @@ def read(volume: Volume, box: Box) -> np.ndarray:
     return np.ascontiguousarray(data, dtype=volume.dtype)
 
 
-def _index(volume: Volume, ndim: int, zyx: tuple, channel: int | None = None) -> tuple:
-    """Where ``zyx`` of the volume's channel stands in an array of so many axes; all others have one entry."""
-    index = [0] * ndim
-    if volume.channel_axis is not None:
-        index[volume.channel_axis] = volume.channel if channel is None else channel
-    for axis, place in zip(ome.space_axes(ndim, volume.channel_axis), zyx, strict=True):
-        index[axis] = place
-    return tuple(index)
-
-
 def _damaged_chunk(volume: Volume, array: zarr.Array, box: Box) -> str:
     """The key of the first stored object under ``box`` that cannot be read; "" when each can, on its own."""
-    space, stored = ome.space_axes(array.ndim, volume.channel_axis), array.shards or array.chunks
+    space, stored = axes.space(array.ndim, volume.channel_axis), array.shards or array.chunks
     grid = Blocks(volume.shape, tuple(stored[axis] for axis in space))
     row = 0 if volume.channel_axis is None else volume.channel // stored[volume.channel_axis]
     for i in grid.overlapping(box):
         try:
-            array[_index(volume, array.ndim, grid[i].intersect(box).slices)]
+            array[axes.index(array.ndim, grid[i].intersect(box).slices, volume.channel_axis, volume.channel)]
         except Exception:  # the caller tells the cause
-            return array.metadata.encode_chunk_key(_index(volume, array.ndim, grid.coords(i), row))
+            return array.metadata.encode_chunk_key(axes.index(array.ndim, grid.coords(i), volume.channel_axis, row))
     return ""

@@ -1,0 +1,79 @@
+"""Which axes of an array are z y x, and which one holds its channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from volseg.errors import UserError
+from volseg.io.header import shape_text
+
+MAX_UNNAMED_CHANNELS = 4  # entries of an axis without a name that is taken for channels
+CHANNEL_NAMES = ("c", "ch", "channel", "channels")
+
+
+def axis_names(names: Sequence[str | None], ndim: int) -> list[str]:
+    """A name for each axis, lower case, "c" for channels.
+
+    Where ``names`` do not fit the array, its axes are t c z y x; of four, the first is "?".
+
+    >>> axis_names(["Channel", "Z", "Y", "X"], 4), axis_names([], 3), axis_names([], 4)
+    (['c', 'z', 'y', 'x'], ['z', 'y', 'x'], ['?', 'z', 'y', 'x'])
+    """
+    if len(names) != ndim or not all(names):
+        names = ["?", *"zyx"] if ndim == 4 else [*("?" * (ndim - 5)), *"tczyx"[max(0, 5 - ndim) :]]
+    return ["c" if name.lower() in CHANNEL_NAMES else name.lower() for name in names]
+
+
+def channel_axis(shape: Sequence[int], names: Sequence[str], where: str) -> int | None:
+    """The axis that holds the channels; None where there is none. `UserError` where the first or the last may be it."""
+    if len(shape) == 4 and "c" not in names:
+        short = [axis for axis in (0, 3) if shape[axis] <= MAX_UNNAMED_CHANNELS]
+        if len(short) != 1:
+            raise UserError(
+                f"{where} is 4-D ({shape_text(shape)}) and no axis is named c: volseg cannot tell which one holds the "
+                f"channels; name its axes, or save it as c z y x with at most {MAX_UNNAMED_CHANNELS} channels"
+            )
+        return short[0]
+    return names.index("c") if "c" in names and len(shape) > 3 else None
+
+
+def check(shape: Sequence[int], names: Sequence[str], channel_axis: int | None, where: str) -> None:
+    """Refuses an array that is not z y x in this order, channels and axes of one entry apart."""
+    ndim = len(shape)
+    if ndim < 3:
+        raise UserError(f"{where} is {ndim}-D ({shape_text(shape)}); volseg needs a volume with axes z y x")
+    spatial = space(ndim, channel_axis)
+    order = [names[axis] for axis in spatial]
+    if set(order) == set("zyx") and order != ["z", "y", "x"]:
+        raise UserError(f"{where} has axes {' '.join(names)}; volseg needs z y x last: transpose it")
+    for axis, (name, n) in enumerate(zip(names, shape, strict=True)):
+        if n != 1 and axis not in (*spatial, channel_axis):
+            raise UserError(
+                f"{where} is {ndim}-D ({shape_text(shape)}): axis {name.replace('?', 'c')} has {n} entries and must have 1; "
+                "save the wanted one as a z y x array"
+            )
+    if 0 in shape:
+        raise UserError(f"{where} has no voxels: its shape is {shape_text(shape)}")
+
+
+def space(ndim: int, channel_axis: int | None) -> list[int]:
+    """Which axes are z y x: the last three, the channels apart.
+
+    >>> space(5, 4)
+    [1, 2, 3]
+    """
+    return [axis for axis in range(ndim) if axis != channel_axis][-3:]
+
+
+def index(ndim: int, zyx: Sequence, channel_axis: int | None = None, channel: int = 0) -> tuple:
+    """An index into an array of so many axes: ``zyx`` of one channel; every other axis has one entry.
+
+    >>> index(4, (slice(2), slice(3), slice(4)), 3, 1)
+    (slice(None, 2, None), slice(None, 3, None), slice(None, 4, None), 1)
+    """
+    out: list = [0] * ndim
+    if channel_axis is not None:
+        out[channel_axis] = channel
+    for axis, place in zip(space(ndim, channel_axis), zyx, strict=True):
+        out[axis] = place
+    return tuple(out)
