@@ -458,10 +458,10 @@ def train(
 ) -> None:
     """Train a model on annotated sections."""
     settings = load(config, sets or ())
-    from volseg.training.checkpoint import NAME
+    from volseg.training.checkpoint import CHECKPOINT_NAME
     from volseg.training.train import train as run
 
-    _until_stopped(lambda: run(settings), Path(settings.train.out, NAME))
+    _until_stopped(lambda: run(settings), Path(settings.train.out, CHECKPOINT_NAME))
 
 
 def _until_stopped(work: Callable[[], Any], checkpoint: Path | None = None) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers import config_of
-from volseg.training.samples import load_sources
+from volseg.training.sources import load_sources
 
 
 class Known(torch.nn.Module):

@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 
 from tests.helpers import config_of
-from volseg.training.report import best, data_table, panels
-from volseg.training.samples import load_sources
+from volseg.training.report import best_validation, draw_panels, format_data
+from volseg.training.sources import load_sources
 from volseg.training.targets import UNLABELED
 
 
 def test_the_best_validation_is_the_first_of_the_highest():
     history = [{"step": s, "split": "validation", "iou": iou} for s, iou in ((2, 0.1), (4, 0.8), (6, 0.8), (8, 0.7))]
-    assert best([{"step": 1, "split": "training", "iou": 1.0}, *history])["step"] == 4
-    assert best([]) is None
+    assert best_validation([{"step": 1, "split": "training", "iou": 1.0}, *history])["step"] == 4
+    assert best_validation([]) is None
 
 
 def test_differences_are_green_blue_and_red():
@@ -26,7 +26,7 @@ def test_differences_are_green_blue_and_red():
     labels[10:20, 40:50] = 2
     found[25:35, 10:20] = True
     labels[25:35, 40:50], found[25:35, 40:50] = UNLABELED, True
-    picture = np.asarray(Image.open(io.BytesIO(panels(image, labels, found))))
+    picture = np.asarray(Image.open(io.BytesIO(draw_panels(image, labels, found))))
     assert picture.shape == (40, 4 * 60 + 3 * 4, 3)
     differences = picture[:, -60:].astype(int)
     assert [int(differences[at].argmax()) for at in ((15, 15), (15, 45), (30, 15))] == [1, 2, 0]
@@ -35,7 +35,7 @@ def test_differences_are_green_blue_and_red():
 
 def test_the_data_table_has_a_row_for_each_volume_and_advice_below(tables, tmp_path):
     few = {**tables["data"][0], "train": [0, 1]}
-    text = data_table(load_sources(config_of(tables, tmp_path, data=[tables["data"][0], few]).train))
+    text = format_data(load_sources(config_of(tables, tmp_path, data=[tables["data"][0], few]).train))
     head, first, second, *advice = text.splitlines()
     assert head.split()[:3] == ["volume", "sections", "held"]
     assert (first.split()[1], second.split()[1]) == ("6", "2")
@@ -46,7 +46,7 @@ def test_the_data_table_has_a_row_for_each_volume_and_advice_below(tables, tmp_p
 
 def test_sections_both_to_learn_from_and_held_out_are_told(tables, tmp_path):
     both = {**tables["data"][0], "train": [0, 6, 7]}
-    text = data_table(load_sources(config_of(tables, tmp_path, data=[both]).train))
+    text = format_data(load_sources(config_of(tables, tmp_path, data=[both]).train))
     assert "not learnt from, since held out: section 6 and 1 more of train" in text
 
 

@@ -9,9 +9,9 @@ from volseg.errors import UserError
 from volseg.io import volume
 from volseg.training.targets import (
     UNLABELED,
-    contacts,
-    describe,
-    distances,
+    border_distance,
+    contact_mask,
+    describe_annotation,
     mask_and_contour,
     normalize_labels,
     parse_sections,
@@ -148,7 +148,7 @@ def test_sections_that_are_not_there_are_refused(part):
 def test_few_objects_and_empty_sections_are_told(objects):
     labels = normalize_labels(objects)[0]
     labels[2] = 0
-    found = describe(labels, [0, 1, 2, 3])
+    found = describe_annotation(labels, [0, 1, 2, 3])
     assert (found["sections"], found["objects"], found["empty"]) == (4, 2, [2])
     assert found["foreground"] == pytest.approx((labels[:4] != 0).mean())
     assert "2 annotated objects" in found["advice"][0]
@@ -157,25 +157,25 @@ def test_few_objects_and_empty_sections_are_told(objects):
 
 def test_many_objects_on_full_sections_need_no_advice():
     labels = np.arange(200, dtype=np.uint32).reshape(1, 10, 20)
-    assert describe(labels, [0])["advice"] == []
+    assert describe_annotation(labels, [0])["advice"] == []
 
 
 def test_unlabeled_voxels_count_neither_way():
     labels = np.array([[[1, 0, UNLABELED, UNLABELED]]], np.uint32)
-    assert describe(labels, [0])["foreground"] == 0.5
+    assert describe_annotation(labels, [0])["foreground"] == 0.5
 
 
 def test_contacts_are_where_two_objects_are_that_near():
     labels = ndimage.zoom(np.random.default_rng(0).integers(0, 3, (3, 4, 4)), 3, order=0).astype(np.uint32)
-    for across in (False, True):
-        found = contacts(labels, 2, across)
+    for along_z in (False, True):
+        found = contact_mask(labels, 2, along_z)
         for at in np.ndindex(labels.shape):
-            assert found[at] == _meets(labels, at, across), at
+            assert found[at] == _meets(labels, at, along_z), at
 
 
-def _meets(labels, at, across):
+def _meets(labels, at, along_z):
     """Whether ``at`` or a voxel that shares a face with it shares a face with another object."""
-    steps = [s for s in np.vstack([np.eye(3, dtype=int), -np.eye(3, dtype=int)]) if across or not s[0]]
+    steps = [s for s in np.vstack([np.eye(3, dtype=int), -np.eye(3, dtype=int)]) if along_z or not s[0]]
     return any(
         _value(labels, near) and _value(labels, far) not in (0, _value(labels, near))
         for near in [np.array(at), *(np.array(at) + s for s in steps)]
@@ -191,7 +191,7 @@ def _value(labels, at):
 def test_nobody_touches_what_nobody_annotated():
     labels = np.full((1, 1, 4), UNLABELED)
     labels[..., :2] = 1
-    assert not contacts(labels, 2, across=True).any()
+    assert not contact_mask(labels, 2, along_z=True).any()
 
 
 @pytest.mark.parametrize("size", [(5, 5, 5), (50, 4, 6)])
@@ -206,8 +206,8 @@ def test_distances_are_those_of_a_search_of_all_voxels(size):
     other = (ids[:, None] != ids[None]) & (ids[None] != UNLABELED)
     nearest = np.where(other, gap, np.inf).min(axis=1)
     wanted = np.where((ids == 0) | (ids == UNLABELED), 0, np.minimum(nearest / 20, 1) * 255).reshape(labels.shape)
-    assert np.abs(distances(labels, size, 20) - wanted).max() <= 0.5
+    assert np.abs(border_distance(labels, size, 20) - wanted).max() <= 0.5
 
 
 def test_an_object_without_end_is_far_from_it():
-    assert (distances(np.ones((2, 3, 4), np.uint32), (5, 5, 5), 100) == 255).all()
+    assert (border_distance(np.ones((2, 3, 4), np.uint32), (5, 5, 5), 100) == 255).all()

@@ -22,12 +22,22 @@ from volseg.errors import UserError
 from volseg.inference import model
 from volseg.training import checkpoint, distributed
 from volseg.training.card import decoding_tables
-from volseg.training.checkpoint import State
+from volseg.training.checkpoint import CHECKPOINT_NAME, State
 from volseg.training.decoding import THRESHOLDS, Decoding
-from volseg.training.losses import loss_of
-from volseg.training.samples import batch, batches, load_sources
-from volseg.training.steps import FIRST_SETTLE, _fitting, guess, learning_rate, settle, start, steps
-from volseg.training.train import check, train
+from volseg.training.losses import segmentation_loss
+from volseg.training.samples import annotated_batch, prefetch_batches
+from volseg.training.sources import load_sources
+from volseg.training.steps import (
+    BATCHNORM_FIRST_STEP,
+    _gradients_within_memory,
+    initial_state,
+    moving_average,
+    one_cycle_rate,
+    pseudo_labels,
+    train_steps,
+    update_batchnorm,
+)
+from volseg.training.train import check_settings, train
 from volseg.training.tune import tune
 
 
@@ -129,8 +139,8 @@ def test_self_training_learns_where_the_averaged_network_is_sure(tables, tmp_pat
             return images.repeat(1, 2, 1, 1)
 
     images = torch.tensor([-3.0, -1.0, 1.0, 3.0]).reshape(1, 1, 1, 4)
-    aims, sure = guess(Teacher(), images, Train(precision="fp32"))
-    assert aims[0, :, 0].tolist() == [[0, 0, 1, 1]] * 2
+    targets, sure = pseudo_labels(Teacher(), images, Train(precision="fp32"))
+    assert targets[0, :, 0].tolist() == [[0, 0, 1, 1]] * 2
     assert sure[0, :, 0].tolist() == [[1, 0, 0, 1], [1, 1, 1, 1]]
 
 
@@ -157,7 +167,7 @@ def test_a_height_that_nothing_learns_is_refused_at_once(tables, tmp_path):
     for work in (train, tune):
         with pytest.raises(UserError, match=r"set train\.distance_nm"):
             work(asked, print)
-    check(asked.model_copy(update={"train": config.train.model_copy(update={"distance_nm": 100.0})}))
+    check_settings(asked.model_copy(update={"train": config.train.model_copy(update={"distance_nm": 100.0})}))
 
 
 def test_a_card_keeps_what_its_seed_was_chosen_with():
@@ -167,14 +177,14 @@ def test_a_card_keeps_what_its_seed_was_chosen_with():
         "fragments": {"height": "contour", "threshold": 0.3, "smooth": [0, 1, 1]},
         "stitch": {"keep_unseeded": True, "seed": 0.7, "min_voxels": 250},
     }
-    assert decoding_tables(Config(), chosen) == chosen.settings()
+    assert decoding_tables(Config(), chosen) == chosen.tables()
     assert decoding_tables(Config(), None) == {}
 
 
-def interrupted(knobs, tmp_path, line, telling="pass"):
+def interrupted(settings, tmp_path, line, telling="pass"):
     """Has `volseg train` in a process of its own, to which Ctrl-C comes as it says that ``line``; ``telling`` is done first."""
-    data = knobs.pop("data")[0]
-    text = [f"{key} = {json.dumps(value)}" for key, value in knobs.items()]
+    data = settings.pop("data")[0]
+    text = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     text = ["[train]", *text, "[[train.data]]", *(f"{key} = {json.dumps(value)}" for key, value in data.items())]
     (tmp_path / "train.toml").write_text("\n".join(text))
     hearing = (
@@ -194,17 +204,17 @@ def interrupted(knobs, tmp_path, line, telling="pass"):
 
 def test_ctrl_c_ends_a_run_in_one_line(tables, tmp_path):
     interrupted({**tables, "steps": 100_000, "out": str(tmp_path / "run")}, tmp_path, "step 4/")
-    assert (tmp_path / "run" / checkpoint.NAME).exists()
+    assert (tmp_path / "run" / CHECKPOINT_NAME).exists()
 
 
 def test_ctrl_c_keeps_the_step_that_a_run_was_at(tables, tmp_path):
     """No validation and no interval of checkpoints comes in between: what is kept was kept for the interrupt."""
-    knobs = {**tables, "steps": 100_000, "every": 100_000, "out": str(tmp_path / "run")}
-    telling = "import volseg.training.train; volseg.training.train.TOLD_SECONDS = 0"  # a line for each step
-    interrupted(knobs, tmp_path, "step 3/", telling)
+    settings = {**tables, "steps": 100_000, "every": 100_000, "out": str(tmp_path / "run")}
+    telling = "import volseg.training.train; volseg.training.train.LOG_INTERVAL_S = 0"  # a line for each step
+    interrupted(settings, tmp_path, "step 3/", telling)
     config = config_of(tables, tmp_path / "run", steps=100_000, every=100_000)
-    state = start(config.train, torch.device("cpu"))
-    assert checkpoint.resume(state, tmp_path / "run" / checkpoint.NAME, config.train)
+    state = initial_state(config.train, torch.device("cpu"))
+    assert checkpoint.resume(state, tmp_path / "run" / CHECKPOINT_NAME, config.train)
     assert state.step >= 3
 
 
@@ -301,44 +311,65 @@ def test_training_runs_on_cuda(tables, tmp_path):
 
 
 def test_settled_statistics_are_those_of_the_training_batches(tables, tmp_path):
-    knobs = config_of(tables, tmp_path).train
-    sources = load_sources(knobs)
-    network = model.build(knobs.encoder, knobs.decoder, knobs.sections)
-    settle(network, sources, knobs)
+    settings = config_of(tables, tmp_path).train
+    sources = load_sources(settings)
+    network = model.build(settings.encoder, settings.decoder, settings.sections)
+    update_batchnorm(network, sources, settings)
     stem = network.encoder.model
     with torch.no_grad():
-        drawn = batches(sources, knobs, FIRST_SETTLE, FIRST_SETTLE + knobs.steps)
+        drawn = prefetch_batches(sources, settings, BATCHNORM_FIRST_STEP, BATCHNORM_FIRST_STEP + settings.steps)
         means = [stem.conv_stem(torch.from_numpy(images)).mean((0, 2, 3)) for images, _ in drawn]
     torch.testing.assert_close(stem.bn1.running_mean, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
     assert not network.training
 
 
-def test_the_learning_rate_makes_one_cycle():
-    rates = [learning_rate(share / 100, 1.0) for share in range(101)]
-    top = int(np.argmax(rates))
-    assert rates[top] == 1.0
-    assert np.all(np.diff(rates[: top + 1]) > 0)
-    assert np.all(np.diff(rates[top:]) < 0)
-    assert rates[-1] < 1e-4
+def test_the_learning_rate_is_torchs_one_cycle():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=101, pct_start=11 / 101, div_factor=25, final_div_factor=4000,
+        cycle_momentum=False,
+    )  # fmt: skip
+    rates = []
+    for _ in range(101):
+        rates.append(cycle.get_last_lr()[0])
+        optimizer.step()
+        if len(rates) < 101:
+            cycle.step()
+    np.testing.assert_allclose([one_cycle_rate(share / 100, 1.0) for share in range(101)], rates, atol=1e-5)
+
+
+def test_the_average_forgets_early_weights_sooner_and_holds_batch_norm_statistics_too():
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
+    torch.nn.init.zeros_(network[0].weight)
+    averaged, weight, mean = moving_average(network, 0.25), 0.0, 0.0
+    for step in range(1, 6):
+        torch.nn.init.constant_(network[0].weight, step)
+        network[1].running_mean.fill_(-step)
+        averaged.update_parameters(network)
+        decay = min(0.25, (1 + step) / (10 + step))
+        weight, mean = decay * weight + (1 - decay) * step, decay * mean - (1 - decay) * step
+    assert averaged.module[0].weight.item() == pytest.approx(weight)
+    assert averaged.module[1].running_mean.item() == pytest.approx(mean)
+    assert not averaged.training
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(whole_run, tables, tmp_path):
     resource = pytest.importorskip("resource")
-    knobs = config_of(tables, whole_run[0]).train
-    state = start(knobs, torch.device("cpu"))
-    path = tmp_path / checkpoint.NAME
-    checkpoint.save(state, path, knobs)
+    settings = config_of(tables, whole_run[0]).train
+    state = initial_state(settings, torch.device("cpu"))
+    path = tmp_path / CHECKPOINT_NAME
+    checkpoint.save(state, path, settings)
     before = path.read_bytes()
     state.step = 5
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*the one there before is whole; make room"):
-            checkpoint.save(state, path, knobs)
+            checkpoint.save(state, path, settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == [checkpoint.NAME]
+    assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT_NAME]
 
 
 class Small(torch.nn.Conv2d):
@@ -354,26 +385,26 @@ class Small(torch.nn.Conv2d):
 
 
 def test_a_batch_that_does_not_fit_is_cut_and_steps_the_same(tables, tmp_path):
-    knobs = config_of(tables, tmp_path, batch=7, loss="bce", contour_weight=0, precision="fp32").train
-    patches = batch(load_sources(knobs), knobs, 0)
+    settings = config_of(tables, tmp_path, batch=7, loss="bce", contour_weight=0, precision="fp32").train
+    patches = annotated_batch(load_sources(settings), settings, 0)
     torch.manual_seed(0)
     network, lines = Small(), []
     state = State(
         network, network, torch.optim.SGD(network.parameters(), 1), torch.amp.GradScaler("cpu", enabled=False)
     )
-    loss, voxels = _fitting(state, patches, knobs, lines.append)
-    gradient, images, aims = (
+    loss, voxels = _gradients_within_memory(state, patches, settings, lines.append)
+    gradient, images, targets = (
         network.weight.grad.clone(),
         torch.from_numpy(patches[0]),
         torch.from_numpy(patches[1][:, :2]),
     )
-    assert state.parts == 4
+    assert state.micro_batches == 4
     assert len(lines) == 2
     assert "at most 2 at a time" in lines[-1]
     network.zero_grad()
     pieces = [(i, i + 2) for i in (0, 2, 4, 6)]
-    parts = [(torch.nn.Conv2d.forward(network, images[a:b]), aims[a:b].float()) for a, b in pieces]
-    whole = sum(loss_of(p, t, torch.ones_like(t), knobs) * len(p) for p, t in parts) / 7
+    parts = [(torch.nn.Conv2d.forward(network, images[a:b]), targets[a:b].float()) for a, b in pieces]
+    whole = sum(segmentation_loss(p, t, torch.ones_like(t), settings) * len(p) for p, t in parts) / 7
     whole.backward()
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
     torch.testing.assert_close(gradient, network.weight.grad)
@@ -381,32 +412,32 @@ def test_a_batch_that_does_not_fit_is_cut_and_steps_the_same(tables, tmp_path):
 
 
 def test_a_patch_that_does_not_fit_is_refused(tables, tmp_path):
-    knobs = config_of(tables, tmp_path, batch=1).train
+    settings = config_of(tables, tmp_path, batch=1).train
     network = Small()
     network.forward = lambda images: np.empty((1 << 50,))
     state = State(
         network, network, torch.optim.SGD(network.parameters(), 1), torch.amp.GradScaler("cpu", enabled=False)
     )
     with pytest.raises(UserError, match=r"not even one patch fits the memory: set a smaller train\.patch than 64"):
-        _fitting(state, batch(load_sources(knobs), knobs, 0), knobs, print)
+        _gradients_within_memory(state, annotated_batch(load_sources(settings), settings, 0), settings, print)
 
 
 def test_other_failures_are_not_taken_for_a_full_memory(tables, tmp_path):
-    knobs = config_of(tables, tmp_path).train
+    settings = config_of(tables, tmp_path).train
     network = Small()
     network.forward = lambda images: torch.zeros(2, 3) @ torch.zeros(2, 3)
     state = State(
         network, network, torch.optim.SGD(network.parameters(), 1), torch.amp.GradScaler("cpu", enabled=False)
     )
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        _fitting(state, batch(load_sources(knobs), knobs, 0), knobs, print)
+        _gradients_within_memory(state, annotated_batch(load_sources(settings), settings, 0), settings, print)
 
 
 def test_float16_scales_its_losses(tables, tmp_path):
-    knobs = config_of(tables, tmp_path, precision="fp16").train
-    state, sources = start(knobs, torch.device("cpu")), load_sources(knobs)
+    settings = config_of(tables, tmp_path, precision="fp16").train
+    state, sources = initial_state(settings, torch.device("cpu")), load_sources(settings)
     before = next(state.network.parameters()).detach().clone()
-    rows = list(steps(state, sources, knobs, print))
+    rows = list(train_steps(state, sources, settings, print))
     assert state.scaler.state_dict()["scale"] > 1
     assert all(np.isfinite(row["loss"]) for row in rows)
     assert not torch.equal(before, next(state.network.parameters()))
@@ -414,15 +445,15 @@ def test_float16_scales_its_losses(tables, tmp_path):
 
 def test_a_run_begun_without_a_loss_scale_goes_on_with_one(tables, tmp_path):
     """As one that was begun on a CPU goes on in float16 on a GPU; moments lie in memory as their weights do."""
-    knobs = config_of(tables, tmp_path).train
-    state, sources = start(knobs, torch.device("cpu")), load_sources(knobs)
+    settings = config_of(tables, tmp_path).train
+    state, sources = initial_state(settings, torch.device("cpu")), load_sources(settings)
     state.network.to(memory_format=torch.channels_last)
-    list(steps(state, sources, knobs, print))
-    checkpoint.save(state, tmp_path / checkpoint.NAME, knobs)
-    again = start(knobs, torch.device("cpu"))
+    list(train_steps(state, sources, settings, print))
+    checkpoint.save(state, tmp_path / CHECKPOINT_NAME, settings)
+    again = initial_state(settings, torch.device("cpu"))
     again.network.to(memory_format=torch.channels_last)
     again.scaler = torch.amp.GradScaler("cpu", enabled=True)
-    assert checkpoint.resume(again, tmp_path / checkpoint.NAME, knobs)
+    assert checkpoint.resume(again, tmp_path / CHECKPOINT_NAME, settings)
     assert again.scaler.state_dict()["scale"] > 1
     pairs = list(zip(again.network.parameters(), state.network.parameters(), strict=True))
     known = [(a, b) for a, b in pairs if b in state.optimizer.state]
@@ -440,7 +471,7 @@ def test_two_processes_go_on_after_a_stop_to_the_same_bits(tables, tmp_path):
 
     def keep_the_last_checkpoint(line):
         if line.startswith("step 4/4"):
-            shutil.copy(tmp_path / "whole" / checkpoint.NAME, tmp_path / "half")
+            shutil.copy(tmp_path / "whole" / CHECKPOINT_NAME, tmp_path / "half")
 
     whole = load_file(train(config_of(tables, tmp_path / "whole", **changes), keep_the_last_checkpoint))
     lines = []
@@ -450,10 +481,10 @@ def test_two_processes_go_on_after_a_stop_to_the_same_bits(tables, tmp_path):
 
 
 def test_the_mean_over_processes_is_that_of_the_whole_batch(tmp_path):
-    with distributed.together(2, _add, tmp_path / "other.pt"):
+    with distributed.process_group(2, _add, tmp_path / "other.pt"):
         mine = _add(None)
         assert distributed.size() == 2
-        assert distributed.same(7.0 + distributed.rank(), torch.device("cpu")) == 7.0
+        assert distributed.broadcast(7.0 + distributed.rank(), torch.device("cpu")) == 7.0
     assert [tensor.tolist() for tensor in mine] == [[3.0, 3.0], [[9.0]]]
     assert all(torch.equal(a, b) for a, b in zip(mine, torch.load(tmp_path / "other.pt"), strict=True))
     assert distributed.size() == 1
@@ -463,16 +494,16 @@ def _add(path):
     """Sums over processes of what depends on the process; stored at ``path``."""
     r = distributed.rank()
     tensors = [torch.full((2,), 1.0 + r), torch.full((1, 1), 4.0 + r)]
-    distributed.add_up(tensors)
+    distributed.all_reduce_sum(tensors)
     if path:
-        distributed.same(0.0, torch.device("cpu"))
+        distributed.broadcast(0.0, torch.device("cpu"))
         torch.save(tensors, path)
     return tensors
 
 
 def test_a_process_that_fails_ends_the_others_with_a_line_and_no_traceback(tmp_path, capfd):
-    with pytest.raises(UserError, match="training process 1 of 2 ended"), distributed.together(2, _fail):
-        distributed.same(0.0, torch.device("cpu"))
+    with pytest.raises(UserError, match="training process 1 of 2 ended"), distributed.process_group(2, _fail):
+        distributed.broadcast(0.0, torch.device("cpu"))
     assert capfd.readouterr().err == "volseg: process 1: the memory of process 1 is full\n"
     assert distributed.size() == 1
 
@@ -486,7 +517,7 @@ other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=sys
 ending = threading.Event()
 if __name__ == "__main__":
     other.start()
-    threading.Thread(target=distributed._watch, args=([other], ending, 1)).start()
+    threading.Thread(target=distributed._exit_with_failed, args=([other], ending, 1)).start()
     if sys.argv[1] == "ends":
         ending.set()
         other.terminate()

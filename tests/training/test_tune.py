@@ -6,7 +6,7 @@ import pytest
 
 from volseg.config import load, resolve
 from volseg.errors import UserError
-from volseg.training.tune import _study, tune, tuned
+from volseg.training.tune import open_study, tune, tuned_config
 
 
 def _config(tables, out, **changes):
@@ -48,14 +48,14 @@ def test_training_takes_the_best_values_as_they_are(study, tables):
 
 
 def test_a_study_from_before_a_setting_goes_on_where_that_has_its_default(tables, tmp_path):
-    begun = _study(_config(tables, tmp_path), tmp_path)
+    begun = open_study(_config(tables, tmp_path), tmp_path)
     settings = begun.user_attrs["settings"]
     data = [{key: value for key, value in table.items() if key != "planes"} for table in settings["train.data"]]
     earlier = {key: value for key, value in settings.items() if "distance" not in key}
     begun.set_user_attr("settings", {**earlier, "train.data": data})
     with pytest.raises(UserError, match=r"begun with another train\.distance_nm;"):
-        _study(_config({**tables, "distance_nm": 50}, tmp_path), tmp_path)
-    assert _study(_config(tables, tmp_path), tmp_path).user_attrs["settings"] == settings
+        open_study(_config({**tables, "distance_nm": 50}, tmp_path), tmp_path)
+    assert open_study(_config(tables, tmp_path), tmp_path).user_attrs["settings"] == settings
 
 
 def test_a_study_of_other_settings_is_refused_by_name(study, tables):
@@ -78,5 +78,5 @@ def test_strings_and_sections_survive_the_config(tables, tmp_path):
     data = [{**tables["data"][0], "image": 'C:\\daten\\ä "1".tif', "train": [1, "2:4"]}]
     config = _config({**tables, "data": data}, tmp_path)
     path = tmp_path / "tuned.toml"
-    path.write_text(tuned(config, {"lr": 1e-3, "batch": 4, "iou": 0.5}), encoding="utf-8")
+    path.write_text(tuned_config(config, {"lr": 1e-3, "batch": 4, "iou": 0.5}), encoding="utf-8")
     assert load(path).train.data == config.train.data

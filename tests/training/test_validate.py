@@ -30,4 +30,4 @@ def test_a_long_plane_is_predicted_in_parts_that_agree_with_the_whole(known, mon
 
 def test_what_needs_held_out_sections_says_how_to_name_them(known):
     with pytest.raises(UserError, match=r"volseg tune needs held-out sections: set validate_on"):
-        validation.refuse_nothing_held_out([replace(known[1], held=())], "volseg tune")
+        validation.require_validation_sections([replace(known[1], validation_sections=())], "volseg tune")

@@ -12,80 +12,86 @@ from volseg.config import Config, Stitch
 from volseg.training import checkpoint
 from volseg.training.checkpoint import State
 from volseg.training.decoding import Decoding
-from volseg.training.samples import Source
+from volseg.training.sources import Source
+
+PACKAGES = ("volseg", "torch", "timm", "segmentation-models-pytorch", "numpy")
 
 
-def model_card(config: Config, sources: list[Source], state: State, scores: dict, chosen: Decoding | None) -> dict:
-    """What a model file says about itself."""
-    knobs, main = config.train, max(sources, key=lambda s: s.share)
+def model_card(
+    config: Config, sources: list[Source], state: State, scores: dict, decoding: Decoding | None = None
+) -> dict:
+    """Return the card of a model file: plain values that say how to run it, what it learnt from and how good it is.
+
+    ``scores`` are those of `validate.validate`; ``decoding`` is what was calibrated, None before the end of a run.
+    """
+    settings, main = config.train, max(sources, key=lambda s: s.share)
     data = [
         {
-            "name": Path(s.name).name, "learn": len(s.learn), "unlabeled": len(s.free),
-            "held": [s.first + z for z in s.held], "share": s.share, "planes": list(given.planes),
+            "name": Path(s.name).name, "learn": len(s.train_sections), "unlabeled": len(s.unlabeled_sections),
+            "held": [s.first_section + z for z in s.validation_sections], "share": s.share, "planes": list(table.planes),
         }
-        for s, given in zip(sources, knobs.data, strict=True)
+        for s, table in zip(sources, settings.data, strict=True)
     ]  # fmt: skip
-    settings = checkpoint.settings(knobs)
+    stored = checkpoint.fixed_settings(settings)
     training = {
         "checksum": hashlib.sha256("\n".join(s.checksum for s in sources).encode()).hexdigest(),
         "data": data,
         "steps": state.step,
         "seconds": round(state.seconds),
-        "settings": {key: value for key, value in settings.items() if key not in ("data", "start")},
+        "settings": {key: value for key, value in stored.items() if key not in ("data", "start")},
     }
     return {
-        "name": Path(knobs.out).name,
-        "encoder": knobs.encoder,
-        "decoder": list(knobs.decoder),
-        "sections": knobs.sections,
-        "binning": knobs.binning,
-        "heads": list(knobs.heads),
+        "name": Path(settings.out).name,
+        "encoder": settings.encoder,
+        "decoder": list(settings.decoder),
+        "sections": settings.sections,
+        "binning": settings.binning,
+        "heads": list(settings.heads),
         "mean": main.mean,
         "std": main.std,
         "voxel_size_nm": list(main.voxel_size_nm) if main.voxel_size_nm else None,
-        "decode": decoding_tables(config, chosen),
+        "decode": decoding_tables(config, decoding),
         "training": training,
         "scores": {
             "validation": {Path(name).name: values for name, values in scores.items()},
-            "calibrated": chosen.scores() if chosen else {},
+            "calibrated": decoding.scores() if decoding else {},
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("volseg", "torch", "timm", "segmentation-models-pytorch", "numpy")},
-        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
 
-def decoding_tables(config: Config, chosen: Decoding | None) -> dict:
-    """Tables of a config: what was ``chosen``, and the settings that it was chosen with, as far as they are no defaults."""
-    which = {"fragments": True, "stitch": set(Stitch.model_fields) - {"reduce"}}
-    given = config.model_dump(mode="json", include=which, exclude_defaults=True)
-    found = chosen.settings() if chosen else {}
-    tables = {section: given.get(section, {}) | found.get(section, {}) for section in which}
+def decoding_tables(config: Config, decoding: Decoding | None) -> dict:
+    """Return the tables of a config that a model brings along: its ``decoding``, and what that was chosen with.
+
+    Settings that are defaults are left out.
+    """
+    fields = {"fragments": True, "stitch": set(Stitch.model_fields) - {"reduce"}}
+    base = config.model_dump(mode="json", include=fields, exclude_defaults=True)
+    chosen = decoding.tables() if decoding else {}
+    tables = {section: base.get(section, {}) | chosen.get(section, {}) for section in fields}
     return {section: table for section, table in tables.items() if table}
 
 
-def closing_lines(scores: dict, chosen: Decoding, state: State) -> Iterator[str]:
-    """What a finished run says of itself."""
+def closing_lines(scores: dict, decoding: Decoding, state: State) -> Iterator[str]:
+    """Yield what a finished run says of itself, line by line."""
     names = scores if len(scores) > 2 else list(scores)[:1]
     for name in names:
         values = scores[name]
-        of = "held-out sections" if name == "all" else name
-        yield f"{of}: loss {values['loss']:.4f} IoU {values['iou']:.3f} accuracy {values['accuracy']:.4f}"
-    z, y, x = chosen.smooth
-    decoding = f"mask threshold {chosen.threshold:.2f}, smoothing {z} {y} {x}, seed {chosen.seed:g}, "
-    decoding += f"objects from {chosen.min_voxels} voxels"
-    if chosen.pq == 0:
+        subject = "held-out sections" if name == "all" else name
+        yield f"{subject}: loss {values['loss']:.4f} IoU {values['iou']:.3f} accuracy {values['accuracy']:.4f}"
+    z, y, x = decoding.smooth
+    text = f"mask threshold {decoding.threshold:.2f}, smoothing {z} {y} {x}, seed {decoding.seed:g}, "
+    text += f"objects from {decoding.min_voxels} voxels"
+    if decoding.pq == 0:
         yield "none of the settings tried finds an object on the held-out sections; train for longer, or annotate more"
-    if chosen.iou is None:
-        yield f"no section was held out, so decoding is left as set: {decoding}"
+    if decoding.iou is None:
+        yield f"no section was held out, so decoding is left as set: {text}"
     else:
-        yield f"calibrated there: {decoding}: IoU {chosen.iou:.3f}" + (
-            f" PQ {chosen.pq:.3f}" if chosen.pq is not None else ""
-        )
-    yield f"the loader kept the network waiting for {100 * wait_share(state):.1f} % of {state.seconds / 60:.1f} minutes"
+        yield f"calibrated there: {text}: IoU {decoding.iou:.3f} PQ {decoding.pq:.3f}"
+    share = 100 * data_wait_share(state)
+    yield f"the loader kept the network waiting for {share:.1f} % of {state.seconds / 60:.1f} minutes"
 
 
-def wait_share(state: State) -> float:
-    """Share of the run in which the network waited for patches."""
-    return state.waited / state.seconds if state.seconds else 0.0
+def data_wait_share(state: State) -> float:
+    """Return the share of the run in which the network waited for patches."""
+    return state.data_wait_seconds / state.seconds if state.seconds else 0.0

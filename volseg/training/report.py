@@ -7,8 +7,10 @@ import csv
 import html
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,14 +20,19 @@ from scipy import ndimage
 from volseg.config import Train
 from volseg.inference import model
 from volseg.io.pictures import grayscale
-from volseg.training.decoding import THRESHOLDS, Decoding, slabs, smooth
-from volseg.training.samples import Source
-from volseg.training.targets import UNLABELED, describe
+from volseg.progress import format_table
+from volseg.training.decoding import THRESHOLDS, Decoding, ValidationSlab, smooth, validation_slabs
+from volseg.training.sources import Source
+from volseg.training.targets import UNLABELED, describe_annotation
 
-SHOWN = 3  # sections of each volume that are pictured
-EDGE = 768  # longest edge of a panel, voxels
-SPLITS = (("training", "tab:blue"), ("validation", "tab:orange"))
-TRUTH, FOUND, MISSED, WRONG = (90, 200, 90), (255, 160, 40), (60, 120, 255), (230, 50, 50)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SECTIONS_SHOWN = 3  # of each volume
+MAX_PANEL_EDGE = 768  # pixels
+MAX_CANDIDATES = 5  # rows of the table of decodings
+SPLIT_COLORS = {"training": "tab:blue", "validation": "tab:orange"}
+TRUTH, PREDICTION, MISSED, SPURIOUS = (90, 200, 90), (255, 160, 40), (60, 120, 255), (230, 50, 50)  # RGB
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1400px; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ddd }
@@ -40,77 +47,100 @@ b.c { padding: 0 .35em; border-radius: 3px; color: #fff }
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """A finished run: its model's card, the rows of its curves, the decoding chosen and the volumes that it learnt from.
+    """What a report shows of a finished run.
 
-    ``waited`` is the share of the time in which the network waited for patches; ``every`` the steps between validations.
+    Attributes
+    ----------
+    card
+        The card of its model.
+    history
+        Rows of its curves, see `checkpoint.State`.
+    decoding
+        The decoding that was chosen.
+    sources
+        The volumes that it learnt from.
+    data_wait_share
+        Share of the time in which the network waited for patches.
+    validation_interval
+        Steps between validations.
     """
 
     card: dict
     history: list[dict]
     decoding: Decoding
     sources: tuple[Source, ...]
-    waited: float
-    every: int
+    data_wait_share: float
+    validation_interval: int
 
 
-def write(shown: Report, network: torch.nn.Module, knobs: Train, out: Path) -> None:
-    """``report.html`` is in ``out``, and beside it its pictures as PNGs, and ``curves.csv``."""
-    figures = {"curves": curves(shown.history, shown.every)}
-    if shown.decoding.curve:
-        figures["threshold"] = threshold(shown.decoding)
-    pictures = overlays(network, shown, knobs)
-    for name, png in {**figures, **{name: png for name, _, png in pictures}}.items():
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A PNG with the name of its file and a caption."""
+
+    name: str
+    caption: str
+    png: bytes
+
+
+def write_report(report: Report, network: torch.nn.Module, settings: Train, out: Path) -> None:
+    """Write ``report.html`` into the folder ``out``, and beside it its pictures as PNGs, and ``curves.csv``.
+
+    ``network`` predicts the sections that are pictured. Raises `UserError` where a file cannot be written.
+    """
+    figures = {"curves": plot_curves(report.history, report.validation_interval)}
+    if report.decoding.iou_curve:
+        figures["threshold"] = plot_threshold(report.decoding)
+    pictures = section_pictures(network, report, settings)
+    for name, png in {**figures, **{picture.name: picture.png for picture in pictures}}.items():
         model.write_whole(out / f"{name}.png", png)
-    model.write_whole(out / "curves.csv", _rows(shown.history))
-    model.write_whole(out / "report.html", page(shown, figures, pictures).encode())
+    model.write_whole(out / "curves.csv", _csv(report.history))
+    model.write_whole(out / "report.html", render_page(report, figures, pictures).encode())
 
 
 # ---------------------------------------------------------------- data
 
 
 def data_rows(sources: tuple[Source, ...] | list[Source]) -> list[dict]:
-    """What each volume holds: plain values under the headings of the table, and ``advice``."""
+    """Return what each volume holds: plain values under the headings of a table (``row``), and ``advice``."""
     rows = []
     for source in sources:
-        found = describe(source.labels, list(source.learn), source.first, source.depth)
+        annotation = describe_annotation(source.labels, list(source.train_sections), source.first_section, source.depth)
         row = {
             "volume": source.name,
-            "sections": found["sections"],
-            "held out": len(source.held),
-            "unlabeled": len(source.free),
-            "objects": found["objects"],
-            "foreground": f"{100 * found['foreground']:.2f} %",
-            "empty": len(found["empty"]),
-            "labels": source.kind,
+            "sections": annotation["sections"],
+            "held out": len(source.validation_sections),
+            "unlabeled": len(source.unlabeled_sections),
+            "objects": annotation["objects"],
+            "foreground": f"{100 * annotation['foreground']:.2f} %",
+            "empty": len(annotation["empty"]),
+            "labels": source.label_kind,
         }
-        held = [f"not learnt from, since held out: {_few(source.taken)} of train"] if source.taken else []
-        rows.append({"row": row, "advice": [*found["advice"], *held]})
+        withheld = source.withheld_sections
+        advice = [f"not learnt from, since held out: {_format_sections(withheld)} of train"] if withheld else []
+        rows.append({"row": row, "advice": [*annotation["advice"], *advice]})
     return rows
 
 
-def _few(sections: tuple[int, ...]) -> str:
+def _format_sections(sections: tuple[int, ...]) -> str:
     """
-    >>> _few((5,)), _few((5, 6, 9))
+    >>> _format_sections((5,)), _format_sections((5, 6, 9))
     ('section 5', 'section 5 and 2 more')
     """
     return f"section {sections[0]}" + (f" and {len(sections) - 1} more" if len(sections) > 1 else "")
 
 
-def data_table(sources: list[Source]) -> str:
-    """What each volume holds, as lines of text, with advice where there is reason."""
+def format_data(sources: list[Source]) -> str:
+    """Return what each volume holds as lines of text, with advice where there is reason."""
     rows = data_rows(sources)
-    names = list(rows[0]["row"])
-    cells = [names, *([str(value) for value in row["row"].values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+    table = format_table(list(rows[0]["row"]), [row["row"].values() for row in rows])
     advice = [f"advice: {row['row']['volume']}: {text}" for row in rows for text in row["advice"]]
-    return "\n".join([*lines, *advice])
+    return "\n".join([table, *advice])
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- curves
 
 
-def _rows(history: list[dict]) -> bytes:
+def _csv(history: list[dict]) -> bytes:
     """The rows of the curves as CSV."""
     file = io.StringIO()
     writer = csv.DictWriter(file, ["step", "split", "loss", "accuracy", "iou"], lineterminator="\n")
@@ -119,42 +149,42 @@ def _rows(history: list[dict]) -> bytes:
     return file.getvalue().encode()
 
 
-def curves(history: list[dict], every: int) -> bytes:
-    """A PNG of loss, accuracy and IoU over steps: training blue, validation orange, the best validation marked."""
+def plot_curves(history: list[dict], validation_interval: int) -> bytes:
+    """Return a PNG of loss, accuracy and IoU over steps: training blue, validation orange, the best validation marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    top = best(history)
-    for axes, key, title in zip(
-        figure.subplots(1, 3), ("loss", "accuracy", "iou"), ("Loss", "Accuracy", "IoU"), strict=True
-    ):
-        for split, color in SPLITS:
+    best = best_validation(history)
+    epoch = min(validation_interval, max(row["step"] for row in history))
+    panels = zip(figure.subplots(1, 3), ("loss", "accuracy", "iou"), ("Loss", "Accuracy", "IoU"), strict=True)
+    for axes, key, title in panels:
+        for split, color in SPLIT_COLORS.items():
             rows = [row for row in history if row["split"] == split]
             steps, values = [row["step"] for row in rows], np.array([row[key] for row in rows])
             if split == "training" and len(values) > 50:
                 axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.6)
                 values = ndimage.uniform_filter1d(values, max(3, len(values) // 50), mode="nearest")
             axes.plot(steps, values, color=color, label=split, marker="o" if len(values) < 30 else None, markersize=3)
-        if top:
-            axes.axvline(top["step"], color="tab:orange", linestyle=":", label=f"best: step {top['step']}")
-        axes.set(title=title, xlabel=f"step (an epoch: {min(every, max(row['step'] for row in history))} steps)")
+        if best:
+            axes.axvline(best["step"], color="tab:orange", linestyle=":", label=f"best: step {best['step']}")
+        axes.set(title=title, xlabel=f"step (an epoch: {epoch} steps)")
         axes.grid(alpha=0.3)
         axes.legend()
     return _png(figure)
 
 
-def best(history: list[dict]) -> dict | None:
-    """The validation with the highest IoU, the earliest of equals; None where there was none."""
+def best_validation(history: list[dict]) -> dict | None:
+    """Return the validation with the highest IoU, the earliest of equals; None where there was none."""
     return max((row for row in history if row["split"] == "validation"), key=lambda row: row["iou"], default=None)
 
 
-def threshold(decoding: Decoding) -> bytes:
-    """A PNG of the IoU on held-out sections over mask thresholds, with the one chosen."""
+def plot_threshold(decoding: Decoding) -> bytes:
+    """Return a PNG of the IoU on held-out sections over mask thresholds, with the one chosen."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(THRESHOLDS, decoding.curve, color="tab:orange", marker="o", markersize=3)
+    axes.plot(THRESHOLDS, decoding.iou_curve, color="tab:orange", marker="o", markersize=3)
     axes.axvline(decoding.threshold, color="0.3", linestyle=":", label=f"chosen: {decoding.threshold:.2f}")
     axes.set(title="IoU on held-out sections", xlabel="mask threshold")
     axes.grid(alpha=0.3)
@@ -162,61 +192,77 @@ def threshold(decoding: Decoding) -> bytes:
     return _png(figure)
 
 
-def _png(figure) -> bytes:
+def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
 
 
-def overlays(network: torch.nn.Module, shown: Report, knobs: Train) -> list[tuple[str, str, bytes]]:
-    """Name, caption and PNG of some sections of each volume: original, truth, prediction, differences.
+# ---------------------------------------------------------------- sections
+
+
+def section_pictures(network: torch.nn.Module, report: Report, settings: Train) -> list[Picture]:
+    """Return pictures of some sections of each volume: original, truth, prediction, differences.
 
     Held-out sections where a volume has some, else sections that it taught, and the caption says so.
     """
-    found = []
-    for i, source in enumerate(shown.sources):
-        held = bool(source.held)
-        use = source if held else replace(source, held=_some(source.learn))
-        slab_of = {z: (slab, k) for slab, run in _runs(network, use, i, knobs) for k, z in enumerate(run)}
-        for z in _some(use.held):
+    pictures = []
+    for i, source in enumerate(report.sources):
+        held_out = bool(source.validation_sections)
+        shown = source if held_out else replace(source, validation_sections=_spread(source.train_sections))
+        slab_of = {z: (slab, k) for slab, run in _slabs(network, shown, i, settings) for k, z in enumerate(run)}
+        for z in _spread(shown.validation_sections):
             slab, k = slab_of[z]
-            chance = smooth(slab.chance[0].astype(np.float32) / 255, shown.decoding.smooth)[k]
-            picture = panels(source.image[z], source.labels[z], chance >= shown.decoding.threshold)
-            what = "held out" if held else "learnt from, so better than on new ones"
-            name = f"overlay_{i}_{source.first + z:04d}"
-            found.append((name, f"{Path(source.name).name}, section {source.first + z} ({what})", picture))
-    return found
+            chance = smooth(slab.probability[0].astype(np.float32) / 255, report.decoding.smooth)[k]
+            png = draw_panels(source.image[z], source.labels[z], chance >= report.decoding.threshold)
+            number = source.first_section + z
+            note = "held out" if held_out else "learnt from, so better than on new ones"
+            caption = f"{Path(source.name).name}, section {number} ({note})"
+            pictures.append(Picture(f"overlay_{i}_{number:04d}", caption, png))
+    return pictures
 
 
-def _some(sections: tuple[int, ...]) -> tuple[int, ...]:
-    """Up to `SHOWN` of them: the first, the last and those between at even distances."""
-    chosen = np.linspace(0, len(sections) - 1, min(SHOWN, len(sections))).round().astype(int)
+def _spread(sections: tuple[int, ...]) -> tuple[int, ...]:
+    """Up to `SECTIONS_SHOWN` of them: the first, the last and those between at even distances."""
+    chosen = np.linspace(0, len(sections) - 1, min(SECTIONS_SHOWN, len(sections))).round().astype(int)
     return tuple(sections[i] for i in chosen)
 
 
-def _runs(network: torch.nn.Module, source: Source, number: int, knobs: Train):
+def _slabs(
+    network: torch.nn.Module, source: Source, number: int, settings: Train
+) -> Iterator[tuple[ValidationSlab, tuple[int, ...]]]:
     """Each slab of held-out sections, with the sections that it holds."""
     start = 0
-    for slab in slabs(network, source, number, knobs):
-        yield slab, source.held[start : start + len(slab.labels)]
+    for slab in validation_slabs(network, source, number, settings):
+        yield slab, source.validation_sections[start : start + len(slab.labels)]
         start += len(slab.labels)
 
 
-def panels(image: np.ndarray, labels: np.ndarray, found: np.ndarray) -> bytes:
-    """A PNG of four panels: the section, the truth drawn in, the prediction drawn in, and where they differ.
+def draw_panels(image: np.ndarray, labels: np.ndarray, prediction: np.ndarray) -> bytes:
+    """Return a PNG of four panels: the section, the truth drawn in, the prediction drawn in, and where they differ.
 
-    Agreement is green, what was missed blue, what was wrongly found red. Sections longer than `EDGE` are made smaller.
+    Agreement is green, what was missed blue, what was wrongly found red. Sections longer than `MAX_PANEL_EDGE` are made
+    smaller.
+
+    Parameters
+    ----------
+    image
+        Gray values (y, x).
+    labels
+        The truth uint32 (y, x), see `targets.normalize_labels`.
+    prediction
+        bool (y, x).
     """
-    step = -(-max(image.shape) // EDGE)
+    step = -(-max(image.shape) // MAX_PANEL_EDGE)
     plane = np.repeat(grayscale(image)[..., None], 3, axis=-1)
-    known = labels != UNLABELED
-    truth, found = known & (labels != 0), found & known
-    marks = [
-        (truth & found, TRUTH),
-        (truth & ~found, MISSED),
-        (found & ~truth, WRONG),
+    annotated = labels != UNLABELED
+    truth, prediction = annotated & (labels != 0), prediction & annotated
+    differences = [
+        (truth & prediction, TRUTH),
+        (truth & ~prediction, MISSED),
+        (prediction & ~truth, SPURIOUS),
     ]
-    views = [plane, _tint(plane, [(truth, TRUTH)]), _tint(plane, [(found, FOUND)]), _tint(plane, marks)]
+    views = [plane, *(_tint(plane, marks) for marks in ([(truth, TRUTH)], [(prediction, PREDICTION)], differences))]
     gap = np.full((plane.shape[0], 4 * step, 3), 255, np.uint8)
     row = np.concatenate([part for view in views for part in (view, gap)][:-1], axis=1)
     small = Image.fromarray(row).resize((row.shape[1] // step, row.shape[0] // step), Image.Resampling.BOX)
@@ -230,33 +276,33 @@ def _tint(plane: np.ndarray, marks: list[tuple[np.ndarray, tuple[int, int, int]]
     out = plane.astype(np.float32)
     for mask, color in marks:
         edge = mask & ~ndimage.binary_erosion(mask, iterations=2)
-        share = np.where(edge, 0.9, np.where(mask, 0.35, 0.0))[..., None]
-        out = out * (1 - share) + np.float32(color) * share
+        opacity = np.where(edge, 0.9, np.where(mask, 0.35, 0.0))[..., None]
+        out = out * (1 - opacity) + np.float32(color) * opacity
     return np.uint8(out)
 
 
 # ---------------------------------------------------------------- the page
 
 
-def page(shown: Report, figures: dict[str, bytes], pictures: list[tuple[str, str, bytes]]) -> str:
-    """The whole report as one HTML text; pictures are inside it."""
-    card = shown.card
+def render_page(report: Report, figures: dict[str, bytes], pictures: list[Picture]) -> str:
+    """Return the whole report as one HTML text; pictures are inside it."""
+    card = report.card
     parts = [
         f"<h1>{html.escape(card['name'])}</h1>",
         f"<p class=note>volseg {html.escape(card['versions']['volseg'])}, {card['training']['steps']} steps in "
         f"{card['training']['seconds'] / 60:.1f} minutes</p>",
         "<h2>Result</h2>",
-        _key_values(_result(shown)),
+        _key_value_table(_result(report)),
         "<h2>Curves</h2>",
         _figure(figures["curves"], "Training blue, validation (whole held-out sections) orange."),
         "<h2>Decoding</h2>",
-        *_decoding(shown.decoding, figures),
+        *_decoding(report.decoding, figures),
         "<h2>Data</h2>",
-        _data(shown.sources),
+        _data(report.sources),
         "<h2>Sections</h2>",
-        f"<p class=note>Left to right: original, {_chip('truth', TRUTH)}, {_chip('prediction', FOUND)}, differences: "
-        f"{_chip('agreement', TRUTH)} {_chip('missed', MISSED)} {_chip('wrongly found', WRONG)}</p>",
-        *(_figure(png, caption) for _, caption, png in pictures),
+        f"<p class=note>Left to right: original, {_chip('truth', TRUTH)}, {_chip('prediction', PREDICTION)}, differences: "
+        f"{_chip('agreement', TRUTH)} {_chip('missed', MISSED)} {_chip('wrongly found', SPURIOUS)}</p>",
+        *(_figure(picture.png, picture.caption) for picture in pictures),
         "<h2>Card</h2>",
         f"<pre>{html.escape(json.dumps(card, indent=1))}</pre>",
     ]
@@ -264,20 +310,21 @@ def page(shown: Report, figures: dict[str, bytes], pictures: list[tuple[str, str
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>"
 
 
-def _result(shown: Report) -> dict[str, str]:
+def _result(report: Report) -> dict[str, str]:
     """The figures that matter most."""
-    top = best(shown.history)
-    found = {}
-    if top:
-        last = shown.card["scores"]["validation"]["all"]
-        found["held-out sections"] = f"IoU {last['iou']:.3f}, accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f}"
-        epoch = -(-top["step"] // shown.every)
-        found["best epoch"] = f"{epoch} (step {top['step']}): IoU {top['iou']:.3f}; the model kept is the last average"
-    if shown.decoding.iou is not None:
-        found["calibrated"] = f"IoU {shown.decoding.iou:.3f} at mask threshold {shown.decoding.threshold:.2f}"
-        found["objects there"] = f"PQ {shown.decoding.pq:.3f}"
-    found["loader wait"] = f"{100 * shown.waited:.1f} % of the time"
-    return found
+    best, decoding, result = best_validation(report.history), report.decoding, {}
+    if best:
+        last = report.card["scores"]["validation"]["all"]
+        result["held-out sections"] = f"IoU {last['iou']:.3f}, accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f}"
+        epoch = -(-best["step"] // report.validation_interval)
+        result["best epoch"] = (
+            f"{epoch} (step {best['step']}): IoU {best['iou']:.3f}; the model kept is the last average"
+        )
+    if decoding.iou is not None:
+        result["calibrated"] = f"IoU {decoding.iou:.3f} at mask threshold {decoding.threshold:.2f}"
+        result["objects there"] = f"PQ {decoding.pq:.3f}"
+    result["loader wait"] = f"{100 * report.data_wait_share:.1f} % of the time"
+    return result
 
 
 def _decoding(decoding: Decoding, figures: dict[str, bytes]) -> list[str]:
@@ -290,10 +337,10 @@ def _decoding(decoding: Decoding, figures: dict[str, bytes]) -> list[str]:
     }
     if decoding.iou is None:
         why = "No section was held out, so these are the settings given, not chosen."
-        return [f"<p class=note>{why}</p>", _key_values(rows)]
-    tried = [{**row, "pq": f"{row['pq']:.4f}"} for row in decoding.rows[:5]]
+        return [f"<p class=note>{why}</p>", _key_value_table(rows)]
+    candidates = [{**row, "pq": f"{row['pq']:.4f}"} for row in decoding.candidates[:MAX_CANDIDATES]]
     curve = _figure(figures["threshold"], "IoU of the held-out sections at each threshold of the mask.")
-    return [_key_values(rows), curve, "<p class=note>Best candidates:</p>", _table(tried)]
+    return [_key_value_table(rows), curve, "<p class=note>Best candidates:</p>", _table(candidates)]
 
 
 def _data(sources: tuple[Source, ...]) -> str:
@@ -308,15 +355,15 @@ def _table(rows: list[dict]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _key_values(values: dict[str, str]) -> str:
+def _key_value_table(values: dict[str, str]) -> str:
     body = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(v)}</td></tr>" for name, v in values.items())
     return f"<table class=key>{body}</table>"
 
 
 def _figure(png: bytes, caption: str) -> str:
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    told = html.escape(caption)
-    return f'<figure><img src="{source}" alt="{told}"><figcaption>{told}</figcaption></figure>'
+    text = html.escape(caption)
+    return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 
 def _chip(text: str, color: tuple[int, int, int]) -> str:

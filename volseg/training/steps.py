@@ -1,8 +1,7 @@
-"""Steps of a training run: gradients of a batch, the update of the network, its moving average."""
+"""Steps of a training run: the gradients of a batch, the update of the network, its moving average."""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
@@ -10,80 +9,117 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from volseg.config import Train
 from volseg.errors import UserError
 from volseg.inference import model
 from volseg.inference.device import is_out_of_memory
 from volseg.system import trim_memory
-from volseg.training import distributed as parallel
-from volseg.training import losses
+from volseg.training import distributed, losses
 from volseg.training.checkpoint import State
-from volseg.training.samples import Source, batch, batches, mixed
-from volseg.training.validate import autocast, resolved
+from volseg.training.precision import autocast, resolve_precision
+from volseg.training.samples import annotated_batch, mixed_batch, prefetch_batches
+from volseg.training.sources import Source
 
-Say = Callable[[str], None]
-WARM_UP = 0.1  # share of the run in which the learning rate rises
-SETTLE = 40  # batches, at most, that set the batch-norm statistics of the averaged weights
-FIRST_SETTLE = 1_000_000_000  # their step numbers, which no run reaches
+WARM_UP_SHARE = 0.1  # share of the run in which the learning rate rises
+START_DIVISOR = 25  # the learning rate begins at this part of its peak
+MIN_RATE_SHARE = 1e-5  # and ends at this share of it
+MAX_GRADIENT_NORM = 5.0
+BATCHNORM_BATCHES = 40  # at most, that set the batch-norm statistics of the averaged weights
+BATCHNORM_FIRST_STEP = 1_000_000_000  # their step numbers, which no run reaches
+
+Log = Callable[[str], None]
 
 
-def start(knobs: Train, device: torch.device) -> State:
-    """A run at step 0: fresh or pretrained weights, or those of ``train.start``."""
-    torch.manual_seed(knobs.seed)
-    if knobs.start:
-        network = _from_model(knobs)
-    else:
-        network = model.build(
-            knobs.encoder,
-            knobs.decoder,
-            knobs.sections,
-            knobs.heads,
-            pretrained=knobs.pretrained,
-            binning=knobs.binning,
-        )
+# ---------------------------------------------------------------- the beginning
+
+
+def initial_state(settings: Train, device: torch.device) -> State:
+    """Return a run at step 0, with random or pretrained weights, or those of ``settings.start``.
+
+    Raises
+    ------
+    UserError
+        If ``settings.start`` is no model of the kind that the settings ask for, or the encoder cannot be built.
+    """
+    torch.manual_seed(settings.seed)
+    network = _load_start(settings) if settings.start else _build_network(settings)
     network = network.to(device, memory_format=torch.channels_last).train()
-    averaged = copy.deepcopy(network).requires_grad_(False).eval()
     parameters = list(network.parameters())
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": knobs.weight_decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    scaler = torch.amp.GradScaler(device.type, enabled=resolved(device, knobs.precision) == "fp16")
-    return State(network, averaged, torch.optim.AdamW(groups, lr=knobs.lr), scaler)
+    scaler = torch.amp.GradScaler(device.type, enabled=resolve_precision(device, settings.precision) == "fp16")
+    return State(network, moving_average(network, settings.ema), torch.optim.AdamW(groups, lr=settings.lr), scaler)
 
 
-def _from_model(knobs: Train) -> torch.nn.Module:
+def _build_network(settings: Train) -> torch.nn.Module:
+    return model.build(
+        settings.encoder, settings.decoder, settings.sections, settings.heads, pretrained=settings.pretrained,
+        binning=settings.binning,
+    )  # fmt: skip
+
+
+def _load_start(settings: Train) -> torch.nn.Module:
     """The network of ``train.start``, which must be of the kind that the settings ask for."""
-    network, card = model.load(knobs.start)
+    network, card = model.load(settings.start)
     for key in ("encoder", "decoder", "sections"):
-        if json.loads(json.dumps(getattr(knobs, key))) != card[key]:
-            wanted = f"train.start = {knobs.start} has {key} = {card[key]}"
-            raise UserError(f"{wanted}, but train.{key} = {getattr(knobs, key)}; make them equal")
-    if card.get("binning", 1) not in (1, knobs.binning):
-        raise UserError(f"train.start = {knobs.start} bins its input already; set train.binning = {card['binning']}")
-    return model.adapted(network, card, knobs.heads, knobs.binning)
+        if json.loads(json.dumps(getattr(settings, key))) != card[key]:
+            raise UserError(
+                f"train.start = {settings.start} has {key} = {card[key]}, but train.{key} = {getattr(settings, key)}; "
+                "make them equal"
+            )
+    if card.get("binning", 1) not in (1, settings.binning):
+        raise UserError(f"train.start = {settings.start} bins its input already; set train.binning = {card['binning']}")
+    return model.adapted(network, card, settings.heads, settings.binning)
 
 
-def steps(state: State, sources: list[Source], knobs: Train, say: Say) -> Iterator[dict]:
-    """Takes step after step, to the last one or the end of the time budget, and gives each one's row of the curves.
+def moving_average(network: torch.nn.Module, decay: float) -> AveragedModel:
+    """Return the exponential moving average of a network's weights and buffers, in eval mode; so far a copy.
 
-    What is done between two rows counts into the run's seconds.
+    In step n the decay is ``(1 + n) / (10 + n)``, at most ``decay``: early weights are soon forgotten.
+    """
+
+    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor | int) -> None:
+        n = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
+
+    averaged = AveragedModel(network, multi_avg_fn=average, use_buffers=True).requires_grad_(False).eval()
+    averaged.n_averaged.fill_(1)  # the initial weights, or the first step would replace them
+    return averaged
+
+
+# ---------------------------------------------------------------- steps
+
+
+def train_steps(state: State, sources: list[Source], settings: Train, log: Log) -> Iterator[dict]:
+    """Take step after step, to the last one or the end of the time budget; yield each one's row of the curves.
+
+    What the caller does between two rows counts into ``state.seconds``.
+
+    Raises
+    ------
+    UserError
+        If the loss is no finite number, or not even one patch fits the memory.
     """
     device = next(state.network.parameters()).device
-    make = mixed if knobs.self_training else batch
-    part = slice(parallel.rank(), None, parallel.size())
-    stream = batches(sources, knobs, state.step, knobs.steps, make, part)
+    make_batch = mixed_batch if settings.self_training else annotated_batch
+    part = slice(distributed.rank(), None, distributed.size())
+    stream = prefetch_batches(sources, settings, state.step, settings.steps, make_batch, part)
     last = asked = time.monotonic()
     try:
         for patches in stream:
-            state.waited += time.monotonic() - asked
-            share = parallel.same(progress(state, knobs), device)
+            state.data_wait_seconds += time.monotonic() - asked
+            share = distributed.broadcast(completed_share(state, settings), device)
             if share >= 1:
                 break
-            row = step(state, patches, knobs, share, say)
+            row = train_step(state, patches, settings, share, log)
             if not math.isfinite(row["loss"]):
-                raise UserError(f"the loss is {row['loss']} at step {state.step}: set a lower train.lr than {knobs.lr}")
+                raise UserError(
+                    f"the loss is {row['loss']} at step {state.step}: set a lower train.lr than {settings.lr}"
+                )
             state.history.append(row)
             now = time.monotonic()
             state.seconds, last = state.seconds + now - last, now
@@ -93,156 +129,203 @@ def steps(state: State, sources: list[Source], knobs: Train, say: Say) -> Iterat
         stream.close()
 
 
-def step(state: State, patches: tuple[np.ndarray, ...], knobs: Train, share: float, say: Say) -> dict:
-    """One update of the network and its average; returns the row of the curves for the annotated part of this batch.
+def train_step(state: State, patches: tuple[np.ndarray, ...], settings: Train, share: float, log: Log) -> dict:
+    """Update the network and its average once.
 
-    ``patches`` are images, targets and, with self-training, clean and changed images of sections that nobody annotated;
-    once it has begun, these take the places of the last annotated ones. ``share`` is how much of the run is over.
+    Parameters
+    ----------
+    state
+        Changed in place.
+    patches
+        Images and targets of `samples.annotated_batch`; with self-training also what `samples.unlabeled_batch` gives, which
+        takes the places of the last annotated patches from ``settings.self_training_after`` on.
+    settings
+        The ``[train]`` table of a config.
+    share
+        How much of the run is over, 0 to 1.
+    log
+        Called with a line of text.
+
+    Returns
+    -------
+    dict
+        The row of the curves for the annotated patches: ``step``, ``split``, ``loss``, ``accuracy``, ``iou``.
     """
-    rate = learning_rate(share, knobs.lr)
+    rate = one_cycle_rate(share, settings.lr)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    loss, voxels = _fitting(state, patches if share >= knobs.self_training_after else patches[:2], knobs, say)
-    _share_out(state, loss, voxels, len(patches[0]) / knobs.batch)
+    used = patches if share >= settings.self_training_after else patches[:2]
+    loss, counts = _gradients_within_memory(state, used, settings, log)
+    _average_over_processes(state, loss, counts, len(patches[0]) / settings.batch)
     state.scaler.unscale_(state.optimizer)
-    torch.nn.utils.clip_grad_norm_(state.network.parameters(), 5.0)
+    torch.nn.utils.clip_grad_norm_(state.network.parameters(), MAX_GRADIENT_NORM)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
-    _average(state, knobs.ema)
-    return {"step": state.step, "split": "training", "loss": loss.item(), **losses.scores(voxels)}
+    state.averaged.update_parameters(state.network)
+    return {"step": state.step, "split": "training", "loss": loss.item(), **losses.foreground_scores(counts)}
 
 
-def _fitting(
-    state: State, patches: tuple[np.ndarray, ...], knobs: Train, say: Say
+def _gradients_within_memory(
+    state: State, patches: tuple[np.ndarray, ...], settings: Train, log: Log
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`gradients` gives; a batch that does not fit the memory is cut into twice as many parts, said once."""
+    """What `accumulate_gradients` gives; a batch that does not fit the memory is cut into twice as many pieces."""
     while True:
         try:
-            return gradients(state, patches, knobs)
+            return accumulate_gradients(state, patches, settings)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error)
-        if state.parts >= len(patches[0]):
-            advice = f"set a smaller train.patch than {knobs.patch}"
+        if state.micro_batches >= len(patches[0]):
+            advice = f"set a smaller train.patch than {settings.patch}"
             raise UserError(
                 f"not even one patch fits the memory: {advice} ({reason.splitlines()[0] if reason else 'full'})"
             )
-        state.parts *= 2
+        state.micro_batches *= 2
         state.optimizer.zero_grad()
         trim_memory()
-        size = -(-len(patches[0]) // state.parts)
-        say(f"a batch does not fit the memory: at most {size} at a time from here on, with the same effective batch")
+        size = -(-len(patches[0]) // state.micro_batches)
+        log(f"a batch does not fit the memory: at most {size} at a time from here on, with the same effective batch")
 
 
-def gradients(state: State, patches: tuple[np.ndarray, ...], knobs: Train) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a batch, its gradients left in the network, and the counts of its annotated patches.
+def accumulate_gradients(
+    state: State, patches: tuple[np.ndarray, ...], settings: Train
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave the gradients of a batch in the network, computed in ``state.micro_batches`` pieces.
 
-    Computed in ``state.parts`` pieces whose gradients add up to those of their mean loss.
+    Returns
+    -------
+    loss
+        float32 scalar, the mean over the batch.
+    counts
+        `losses.confusion_counts` of the mask on its annotated patches.
     """
     device = next(state.network.parameters()).device
-    images, aims, weights, annotated = _material(state, patches, knobs)
+    images, targets, weights, annotated = _batch_tensors(state, patches, settings)
     state.optimizer.zero_grad()
-    total, found = torch.zeros((), device=device), []
-    pieces = (tensor.chunk(state.parts) for tensor in (images, aims, weights))
-    for image, aim, weight in zip(*pieces, strict=True):
-        with autocast(device, knobs.precision):
+    total, predictions = torch.zeros((), device=device), []
+    pieces = (tensor.chunk(state.micro_batches) for tensor in (images, targets, weights))
+    for image, target, weight in zip(*pieces, strict=True):
+        with autocast(device, settings.precision):
             logits = state.network(image.contiguous(memory_format=torch.channels_last))
-        loss = losses.loss_of(logits.float(), aim, weight, knobs) * (len(image) / len(images))
+        loss = losses.segmentation_loss(logits.float(), target, weight, settings) * (len(image) / len(images))
         state.scaler.scale(loss).backward()
         total += loss.detach()
-        found.append(logits.detach()[:, 0].float() >= 0)
-    truth, valid = aims[:annotated, 0] > 0, weights[:annotated, 0] > 0
-    return total, losses.counts(torch.cat(found)[:annotated], truth, valid)
+        predictions.append(logits.detach()[:, 0].float() >= 0)
+    truth, valid = targets[:annotated, 0] > 0, weights[:annotated, 0] > 0
+    return total, losses.confusion_counts(torch.cat(predictions)[:annotated], truth, valid)
 
 
-def _material(
-    state: State, patches: tuple[np.ndarray, ...], knobs: Train
+def _batch_tensors(
+    state: State, patches: tuple[np.ndarray, ...], settings: Train
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Images (B, sections, P, P), aims and weights (B, heads, P, P) of a batch, and how many of its patches are annotated."""
+    """Images (B, sections, P, P), targets and weights (B, heads, P, P), and how many of the patches are annotated."""
     device = next(state.network.parameters()).device
-    images, targets, *unlabeled = (torch.from_numpy(array).to(device) for array in patches)
-    aims, weight, annotated = targets[:, :-1].float(), targets[:, -1:].float(), len(images)
-    aims[:, 2:] /= 255
-    weights = torch.cat([(weight > 0).float(), *[weight] * (aims.shape[1] - 1)], 1)
+    images, stored, *unlabeled = (torch.from_numpy(array).to(device) for array in patches)
+    targets, weight, annotated = stored[:, :-1].float(), stored[:, -1:].float(), len(images)
+    targets[:, 2:] /= 255
+    weights = torch.cat([(weight > 0).float(), *[weight] * (targets.shape[1] - 1)], 1)
     if unlabeled and len(unlabeled[0]):
         clean, changed = unlabeled
         annotated -= len(changed)
-        taught = [guess(state.averaged, piece, knobs) for piece in clean.chunk(state.parts)]
-        more, sure = (torch.cat(tensors) for tensors in zip(*taught, strict=True))
+        taught = [pseudo_labels(state.averaged, piece, settings) for piece in clean.chunk(state.micro_batches)]
+        labels, confident = (torch.cat(tensors) for tensors in zip(*taught, strict=True))
         images = torch.cat([images[:annotated], changed])
-        aims, weights = torch.cat([aims[:annotated], more]), torch.cat([weights[:annotated], sure])
-    return images, aims, weights, annotated
+        targets, weights = torch.cat([targets[:annotated], labels]), torch.cat([weights[:annotated], confident])
+    return images, targets, weights, annotated
 
 
 @torch.no_grad()
-def guess(network: torch.nn.Module, images: torch.Tensor, knobs: Train) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``network`` takes the mask and contour of ``images`` for, and where it is sure of it: (B, heads, Y, X), 0 or 1.
+def pseudo_labels(network: torch.nn.Module, images: torch.Tensor, settings: Train) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a teacher network makes of images that nobody annotated, as targets, and where it is confident.
 
-    Sure is a probability of at least ``self_training_confidence`` (mask, contour), for or against; a distance is taken as it
-    is, where the mask is sure. The averaged network as
-    the teacher is that of Tarvainen and Valpola, arXiv 1703.01780; hard labels where it is sure, learnt from changed gray
-    values, are those of Sohn et al., arXiv 2001.07685.
+    Confident is a probability of at least ``self_training_confidence`` for or against mask and contour. A distance is
+    taken as it is, where the mask is confident.
+
+    Parameters
+    ----------
+    network
+        The teacher: the moving average of the network that is trained.
+    images
+        float32 (B, sections, Y, X), standardized.
+    settings
+        The ``[train]`` table of a config.
+
+    Returns
+    -------
+    targets, weights
+        float32 (B, heads, Y, X); weights are 0 or 1.
+
+    References
+    ----------
+    The averaged network as teacher: Tarvainen and Valpola, "Mean teachers", NeurIPS 2017, arXiv:1703.01780. Hard labels
+    where it is confident, learnt from changed images: Sohn et al., "FixMatch", NeurIPS 2020, arXiv:2001.07685.
     """
-    with autocast(images.device, knobs.precision):
-        chance = network(images.contiguous(memory_format=torch.channels_last)).float().sigmoid()
-    least = torch.tensor(knobs.self_training_confidence, device=images.device)[:, None, None]
-    known, distance = chance[:, :2], chance[:, 2:]
-    sure = (torch.maximum(known, 1 - known) >= least).float()
-    return torch.cat([(known >= 0.5).float(), distance], 1), torch.cat([sure, sure[:, :1].expand_as(distance)], 1)
+    with autocast(images.device, settings.precision):
+        probability = network(images.contiguous(memory_format=torch.channels_last)).float().sigmoid()
+    least = torch.tensor(settings.self_training_confidence, device=images.device)[:, None, None]
+    classes, distance = probability[:, :2], probability[:, 2:]
+    confident = (torch.maximum(classes, 1 - classes) >= least).float()
+    targets = torch.cat([(classes >= 0.5).float(), distance], 1)
+    return targets, torch.cat([confident, confident[:, :1].expand_as(distance)], 1)
 
 
-def _share_out(state: State, loss: torch.Tensor, voxels: torch.Tensor, share: float) -> None:
-    """Gradients, loss and batch-norm statistics become the mean over processes, each by its share of the batch."""
-    if parallel.size() == 1:
+def _average_over_processes(state: State, loss: torch.Tensor, counts: torch.Tensor, share: float) -> None:
+    """Gradients, loss and batch-norm statistics become the mean over processes, each by its ``share`` of the batch."""
+    if distributed.size() == 1:
         return
     gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
     means = [*gradients, *(b for b in state.network.buffers() if b.is_floating_point()), loss]
     for tensor in means:
         tensor.mul_(share)
-    sums = voxels.float()
-    parallel.add_up([*means, sums])
-    voxels.copy_(sums)
+    sums = counts.float()
+    distributed.all_reduce_sum([*means, sums])
+    counts.copy_(sums)
 
 
-def progress(state: State, knobs: Train) -> float:
-    """Share of the run that is over, by steps or by the time budget, whichever is further."""
-    return max(state.step / knobs.steps, state.seconds / (60 * knobs.minutes) if knobs.minutes else 0.0)
+def completed_share(state: State, settings: Train) -> float:
+    """Return how much of the run is over, by steps or by the time budget, whichever is further."""
+    by_time = state.seconds / (60 * settings.minutes) if settings.minutes else 0.0
+    return max(state.step / settings.steps, by_time)
 
 
-def learning_rate(share: float, peak: float) -> float:
-    """One cycle: up by half a cosine from a 25th of ``peak``, then down to almost nothing (Smith, arXiv 1708.07120).
+def one_cycle_rate(share: float, peak: float) -> float:
+    """Return the learning rate where ``share`` of the run is over: up by half a cosine, then down to almost nothing.
 
-    >>> [round(learning_rate(share, 1.0), 3) for share in (0, 0.1, 0.55, 1)]
+    This is what `torch.optim.lr_scheduler.OneCycleLR` does with steps alone; here a time budget may move the share on.
+
+    References
+    ----------
+    Smith and Topin, "Super-convergence", arXiv:1708.07120.
+
+    Examples
+    --------
+    >>> [round(one_cycle_rate(share, 1.0), 3) for share in (0, 0.1, 0.55, 1)]
     [0.04, 1.0, 0.5, 0.0]
     """
-    if share < WARM_UP:
-        return peak * (1 - 0.96 * (0.5 + 0.5 * math.cos(math.pi * share / WARM_UP)))
-    return peak * max(1e-5, 0.5 + 0.5 * math.cos(math.pi * min(1.0, (share - WARM_UP) / (1 - WARM_UP))))
+    if share < WARM_UP_SHARE:
+        depth = 1 - 1 / START_DIVISOR
+        return peak * (1 - depth * (0.5 + 0.5 * math.cos(math.pi * share / WARM_UP_SHARE)))
+    falling = min(1.0, (share - WARM_UP_SHARE) / (1 - WARM_UP_SHARE))
+    return peak * max(MIN_RATE_SHARE, 0.5 + 0.5 * math.cos(math.pi * falling))
 
 
-@torch.no_grad()
-def _average(state: State, decay: float) -> None:
-    """Moves the averaged weights and batch-norm statistics towards the network's; faster in the first steps."""
-    decay = min(decay, (1 + state.step) / (10 + state.step))
-    for kept, new in zip(state.averaged.state_dict().values(), state.network.state_dict().values(), strict=True):
-        kept.lerp_(new, 1 - decay) if kept.is_floating_point() else kept.copy_(new)
+# ---------------------------------------------------------------- the end
 
 
-@torch.no_grad()
-def settle(network: torch.nn.Module, sources: list[Source], knobs: Train, parts: int = 1) -> None:
-    """Gives ``network`` batch-norm statistics of its own, plain means over training batches, each cut into ``parts``."""
-    norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    network.train()
+def update_batchnorm(network: torch.nn.Module, sources: list[Source], settings: Train, micro_batches: int = 1) -> None:
+    """Give ``network`` batch-norm statistics of its own: plain means over training batches, in eval mode afterwards.
+
+    An average of weights needs statistics of its own. Each batch is cut into ``micro_batches`` pieces.
+
+    References
+    ----------
+    Izmailov et al., "Averaging weights leads to wider optima", UAI 2018, arXiv:1803.05407.
+    """
     device = next(network.parameters()).device
-    for images, _ in batches(sources, knobs, FIRST_SETTLE, FIRST_SETTLE + min(SETTLE, knobs.steps)):
-        for piece in torch.from_numpy(images).chunk(parts):
-            network(piece.to(device, memory_format=torch.channels_last))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    stop = BATCHNORM_FIRST_STEP + min(BATCHNORM_BATCHES, settings.steps)
+    batches = (torch.from_numpy(b[0]) for b in prefetch_batches(sources, settings, BATCHNORM_FIRST_STEP, stop))
+    pieces = (piece for batch in batches for piece in batch.chunk(micro_batches))
+    update_bn((piece.to(device, memory_format=torch.channels_last) for piece in pieces), network)
     network.eval()

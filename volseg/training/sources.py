@@ -1,0 +1,291 @@
+"""Annotated volumes in memory: which of their sections teach, which validate, and where patches are drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from volseg.box import Box
+from volseg.config import Train, TrainData
+from volseg.errors import UserError
+from volseg.evaluation.synthetic import VOXEL_SIZE_NM, synth
+from volseg.inference.normalization import normalization
+from volseg.inference.tiles import MULTIPLE, PLANES
+from volseg.io import volume
+from volseg.training.targets import UNLABELED, border_distance, contact_mask, normalize_labels, parse_sections
+
+MAX_POSITIONS = 200_000  # positions in objects, and near contacts, that are kept of a volume
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The sections in use of one annotated volume. All numbers of sections are indices into ``image``.
+
+    Attributes
+    ----------
+    name
+        Path of the image, or the seed of a synthetic volume.
+    image
+        Gray values (z, y, x), of the type in which they are stored.
+    labels
+        Instance labels uint32 (z, y, x), see `targets.normalize_labels`.
+    first_section
+        Number of ``image[0]`` in the volume.
+    train_sections, validation_sections
+        Annotated sections to learn from, and those held out.
+    unlabeled_sections
+        Sections for self-training; their labels, if there are any, were not read.
+    object_positions
+        (n, 3) voxels z, y, x inside objects on the sections to learn from.
+    contacts
+        bool (z, y, x): near where two objects touch, see `targets.contact_mask`.
+    contact_positions
+        (n, 3) voxels of ``contacts`` on the sections to learn from.
+    distance
+        uint8 (z, y, x), see `targets.border_distance`; None where no head learns it.
+    mean, std
+        Mean and standard deviation of the volume's gray values.
+    share
+        How often the volume is drawn, against the others.
+    voxel_size_nm
+        Size of a voxel along z, y, x; None where nobody says.
+    checksum
+        SHA-256 of image and labels.
+    label_kind
+        How the labels were read: "instances", or "mask" and how that was written.
+    depth
+        Sections of the whole volume.
+    resliced
+        The sections to learn from as volumes whose sections lie along other axes.
+    withheld_sections
+        Sections of the volume that were named to learn from, but are held out.
+    """
+
+    name: str
+    image: np.ndarray
+    labels: np.ndarray
+    first_section: int
+    train_sections: tuple[int, ...]
+    validation_sections: tuple[int, ...]
+    unlabeled_sections: tuple[int, ...]
+    object_positions: np.ndarray
+    contacts: np.ndarray
+    contact_positions: np.ndarray
+    distance: np.ndarray | None
+    mean: float
+    std: float
+    share: float
+    voxel_size_nm: tuple[float, float, float] | None
+    checksum: str
+    label_kind: str
+    depth: int
+    resliced: tuple[Source, ...] = ()
+    withheld_sections: tuple[int, ...] = ()
+
+
+def load_sources(settings: Train) -> list[Source]:
+    """Return every volume of ``settings.data``, in its order.
+
+    Raises
+    ------
+    UserError
+        If there is none, or one cannot be learnt from: nothing is annotated, every section is held out, image and labels
+        differ in shape, or self-training has no section. The message names the table of the config.
+    """
+    if not settings.data:
+        raise UserError("train.data is empty: add a [[train.data]] table with image and label")
+    sources = [_load_named(data, settings, f"train.data[{i}]") for i, data in enumerate(settings.data)]
+    if settings.self_training:
+        _check_self_training(sources, settings)
+    return sources
+
+
+def _load_named(data: TrainData, settings: Train, table: str) -> Source:
+    """`_load`, whose errors all name the table of the config."""
+    try:
+        return _load(data, settings, table)
+    except UserError as error:
+        raise (error if str(error).startswith(table) else UserError(f"{table}: {error}")) from None
+
+
+def unlabeled_patches(settings: Train) -> int:
+    """Return how many patches of a batch self-training takes from unlabeled sections; at least one is annotated.
+
+    >>> unlabeled_patches(Train(batch=8, self_training=0.5)), unlabeled_patches(Train(batch=2, self_training=0.9))
+    (4, 1)
+    """
+    return min(settings.batch - 1, round(settings.self_training * settings.batch))
+
+
+def _check_self_training(sources: list[Source], settings: Train) -> None:
+    if not unlabeled_patches(settings):
+        raise UserError(
+            f"train.self_training = {settings.self_training} of train.batch = {settings.batch} leaves no whole patch; "
+            "raise one of them, or set train.self_training = 0"
+        )
+    if not any(source.unlabeled_sections for source in sources):
+        raise UserError(
+            f"train.self_training = {settings.self_training}, but no section is left without annotation; "
+            "name some in train.data.unlabeled_sections, or set train.self_training = 0"
+        )
+
+
+def _load(data: TrainData, settings: Train, table: str) -> Source:
+    """The source that ``data`` describes; reads the sections in use and their neighbors on both sides."""
+    margin = settings.sections // 2
+    synthetic = data.synth_seed is not None
+    place = f"{table} ({f'synth {data.synth_seed}' if synthetic else data.image})"
+    depth = data.synth_shape[0] if synthetic else volume.open(data.image).shape[0]
+    held_out = parse_sections(data.validate_on, depth)
+    named = parse_sections(data.train or (f"0:{depth}",), depth)
+    train = [z for z in named if z not in set(held_out)]
+    if not train:
+        raise UserError(f"{place}: every section is held out; leave some to learn from")
+    unlabeled = _unlabeled_sections(data, train, held_out, margin, depth) if settings.self_training else []
+    used = train + held_out + unlabeled
+    first, stop = max(0, min(used) - margin), min(depth, max(used) + 1 + margin)
+    annotated = np.isin(np.arange(first, stop), train + held_out)
+    fields = (_synthesize if synthetic else _read)(data, first, annotated)
+    train, held_out, unlabeled = (tuple(z - first for z in sections) for sections in (train, held_out, unlabeled))
+    positions = _object_positions(fields["labels"], train, place)
+    size = fields["voxel_size_nm"]  # where nobody says, sections may lie far apart
+    contacts = contact_mask(fields["labels"], settings.contour_width, size is not None and volume.isotropic(size))
+    source = Source(
+        first_section=first, train_sections=train, validation_sections=held_out, unlabeled_sections=unlabeled,
+        object_positions=positions, share=data.share, depth=depth, contacts=contacts,
+        withheld_sections=tuple(sorted(set(named) & {first + z for z in held_out})) if data.train else (),
+        contact_positions=_positions(np.flatnonzero(contacts[list(train)]), train, contacts.shape),
+        distance=_distance(fields["labels"], annotated, size, settings, place), **fields,
+    )  # fmt: skip
+    return replace(source, resliced=tuple(_reslice(source, plane, place) for plane in data.planes if plane != "xy"))
+
+
+def _reslice(source: Source, plane: str, place: str) -> Source:
+    """The longest run of sections to learn from, as a volume of its own with sections along another axis."""
+    size = source.voxel_size_nm
+    if size is None or not volume.isotropic(size):
+        reason = "nobody says how large a voxel is" if size is None else f"voxels are {size} nm (z y x)"
+        raise UserError(f"{place}: planes other than xy need voxels as long as wide, and {reason}; set planes = ['xy']")
+    run = max(_runs(np.array(source.train_sections)), key=len)
+    if len(run) < MULTIPLE:
+        raise UserError(
+            f"{place}: planes other than xy need {MULTIPLE} neighboring sections to learn from, and the longest run has "
+            f"{len(run)}; annotate more in a row, or set planes = ['xy']"
+        )
+
+    def reslice(voxels: np.ndarray | None) -> np.ndarray | None:
+        return None if voxels is None else voxels[run[0] : run[-1] + 1].transpose(PLANES[plane])
+
+    image, labels, contacts = reslice(source.image), reslice(source.labels), reslice(source.contacts)
+    sections = tuple(range(len(image)))
+    return replace(
+        source, image=image, labels=labels, contacts=contacts, distance=reslice(source.distance), first_section=0,
+        train_sections=sections, validation_sections=(), unlabeled_sections=(),
+        object_positions=_object_positions(labels, sections, place),
+        contact_positions=_positions(np.flatnonzero(contacts), sections, contacts.shape),
+    )  # fmt: skip
+
+
+def _runs(sections: np.ndarray) -> list[np.ndarray]:
+    """Ascending numbers, split into runs without gaps."""
+    return np.split(sections, np.flatnonzero(np.diff(sections) > 1) + 1)
+
+
+def _distance(
+    labels: np.ndarray, annotated: np.ndarray, size: tuple[float, float, float] | None, settings: Train, place: str
+) -> np.ndarray | None:
+    """What the distance head is to learn, each run of annotated sections by itself; None where there is no such head."""
+    if not settings.distance_nm:
+        return None
+    if size is None:
+        raise UserError(f"{place}: train.distance_nm needs the size of a voxel; give voxel_size_nm in this table")
+    out = np.zeros(labels.shape, np.uint8)
+    for run in _runs(np.flatnonzero(annotated)):
+        out[run] = border_distance(labels[run], size, settings.distance_nm)
+    return out
+
+
+def _unlabeled_sections(data: TrainData, train: list[int], held_out: list[int], margin: int, depth: int) -> list[int]:
+    """The sections for self-training: not annotated, and none that would see a held-out one within ``margin``."""
+    chosen = data.unlabeled_sections
+    allowed = range(min(train), max(train)) if chosen is None else parse_sections(chosen, depth)
+    near_held_out = {z + d for z in held_out for d in range(-margin, margin + 1)}
+    return [z for z in allowed if z not in near_held_out and z not in set(train)]
+
+
+def _synthesize(data: TrainData, first: int, annotated: np.ndarray) -> dict:
+    """Sections of a synthetic volume from ``first`` on, as fields of `Source`; see `_read`."""
+    _, height, width = data.synth_shape
+    image, labels = synth(Box((first, 0, 0), (first + len(annotated), height, width)), seed=data.synth_seed)
+    labels[~annotated] = 0
+    mean, std = normalization(image.shape, lambda box: image[box.slices])
+    name = f"synth {data.synth_seed}"
+    return {
+        "name": name, "image": image, "labels": labels, "mean": mean, "std": std, "label_kind": "instances",
+        "voxel_size_nm": data.voxel_size_nm or VOXEL_SIZE_NM, "checksum": _digest(image, labels),
+    }  # fmt: skip
+
+
+def _read(data: TrainData, first: int, annotated: np.ndarray) -> dict:
+    """Sections of an annotated volume from ``first`` on, as fields of `Source`.
+
+    ``annotated`` says of each section whether its labels count; the others' are 0 whatever the file holds.
+    """
+    image, label = volume.open(data.image, voxel_size_nm=data.voxel_size_nm), volume.open(data.label)
+    if image.shape != label.shape:
+        raise UserError(
+            f"image {data.image} has shape {image.shape} z y x, label {data.label} has {label.shape}; "
+            "give labels of the image's shape"
+        )
+    box = Box((first, 0, 0), (first + len(annotated), *image.shape[1:]))
+    voxels, stored = image.read(box), label.read(box) * annotated[:, None, None]
+    labels, note = normalize_labels(stored, unlabeled=data.unlabeled)
+    mean, std = normalization(image.shape, image.read)
+    return {
+        "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std,
+        "label_kind": _format_label_kind(note), "voxel_size_nm": image.voxel_size_nm, "checksum": _digest(voxels, stored),
+    }  # fmt: skip
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    """SHA-256 of the arrays' bytes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _format_label_kind(note: dict) -> str:
+    """How labels were read, in words.
+
+    >>> _format_label_kind({"kind": "mask", "values": {1: 3, 255: 17}})
+    'mask: 1 in 3 sections, 255 in 17'
+    """
+    values = list(note.get("values", {}).items())
+    if not values:
+        return note["kind"]
+    (value, count), *more = values
+    return ", ".join([f"mask: {value} in {count} sections", *(f"{v} in {n}" for v, n in more)])
+
+
+def _object_positions(labels: np.ndarray, sections: Sequence[int], place: str) -> np.ndarray:
+    """Up to `MAX_POSITIONS` positions in objects, evenly spread; refuses labels with one class alone."""
+    chosen = labels[list(sections)]
+    inside = np.flatnonzero((chosen != 0) & (chosen != UNLABELED))
+    if not inside.size:
+        raise UserError(
+            f"{place}: no labeled voxel on the {len(sections)} sections to learn from; check label and train"
+        )
+    if inside.size == np.count_nonzero(chosen != UNLABELED):
+        raise UserError(f"{place}: every annotated voxel is in an object; give labels with background 0")
+    return _positions(inside, sections, labels.shape)
+
+
+def _positions(indices: np.ndarray, sections: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+    """Up to `MAX_POSITIONS` (z, y, x) of flat indices into some ``sections`` of a volume, evenly spread; int32."""
+    indices = indices[:: max(1, -(-indices.size // MAX_POSITIONS))]
+    z, y, x = np.unravel_index(indices, (len(sections), *shape[1:]))
+    return np.stack([np.asarray(sections)[z], y, x], axis=1).astype(np.int32)
