@@ -25,20 +25,20 @@ def measure(image: str, model_file: str, threads: tuple[int, ...], repeats: int)
     card = model.load_card(path)
     source = volume.open(image)
     norm = normalization(source.shape, source.read)
-    grid = tiles.grid(source.shape[1:], Config().predict.tile, Config().predict.overlap, card.get("binning", 1))
+    grid = tiles.grid(source.shape[1:], Config().predict.tile, Config().predict.overlap, card.binning)
     first = source.shape[0] - PLANES
     batch = np.stack([
-        describe.normalized_tile(source, z, grid.place((0, 0)), card["sections"], norm)
+        describe.normalized_tile(source, z, grid.place((0, 0)), card.sections, norm)
         for z in range(first, source.shape[0])
     ])  # fmt: skip
     rows = [
         row
         for count in threads
-        for row in _side_by_side(path, probe.candidates(Predict(), model.INT8 in card), batch, count, repeats)
+        for row in _side_by_side(path, probe.candidates(Predict(), card.int8 is not None), batch, count, repeats)
     ]
     report.keep("backends", rows)
-    if held := card.get(model.INT8, {}).get("held_out"):
-        print(f"held out {held['sections']}: IoU {held['iou_int8']:.4f} in int8, {held['iou_fp32']:.4f} in fp32")
+    if held := card.int8 and card.int8.held_out:
+        print(f"held out {held.sections}: IoU {held.iou_int8:.4f} in int8, {held.iou_fp32:.4f} in fp32")
 
 
 def _side_by_side(path: Path, engines: list, batch: np.ndarray, threads: int, repeats: int) -> list[dict]:

@@ -68,7 +68,7 @@ def _begun(path: Path, out: Path, precision: str, sets: tuple[str, ...]) -> Run:
     """A run by torch whose blocks `_predict` may do; what an earlier one left there is gone."""
     shutil.rmtree(out, ignore_errors=True)
     told = ["predict.backend=torch", f"predict.batch={BATCH}", *sets, f"predict.precision={precision}"]
-    config = load(sets=told, base=model.load_card(model.shipped())["decode"])
+    config = load(sets=told, base=model.load_card(model.shipped()).decode)
     run = describe.from_image(volume.open(str(path)), config, str(out.resolve()))
     folder.begin(run, overwrite=False)
     return run
@@ -102,7 +102,7 @@ def _flops(run: Run) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     network, card = model.load(model.shipped())
-    tile = torch.empty(1, card["sections"], *run.tile_grid("xy").size, device="meta")
+    tile = torch.empty(1, card.sections, *run.tile_grid("xy").size, device="meta")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         network.to("meta")(tile)
     return counter.get_total_flops() / tile[0, 0].numel()

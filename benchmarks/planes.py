@@ -60,7 +60,7 @@ def _predict(image: str, run: str, sets: tuple[str, ...]) -> float:
     The stages of `volseg infer` up to the probabilities, block after block in this process: the rest is the same for all.
     """
     files.remove(run)
-    config = load(sets=sets, base=model.load_card(model.shipped())["decode"])
+    config = load(sets=sets, base=model.load_card(model.shipped()).decode)
     told = describe.from_image(volume.open(image), config, run)
     folder.begin(told, overwrite=True)
     grids = {**{stage: told.pass_grid(plane) for stage, plane in told.passes.items()}, "predict": told.predict_grid}

@@ -16,6 +16,7 @@ import tifffile
 from volseg.box import Box
 from volseg.config import parse_set, read_file
 from volseg.evaluation.evaluate import evaluate
+from volseg.inference.model_card import ModelCard
 from volseg.io import volume
 from volseg.training.targets import parse_sections
 
@@ -107,13 +108,13 @@ def volseg(*line: str) -> None:
         raise SystemExit(code)
 
 
-def row(card: dict, scores: dict) -> dict:
+def row(card: ModelCard, scores: dict) -> dict:
     """What a table says of a trial."""
     fore, inst = scores["foreground"], scores["instances"]
     return {
-        "steps": card["training"]["steps"],
-        "minutes": round(card["training"]["seconds"] / 60, 1),
-        "threshold": card["decode"]["fragments"]["threshold"],
+        "steps": card.training.steps,
+        "minutes": round(card.training.seconds / 60, 1),
+        "threshold": card.decode["fragments"]["threshold"],
         "IoU": round(fore["iou"], 4),
         "PQ": round(inst["pq"], 3),
         "SA50": round(inst["sa50"], 3),

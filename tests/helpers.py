@@ -15,6 +15,7 @@ from volseg.config import Config, load, resolve
 from volseg.engine import cluster, folder, pipeline
 from volseg.engine import schedule as flow
 from volseg.inference import model
+from volseg.inference.model_card import ModelCard
 from volseg.io import arrays, ome, probabilities, volume
 from volseg.planning import prepare as describe
 from volseg.segmentation.basins import watershed_block
@@ -46,7 +47,7 @@ class Quiet:
 
 
 def settings(**sections):
-    base = dict(model.load_card(model.shipped())["decode"])
+    base = dict(model.load_card(model.shipped()).decode)
     for name, table in [*TILES.items(), *sections.items()]:
         base[name] = {**base.get(name, {}), **table}
     return load(base=base)
@@ -155,10 +156,10 @@ def config_of(tables, out, **changes) -> Config:
 SMALL = (16, 16, 8, 8, 8)
 
 
-CARD = {
+CARD = ModelCard.from_json({
     "name": "test", "encoder": model.PRETRAINED, "decoder": list(SMALL), "sections": 3, "heads": list(model.HEADS),
     "mean": 100.0, "std": 20.0, "decode": {"fragments": {"threshold": 0.4}},
-}  # fmt: skip
+})  # fmt: skip
 
 
 def cut(height, block, *, order=None, repeat=(), connectivity=6):

@@ -225,7 +225,7 @@ def _of_model(config: Path | None, sets: list[str] | None, given: dict[str, str 
 
     chosen = given["predict.model"] or load(config, sets or ()).predict.model
     flags = [f"{name}={_toml(value)}" for name, value in given.items() if value]
-    return load(config, [*(sets or ()), *flags], base=load_card(chosen or shipped())["decode"])
+    return load(config, [*(sets or ()), *flags], base=load_card(chosen or shipped()).decode)
 
 
 def _channel(name: str, more: str) -> Any:
@@ -584,11 +584,11 @@ def info(
 ) -> None:
     """Print a model's card: what it is for, what it learnt from, how good it is."""
     from volseg.inference.model import load_card, shipped
-    from volseg.inference.model_card import page
+    from volseg.inference.model_card import format_card
 
     path = model or shipped()
     card = load_card(path)
-    typer.echo(json.dumps(card, indent=1) if as_json else page(path, card))
+    typer.echo(json.dumps(card.to_json(), indent=1) if as_json else format_card(path, card))
 
 
 @app.command()
@@ -615,7 +615,7 @@ def settings(
     """Print every setting of an infer as a config file, and where it comes from if it is no default."""
     from volseg.inference.model import load_card, shipped
 
-    base = load_card(model or load(config, sets or ()).predict.model or shipped())["decode"]
+    base = load_card(model or load(config, sets or ()).predict.model or shipped()).decode
     found = load(config, sets or (), base=base)
     if as_json:
         typer.echo(json.dumps(found.model_dump(mode="json"), indent=1))

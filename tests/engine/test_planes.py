@@ -96,9 +96,9 @@ def forwards(image, run, axes, ways):
     seen = np.transpose((image - run.mean) / run.std, axes).astype(np.float32)
     length, y, x = seen.shape
     seen = np.pad(seen, [(1, 1), (0, 0), (0, 0)], mode="edge")
-    multiple = 32 * card["binning"]
+    multiple = 32 * card.binning
     seen = np.pad(seen, [(0, 0), (0, -y % multiple), (0, -x % multiple)], mode="symmetric")
-    assert card["sections"] == 3
+    assert card.sections == 3
     out = np.zeros((2, length, *seen.shape[1:]))
     for z, (transpose, flips) in product(range(length), ways):
         tile = np.flip(seen[z : z + 3].transpose(0, 2, 1) if transpose else seen[z : z + 3], flips)

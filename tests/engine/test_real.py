@@ -34,7 +34,7 @@ def part(shared_data, tmp_path_factory):
 
 def run(folder, name, *, block, workers=1):
     sets = [f"blocks.shape={list(block)}", f"cluster.workers={workers}", 'cluster.dashboard=""', "predict.tile=256"]
-    config = load(sets=sets, base=model.load_card(model.shipped())["decode"])
+    config = load(sets=sets, base=model.load_card(model.shipped()).decode)
     launch.infer(str(folder / "training.tif"), str(folder / name), config, overwrite=True, show=Quiet())
 
 
@@ -45,9 +45,9 @@ def test_real_labels_do_not_depend_on_blocks_or_workers(part, block, workers):
 
 
 def test_the_shipped_model_finds_mitochondria_in_sections_it_never_saw(part):
-    known = model.load_card(model.shipped())["training"]["data"][0]
-    assert known["name"] == "training.tif"
-    assert (known["learn"], max(known["held"])) == (120, 129)
+    known = model.load_card(model.shipped()).training.data[0]
+    assert known.name == "training.tif"
+    assert (known.learn, max(known.held)) == (120, 129)
     scores = evaluate(str(part / "whole"), str(part / "training_groundtruth.tif"))
     assert scores["foreground"]["iou"] >= 0.80
 

@@ -52,13 +52,13 @@ def test_the_best_goes_into_a_model_file(image, reference, tmp_path):
     shutil.copy(model.shipped(), path)
     row = calibrate.calibrate(reference, f"{image}/labels/truth")[0]
     calibrate.into_model(path, row, calibrate.stored_run(reference))
-    decode = model.load_card(path)["decode"]
+    decode = model.load_card(path).decode
     assert {name: decode["stitch"][name] for name in calibrate.KNOBS} == {name: row[name] for name in calibrate.KNOBS}
     assert not decode["stitch"]["keep_unseeded"]
     run = calibrate.stored_run(reference)
     kept = run.config.stitch.model_copy(update={"keep_unseeded": True, "min_volume_nm3": 3.0})
     calibrate.into_model(path, row, replace(run, config=run.config.model_copy(update={"stitch": kept})))
-    chosen = load(base=model.load_card(path)["decode"]).stitch
+    chosen = load(base=model.load_card(path).decode).stitch
     assert chosen == kept.model_copy(update={name: row[name] for name in calibrate.KNOBS})
     before, after = (model.load(p)[0].state_dict() for p in (model.shipped(), path))
     assert all(bool((before[name] == after[name]).all()) for name in before)

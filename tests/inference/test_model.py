@@ -103,7 +103,7 @@ def test_a_missing_model_is_named(tmp_path):
 
 def test_weights_of_another_network_are_refused(network, tmp_path):
     path = tmp_path / "odd.safetensors"
-    model.save(path, network, {**CARD, "decoder": [32, 16, 8, 8, 8]})
+    model.save(path, network, CARD.changed(decoder=[32, 16, 8, 8, 8]))
     with pytest.raises(UserError, match="do not fit"):
         model.load(path)
 
@@ -112,7 +112,7 @@ def test_a_number_too_large_for_half_precision_keeps_its_precision(tmp_path):
     path = tmp_path / "large.safetensors"
     network = model.build(model.PRETRAINED, SMALL, 1)
     network.encoder.model.bn1.running_var.fill_(1e6)
-    model.save(path, network, {**CARD, "sections": 1})
+    model.save(path, network, CARD.changed(sections=1))
     assert model.load(path)[0].encoder.model.bn1.running_var[0] == 1e6
 
 
@@ -149,8 +149,8 @@ def test_an_unknown_encoder_is_named():
 def test_the_shipped_model_loads_and_is_small():
     card = model.load_card(model.shipped())
     assert model.shipped().stat().st_size <= 12e6
-    assert card["heads"] == list(model.HEADS)
-    assert 0 < card["decode"]["fragments"]["threshold"] < 1
+    assert card.heads == model.HEADS
+    assert 0 < card.decode["fragments"]["threshold"] < 1
 
 
 def test_a_head_more_leaves_the_others_as_they_are():
@@ -190,7 +190,7 @@ def test_a_network_that_bins_tells_of_each_voxel():
 
 def test_a_head_more_of_a_network_that_bins_leaves_the_others_as_they_are():
     network = model.build(model.PRETRAINED, SMALL, 3, binning=2).eval()
-    more = model.adapted(network, {**CARD, "binning": 2}, ("mask", "contour", "distance"), binning=2)
+    more = model.adapted(network, CARD.changed(binning=2), ("mask", "contour", "distance"), binning=2)
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(more(image)[:, :2], network(image))
@@ -198,7 +198,7 @@ def test_a_head_more_of_a_network_that_bins_leaves_the_others_as_they_are():
 
 def test_a_binned_model_file_gives_the_same_probabilities_by_every_backend(tmp_path):
     path = tmp_path / "model.safetensors"
-    model.save(path, model.build(model.PRETRAINED, SMALL, 3, pretrained=True, binning=2), {**CARD, "binning": 2})
+    model.save(path, model.build(model.PRETRAINED, SMALL, 3, pretrained=True, binning=2), CARD.changed(binning=2))
     batch = np.random.default_rng(0).standard_normal((2, 3, 128, 64), np.float32)
     found = [
         backends.load(export.export_model(path, name), name, "fp32", batch.shape)(batch)

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.helpers import Quiet, settings
+from tests.helpers import CARD, Quiet, settings
 from volseg import api as launch
 from volseg.engine import folder, pipeline
 from volseg.errors import UserError
@@ -31,7 +31,7 @@ def quantized(image, tmp_path_factory):
 def tile(image):
     source = volume.open(image)
     whole = quantize._tile(
-        source, 15, quantize._grid(source, {}).place((0, 0)), 3, normalization(source.shape, source.read)
+        source, 15, quantize._grid(source, CARD).place((0, 0)), 3, normalization(source.shape, source.read)
     )
     return np.ascontiguousarray(whole[..., :96, :128])
 
@@ -42,7 +42,7 @@ def network(path, precision, batch=1, threads=1):
 
 
 def test_the_card_says_what_int8_costs(quantized):
-    facts = model.load_card(quantized)["int8"]
+    facts = model.load_card(quantized).to_json()["int8"]
     assert facts["calibrated"]["sections"] == [0, 1, 2]
     held = facts["held_out"]
     assert held["iou_fp32"] > 0.6
@@ -98,7 +98,7 @@ def test_a_run_begun_in_int8_goes_on_in_no_other_precision(image, quantized, tmp
 
 def test_a_model_without_the_form_is_refused(quantized, tmp_path):
     network, card = model.load(quantized)
-    model.save(tmp_path / "plain.safetensors", network, {k: v for k, v in card.items() if k != "int8"})
+    model.save(tmp_path / "plain.safetensors", network, card.changed(int8=None))
     with pytest.raises(UserError, match="carries no quantized form; make it with volseg quantize"):
         model.quantized(tmp_path / "plain.safetensors")
 
@@ -110,9 +110,10 @@ def test_only_openvino_computes_in_int8():
 
 @pytest.mark.parametrize(("loss", "allowed"), [(0.0, True), (0.0029, True), (0.0031, False)])
 def test_auto_may_take_what_loses_little(loss, allowed):
-    card = {"int8": {"held_out": {"iou_fp32": 0.9, "iou_int8": 0.9 - loss}}}
-    assert export.int8_allowed(card) is allowed
-    assert not export.int8_allowed({"int8": {}})
+    held_out = {"sections": "8:12", "iou_fp32": 0.9, "iou_int8": 0.9 - loss}
+    assert CARD.changed(int8={"held_out": held_out}).int8_allowed is allowed
+    assert not CARD.changed(int8={}).int8_allowed
+    assert not CARD.int8_allowed
 
 
 def test_sections_to_calibrate_on_are_not_held_out(image, quantized):
@@ -132,5 +133,5 @@ def test_the_foreground_is_the_same_whatever_objects_are_cut_by(decode):
     probability[:, :, :8] = 0
     real = np.zeros((3, 16, 16), bool)
     real[:, 8:] = True
-    found = quantize._iou(probability, real, {"decode": {"fragments": decode}})
-    assert found == quantize._iou(probability, real, {"decode": {}}) > 0.8
+    found = quantize._iou(probability, real, CARD.changed(decode={"fragments": decode}))
+    assert found == quantize._iou(probability, real, CARD.changed(decode={})) > 0.8

@@ -57,15 +57,15 @@ def _rows(out):
 
 def test_a_run_leaves_a_model_with_its_card(whole_run, tables):
     network, card = model.load(whole_run[0] / "model.safetensors")
-    assert card["training"]["steps"] == 6
-    assert card["training"]["data"] == [
+    assert card.training.steps == 6
+    assert card.to_json()["training"]["data"] == [
         {"name": "image.tif", "learn": 6, "unlabeled": 0, "held": [6, 7], "share": 1.0, "planes": ["xy"]}
     ]
-    assert set(card["scores"]["validation"]) == {"all", "image.tif"}
-    assert card["mean"] == pytest.approx(tifffile.imread(tables["data"][0]["image"]).mean(), abs=1)
-    assert card["decode"]["fragments"]["threshold"] in THRESHOLDS
-    assert "torch" in card["versions"]
-    assert os.sep + "image.tif" not in json.dumps(card)
+    assert set(card.scores["validation"]) == {"all", "image.tif"}
+    assert card.mean == pytest.approx(tifffile.imread(tables["data"][0]["image"]).mean(), abs=1)
+    assert card.decode["fragments"]["threshold"] in THRESHOLDS
+    assert "torch" in card.versions
+    assert os.sep + "image.tif" not in card.text
     assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 2, 64, 64)
 
 
@@ -128,7 +128,7 @@ def test_a_stopped_run_with_self_training_goes_on_to_the_same_bits(tables, tmp_p
         train(config_of(tables, tmp_path / "stopped", **changes), _stop_at("step 4/6"))
     again = load_file(train(config_of(tables, tmp_path / "stopped", **changes), print))
     assert all(torch.equal(value, again[name]) for name, value in load_file(whole).items())
-    assert model.load_card(whole)["training"]["data"][0]["unlabeled"] == 3
+    assert model.load_card(whole).training.data[0].unlabeled == 3
     never = load_file(train(config_of(tables, tmp_path / "never", **{**changes, "self_training": 0}), print))
     assert any(not torch.equal(value, again[name]) for name, value in never.items())
 
@@ -148,7 +148,7 @@ def test_a_distance_head_is_learnt_on_top_of_a_model_and_cuts_alike_in_any_block
     data = [{**tables["data"][0], "voxel_size_nm": [5, 5, 5], "train": [0, 4]}]
     changes = {"data": data, "distance_nm": 50, "start": str(whole_run[0] / "model.safetensors")}
     path = train(config_of(tables, tmp_path / "run", **changes, self_training=0.5, self_training_after=0.5), print)
-    assert model.load_card(path)["heads"] == ["mask", "contour", "distance"]
+    assert model.load_card(path).heads == ("mask", "contour", "distance")
     found = []
     for block in ([8, 96, 96], [3, 40, 96]):
         out = str(tmp_path / f"{block[0]}.volseg.zarr")
@@ -241,20 +241,20 @@ def test_training_learns(tables, tmp_path):
     train(config_of(tables, tmp_path, steps=30, every=100, lr=3e-3, batch=3), print)
     losses = [float(row["loss"]) for row in _rows(tmp_path) if row["split"] == "training"]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-    assert model.load_card(tmp_path / "model.safetensors")["scores"]["calibrated"]["iou"] > 0.5
+    assert model.load_card(tmp_path / "model.safetensors").scores["calibrated"]["iou"] > 0.5
 
 
 def test_a_time_budget_ends_the_run_with_a_model(tables, tmp_path):
     path = train(config_of(tables, tmp_path, steps=100_000, minutes=1e-4, every=50_000), print)
-    assert 1 <= model.load_card(path)["training"]["steps"] < 100_000
+    assert 1 <= model.load_card(path).training.steps < 100_000
 
 
 def test_a_run_without_held_out_sections_has_a_plain_threshold(tables, tmp_path):
     data = [{**tables["data"][0], "validate_on": []}]
     lines = []
     card = model.load_card(train(config_of(tables, tmp_path, data=data, steps=2), lines.append))
-    assert card["decode"]["fragments"]["threshold"] == 0.5
-    assert card["scores"] == {"validation": {}, "calibrated": {}}
+    assert card.decode["fragments"]["threshold"] == 0.5
+    assert card.scores == {"validation": {}, "calibrated": {}}
     assert any("no section was held out, so decoding is left as set" in line for line in lines)
 
 
@@ -293,8 +293,8 @@ def test_a_model_becomes_one_that_bins_and_not_back(whole_run, tables, tmp_path)
     start = str(whole_run[0] / "model.safetensors")
     train(config_of(tables, tmp_path / "binned", start=start, binning=2, batch=4), print)
     card = model.load_card(tmp_path / "binned" / "model.safetensors")
-    assert (card["binning"], card["heads"]) == (2, ["mask", "contour"])
-    assert set(card["scores"]["validation"])
+    assert (card.binning, card.heads) == (2, ("mask", "contour"))
+    assert set(card.scores["validation"])
     with pytest.raises(UserError, match=r"bins its input already; set train\.binning = 2"):
         train(config_of(tables, tmp_path / "back", start=str(tmp_path / "binned" / "model.safetensors")), print)
 

@@ -137,15 +137,13 @@ def _scores(table: Contingency) -> dict:
 
 def into_model(path: Path, row: dict, run: Run) -> None:
     """The model file's own settings are those of ``row``, the rest as in the run; its weights are left as they are."""
-    from safetensors.numpy import load_file, save
-
     card = model.load_card(path)
-    decode = dict(card["decode"])
+    decode = dict(card.decode)
     decode["fragments"] = run.config.fragments.model_dump(mode="json")
     decode["stitch"] = run.config.stitch.model_dump(mode="json", exclude={"reduce"}) | {
         name: row[name] for name in KNOBS
     }
-    files.write_atomic(path, save(load_file(path), metadata={model.KEY: json.dumps({**card, "decode": decode})}))
+    model.write_card(path, card.changed(decode=decode))
 
 
 def table(rows: list[dict], most: int = 10) -> str:

@@ -15,7 +15,6 @@ from volseg.inference import cache, hardware, model
 from volseg.system import require
 
 XZ = b"\xfd7zXZ"  # how a form begins that was packed before 2026-11-23
-INT8_LOSS = 0.003  # held-out IoU that a quantized form may lose for auto to take it
 
 
 def export_model(path: Path, backend: str, precision: str = "fp32") -> bytes:
@@ -36,12 +35,6 @@ def pack_int8(xml: bytes, weights: bytes) -> bytes:
 def unpack_int8(form: bytes) -> bytes:
     """A packed graph as workers read it: undone once for each run, not in each worker."""
     return lzma.decompress(form) if form.startswith(XZ) else bytes(Zstd().decode(form))
-
-
-def int8_allowed(card: dict) -> bool:
-    """Whether a model file carries a quantized form that was measured to lose at most `INT8_LOSS` of held-out IoU."""
-    held = card.get(model.INT8, {}).get("held_out")
-    return held is not None and held["iou_fp32"] - held["iou_int8"] <= INT8_LOSS
 
 
 def _onnx(path: Path) -> bytes:
@@ -70,7 +63,7 @@ def _export(path: Path) -> bytes:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
-            (torch.zeros(1, card["sections"], 64, 96),),
+            (torch.zeros(1, card.sections, 64, 96),),
             file,
             dynamo=False,
             input_names=["tiles"],

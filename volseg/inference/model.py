@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volseg.errors import UserError
+from volseg.inference.model_card import ModelCard, check_encoder_name
 from volseg.io import files
 from volseg.system import require
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 KEY = "volseg"  # metadata entry that holds the card
@@ -22,9 +26,8 @@ INT8 = "int8"  # tensor that holds the quantized form, and the card's entry abou
 HEADS = ("mask", "contour")
 DETAIL = 24  # features of squares of voxels that a network which bins adds before its last layer
 PRETRAINED = "tu-tf_efficientnet_lite0"  # the encoder whose ImageNet weights are an installed package
-CARD_KEYS = ("name", "encoder", "decoder", "sections", "heads", "mean", "std", "decode")
 ADVICE = "give a .safetensors file made by volseg train"
-LONGEST_HEADER = 100_000_000  # the limit of the safetensors format
+MAX_HEADER_BYTES = 1 << 24  # 30 kB in the shipped model; the format allows 100 MB
 
 
 def shipped() -> Path:
@@ -32,21 +35,23 @@ def shipped() -> Path:
     return Path(__file__).with_name("models") / "default.safetensors"
 
 
-def load_card(path: str | Path) -> dict:
+def load_card(path: str | Path) -> ModelCard:
     """The card of a model file, read from its header alone; needs no torch.
 
-    Raises :class:`UserError` for a file that is missing, cut short, of another format, or not a volseg model.
+    Raises
+    ------
+    UserError
+        The file is missing, cut short, of another format, or not a volseg model.
     """
     path = Path(path)
-    header = _header(path)
+    metadata = _header(path).get("__metadata__")
+    text = metadata.get(KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f"{path} is no volseg model: its header has no entry {KEY!r}; {ADVICE}")
     try:
-        card = json.loads(header["__metadata__"][KEY])
-        missing = [key for key in CARD_KEYS if key not in card]
-    except (KeyError, TypeError, ValueError):
-        missing = [KEY]
-    if missing:
-        raise UserError(f"{path} is no volseg model (nothing about {missing[0]!r} in its header); {ADVICE}")
-    return card
+        return ModelCard.parse(text, f"{path} is no volseg model")
+    except UserError as error:
+        raise UserError(f"{error}; {ADVICE}") from None
 
 
 def _header(path: Path) -> dict:
@@ -55,13 +60,14 @@ def _header(path: Path) -> dict:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if 2 <= length <= min(size, LONGEST_HEADER) else b""
+            text = file.read(length) if 2 <= length <= min(size, MAX_HEADER_BYTES) else b""
     except OSError as error:
         raise UserError(f"cannot read model file {path}: {error.strerror}; {ADVICE}") from None
     try:
         header = json.loads(text)
-        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        end = 8 + length + max(ends)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UserError(f"{path} is not a safetensors file; {ADVICE}") from None
     if size != end:
         raise UserError(f"model file {path} has {size} bytes where its header asks for {end}; copy it again")
@@ -81,24 +87,58 @@ def build(
     With ``binning`` a square of that many voxels a side is one pixel of the U-Net: its voxels go in as channels and come
     out as channels (sub-pixel convolution: Shi et al., CVPR 2016), so that at 2 it has a quarter of the work. The last layer
     then also sees `DETAIL` features of the squares themselves, since the encoder's first ones are of four squares each.
-    ``pretrained`` puts ImageNet weights from the installed package into the encoder; nothing is ever downloaded.
+    ``pretrained`` puts ImageNet weights from the installed package into the encoder; nothing is ever fetched.
+
+    Raises
+    ------
+    UserError
+        torch is not installed, or the encoder is none that the installed smp and timm build by themselves.
     """
     require("torch", "segmentation_models_pytorch", extra="torch")
     import segmentation_models_pytorch as smp
 
     try:
-        if binning == 1:
-            network = smp.Unet(
-                encoder, encoder_weights=None, in_channels=sections, classes=len(heads), decoder_channels=tuple(decoder)
-            )
-        else:
-            network = _binned_unet()(encoder, tuple(decoder), sections, len(heads), binning)
+        _check_encoder(encoder)
+        with _offline():
+            if binning == 1:
+                network = smp.Unet(
+                    encoder,
+                    encoder_weights=None,
+                    in_channels=sections,
+                    classes=len(heads),
+                    decoder_channels=tuple(decoder),
+                )
+            else:
+                network = _binned_unet()(encoder, tuple(decoder), sections, len(heads), binning)
     except (KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"train.encoder = {encoder!r} cannot be built: {reason}; try {PRETRAINED!r}") from None
+        raise UserError(f"encoder {encoder!r} cannot be built: {reason}; try {PRETRAINED!r}") from None
     if pretrained:
         _load_pretrained(network.encoder, encoder, sections, binning)
     return network
+
+
+def _check_encoder(name: str) -> None:
+    """Raises `ValueError` for an encoder that the installed smp and timm do not build by themselves."""
+    import segmentation_models_pytorch as smp
+    import timm
+
+    check_encoder_name(name)
+    architecture = name.removeprefix("tu-").partition(".")[0]  # what follows names pretrained weights
+    if not (timm.is_model(architecture) if name.startswith("tu-") else name in smp.encoders.get_encoder_names()):
+        raise ValueError("it is no encoder of the installed segmentation_models_pytorch and timm")
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Inside, the Hugging Face hub, from which smp and timm fetch weights and settings, is not asked for anything."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _binned_unet() -> type[torch.nn.Module]:
@@ -154,15 +194,15 @@ def _binned_stem(weight: torch.Tensor, binning: int) -> torch.Tensor:
     return weight.repeat_interleave(binning**2, 1) / binning**2
 
 
-def adapted(network: torch.nn.Module, card: dict, heads: tuple[str, ...], binning: int = 1) -> torch.nn.Module:
+def adapted(network: torch.nn.Module, card: ModelCard, heads: tuple[str, ...], binning: int = 1) -> torch.nn.Module:
     """``network``, of the ``card``, with these ``heads`` (new ones at random) and ``binning``, at first with equal squares.
 
     A network that bins already is not to be undone: ``binning`` is the card's, or the card's is 1.
     """
-    fine = card.get("binning", 1)
-    if list(heads) == list(card["heads"]) and binning == fine:
+    fine = card.binning
+    if tuple(heads) == card.heads and binning == fine:
         return network
-    other = build(card["encoder"], card["decoder"], card["sections"], heads, binning=binning)
+    other = build(card.encoder, card.decoder, card.sections, heads, binning=binning)
     weights, new = network.state_dict(), other.state_dict()
     if binning != fine:
         stem = next(iter(weights))
@@ -171,15 +211,15 @@ def adapted(network: torch.nn.Module, card: dict, heads: tuple[str, ...], binnin
     for name in ("segmentation_head.0.weight", "segmentation_head.0.bias"):
         old = weights.pop(name).repeat_interleave(each // fine**2, 0)
         for i, head in enumerate(heads):
-            if head in card["heads"]:
-                rows, j = new[name][i * each : (i + 1) * each], list(card["heads"]).index(head)
+            if head in card.heads:
+                rows, j = new[name][i * each : (i + 1) * each], card.heads.index(head)
                 rows.zero_()  # also where they see details, which the network did not
                 rows[tuple(slice(0, n) for n in old[:each].shape)] = old[j * each : (j + 1) * each]
     other.load_state_dict({**new, **weights})
     return other.eval()
 
 
-def save(path: str | Path, module: torch.nn.Module, card: dict) -> None:
+def save(path: str | Path, module: torch.nn.Module, card: ModelCard) -> None:
     """Writes ``module`` in half precision with its ``card``; the file is whole or not there."""
     import torch
     from safetensors.torch import save as packed
@@ -191,7 +231,7 @@ def save(path: str | Path, module: torch.nn.Module, card: dict) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: half(tensor.detach().cpu()) for name, tensor in module.state_dict().items()}
-    write_whole(path, packed(tensors, metadata={KEY: json.dumps(card)}))
+    write_whole(path, packed(tensors, metadata={KEY: card.text}))
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -211,7 +251,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def network_digest(path: str | Path) -> str:
     """SHA-256 of what decides the network of a model file: its weights and kind, not its quantized form or settings."""
-    card, header = load_card(path), _header(Path(path))
+    card, header = load_card(path).to_json(), _header(Path(path))
     kind = [card[key] for key in ("encoder", "decoder", "sections", "heads", "binning") if key in card]
     digest = hashlib.sha256(json.dumps(kind).encode())
     data = Path(path).read_bytes()
@@ -227,7 +267,7 @@ def quantized(path: str | Path) -> bytes:
     """The quantized form that a model file carries, as `volseg quantize` made it; refuses a file without one."""
     from safetensors import safe_open
 
-    if INT8 not in load_card(path):
+    if load_card(path).int8 is None:
         raise UserError(
             f"{path} carries no quantized form; make it with volseg quantize, or use another predict.precision"
         )
@@ -238,23 +278,34 @@ def quantized(path: str | Path) -> bytes:
 def add_quantized(path: str | Path, form: bytes, facts: dict) -> None:
     """The model file carries the quantized ``form``, with ``facts`` in its card; its weights are left as they are."""
     import numpy as np
+
+    write_card(path, load_card(path).changed(int8=facts), {INT8: np.frombuffer(form, np.uint8)})
+
+
+def write_card(path: str | Path, card: ModelCard, tensors: dict[str, np.ndarray] | None = None) -> None:
+    """The model file at ``path`` has that ``card`` and these ``tensors`` besides its own; the change is atomic."""
     from safetensors.numpy import load_file, save
 
-    path = Path(path)
-    tensors = {**load_file(path), INT8: np.frombuffer(form, np.uint8)}
-    files.write_atomic(path, save(tensors, metadata={KEY: json.dumps({**load_card(path), INT8: facts})}))
+    all_tensors = {**load_file(path), **(tensors or {})}
+    files.write_atomic(path, save(all_tensors, metadata={KEY: card.text}))
 
 
-def load(path: str | Path) -> tuple[torch.nn.Module, dict]:
-    """The network in a model file, float32, in eval mode, and its card."""
+def load(path: str | Path) -> tuple[torch.nn.Module, ModelCard]:
+    """The network in a model file, float32, in eval mode, and its card. Nothing is fetched.
+
+    Raises
+    ------
+    UserError
+        `load_card` refuses the file, its encoder cannot be built, or its weights are of another network.
+    """
     from safetensors.torch import load_file
 
     card = load_card(path)
-    network = build(card["encoder"], card["decoder"], card["sections"], card["heads"], binning=card.get("binning", 1))
+    network = build(card.encoder, card.decoder, card.sections, card.heads, binning=card.binning)
     weights = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
     weights.pop(INT8, None)
     try:
         network.load_state_dict(weights)
     except RuntimeError:
-        raise UserError(f"the weights in {path} do not fit its encoder {card['encoder']!r}; {ADVICE}") from None
+        raise UserError(f"the weights in {path} do not fit its encoder {card.encoder!r}; {ADVICE}") from None
     return network.eval(), card

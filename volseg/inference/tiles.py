@@ -249,7 +249,7 @@ def mean_over_dihedrals(forward: Callable[[Any], Any], batch: Any, ways: Sequenc
 def mean_over_passes(stored: Sequence[np.ndarray]) -> np.ndarray:
     """The mean of uint8 arrays, rounded to the nearest; halves round up. Integers throughout.
 
-    >>> mean_of_passes([np.uint8([0, 255]), np.uint8([0, 255]), np.uint8([1, 253])]).tolist()
+    >>> mean_over_passes([np.uint8([0, 255]), np.uint8([0, 255]), np.uint8([1, 253])]).tolist()
     [0, 254]
     """
     total = sum(part.astype(np.uint16) for part in stored)

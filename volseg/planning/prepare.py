@@ -17,8 +17,9 @@ from volseg.engine import cluster, folder
 from volseg.engine.run import Run, blocks, redundancy, with_full_batches
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
-from volseg.inference import export, hardware, model, tiles
+from volseg.inference import hardware, model, tiles
 from volseg.inference.backends import Engine
+from volseg.inference.model_card import ModelCard
 from volseg.inference.normalization import normalization, standardized
 from volseg.io import files, probabilities, roi, volume
 from volseg.planning import memory
@@ -30,29 +31,29 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     """The run as plain data, every choice made."""
     path = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(path)
-    if tuple(card["heads"]) not in (probabilities.CHANNEL_NAMES[:2], probabilities.CHANNEL_NAMES):
-        raise UserError(f"{path} has heads {card['heads']}; the watershed wants mask and contour, perhaps distance: train "
+    if card.heads not in (probabilities.CHANNEL_NAMES[:2], probabilities.CHANNEL_NAMES):
+        raise UserError(f"{path} has heads {list(card.heads)}; the watershed wants mask and contour, perhaps distance: train "
                         "such a model")  # fmt: skip
-    check_channels(config, tuple(card["heads"]))
-    _check_tiles(config.predict, tiles.MULTIPLE * card.get("binning", 1))
+    check_channels(config, card.heads)
+    _check_tiles(config.predict, tiles.MULTIPLE * card.binning)
     if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
         raise UserError(
             f"{source.path} holds {source.dtype}; inference wants gray values: convert it to uint8 or float32"
         )
-    voxel_size_nm = source.voxel_size_nm or tuple(card["voxel_size_nm"] or (1.0, 1.0, 1.0))
+    voxel_size_nm = source.voxel_size_nm or card.voxel_size_nm or (1.0, 1.0, 1.0)
     _refuse_anisotropic(config.predict.planes, voxel_size_nm)
     slab, block = blocks(source.shape, config.blocks.shape, source.chunk[0])
     of_model = config.predict.normalize == "model"
-    mean, std = (card["mean"], card["std"]) if of_model else normalization(source.shape, source.read)
+    mean, std = (card.mean, card.std) if of_model else normalization(source.shape, source.read)
     computes = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
     run = Run(
         out=out,
         source=replace(source, path=folder.absolute(source.path)),
         config=config,
         model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        heads=tuple(card["heads"]),
-        sections=card["sections"],
-        binning=card.get("binning", 1),
+        heads=card.heads,
+        sections=card.sections,
+        binning=card.binning,
         mean=mean,
         std=std,
         voxel_size_nm=voxel_size_nm,
@@ -153,7 +154,7 @@ def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std:
     """What a new run computes with, and why."""
     card = model.load_card(path)
     choice = probe.choose(
-        config.predict, path, export.int8_allowed(card), prod(source.shape),
+        config.predict, path, card.int8_allowed, prod(source.shape),
         lambda: sample_tiles(source, card, config, (mean, std)),
     )  # fmt: skip
     if choice.precision == "int8":
@@ -189,20 +190,20 @@ def try_backends(path: str, config: Config) -> list[probe.Row]:
     file = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(file)
     batch = sample_tiles(source, card, config, normalization(source.shape, source.read))
-    return probe.measure(file, probe.candidates(config.predict, model.INT8 in card), config.predict.batch, batch)
+    return probe.measure(file, probe.candidates(config.predict, card.int8 is not None), config.predict.batch, batch)
 
 
-def sample_tiles(source: volume.Volume, card: dict, config: Config, norm: tuple[float, float]) -> np.ndarray:
+def sample_tiles(source: volume.Volume, card: ModelCard, config: Config, norm: tuple[float, float]) -> np.ndarray:
     """A few tiles of a volume, spread over its depth, as the network of a ``card`` takes them: (4, sections, Y, X) float32.
 
     On a CPU, whose speed hardly depends on their size, they are at most 512 wide.
     """
     longest = config.predict.tile if hardware.gpu_count() else min(512, config.predict.tile)
-    grid = tiles.grid(source.shape[1:], longest, 0, card.get("binning", 1))
+    grid = tiles.grid(source.shape[1:], longest, 0, card.binning)
     places = grid.meeting(*(slice(0, n) for n in source.shape[1:]))
     depths = [(2 * k + 1) * source.shape[0] // 8 for k in range(4)]
     return np.stack([
-        normalized_tile(source, z, grid.place(places[(2 * k + 1) * len(places) // 8]), card["sections"], norm)
+        normalized_tile(source, z, grid.place(places[(2 * k + 1) * len(places) // 8]), card.sections, norm)
         for k, z in enumerate(depths)
     ])  # fmt: skip
 

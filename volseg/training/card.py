@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from volseg.config import Config, Stitch
+from volseg.inference.model_card import ModelCard
 from volseg.training import checkpoint
 from volseg.training.checkpoint import State
 from volseg.training.decoding import Decoding
@@ -19,7 +20,7 @@ PACKAGES = ("volseg", "torch", "timm", "segmentation-models-pytorch", "numpy")
 
 def model_card(
     config: Config, sources: list[Source], state: State, scores: dict, decoding: Decoding | None = None
-) -> dict:
+) -> ModelCard:
     """Return the card of a model file: plain values that say how to run it, what it learnt from and how good it is.
 
     ``scores`` are those of `validate.validate`; ``decoding`` is what was calibrated, None before the end of a run.
@@ -40,7 +41,7 @@ def model_card(
         "seconds": round(state.seconds),
         "settings": {key: value for key, value in stored.items() if key not in ("data", "start")},
     }
-    return {
+    plain = {
         "name": Path(settings.out).name,
         "encoder": settings.encoder,
         "decoder": list(settings.decoder),
@@ -58,6 +59,7 @@ def model_card(
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+    return ModelCard.from_json(plain)
 
 
 def decoding_tables(config: Config, decoding: Decoding | None) -> dict:

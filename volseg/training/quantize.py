@@ -20,6 +20,7 @@ from volseg.config import Predict, load
 from volseg.errors import UserError
 from volseg.evaluation import evaluate
 from volseg.inference import backends, export, model, tiles
+from volseg.inference.model_card import Int8Form, ModelCard
 from volseg.inference.normalization import normalization
 from volseg.io import volume
 from volseg.planning import prepare as describe
@@ -35,7 +36,7 @@ def quantize(
 ) -> dict:
     """The model file carries an INT8 form, calibrated on up to `CALIBRATED_ON` of ``sections`` (all if none are given).
 
-    With ``truth`` it is compared with fp32 on the sections ``held``, which must not be among those: `export.int8_allowed`
+    With ``truth`` it is compared with fp32 on the sections ``held``, which must not be among those: `ModelCard.int8_allowed`
     reads that. Returns what the card then says. The same inputs give the same form.
     """
     card = model.load_card(path)
@@ -51,7 +52,7 @@ def quantize(
     norm = normalization(source.shape, source.read)
     grid = _grid(source, card)
     tile_of = itertools.cycle(grid.meeting(*(slice(0, n) for n in source.shape[1:])))
-    form = _form(path, [_tile(source, z, grid.place(next(tile_of)), card["sections"], norm) for z in on])
+    form = _form(path, [_tile(source, z, grid.place(next(tile_of)), card.sections, norm) for z in on])
     facts = {
         "calibrated": {"volume": Path(image).name, "checksum": source.checksum(), "sections": on},
         "versions": {name: metadata.version(name) for name in ("nncf", "openvino")},
@@ -62,8 +63,8 @@ def quantize(
     return facts
 
 
-def _grid(source: volume.Volume, card: dict) -> tiles.Grid:
-    return tiles.grid(source.shape[1:], Predict().tile, Predict().overlap, card.get("binning", 1))
+def _grid(source: volume.Volume, card: ModelCard) -> tiles.Grid:
+    return tiles.grid(source.shape[1:], Predict().tile, Predict().overlap, card.binning)
 
 
 def _tile(
@@ -118,7 +119,7 @@ def _compare(
     card = model.load_card(path)
     blobs = {"fp32": export.export_model(path, "openvino"), "int8": export.unpack_int8(form)}
     maps = {precision: _probabilities(blob, precision, source, box, card, norm) for precision, blob in blobs.items()}
-    level = load(base=card["decode"]).fragments.threshold
+    level = load(base=card.decode).fragments.threshold
     masks = [maps[precision][0] >= round(level * 255) for precision in maps]
     apart = np.abs(maps["fp32"].astype(np.int16) - maps["int8"]).mean() / 255
     found = {f"iou_{precision}": _iou(maps[precision], real, card) for precision in maps}
@@ -127,28 +128,28 @@ def _compare(
 
 
 def _probabilities(
-    blob: bytes, precision: str, source: volume.Volume, box: Box, card: dict, norm: tuple[float, float]
+    blob: bytes, precision: str, source: volume.Volume, box: Box, card: ModelCard, norm: tuple[float, float]
 ) -> np.ndarray:
     """Both heads' probabilities of whole sections, uint8, as a run would store them."""
     grid = _grid(source, card)
-    network = backends.load(blob, "openvino", precision, (1, card["sections"], *grid.size))
+    network = backends.load(blob, "openvino", precision, (1, card.sections, *grid.size))
     plane = tuple(slice(0, n) for n in source.shape[1:])
-    out = np.empty((len(card["heads"]), *box.shape), np.uint8)
+    out = np.empty((len(card.heads), *box.shape), np.uint8)
     for z in range(box.start[0], box.stop[0]):
-        blend = tiles.Blend(len(card["heads"]), grid, *plane)
+        blend = tiles.Blend(len(card.heads), grid, *plane)
         for tile in grid.meeting(*plane):
-            blend.add(tile, network(_tile(source, z, grid.place(tile), card["sections"], norm))[0])
+            blend.add(tile, network(_tile(source, z, grid.place(tile), card.sections, norm))[0])
         blend.quantize(out[:, z - box.start[0]])
     return out
 
 
-def _iou(probability: np.ndarray, real: np.ndarray, card: dict) -> float:
+def _iou(probability: np.ndarray, real: np.ndarray, card: ModelCard) -> float:
     """IoU of what the model's own settings take for foreground, whatever objects are cut by; only these sections are seen."""
     inside, plain = (
         Box.from_shape(real.shape),
         {"height": "probability", "contour": 0.0, "distance": 0, "distance_nm": 0.0},
     )
-    knobs = load(base=card["decode"]).fragments.model_copy(update=plain)
+    knobs = load(base=card.decode).fragments.model_copy(update=plain)
     height = block_heights(probability, inside, real.shape, knobs)
     found = height[1:-1, 1:-1, 1:-1] != OUTSIDE
     return float((found & real).sum() / max(1, (found | real).sum()))
@@ -162,6 +163,6 @@ def table(facts: dict) -> str:
             f"held out   {held['sections']}: IoU {held['iou_int8']:.4f} in int8, {held['iou_fp32']:.4f} in fp32",
             f"apart      {100 * held['sides']:.3f} % of voxels on another side of the threshold, "
             f"mean difference {255 * held['mean_difference']:.3f} / 255",
-            f"auto       {'may take it' if export.int8_allowed({model.INT8: facts}) else 'does not take it'}",
+            f"auto       {'may take it' if Int8Form(**facts).allowed else 'does not take it'}",
         ]
     return "\n".join(lines)

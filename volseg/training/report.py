@@ -19,6 +19,7 @@ from scipy import ndimage
 
 from volseg.config import Train
 from volseg.inference import model
+from volseg.inference.model_card import ModelCard
 from volseg.io.pictures import grayscale
 from volseg.progress import format_table
 from volseg.training.decoding import THRESHOLDS, Decoding, ValidationSlab, smooth, validation_slabs
@@ -65,7 +66,7 @@ class Report:
         Steps between validations.
     """
 
-    card: dict
+    card: ModelCard
     history: list[dict]
     decoding: Decoding
     sources: tuple[Source, ...]
@@ -288,9 +289,9 @@ def render_page(report: Report, figures: dict[str, bytes], pictures: list[Pictur
     """Return the whole report as one HTML text; pictures are inside it."""
     card = report.card
     parts = [
-        f"<h1>{html.escape(card['name'])}</h1>",
-        f"<p class=note>volseg {html.escape(card['versions']['volseg'])}, {card['training']['steps']} steps in "
-        f"{card['training']['seconds'] / 60:.1f} minutes</p>",
+        f"<h1>{html.escape(card.name)}</h1>",
+        f"<p class=note>volseg {html.escape(card.versions['volseg'])}, {card.training.steps} steps in "
+        f"{card.training.seconds / 60:.1f} minutes</p>",
         "<h2>Result</h2>",
         _key_value_table(_result(report)),
         "<h2>Curves</h2>",
@@ -304,9 +305,9 @@ def render_page(report: Report, figures: dict[str, bytes], pictures: list[Pictur
         f"{_chip('agreement', TRUTH)} {_chip('missed', MISSED)} {_chip('wrongly found', SPURIOUS)}</p>",
         *(_figure(picture.png, picture.caption) for picture in pictures),
         "<h2>Card</h2>",
-        f"<pre>{html.escape(json.dumps(card, indent=1))}</pre>",
+        f"<pre>{html.escape(json.dumps(card.to_json(), indent=1))}</pre>",
     ]
-    head = f"<meta charset=utf-8><title>{html.escape(card['name'])}</title><style>{STYLE}</style>"
+    head = f"<meta charset=utf-8><title>{html.escape(card.name)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>"
 
 
@@ -314,7 +315,7 @@ def _result(report: Report) -> dict[str, str]:
     """The figures that matter most."""
     best, decoding, result = best_validation(report.history), report.decoding, {}
     if best:
-        last = report.card["scores"]["validation"]["all"]
+        last = report.card.scores["validation"]["all"]
         result["held-out sections"] = f"IoU {last['iou']:.3f}, accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f}"
         epoch = -(-best["step"] // report.validation_interval)
         result["best epoch"] = (

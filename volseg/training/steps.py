@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -66,13 +65,13 @@ def _load_start(settings: Train) -> torch.nn.Module:
     """The network of ``train.start``, which must be of the kind that the settings ask for."""
     network, card = model.load(settings.start)
     for key in ("encoder", "decoder", "sections"):
-        if json.loads(json.dumps(getattr(settings, key))) != card[key]:
+        if getattr(settings, key) != getattr(card, key):
             raise UserError(
-                f"train.start = {settings.start} has {key} = {card[key]}, but train.{key} = {getattr(settings, key)}; "
+                f"train.start = {settings.start} has {key} = {getattr(card, key)}, but train.{key} = {getattr(settings, key)}; "
                 "make them equal"
             )
-    if card.get("binning", 1) not in (1, settings.binning):
-        raise UserError(f"train.start = {settings.start} bins its input already; set train.binning = {card['binning']}")
+    if card.binning not in (1, settings.binning):
+        raise UserError(f"train.start = {settings.start} bins its input already; set train.binning = {card.binning}")
     return model.adapted(network, card, settings.heads, settings.binning)
 
 
