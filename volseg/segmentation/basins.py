@@ -1,4 +1,12 @@
-"""Basins."""
+"""The basins of one block of heights, and the table of how they touch.
+
+Voxels are ordered by ``(height, linear index)`` and edges of the grid (6 or 26 neighbors) by their higher end, then their
+lower end, in that order. Both orders are total, so the minimum spanning forest is unique. An edge's order starts with its
+higher end because then the first edge out of any voxel is the one to its lowest neighbor: steepest descent *is* the
+first step of the forest (Cousty et al., "Watershed cuts", PAMI 2009), and every cutting into blocks takes the same one.
+
+Seeds and sizes are unknown here: `rules` decides on them from the tables alone.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +23,33 @@ from volseg.segmentation.heights import OUTSIDE
 
 @dataclass(frozen=True)
 class BlockBasins:
-    """What one block says of its regions. A region is a basin, or the part of a neighbor's basin that drains through
-    one voxel outside the block (an *exit*). Region numbers are 1..n in the block; row ``r - 1`` describes region r.
+    """What one block knows of its regions and of what they touch.
 
-    root      linear index (in the volume) of the basin's minimum, or of the exit voxel
-    minimum   height at the root
-    is_exit   whether the root lies outside the block
-    voxels    voxels of the region in this block
-    first     lowest linear index among them
-    probability_sum  sum of the stored mask probability (uint8) over them
-    edges     EDGE rows between regions of this block
-    crossing_edges  EDGE rows to voxels of other blocks that are ahead in linear order; ``b`` is the linear index of the voxel
-    face_voxel   linear indices of masked voxels on faces that have a block behind them, ascending
-    face_region   their regions
+    A region is a basin, or the part of a neighbor's basin that drains through one voxel outside the block (an *exit*).
+    Regions are numbered 1..n in the block, in the order of their first voxels; row ``r - 1`` describes region r.
+
+    Attributes
+    ----------
+    root
+        int64 (n,): linear index, in the volume, of the basin's minimum, or of the exit.
+    minimum
+        int32 (n,): height at the root.
+    is_exit
+        bool (n,): whether the root lies outside the block.
+    voxels
+        int64 (n,): voxels of the region in this block.
+    first
+        int64 (n,): lowest linear index among them.
+    probability_sum
+        int64 (n,): sum of the stored mask probability (uint8) over them.
+    edges
+        EDGE: between regions of this block, one for each pair, sorted by pair.
+    crossing_edges
+        EDGE: grid edges to voxels of other blocks that are ahead in linear order; ``b`` is the voxel's linear index.
+    face_voxel
+        int64 (f,): linear indices of masked voxels on faces that have a block behind them, ascending.
+    face_region
+        int32 (f,): their regions.
     """
 
     root: np.ndarray
@@ -43,32 +65,75 @@ class BlockBasins:
 
 
 def watershed_block(
-    height: np.ndarray, mass: np.ndarray, box: Box, shape: Triple, connectivity: int = 6
+    height: np.ndarray, probability: np.ndarray, box: Box, shape: Triple, connectivity: int = 6
 ) -> tuple[np.ndarray, BlockBasins]:
-    """The regions of one block (uint32, 0 outside the mask) and their `BlockBasins`, on a grid of 6 or 26 neighbors.
+    """The basins of one block, as far as the block can tell.
 
-    ``height`` (int32) covers ``box`` grown by 1, `OUTSIDE` where there is no mask or no volume; ``mass`` (uint8) covers
-    ``box``. Regions are numbered in the order of their first voxel.
+    Each voxel goes to its lowest neighbor until none is lower, or until it leaves the block. The first edge out of a voxel
+    leads there, so this is the first step of Boruvka's algorithm on the graph of voxels (Cousty et al., PAMI 2009; on
+    affinities Zlateski and Seung, arXiv 1505.00249, call the result the steepest ascent graph).
+
+    Parameters
+    ----------
+    height
+        int32 (z, y, x): heights of ``box`` grown by 1; `OUTSIDE` where there is no mask or no volume.
+    probability
+        uint8 (z, y, x): mask probability of ``box``.
+    box
+        The block.
+    shape
+        Shape of the volume, z y x.
+    connectivity
+        Neighbors of a voxel: 6 that share a face, or 26 that share a face, an edge or a corner.
+
+    Returns
+    -------
+    region
+        uint32 (z, y, x): the region of each voxel of the block, 0 outside the mask.
+    table
+        `BlockBasins`
+
+    Examples
+    --------
+    Two valleys in a row, and the first four of its seven voxels as a block. The ridge (9) goes to its lower neighbor, which
+    lies in the next block: voxel 4 is an exit, and the root of region 2.
+
+    >>> row = np.array([OUTSIDE, 4, 0, 3, 9, 2, 1, 5, OUTSIDE], np.int32)
+    >>> height = np.full((3, 3, 6), OUTSIDE, np.int32)
+    >>> height[1, 1] = row[:6]
+    >>> box = Box((0, 0, 0), (1, 1, 4))
+    >>> region, table = watershed_block(height, np.full(box.shape, 255, np.uint8), box, (1, 1, 7))
+    >>> region.tolist()
+    [[[1, 1, 1, 2]]]
+    >>> table.root.tolist(), table.minimum.tolist(), table.is_exit.tolist(), table.voxels.tolist()
+    ([1, 4], [0, 2], [False, True], [3, 1])
+
+    They touch once, and the saddle is the ridge. Voxel 3 of region 2 has one neighbor ahead in another block, voxel 4:
+
+    >>> table.edges[["a", "b", "high", "high_voxel", "low", "area"]].tolist()
+    [(1, 2, 9, 3, 3, 1)]
+    >>> table.crossing_edges[["a", "b", "high", "low"]].tolist(), table.face_voxel.tolist()
+    ([(2, 4, 9, 2)], [3])
     """
-    steps, spans = _steps(connectivity, height.shape), _masked(height)
+    steps, spans = _neighbor_steps(connectivity, height.shape), _masked_spans(height)
     region, roots = _follow(_descend(height, steps, spans), height, steps, spans)
-    in_volume = _Raster(height.shape, box, shape)
-    is_exit = in_volume.is_halo(roots)
+    raster = _Raster(height.shape, box, shape)
+    is_exit = raster.is_halo(roots)
     region.ravel()[roots[is_exit]] = 0  # so that only voxels of the block have a region
-    core, voxels, first, total = _measure(region, mass, roots.size, spans)
+    core, voxels, first, probability_sum = _measure(region, probability, roots.size, spans)
     ahead = steps[len(steps) // 2 :]
-    behind = [(a > 0, b < n) for a, b, n in zip(box.start, box.stop, shape, strict=True)]
-    face = _faces(region, np.array(behind), spans)
+    has_block = [(start > 0, stop < n) for start, stop, n in zip(box.start, box.stop, shape, strict=True)]
+    face = _face_voxels(region, np.array(has_block), spans)
     table = BlockBasins(
-        root=in_volume(roots),
+        root=raster.in_volume(roots),
         minimum=height.ravel()[roots],
         is_exit=is_exit,
         voxels=voxels,
-        first=in_volume(first),
-        probability_sum=total,
-        edges=_inner_edges(region, height, roots.size, in_volume, ahead, spans),
-        crossing_edges=_crossing_edges(region, height, in_volume, ahead, face),
-        face_voxel=in_volume(face),
+        first=raster.in_volume(first),
+        probability_sum=probability_sum,
+        edges=_inner_edges(region, height, roots.size, raster, ahead, spans),
+        crossing_edges=_crossing_edges(region, height, raster, ahead, face),
+        face_voxel=raster.in_volume(face),
         face_region=region.ravel()[face],
     )
     return core.view(np.uint32), table
@@ -76,23 +141,24 @@ def watershed_block(
 
 @dataclass(frozen=True)
 class _Raster:
-    """Turns linear indices in a block grown by 1 (``padded``) into linear indices in the volume."""
+    """Linear indices in a block grown by 1, whose shape is ``padded``."""
 
     padded: Triple
     box: Box
     shape: Triple
 
-    def __call__(self, index: np.ndarray) -> np.ndarray:
+    def in_volume(self, index: np.ndarray) -> np.ndarray:
+        """The linear indices of these voxels in the volume."""
         return _in_volume(np.asarray(index, np.int64), self.padded, self.box.start, self.shape)
 
     def is_halo(self, index: np.ndarray) -> np.ndarray:
         """Which of the voxels lie outside the block."""
-        at = np.unravel_index(index, self.padded)
-        return np.any([(a == 0) | (a == n - 1) for a, n in zip(at, self.padded, strict=True)], axis=0)
+        zyx = np.unravel_index(index, self.padded)
+        return np.any([(place == 0) | (place == n - 1) for place, n in zip(zyx, self.padded, strict=True)], axis=0)
 
 
 @njit(cache=True, nogil=True)
-def _in_volume(index, padded, start, shape):
+def _in_volume(index: np.ndarray, padded: Triple, start: Triple, shape: Triple) -> np.ndarray:
     out = np.empty(index.size, np.int64)
     for k in range(index.size):
         row, x = index[k] // padded[2], index[k] % padded[2]
@@ -101,22 +167,27 @@ def _in_volume(index, padded, start, shape):
     return out
 
 
-def _steps(connectivity: int, padded: Triple) -> tuple[int, ...]:
-    """The way to each of a voxel's 6 or 26 neighbors in the linear index of an array of that shape, ascending.
+def _neighbor_steps(connectivity: int, padded: Triple) -> tuple[int, ...]:
+    """From a voxel to each of its 6 or 26 neighbors in the linear index of an array of that shape, ascending.
 
     A tuple, so that numba compiles the loops over 6 and over 26 apart.
 
-    >>> _steps(6, (4, 5, 7))
+    >>> _neighbor_steps(6, (4, 5, 7))
     (-35, -7, -1, 1, 7, 35)
     """
-    ways = [
-        way for way in product((-1, 0, 1), repeat=3) if any(way) and (connectivity == 26 or sum(map(abs, way)) == 1)
-    ]
-    return tuple((z * padded[1] + y) * padded[2] + x for z, y, x in ways)
+    offsets = (offset for offset in product((-1, 0, 1), repeat=3) if any(offset))
+    return tuple(
+        (z * padded[1] + y) * padded[2] + x
+        for z, y, x in offsets
+        if connectivity == 26 or abs(z) + abs(y) + abs(x) == 1
+    )
+
+
+# ---------------------------------------------------------------- regions
 
 
 @njit(cache=True, nogil=True)
-def _masked(height):
+def _masked_spans(height: np.ndarray) -> np.ndarray:
     """By row, the first masked voxel inside the frame and the last + 1: what lies elsewhere is outside the mask."""
     nz, ny, nx = height.shape
     spans = np.zeros((nz, ny, 2), np.int32)
@@ -137,7 +208,7 @@ def _masked(height):
 
 
 @njit(cache=True, nogil=True)
-def _descend(height, steps, spans):
+def _descend(height: np.ndarray, steps: tuple[int, ...], spans: np.ndarray) -> np.ndarray:
     """For each masked voxel inside the frame, 1 + the direction of its lowest lower neighbor; 0 for a minimum.
 
     Neighbors are visited in the order of their linear index, so that of equal ones the first wins.
@@ -149,21 +220,26 @@ def _descend(height, steps, spans):
         for y in range(1, ny - 1):
             row = (z * ny + y) * nx
             for v in range(row + spans[z, y, 0], row + spans[z, y, 1]):
-                here = flat[v]
-                if here == OUTSIDE:
+                own = flat[v]
+                if own == OUTSIDE:
                     continue
-                best, best_h = 0, OUTSIDE
+                direction, lowest = 0, OUTSIDE
                 for d in range(len(steps)):
                     h = flat[v + steps[d]]
-                    if h < best_h:
-                        best, best_h = d + 1, h
-                if best_h < here or (best_h == here and best <= len(steps) // 2):
-                    down[v] = best
+                    if h < lowest:
+                        direction, lowest = d + 1, h
+                if lowest < own or (lowest == own and direction <= len(steps) // 2):
+                    down[v] = direction
     return down
 
 
+# Each voxel in raster order walks down until it meets a voxel with a region, a minimum, or the frame; then the way is walked
+# again to number it. No voxel is numbered twice, so this is linear in the voxels.
+# Invariant: whatever lies below a numbered voxel has its number.
 @njit(cache=True, nogil=True)
-def _follow(down, height, steps, spans):
+def _follow(
+    down: np.ndarray, height: np.ndarray, steps: tuple[int, ...], spans: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Region numbers (int32, same shape as ``height``) and the linear index of each region's root.
 
     A root is a minimum inside the frame, or the voxel of the frame where a descent leaves.
@@ -199,14 +275,16 @@ def _follow(down, height, steps, spans):
 
 
 @njit(cache=True, nogil=True)
-def _measure(region, mass, count, spans):
+def _measure(
+    region: np.ndarray, probability: np.ndarray, count: int, spans: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """``region`` without its frame; by region: voxels in the block, first of them (index in the frame's array), sum of
-    ``mass``."""
+    ``probability``."""
     nz, ny, nx = region.shape
     core = np.zeros((nz - 2, ny - 2, nx - 2), np.int32)
     voxels = np.zeros(count, np.int64)
     first = np.zeros(count, np.int64)
-    total = np.zeros(count, np.int64)
+    probability_sum = np.zeros(count, np.int64)
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
             for x in range(spans[z, y, 0], spans[z, y, 1]):
@@ -217,41 +295,68 @@ def _measure(region, mass, count, spans):
                 if voxels[r] == 0:
                     first[r] = (z * ny + y) * nx + x
                 voxels[r] += 1
-                total[r] += mass[z - 1, y - 1, x - 1]
-    return core, voxels, first, total
-
-
-def _inner_edges(
-    region: np.ndarray, height: np.ndarray, regions: int, in_volume: _Raster, ahead: tuple[int, ...], spans: np.ndarray
-) -> np.ndarray:
-    """EDGE rows, one for each pair of regions that touch inside the block, sorted by pair."""
-    capacity = max(
-        1024, 1 << (8 * regions).bit_length()
-    )  # mostly enough at once: basins have two or three neighbors each
-    while True:
-        used, pairs, saddles = _collect(region, height, ahead, spans, capacity)
-        if used <= capacity // 2:
-            break
-        capacity *= 4
-    kept = np.argsort(pairs)
-    rows = np.empty(kept.size, EDGE)
-    rows["a"], rows["b"] = pairs[kept] >> 32, pairs[kept] & 0xFFFFFFFF
-    for column, name in enumerate((*SADDLE_ORDER, "area", "height")):
-        rows[name] = in_volume(saddles[kept, column]) if name.endswith("_voxel") else saddles[kept, column]
-    return rows
+                probability_sum[r] += probability[z - 1, y - 1, x - 1]
+    return core, voxels, first, probability_sum
 
 
 @njit(cache=True, nogil=True)
-def _collect(region, height, ahead, spans, capacity):
-    """Touching pairs in the order in which they are met: how many, their codes ``a << 32 | b``, (KEY..., area, height) of each.
+def _face_voxels(region: np.ndarray, has_block: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """Indices (in the block grown by 1) of the masked voxels on faces that have volume behind them, ascending.
 
-    ``ahead`` are the ways to the neighbors behind a voxel in linear order; only those along an axis share a face with it.
-    A table with open addressing says where a pair stands. Stops early once it is more than half full: the caller tries
-    again with a larger one.
+    ``has_block``: along each axis, whether there is volume before and after the block.
     """
     nz, ny, nx = region.shape
-    flat, of = height.ravel(), region.ravel()
-    codes, slots = np.zeros(capacity, np.int64), np.empty(capacity, np.int32)  # the pair, and where it stands
+    out = np.empty(2 * ((ny - 2) * (nx - 2) + (nz - 2) * (nx - 2) + (nz - 2) * (ny - 2)), np.int64)
+    count = 0
+    for z in range(1, nz - 1):
+        for y in range(1, ny - 1):
+            row_on_face = (has_block[0, 0] and z == 1) or (has_block[0, 1] and z == nz - 2)
+            row_on_face = row_on_face or (has_block[1, 0] and y == 1) or (has_block[1, 1] and y == ny - 2)
+            for x in range(spans[z, y, 0], spans[z, y, 1]):
+                on_face = row_on_face or (has_block[2, 0] and x == 1) or (has_block[2, 1] and x == nx - 2)
+                if on_face and region[z, y, x] != 0:
+                    out[count] = (z * ny + y) * nx + x
+                    count += 1
+    return out[:count].copy()
+
+
+# ---------------------------------------------------------------- edges
+
+
+def _inner_edges(
+    region: np.ndarray, height: np.ndarray, regions: int, raster: _Raster, ahead: tuple[int, ...], spans: np.ndarray
+) -> np.ndarray:
+    """EDGE rows, one for each pair of regions that touch inside the block, sorted by pair."""
+    capacity = max(1024, 1 << (8 * regions).bit_length())  # a basin has two or three neighbors: mostly enough at once
+    while True:
+        used, pairs, saddles = _collect_pairs(region, height, ahead, spans, capacity)
+        if used <= capacity // 2:
+            break
+        capacity *= 4
+    order = np.argsort(pairs)
+    rows = np.empty(order.size, EDGE)
+    rows["a"], rows["b"] = pairs[order] >> 32, pairs[order] & 0xFFFFFFFF
+    for column, field in enumerate((*SADDLE_ORDER, "area", "height")):
+        values = saddles[order, column]
+        rows[field] = raster.in_volume(values) if field.endswith("_voxel") else values
+    return rows
+
+
+# One pass over all grid edges between voxels of two regions. A hash table with open addressing maps a pair of regions to its
+# row; the row keeps the lowest saddle so far, the number of faces, and the sum of their heights.
+# Invariant: row k is the k-th pair that was met, and complete for all voxels visited.
+@njit(cache=True, nogil=True)
+def _collect_pairs(
+    region: np.ndarray, height: np.ndarray, ahead: tuple[int, ...], spans: np.ndarray, capacity: int
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Touching pairs in the order in which they are met: how many, ``a << 32 | b``, and `SADDLE_ORDER`, area, height.
+
+    ``ahead`` are the steps to the neighbors behind a voxel in linear order; only those along an axis share a face with it.
+    Stops early once the table is more than half full: the caller tries again with a larger one.
+    """
+    nz, ny, nx = region.shape
+    flat, regions = height.ravel(), region.ravel()
+    codes, slots = np.zeros(capacity, np.int64), np.empty(capacity, np.int32)  # the pair, and its row
     pairs = np.empty(capacity // 2, np.int64)
     saddles = np.empty((capacity // 2, 6), np.int64)
     used = 0
@@ -259,51 +364,51 @@ def _collect(region, height, ahead, spans, capacity):
         for y in range(1, ny - 1):
             row = (z * ny + y) * nx
             for v in range(row + spans[z, y, 0], row + spans[z, y, 1]):
-                p = of[v]
+                p = regions[v]
                 if p == 0:
                     continue
                 for d in range(len(ahead)):
                     u = v + ahead[d]
-                    q = of[u]
+                    q = regions[u]
                     if q == 0 or q == p:
                         continue
                     code = (np.int64(min(p, q)) << 32) | np.int64(max(p, q))
                     slot = ((code * 0x9E3779B97F4A7C1) >> 20) & (capacity - 1)
                     while codes[slot] != 0 and codes[slot] != code:
                         slot = (slot + 1) & (capacity - 1)
-                    hi, lo = (v, u) if flat[v] > flat[u] else (u, v)
-                    new = codes[slot] == 0
-                    if new:
+                    high, low = (v, u) if flat[v] > flat[u] else (u, v)
+                    is_new = codes[slot] == 0
+                    if is_new:
                         if used == capacity // 2:
                             return used + 1, pairs, saddles
                         codes[slot], slots[slot] = code, used
                         pairs[used], saddles[used] = code, 0
                         used += 1
-                    s = saddles[slots[slot]]
-                    if new or _before(flat[hi], hi, flat[lo], lo, s):
-                        s[0], s[1], s[2], s[3] = flat[hi], hi, flat[lo], lo
+                    saddle = saddles[slots[slot]]
+                    if is_new or _precedes(flat[high], high, flat[low], low, saddle):
+                        saddle[0], saddle[1], saddle[2], saddle[3] = flat[high], high, flat[low], low
                     if u - v == 1 or u - v == nx or u - v == ny * nx:
-                        s[4] += 1
-                        s[5] += flat[hi]
+                        saddle[4] += 1
+                        saddle[5] += flat[high]
     return used, pairs[:used], saddles[:used]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _before(high, high_voxel, low, low_voxel, s):
-    """Whether an edge comes before the one in ``s`` in the total order of edges."""
-    if high != s[0]:
-        return high < s[0]
-    if high_voxel != s[1]:
-        return high_voxel < s[1]
-    if low != s[2]:
-        return low < s[2]
-    return low_voxel < s[3]
+def _precedes(high: int, high_voxel: int, low: int, low_voxel: int, saddle: np.ndarray) -> bool:
+    """Whether an edge comes before ``saddle`` in the total order of edges."""
+    if high != saddle[0]:
+        return high < saddle[0]
+    if high_voxel != saddle[1]:
+        return high_voxel < saddle[1]
+    if low != saddle[2]:
+        return low < saddle[2]
+    return low_voxel < saddle[3]
 
 
 def _crossing_edges(
-    region: np.ndarray, height: np.ndarray, in_volume: _Raster, ahead: tuple[int, ...], face: np.ndarray
+    region: np.ndarray, height: np.ndarray, raster: _Raster, ahead: tuple[int, ...], face: np.ndarray
 ) -> np.ndarray:
-    """EDGE rows from masked voxels (those at ``face``) to the masked voxels ahead of them that lie outside the block.
+    """EDGE rows from the masked voxels of ``face`` to the masked voxels ahead of them that lie outside the block.
 
     The other end of an edge lies behind in linear order and lists nothing, so an edge stands in one block's table.
     """
@@ -311,40 +416,15 @@ def _crossing_edges(
     _, ny, nx = height.shape
     rows = [np.empty(0, EDGE)]
     for step in ahead:
-        near = face[in_volume.is_halo(face + step) & (flat[face + step] != OUTSIDE)]
-        far = near + step
-        high = np.where(flat[near] > flat[far], near, far)
-        low = near + far - high
-        row = np.empty(near.size, EDGE)
-        row["a"], row["b"] = region.ravel()[near], in_volume(far)
-        row["high"], row["high_voxel"], row["low"], row["low_voxel"] = (
-            flat[high],
-            in_volume(high),
-            flat[low],
-            in_volume(low),
-        )
+        inner = face[raster.is_halo(face + step) & (flat[face + step] != OUTSIDE)]
+        outer = inner + step
+        high = np.where(flat[inner] > flat[outer], inner, outer)
+        low = inner + outer - high
+        row = np.empty(inner.size, EDGE)
+        row["a"], row["b"] = region.ravel()[inner], raster.in_volume(outer)
+        row["high"], row["high_voxel"] = flat[high], raster.in_volume(high)
+        row["low"], row["low_voxel"] = flat[low], raster.in_volume(low)
         row["area"] = step in (1, nx, ny * nx)
         row["height"] = row["area"] * row["high"]
         rows.append(row)
     return np.concatenate(rows)
-
-
-@njit(cache=True, nogil=True)
-def _faces(region, behind, spans):
-    """Indices (in the block grown by 1) of the masked voxels on faces that have volume behind them, ascending.
-
-    ``behind``: along each axis, whether there is volume before and after the block.
-    """
-    nz, ny, nx = region.shape
-    found = np.empty(2 * ((ny - 2) * (nx - 2) + (nz - 2) * (nx - 2) + (nz - 2) * (ny - 2)), np.int64)
-    count = 0
-    for z in range(1, nz - 1):
-        for y in range(1, ny - 1):
-            whole = (behind[0, 0] and z == 1) or (behind[0, 1] and z == nz - 2)
-            whole = whole or (behind[1, 0] and y == 1) or (behind[1, 1] and y == ny - 2)
-            for x in range(spans[z, y, 0], spans[z, y, 1]):
-                end = (behind[2, 0] and x == 1) or (behind[2, 1] and x == nx - 2)
-                if (whole or end) and region[z, y, x] != 0:
-                    found[count] = (z * ny + y) * nx + x
-                    count += 1
-    return found[:count].copy()

@@ -1,4 +1,14 @@
-"""Stitch."""
+"""Join the regions of all blocks into the basins of the volume, from their tables alone.
+
+1. `link`: a block's exits and crossing edges, which name voxels of the next block, come to name that block's regions.
+2. `gather`: follow exits to true basins (descents end, so this ends), add up what each basin has, keep the lowest saddle
+   of each pair that touches.
+
+`rules` decides what becomes of the basins.
+
+A region's id in the volume is ``block << 32 | region``. Minimum and integer sums are associative and commutative, so neither
+the order of blocks nor a block given twice changes anything.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +30,19 @@ from volseg.segmentation.edges import (
     permute,
 )
 
-REGION_MASK = 0xFFFFFFFF  # the part of a name that is the region
+REGION_MASK = 0xFFFFFFFF  # the bits of a global id that are the region
 
 
 @dataclass(frozen=True)
 class Links:
     """What a block's faces say once its neighbors are known.
 
-    drains  int64 (n, 2): each exit region, and the neighbor's region that it drains into
-    edges   EDGE rows between this block's regions and those of blocks ahead
+    Attributes
+    ----------
+    drains
+        int64 (n, 2): global ids of each exit region, and of the neighbor's region that it drains into.
+    edges
+        EDGE: between this block's regions and those of blocks ahead, by global ids, one for each pair.
     """
 
     drains: np.ndarray
@@ -37,10 +51,16 @@ class Links:
 
 @dataclass(frozen=True)
 class Basins:
-    """The whole volume's basins and how they touch: enough for every later decision.
+    """The volume's basins and how they touch: enough for every later decision.
 
-    depth, voxels, first, mass   per basin, as in `BlockBasins`, now complete
-    edges    EDGE rows, ``a < b`` basin numbers from 0, one for each pair that touches, in the total order of edges
+    Attributes
+    ----------
+    minimum
+        int32 (n,): height at the basin's minimum.
+    voxels, first, probability_sum
+        int64 (n,): as in `BlockBasins`, now complete.
+    edges
+        EDGE: ``a < b`` are numbers of basins from 0; one for each pair that touches, in the total order of edges.
     """
 
     minimum: np.ndarray
@@ -51,7 +71,11 @@ class Basins:
 
 
 def global_id(block: int, region: np.ndarray) -> np.ndarray:
-    """Names, unique in the volume, of a block's regions."""
+    """Ids, unique in the volume, of a block's regions.
+
+    >>> hex(global_id(2, np.array([5]))[0])
+    '0x200000005'
+    """
     return (np.int64(block) << 32) | np.asarray(region, np.int64)
 
 
@@ -59,30 +83,63 @@ def global_id(block: int, region: np.ndarray) -> np.ndarray:
 
 
 def link(i: int, table_of: Callable[[int], BlockBasins], grid: Blocks) -> Links:
-    """The `Links` of block ``i``. ``table_of`` gives the table of ``i`` and of all blocks that touch it."""
+    """The `Links` of block ``i``.
+
+    Parameters
+    ----------
+    i
+        Number of the block in ``grid``.
+    table_of
+        Gives the table of a block by its number; asked for ``i`` and blocks that touch it.
+    grid
+        The volume's blocks.
+
+    Raises
+    ------
+    RuntimeError
+        If blocks disagree on the mask at a face, as tables of two runs do.
+
+    Examples
+    --------
+    A row of heights 4 0 3 9 2 1 5 in blocks of four voxels. The ridge (9) of the first block leaves it through voxel 4, which
+    lies in region 1 of the second; its one crossing edge leads there too.
+
+    >>> from volseg.segmentation.basins import watershed_block
+    >>> from volseg.segmentation.heights import OUTSIDE
+    >>> row = np.full((3, 3, 9), OUTSIDE, np.int32)
+    >>> row[1, 1, 1:8] = [4, 0, 3, 9, 2, 1, 5]
+    >>> grid = Blocks((1, 1, 7), (1, 1, 4))
+    >>> first = watershed_block(row[..., :6], np.ones((1, 1, 4), np.uint8), grid[0], grid.shape)[1]
+    >>> second = watershed_block(row[..., 4:], np.ones((1, 1, 3), np.uint8), grid[1], grid.shape)[1]
+    >>> tables = [first, second]
+    >>> links = link(0, tables.__getitem__, grid)
+    >>> links.drains.tolist() == [[0 << 32 | 2, 1 << 32 | 1]]
+    True
+    >>> links.edges[["a", "b", "high", "low"]].tolist() == [(0 << 32 | 2, 1 << 32 | 1, 9, 2)]
+    True
+    """
     own = table_of(i)
     exits = np.flatnonzero(own.is_exit)
-    drains = np.stack([global_id(i, exits + 1), _regions_at(own.root[exits], table_of, grid)], axis=1)
+    drains = np.stack([global_id(i, exits + 1), _region_ids(own.root[exits], table_of, grid)], axis=1)
     edges = own.crossing_edges.copy()
     edges["a"] = global_id(i, own.crossing_edges["a"])
-    edges["b"] = _regions_at(own.crossing_edges["b"], table_of, grid)
+    edges["b"] = _region_ids(own.crossing_edges["b"], table_of, grid)
     return Links(drains, merge_parallel(edges))
 
 
-def _regions_at(voxels: np.ndarray, table_of: Callable[[int], BlockBasins], grid: Blocks) -> np.ndarray:
-    """Names of the regions that hold these face voxels of other blocks (linear indices)."""
+def _region_ids(voxels: np.ndarray, table_of: Callable[[int], BlockBasins], grid: Blocks) -> np.ndarray:
+    """Global ids of the regions that hold these face voxels of other blocks (linear indices)."""
     out = np.empty(voxels.size, np.int64)
-    place = np.unravel_index(voxels, grid.shape)
-    block = np.ravel_multi_index([p // b for p, b in zip(place, grid.block, strict=True)], grid.counts)
+    zyx = np.unravel_index(voxels, grid.shape)
+    block = np.ravel_multi_index([place // n for place, n in zip(zyx, grid.block, strict=True)], grid.counts)
     for j in np.unique(block):
-        here = block == j
+        in_block = block == j
         table = table_of(int(j))
-        row = np.searchsorted(table.face_voxel, voxels[here])
-        if table.face_voxel.size == 0 or np.any(
-            table.face_voxel[np.minimum(row, table.face_voxel.size - 1)] != voxels[here]
-        ):
+        row = np.searchsorted(table.face_voxel, voxels[in_block])
+        last = table.face_voxel.size - 1
+        if last < 0 or np.any(table.face_voxel[np.minimum(row, last)] != voxels[in_block]):
             raise RuntimeError(f"blocks disagree on the mask at the face of block {j}: its table is of another run")
-        out[here] = global_id(int(j), table.face_region[row])
+        out[in_block] = global_id(int(j), table.face_region[row])
     return out
 
 
@@ -90,51 +147,81 @@ def _regions_at(voxels: np.ndarray, table_of: Callable[[int], BlockBasins], grid
 
 
 def gather(tables: Iterable[BlockBasins], links: Iterable[Links]) -> tuple[Basins, list[np.ndarray]]:
-    """The volume's `Basins`, and for each block the basin (from 0) of each of its regions.
+    """The volume's `Basins`, and for each block the basin of each of its regions.
 
-    Tables and links come in the order of blocks and are taken one at a time. Of all edges there is only one copy, which
-    is renamed, collapsed and sorted where it lies.
+    Of all edges there is only one copy, which is renamed, merged and sorted where it lies.
+
+    Parameters
+    ----------
+    tables, links
+        Of each block in the order of blocks. They are taken one at a time; `BlockBasins.crossing_edges`, ``face_voxel``
+        and ``face_region`` are not looked at.
+
+    Returns
+    -------
+    basins
+        `Basins`
+    basin_of
+        For each block int64 (regions,): the basin, from 0, of region 1, 2, and so on.
+
+    Examples
+    --------
+    The row of heights 4 0 3 9 2 1 5 again, in blocks of four (see `link`): two basins, whose saddle is the ridge.
+
+    >>> from volseg.segmentation.basins import watershed_block
+    >>> from volseg.segmentation.heights import OUTSIDE
+    >>> row = np.full((3, 3, 9), OUTSIDE, np.int32)
+    >>> row[1, 1, 1:8] = [4, 0, 3, 9, 2, 1, 5]
+    >>> grid = Blocks((1, 1, 7), (1, 1, 4))
+    >>> first = watershed_block(row[..., :6], np.ones((1, 1, 4), np.uint8), grid[0], grid.shape)[1]
+    >>> second = watershed_block(row[..., 4:], np.ones((1, 1, 3), np.uint8), grid[1], grid.shape)[1]
+    >>> tables = [first, second]
+    >>> basins, basin_of = gather(tables, [link(i, tables.__getitem__, grid) for i in range(2)])
+    >>> basins.minimum.tolist(), basins.voxels.tolist(), basins.first.tolist()
+    ([0, 1], [3, 4], [0, 3])
+    >>> basins.edges[["a", "b", "high", "high_voxel", "low"]].tolist(), [basin.tolist() for basin in basin_of]
+    ([(0, 1, 9, 3, 3)], [[0, 1], [1]])
     """
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("minimum", "voxels", "first", "probability_sum")}
-    drains, edges = [np.empty((0, 2), np.int64)], _Pile()
-    for i, (table, link) in enumerate(zip(tables, links, strict=True)):
+    columns: dict[str, list[np.ndarray]] = {field: [] for field in ("minimum", "voxels", "first", "probability_sum")}
+    drains, edges = [np.empty((0, 2), np.int64)], _EdgeBuffer()
+    for i, (table, block_links) in enumerate(zip(tables, links, strict=True)):
         for field, column in columns.items():
             column.append(getattr(table, field))
-        drains.append(link.drains)
-        edges.add(_named(table.edges, i))
-        edges.add(link.edges)
+        drains.append(block_links.drains)
+        edges.append(_with_global_ids(table.edges, i))
+        edges.append(block_links.edges)
     offset = np.cumsum([0, *(minimum.size for minimum in columns["minimum"])])
     basin, is_basin = _true_basins(np.concatenate(drains), offset)
     count = int(np.count_nonzero(is_basin))
     basins = Basins(
-        minimum=_all(columns, "minimum", np.int32)[is_basin],
-        voxels=sum_by_group(_all(columns, "voxels"), basin, count),
-        first=min_by_group(_all(columns, "first"), basin, count),
-        probability_sum=sum_by_group(_all(columns, "probability_sum"), basin, count),
-        edges=_between(edges.done(), basin, offset, count),
+        minimum=_concatenate(columns, "minimum", np.int32)[is_basin],
+        voxels=sum_by_group(_concatenate(columns, "voxels"), basin, count),
+        first=min_by_group(_concatenate(columns, "first"), basin, count),
+        probability_sum=sum_by_group(_concatenate(columns, "probability_sum"), basin, count),
+        edges=_basin_edges(edges.rows(), basin, offset, count),
     )
     return basins, np.split(basin, offset[1:-1])
 
 
-class _Pile:
+class _EdgeBuffer:
     """EDGE rows that grow in place: their memory is made longer, as a rule without a copy."""
 
     def __init__(self) -> None:
-        self.rows, self.used = np.empty(0, EDGE), 0
+        self._rows, self._used = np.empty(0, EDGE), 0
 
-    def add(self, more: np.ndarray) -> None:
-        end = self.used + more.size
-        if end > self.rows.size:
-            self.rows.resize(end + max(1 << 12, end >> 4), refcheck=False)
-        self.rows[self.used : end] = more
-        self.used = end
+    def append(self, rows: np.ndarray) -> None:
+        end = self._used + rows.size
+        if end > self._rows.size:
+            self._rows.resize(end + max(1 << 12, end >> 4), refcheck=False)
+        self._rows[self._used : end] = rows
+        self._used = end
 
-    def done(self) -> np.ndarray:
-        self.rows.resize(self.used, refcheck=False)
-        return self.rows
+    def rows(self) -> np.ndarray:
+        self._rows.resize(self._used, refcheck=False)
+        return self._rows
 
 
-def _named(edges: np.ndarray, block: int) -> np.ndarray:
+def _with_global_ids(edges: np.ndarray, block: int) -> np.ndarray:
     out = edges.copy()
     out["a"], out["b"] = global_id(block, edges["a"]), global_id(block, edges["b"])
     return out
@@ -143,19 +230,20 @@ def _named(edges: np.ndarray, block: int) -> np.ndarray:
 def _true_basins(drains: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The basin (from 0) of every region, block after block, and which regions hold a basin's minimum."""
     parent = np.arange(offset[-1])
-    parent[_dense(drains[:, 0], offset)] = _dense(drains[:, 1], offset)
+    parent[_row_of(drains[:, 0], offset)] = _row_of(drains[:, 1], offset)
     is_basin = parent == np.arange(parent.size)
-    _to_the_end(parent)
+    _follow_chains(parent)
     return (np.cumsum(is_basin) - 1)[parent], is_basin
 
 
-def _dense(names: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    return offset[names >> 32] + (names & REGION_MASK) - 1
+def _row_of(ids: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """The place of each region among those of all blocks; ``offset`` is where each block's begin."""
+    return offset[ids >> 32] + (ids & REGION_MASK) - 1
 
 
 @njit(cache=True)
-def _to_the_end(parent):
-    """Every entry names the end of its chain."""
+def _follow_chains(parent: np.ndarray) -> None:
+    """Every entry becomes the end of its chain."""
     for i in range(parent.size):
         end = i
         while parent[end] != end:
@@ -165,34 +253,17 @@ def _to_the_end(parent):
             parent[j], j = end, parent[j]
 
 
-def _all(columns: dict[str, list[np.ndarray]], field: str, dtype: type = np.int64) -> np.ndarray:
-    """The parts of a column in one piece; the parts are let go."""
-    return np.concatenate([np.empty(0, dtype), *columns.pop(field)])
-
-
-def sum_by_group(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    out = np.zeros(groups, np.int64)
-    np.add.at(out, group, values)
-    return out
-
-
-def min_by_group(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    out = np.full(groups, np.iinfo(np.int64).max)
-    np.minimum.at(out, group, values)
-    return out
-
-
-def _between(edges: np.ndarray, basin: np.ndarray, offset: np.ndarray, count: int) -> np.ndarray:
-    """Edges made to join basins, without those inside one basin, one for each pair, in the total order."""
-    edges.resize(_rename(edges, basin, offset), refcheck=False)
+def _basin_edges(edges: np.ndarray, basin: np.ndarray, offset: np.ndarray, count: int) -> np.ndarray:
+    """Edges between basins instead of regions, one for each pair, in the total order; made of ``edges`` in place."""
+    edges.resize(_rename_ends(edges, basin, offset), refcheck=False)
     edges.resize(collapse(edges, np.empty(edges.size, index_dtype(edges.size)), count), refcheck=False)
-    permute(edges, argsort_saddles(*(edges[key] for key in SADDLE_ORDER)))
+    permute(edges, argsort_saddles(*(edges[field] for field in SADDLE_ORDER)))
     return edges
 
 
 @njit(cache=True)
-def _rename(edges, basin, offset):
-    """Names become basin numbers ``a < b``; rows inside one basin are overwritten. Returns how many are left."""
+def _rename_ends(edges: np.ndarray, basin: np.ndarray, offset: np.ndarray) -> int:
+    """Ids of regions become numbers of basins ``a < b``; rows inside one basin are overwritten. Returns how many are left."""
     used = 0
     for e in range(edges.size):
         a = basin[offset[edges[e].a >> 32] + (edges[e].a & REGION_MASK) - 1]
@@ -202,3 +273,33 @@ def _rename(edges, basin, offset):
             edges[used].a, edges[used].b = min(a, b), max(a, b)
             used += 1
     return used
+
+
+# ---------------------------------------------------------------- columns
+
+
+def _concatenate(columns: dict[str, list[np.ndarray]], field: str, dtype: type = np.int64) -> np.ndarray:
+    """The parts of a column in one piece; the parts are dropped."""
+    return np.concatenate([np.empty(0, dtype), *columns.pop(field)])
+
+
+def sum_by_group(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+    """The sum of ``values`` in each of ``groups``, int64; ``group`` has the group (from 0) of each value.
+
+    >>> sum_by_group(np.array([5, 6, 7]), np.array([0, 2, 0]), 3).tolist()
+    [12, 0, 6]
+    """
+    out = np.zeros(groups, np.int64)
+    np.add.at(out, group, values)
+    return out
+
+
+def min_by_group(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+    """The lowest of ``values`` in each of ``groups``, int64; the greatest int64 in a group that has none.
+
+    >>> min_by_group(np.array([5, 6, 7]), np.array([0, 1, 0]), 2).tolist()
+    [5, 6]
+    """
+    out = np.full(groups, np.iinfo(np.int64).max)
+    np.minimum.at(out, group, values)
+    return out
