@@ -43,7 +43,7 @@ def _infer(image: str, file: str, out: str, workers: int) -> float:
 def _row(truth: str, box: str, file: str, out: str, took: list[float]) -> dict:
     facts = json.loads(Path(out, "run.json").read_text())
     scores = evaluate(out, truth, box=Box.parse(box))
-    fore, inst = scores["foreground"], scores["instances"]
+    fore, inst = scores.foreground, scores.instances
     return {
         "model": file or "shipped",
         "seconds": round(median(took), 1),
@@ -54,7 +54,7 @@ def _row(truth: str, box: str, file: str, out: str, took: list[float]) -> dict:
         "client GiB": round(facts["peak_bytes"]["client"] / 2**30, 2),
         "objects": facts["objects"],
         "box": box,
-        "IoU": round(fore["iou"], 4),
-        **{name: round(inst[name], 4) for name in ("pq", "sa50", "voi_split", "voi_merge")},
-        **{name: inst[name] for name in ("truth_objects", "pred_objects", "split", "merged", "missed", "spurious")},
+        "IoU": round(fore.iou, 4),
+        **{name: round(getattr(inst, name), 4) for name in ("pq", "sa50", "voi_split", "voi_merge")},
+        **{name: getattr(inst, name) for name in ("truth_objects", "pred_objects", "split", "merged", "missed", "spurious")},
     }  # fmt: skip

@@ -32,7 +32,7 @@ def measure(
         size = f"input.voxel_size_nm={voxel_size_nm}"
         _, scores = trial.scored(model, image, label, box, (size, *infer_sets))
         rows.append({"held out": f"{low}:{high}", **trial.row(card, scores)})
-        counts = {name: counts[name] + scores["foreground"][name] for name in COUNTS}
+        counts = {name: counts[name] + getattr(scores.foreground, name) for name in COUNTS}
         report.keep("folds", [*rows, _all(rows, counts)])
 
 

@@ -15,7 +15,8 @@ from volseg.box import Box, VoxelSize
 from volseg.config import Fragments
 from volseg.evaluation import evaluate
 from volseg.evaluation.calibrate import SCORES
-from volseg.evaluation.metrics import Contingency, foreground, instances, pairs
+from volseg.evaluation.contingency import Contingency
+from volseg.evaluation.metrics import score_foreground, score_instances, score_touching
 from volseg.io import arrays
 from volseg.segmentation import stitch
 from volseg.segmentation.basins import watershed_block
@@ -76,8 +77,8 @@ def part(run: str, truth: str, box: str) -> Part:
     facts = json.loads(Path(run, "run.json").read_text())
     stored, at = arrays.open_array(run, "0"), Box.parse(box)
     known = {key: value for key, value in facts["config"]["fragments"].items() if key in Fragments.model_fields}
-    labels = evaluate.truth_in(truth, stored.shape[1:], at)(at)
-    near = evaluate.touching_in(lambda _: labels, [at], at)
+    labels = evaluate.read_truth(truth, stored.shape[1:], at)(at)
+    near = evaluate.find_touching(lambda _: labels, [at], at)
     return Part(np.asarray(stored[(slice(None), *at.slices)]), labels, near, known, tuple(facts["voxel_size_nm"]))
 
 
@@ -85,7 +86,7 @@ def decisions(of: Part, change: dict, only: Decision | None = None) -> Iterator[
     """Each row of the grid, or that of ``only``, and how truth and decided labels overlap in a part."""
     knobs = Fragments(**{**of.knobs, **change})
     region, basins = cut(of, knobs)
-    table = Contingency.of(of.truth, region)
+    table = Contingency.from_labels(of.truth, region)
     grid = product(SEEDS, PERSISTENCE, (False, True))
     for seed, share, keep in [(only.seed, only.persistence, only.keep_unseeded)] if only else grid:
         level = seed_height(seed, knobs, of.voxel_size_nm)
@@ -94,7 +95,7 @@ def decisions(of: Part, change: dict, only: Decision | None = None) -> Iterator[
         voxels = np.bincount(label, weights=basins.voxels, minlength=1)
         for size in [only.min_voxels] if only else SIZES:
             kept = np.r_[0, np.where(voxels[label] >= size, label, 0)].astype(np.uint64)
-            yield Decision(seed, share, keep, size, kept), table.renamed(kept)
+            yield Decision(seed, share, keep, size, kept), table.relabeled(kept)
 
 
 def cut(of: Part, knobs: Fragments) -> tuple[np.ndarray, stitch.Basins]:
@@ -108,14 +109,14 @@ def cut(of: Part, knobs: Fragments) -> tuple[np.ndarray, stitch.Basins]:
 
 
 def _order(table: Contingency) -> tuple[float, float]:
-    found = instances(table)
-    return -found["pq"], found["voi_split"] + found["voi_merge"]
+    found = score_instances(table)
+    return -found.pq, found.voi_split + found.voi_merge
 
 
 def scores(table: Contingency, near: np.ndarray) -> dict:
     """The columns of a row."""
-    found, told = instances(table), pairs(table, near)
-    row = {"IoU": foreground(table)["iou"], **{name: found[name] for name in SCORES}, "objects": found["truth_objects"],
-           "pairs": told["pairs"], "pair recall": told["pair_recall"], "pairs merged": told["pairs_merged"],
-           "split share": told["split_share"]}  # fmt: skip
+    found, told = score_instances(table), score_touching(table, near)
+    row = {"IoU": score_foreground(table).iou, **{name: getattr(found, name) for name in SCORES},
+           "objects": found.truth_objects, "pairs": told.pairs, "pair recall": told.pair_recall,
+           "pairs merged": told.pairs_merged, "split share": told.split_share}  # fmt: skip
     return {name: round(value, 4) for name, value in row.items()}

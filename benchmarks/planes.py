@@ -19,8 +19,9 @@ from volseg.box import Blocks, Box, VoxelSize
 from volseg.config import Config, Fragments, load
 from volseg.engine import folder, pipeline
 from volseg.evaluation import evaluate
-from volseg.evaluation.calibrate import SEEDS, SIZES
-from volseg.evaluation.metrics import Contingency, foreground, instances
+from volseg.evaluation.calibrate import MIN_VOXELS, SEEDS
+from volseg.evaluation.contingency import Contingency
+from volseg.evaluation.metrics import score_foreground, score_instances
 from volseg.inference import model
 from volseg.io import arrays, files, volume
 from volseg.planning import prepare as describe
@@ -76,27 +77,27 @@ def scores(run: str, truth: str, chosen: Box, tested: Box) -> dict:
     facts = json.loads(Path(run, "work/run.json").read_text())
     config, nm = Config(**facts["config"]), tuple(facts["voxel_size_nm"])
     probability = np.asarray(arrays.open_array(run, "0")[:])
-    true = {part: evaluate.truth_in(truth, probability.shape[1:], part)(part) for part in (chosen, tested)}
+    true = {part: evaluate.read_truth(truth, probability.shape[1:], part)(part) for part in (chosen, tested)}
     knobs = config.fragments.model_copy(
         update={"threshold": threshold(probability, config.fragments, chosen, true[chosen])}
     )
     basins, basin = cut(probability, knobs, nm)
-    tables = {part: Contingency.of(labels, basin[part.slices]) for part, labels in true.items()}
+    tables = {part: Contingency.from_labels(labels, basin[part.slices]) for part, labels in true.items()}
 
     def labeled(seed: float, least: int, part: Box) -> Contingency:
         stitch = config.stitch.model_copy(update={"seed": seed, "min_voxels": least})
         both = config.model_copy(update={"fragments": knobs, "stitch": stitch})
-        return tables[part].renamed(np.r_[0, label_basins(basins, Rules.from_config(both, nm))])
+        return tables[part].relabeled(np.r_[0, label_basins(basins, Rules.from_config(both, nm))])
 
     own = config.stitch
-    ways = [(own.seed, own.min_voxels), *product((seed for seed in SEEDS if seed > own.seed_low), SIZES)]
-    seed, least = max(ways, key=lambda way: instances(labeled(*way, chosen))["pq"])
-    found = instances(table := labeled(seed, least, tested))
+    ways = [(own.seed, own.min_voxels), *product((seed for seed in SEEDS if seed > own.seed_low), MIN_VOXELS)]
+    seed, least = max(ways, key=lambda way: score_instances(labeled(*way, chosen)).pq)
+    found = score_instances(table := labeled(seed, least, tested))
     return {
-        "IoU": round(foreground(table)["iou"], 4),
-        **{name: round(found[name], 4) for name in ("pq", "sa50", "voi_split", "voi_merge")},
+        "IoU": round(score_foreground(table).iou, 4),
+        **{name: round(getattr(found, name), 4) for name in ("pq", "sa50", "voi_split", "voi_merge")},
         "threshold": knobs.threshold, "seed": seed, "min_voxels": least,
-        "PQ where chosen": round(instances(labeled(seed, least, chosen))["pq"], 4),
+        "PQ where chosen": round(score_instances(labeled(seed, least, chosen)).pq, 4),
     }  # fmt: skip
 
 

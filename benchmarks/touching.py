@@ -9,7 +9,8 @@ import numpy as np
 from benchmarks import report
 from benchmarks.trial import volseg
 from volseg.box import Box
-from volseg.evaluation.metrics import Contingency, instances, pairs, touching
+from volseg.evaluation.contingency import Contingency
+from volseg.evaluation.metrics import score_instances, score_touching, touching_pairs
 from volseg.io import volume
 
 SMALL = 2000  # voxels; an object of fewer is a sliver that the volume's border cuts off
@@ -49,12 +50,12 @@ def _labels(path: Path, name: str) -> np.ndarray:
 
 def _counts(truth: np.ndarray, found: np.ndarray) -> dict:
     """What `SUMS` names, of one volume; a pair is whole where both objects have `SMALL` voxels."""
-    table, near = Contingency.of(truth, found), touching(truth)
+    table, near = Contingency.from_labels(truth, found), touching_pairs(truth)
     ids, sizes = np.unique(truth, return_counts=True)
     whole = near[(sizes[np.searchsorted(ids, near)] >= SMALL).all(axis=1)]
-    told, scores = [pairs(table, some) for some in (near, whole)], instances(table)
-    values = [n for one in told for n in (one["pairs"], one["separated"])]
-    values += [scores[name] for name in ("truth_objects", "split", "merged", "missed", "spurious")]
+    told, scores = [score_touching(table, some) for some in (near, whole)], score_instances(table)
+    values = [n for one in told for n in (one.pairs, one.separated)]
+    values += [getattr(scores, name) for name in ("truth_objects", "split", "merged", "missed", "spurious")]
     return dict(zip(SUMS, values, strict=True))
 
 

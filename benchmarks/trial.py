@@ -15,7 +15,7 @@ import tifffile
 
 from volseg.box import Box
 from volseg.config import parse_set, read_file
-from volseg.evaluation.evaluate import evaluate
+from volseg.evaluation.evaluate import Evaluation, evaluate
 from volseg.inference.model_card import ModelCard
 from volseg.io import volume
 from volseg.training.targets import parse_sections
@@ -94,7 +94,7 @@ def trained(config: Path) -> tuple[Path, dict]:
     return model, load_card(model)
 
 
-def scored(model: Path, image: str, label: str, box: Box, sets: tuple[str, ...] = ()) -> tuple[str, dict]:
+def scored(model: Path, image: str, label: str, box: Box, sets: tuple[str, ...] = ()) -> tuple[str, Evaluation]:
     """The run of ``model`` on ``image`` beside the model, made anew, and its scores in ``box``."""
     run = str(model.with_name("test.volseg.zarr"))
     changes = (part for text in sets for part in ("--set", text))
@@ -108,15 +108,15 @@ def volseg(*line: str) -> None:
         raise SystemExit(code)
 
 
-def row(card: ModelCard, scores: dict) -> dict:
+def row(card: ModelCard, scores: Evaluation) -> dict:
     """What a table says of a trial."""
-    fore, inst = scores["foreground"], scores["instances"]
+    fore, inst = scores.foreground, scores.instances
     return {
         "steps": card.training.steps,
         "minutes": round(card.training.seconds / 60, 1),
         "threshold": card.decode["fragments"]["threshold"],
-        "IoU": round(fore["iou"], 4),
-        "PQ": round(inst["pq"], 3),
-        "SA50": round(inst["sa50"], 3),
-        **{name: inst[name] for name in ("split", "merged", "missed", "spurious")},
+        "IoU": round(fore.iou, 4),
+        "PQ": round(inst.pq, 3),
+        "SA50": round(inst.sa50, 3),
+        **{name: getattr(inst, name) for name in ("split", "merged", "missed", "spurious")},
     }

@@ -319,24 +319,24 @@ def calibrate(
     region = _box(box)
     from volseg import api as launch
     from volseg.evaluation import calibrate as search
+    from volseg.evaluation.finished import open_finished
 
-    rows = search.calibrate(run.rstrip("/"), truth, box=region)
-    typer.echo(search.table(rows))
-    best, own, default = rows[0], *(next(row for row in rows if row[mark]) for mark in ("own", "default"))
-    if not best["pq"]:
+    found = search.calibrate(run, truth, box=region)
+    typer.echo(str(found))
+    best = found.best
+    if not best.pq:
         raise UserError(f"no setting matches any object of {truth} there: are these the labels of this volume?")
-    typer.echo("chosen   " + ", ".join(f"stitch.{name} = {best[name]}" for name in search.KNOBS))
+    typer.echo("chosen   " + ", ".join(text.replace("=", " = ") for text in best.settings))
     typer.echo(
-        f"gain     PQ {best['pq'] - own['pq']:+.4f} over the run's own settings, {best['pq'] - default['pq']:+.4f} over "
-        "the defaults, on the same annotations"
+        f"gain     PQ {best.pq - found.own.pq:+.4f} over the run's own settings, {best.pq - found.default.pq:+.4f} over the "
+        "defaults, on the same annotations"
     )
-    sets = [f"stitch.{name}={best[name]}" for name in search.KNOBS]
     if model:
-        search.into_model(model, best, search.stored_run(run.rstrip("/")))
-    if best is not own:
+        search.save_to_model(model, best, open_finished(run))
+    if not best.own:
 
         def change(settings: Config) -> Config:
-            return load(sets=sets, base=settings.model_dump(mode="json", exclude={"train"}))
+            return load(sets=best.settings, base=settings.model_dump(mode="json", exclude={"train"}))
 
         _run(lambda show: launch.segment(run.rstrip("/"), change, show=show))
 
@@ -363,12 +363,11 @@ def review(
     top: Annotated[int, typer.Option("--top", min=1, help="How many of the least certain.")] = 50,
 ) -> None:
     """List the least certain joins and borders, with a picture of each in RUN/review."""
-    from volseg.evaluation import review as queue
+    from volseg.evaluation.review import review as draw
 
-    path = run.rstrip("/")
-    rows = queue.review(path, top)
-    typer.echo(queue.table(rows) if len(rows) else "no join and no border: no two parts of any size touch")
-    typer.echo(f"page     {path}/review/index.html")
+    found = draw(run, top)
+    typer.echo(str(found))
+    typer.echo(f"page     {found.page}")
 
 
 def _box(text: str) -> Box | None:
@@ -538,10 +537,10 @@ def evaluate(
     from volseg.evaluation import evaluate as scoring
 
     scores = scoring.evaluate(pred, truth, box=region)
-    typer.echo(json.dumps(scores, indent=1) if as_json else scoring.table(scores))
-    if not scores["instances"]["truth_objects"]:
+    typer.echo(json.dumps(scores.to_json(), indent=1) if as_json else str(scores))
+    if not scores.instances.truth_objects:
         typer.echo(f"volseg: {truth} holds no object here, so most of these scores say nothing", err=True)
-    if not box and (roi := scoring.roi_of(pred)):
+    if not box and (roi := scoring.read_roi(pred)):
         typer.echo(f"volseg: {pred} did only {roi}, all else counts as missed; --box {roi} scores that part", err=True)
 
 

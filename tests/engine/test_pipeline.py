@@ -401,7 +401,7 @@ def test_a_run_whose_volume_was_moved_away_is_decided_and_reviewed_all_the_same(
     after = Path(finished, "overlay.png").read_bytes()
     assert before != after
     assert after.startswith(b"\x89PNG")
-    assert review.review(finished, 1)["picture"].size <= 1
+    assert len(review.review(finished, 1).decisions) <= 1
 
 
 def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, reference, finished):
@@ -420,10 +420,10 @@ def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, ref
     made, flat = (pandas.read_parquet(f"{out}/tables/merges.parquet") for out in (finished, reference))
     borders = flat[flat["kind"] == "border"].reset_index(drop=True)
     pandas.testing.assert_frame_equal(made, borders, check_exact=True)
-    assert review.review(str(finished), 3)["picture"].size == min(3, len(borders))
+    assert len(review.review(finished, 3).decisions) == min(3, len(borders))
     result = verify(str(finished))
     assert result.ok, str(result)
-    assert result["joined"]["wrong"] == 0
+    assert result.rejoining.wrong == 0
     with pytest.raises(UserError, match=r"--set stitch\.reduce=flat"):
         calibrate.calibrate(finished, f"{image}/labels/truth")
     show = Quiet()
@@ -431,7 +431,7 @@ def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, ref
     assert digest(finished) == digest(reference)
     assert show.stages["stitch"][0] == 0
     assert show.stages["relabel"][0] == voxels
-    assert calibrate.calibrate(finished, f"{image}/labels/truth")
+    assert calibrate.calibrate(finished, f"{image}/labels/truth").candidates
 
 
 def test_a_cleaned_run_is_decided_anew_only_when_asked(reference, finished):

@@ -49,7 +49,7 @@ def test_the_shipped_model_finds_mitochondria_in_sections_it_never_saw(part):
     assert known.name == "training.tif"
     assert (known.learn, max(known.held)) == (120, 129)
     scores = evaluate(str(part / "whole"), str(part / "training_groundtruth.tif"))
-    assert scores["foreground"]["iou"] >= 0.80
+    assert scores.foreground.iou >= 0.80
 
 
 def test_probabilities_are_calibrated_bytes(part):

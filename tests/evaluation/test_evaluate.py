@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from scipy import ndimage
 
 from volseg.box import Box
 from volseg.errors import UserError
-from volseg.evaluation.evaluate import COMPONENTS, STORED, _block, evaluate, table
-from volseg.evaluation.metrics import Contingency, foreground, instances, pairs, touching
+from volseg.evaluation.contingency import Contingency
+from volseg.evaluation.evaluate import COMPONENTS, STORED, _block, evaluate
+from volseg.evaluation.metrics import score_foreground, score_instances, score_touching, touching_pairs
 from volseg.io import arrays
 
 SHAPE = (8, 24, 32)
@@ -53,31 +56,31 @@ def truth(tmp_path):
 
 def test_a_volume_against_itself_is_perfect(truth):
     found = evaluate(truth, truth)
-    assert found["foreground"]["iou"] == found["instances"]["f1"] == found["instances"]["pq"] == 1.0
-    assert found["instances"]["truth_objects"] == found["instances"]["pred_objects"] == 9
-    assert (found["pred_instances"], found["truth_instances"]) == (STORED, STORED)
-    assert (found["box"], found["voxels"]) == ("0:8,0:24,0:32", labels().size)
+    assert found.foreground.iou == found.instances.f1 == found.instances.pq == 1.0
+    assert found.instances.truth_objects == found.instances.pred_objects == 9
+    assert (found.pred_instances, found.truth_instances) == (STORED, STORED)
+    assert (str(found.box), found.box.voxels) == ("0:8,0:24,0:32", labels().size)
 
 
 @pytest.mark.parametrize("chunk", [SHAPE, (8, 8, 8), (3, 24, 5), (1, 7, 32)])
 def test_chunks_and_formats_do_not_change_the_scores(tmp_path, truth, chunk):
     pred = write_zarr(tmp_path / "pred.zarr", labels(5), chunk)
     found = evaluate(pred, truth)
-    counts = Contingency.of(labels(), labels(5))
-    assert found["foreground"] == foreground(counts)
-    assert found["instances"] == instances(counts)
+    counts = Contingency.from_labels(labels(), labels(5))
+    assert found.foreground == score_foreground(counts)
+    assert found.instances == score_instances(counts)
 
 
 def test_touching_objects_of_an_instance_truth_are_scored_in_any_blocks(tmp_path, monkeypatch):
     both = labels()
     both[:, 6:8] = both[:, 5:6]  # those of the first row reach the ones below
     truth, pred = write_tif(tmp_path / "truth.tif", both), write_tif(tmp_path / "pred.tif", labels(5))
-    found = evaluate(pred, truth)["touching"]
-    assert found == pairs(Contingency.of(both, labels(5)), touching(both))
-    assert found["pairs"] == 3
+    found = evaluate(pred, truth).touching
+    assert found == score_touching(Contingency.from_labels(both, labels(5)), touching_pairs(both))
+    assert found.pairs == 3
     monkeypatch.setattr("volseg.evaluation.evaluate.BLOCK_VOXELS", 100)
-    assert evaluate(pred, truth)["touching"] == found
-    assert "touching" not in evaluate(pred, write_zarr(tmp_path / "mask.zarr", both > 0, SHAPE))
+    assert evaluate(pred, truth).touching == found
+    assert evaluate(pred, write_zarr(tmp_path / "mask.zarr", both > 0, SHAPE)).touching is None
 
 
 def test_small_blocks_do_not_change_the_scores(tmp_path, truth, monkeypatch):
@@ -98,16 +101,18 @@ def test_a_box_cuts_both_volumes(tmp_path, truth):
     pred = write_zarr(tmp_path / "pred.zarr", labels(5), (4, 8, 8))
     box = Box((2, 3, 5), (7, 20, 31))
     found = evaluate(pred, truth, box=box, iou=0.25)
-    assert found["instances"] == instances(Contingency.of(labels()[box.slices], labels(5)[box.slices]), 0.25)
-    assert (found["box"], found["voxels"]) == (str(box), box.voxels)
+    assert found.instances == score_instances(
+        Contingency.from_labels(labels()[box.slices], labels(5)[box.slices]), 0.25
+    )
+    assert found.box == box
 
 
 def test_a_cut_out_lies_where_the_box_says(tmp_path, truth):
     box = Box((2, 3, 5), (7, 20, 31))
     part = write_tif(tmp_path / "part.tif", labels()[box.slices])
     for found in (evaluate(part, truth, box=box), evaluate(truth, part, box=box)):
-        assert found["foreground"]["iou"] == found["instances"]["pq"] == 1.0
-        assert found["voxels"] == box.voxels
+        assert found.foreground.iou == found.instances.pq == 1.0
+        assert found.box.voxels == box.voxels
 
 
 @pytest.mark.parametrize("values", [(0, 255), (0, 1), (False, True), (0, 40_000)])
@@ -116,64 +121,64 @@ def test_the_objects_of_a_mask_are_its_components(tmp_path, truth, values):
     dtype = bool if mask.dtype == bool else np.min_scalar_type(mask.max())
     pred = write_zarr(tmp_path / "mask.zarr", mask.astype(dtype), (4, 8, 8))
     found = evaluate(pred, truth)
-    assert found["pred_instances"] == COMPONENTS == "26-connected components of a binary volume"
-    assert found["truth_instances"] == STORED
-    assert found["instances"]["pred_objects"] == 9
-    assert found["instances"]["pq"] == 1.0
+    assert found.pred_instances == COMPONENTS == "26-connected components of a binary volume"
+    assert found.truth_instances == STORED
+    assert found.instances.pred_objects == 9
+    assert found.instances.pq == 1.0
 
 
 def test_a_mask_of_mixed_files_and_a_soft_brush_is_one_mask(tmp_path, truth):
     mixed = np.where(np.arange(8)[:, None, None] % 3, 255, 1) * (labels() > 0)
     mixed[3, 2, 2:5] = 7, 100, 254  # inside the first object
     found = evaluate(truth, write_zarr(tmp_path / "mixed.zarr", mixed.astype(np.uint8), SHAPE))
-    assert found["truth_instances"] == COMPONENTS
-    assert found["instances"]["pq"] == 1.0
+    assert found.truth_instances == COMPONENTS
+    assert found.instances.pq == 1.0
 
 
 def test_labels_up_to_255_stay_labels(tmp_path, truth):
     ids = np.where(labels() == 3, 255, np.where(labels() == 6, 1, labels())).astype(np.uint8)
     found = evaluate(truth, write_zarr(tmp_path / "ids.zarr", ids, SHAPE))
-    assert found["truth_instances"] == STORED
-    assert found["instances"]["pq"] == 1.0
+    assert found.truth_instances == STORED
+    assert found.instances.pq == 1.0
 
 
 def test_voxels_that_touch_at_a_corner_are_one_object(tmp_path):
     mask = np.zeros((2, 2, 2), np.uint8)
     mask[0, 0, 0] = mask[1, 1, 1] = 255
     path = write_zarr(tmp_path / "corner.zarr", mask, (1, 1, 1))
-    assert evaluate(path, path)["instances"]["truth_objects"] == 1
+    assert evaluate(path, path).instances.truth_objects == 1
 
 
 def test_a_mask_and_a_mask_both_give_objects(tmp_path):
     path = write_tif(tmp_path / "mask.tif", np.where(labels() > 0, 255, 0).astype(np.uint8))
     found = evaluate(path, path)
-    assert found["pred_instances"] == found["truth_instances"] == COMPONENTS
-    assert found["instances"]["matched"] == 9
+    assert found.pred_instances == found.truth_instances == COMPONENTS
+    assert found.instances.matched == 9
 
 
 def test_of_a_run_its_instances_are_taken(tmp_path, truth):
     found = evaluate(write_run(tmp_path / "x.volseg.zarr", labels()), truth)
-    assert found["instances"]["pq"] == 1.0
-    assert found["pred_instances"] == STORED
+    assert found.instances.pq == 1.0
+    assert found.pred_instances == STORED
 
 
 def test_one_instance_in_two_pieces_stays_one(tmp_path, truth):
     run = write_run(tmp_path / "x.volseg.zarr", np.where(labels() > 0, 3, 0))
     for path in (run, run + "/labels/instances/0"):
         found = evaluate(path, truth)
-        assert found["pred_instances"] == STORED
-        assert (found["instances"]["pred_objects"], found["instances"]["merged"]) == (1, 1)
+        assert found.pred_instances == STORED
+        assert (found.instances.pred_objects, found.instances.merged) == (1, 1)
 
 
 def test_a_mask_in_a_folder_called_labels_is_a_mask(tmp_path, truth):
     (tmp_path / "labels").mkdir()
     mask = write_tif(tmp_path / "labels" / "mask.tif", (labels() > 0).astype(np.uint8))
-    assert evaluate(mask, truth)["pred_instances"] == COMPONENTS
+    assert evaluate(mask, truth).pred_instances == COMPONENTS
 
 
 def test_an_empty_pred_is_scored(tmp_path, truth):
     found = evaluate(write_zarr(tmp_path / "none.zarr", np.zeros(SHAPE, np.uint8), SHAPE), truth)
-    assert (found["foreground"]["iou"], found["instances"]["missed"]) == (0.0, 9)
+    assert (found.foreground.iou, found.instances.missed) == (0.0, 9)
 
 
 # --- refusals
@@ -226,15 +231,23 @@ def test_a_wrong_threshold_is_refused_before_anything_is_read(tmp_path):
 # --- the report
 
 
-def test_the_report_is_two_columns_and_the_dict_is_json(truth):
+def test_the_report_is_two_columns_and_its_json_is_plain(truth):
     found = evaluate(truth, truth)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    lines = table(found).splitlines()
-    assert len(lines) == 6 + sum(1 + len(found[part]) for part in ("foreground", "instances", "touching"))
+    plain = found.to_json()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    lines = str(found).splitlines()
+    assert len(lines) == 6 + sum(1 + len(plain[part]) for part in ("foreground", "instances", "touching"))
     columns = [line.split(maxsplit=1) for line in lines]
     for row in (["truth", truth], ["iou", "1.0000"], ["truth_objects", "9"], ["foreground"], ["instances"]):
         assert row in columns
     assert len({line.index(row[1], len(row[0])) for line, row in zip(lines, columns, strict=True) if row[1:]}) == 1
+
+
+def test_boxes_are_given_as_text_too_and_paths_as_objects(truth):
+    box = Box((2, 3, 5), (7, 20, 31))
+    assert evaluate(Path(truth), SimpleNamespace(path=truth), box=str(box)) == evaluate(truth, truth, box=box)
+    with pytest.raises(UserError, match="not of the form z0:z1"):
+        evaluate(truth, truth, box="2:7")
 
 
 # --- real data
@@ -245,17 +258,17 @@ def test_the_published_truth_is_a_mask(shared_data):
     box = Box((60, 100, 0), (76, 768, 1024))
     found = evaluate(path, path, box=box)
     part = tifffile.imread(path, key=range(60, 76))[:, 100:]
-    assert found["truth_instances"] == COMPONENTS
-    assert found["instances"]["truth_objects"] == ndimage.label(part, np.ones((3, 3, 3)))[1] > 1
-    assert found["foreground"]["true_positive_voxels"] == np.count_nonzero(part)
-    assert found["instances"]["pq"] == found["foreground"]["iou"] == 1.0
+    assert found.truth_instances == COMPONENTS
+    assert found.instances.truth_objects == ndimage.label(part, np.ones((3, 3, 3)))[1] > 1
+    assert found.foreground.true_positive_voxels == np.count_nonzero(part)
+    assert found.instances.pq == found.foreground.iou == 1.0
 
 
 def test_slices_of_several_bit_depths_are_one_mask(shared_data):
     path = str(shared_data / "vnc" / "mitochondria")
     found = evaluate(path, path, box=Box((0, 0, 0), (4, 1024, 1024)))
-    assert found["truth_instances"] == COMPONENTS
-    assert 10 < found["instances"]["truth_objects"] < 100
+    assert found.truth_instances == COMPONENTS
+    assert 10 < found.instances.truth_objects < 100
 
 
 def test_an_image_given_for_labels_is_refused(tmp_path):
@@ -280,4 +293,4 @@ def test_many_small_labels_and_points_are_labels(tmp_path):
     points = np.where(np.random.default_rng(1).random((3, 96, 96)) < 0.05, dense, 0).astype(np.uint8)
     for name, ids in (("dense", dense), ("points", points)):
         path = write_tif(tmp_path / f"{name}.tif", ids)
-        assert evaluate(path, path)["foreground"]["iou"] == 1.0
+        assert evaluate(path, path).foreground.iou == 1.0

@@ -25,7 +25,14 @@ from torchmetrics.classification import (
 from torchmetrics.detection import PanopticQuality
 
 from volseg.box import Blocks
-from volseg.evaluation.metrics import NEAR, SLAB, Contingency, foreground, instances, pairs, touching
+from volseg.evaluation.contingency import SLAB_VOXELS, Contingency
+from volseg.evaluation.metrics import (
+    TOUCHING_DISTANCE,
+    score_foreground,
+    score_instances,
+    score_touching,
+    touching_pairs,
+)
 
 unhurried = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 SHAPES = hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=6)
@@ -50,7 +57,7 @@ def random_pair(seed, shape=(48, 48), cell=8, ids=12):
 
 
 def scores(truth, pred, iou=0.5):
-    return instances(Contingency.of(np.asarray(truth), np.asarray(pred)), iou)
+    return score_instances(Contingency.from_labels(np.asarray(truth), np.asarray(pred)), iou)
 
 
 def dense_iou(truth, pred):
@@ -67,7 +74,7 @@ def dense_iou(truth, pred):
 @given(label_pairs())
 def test_the_table_counts_every_pair(pair):
     truth, pred = pair
-    table = Contingency.of(truth, pred)
+    table = Contingency.from_labels(truth, pred)
     expected = Counter(zip(truth.ravel().tolist(), pred.ravel().tolist(), strict=True))
     found = list(zip(table.truth.tolist(), table.pred.tolist(), strict=True))
     assert found == sorted(expected)
@@ -80,40 +87,40 @@ def test_cutting_and_order_do_not_change_the_table(pair, data):
     truth, pred = pair
     block = data.draw(st.tuples(*(st.integers(1, n) for n in truth.shape)))
     boxes = data.draw(st.permutations(list(Blocks(truth.shape, block))))
-    parts = [Contingency.of(truth[box.slices], pred[box.slices]) for box in boxes]
-    assert sum(parts, Contingency.empty()) == Contingency.of(truth, pred)
+    parts = [Contingency.from_labels(truth[box.slices], pred[box.slices]) for box in boxes]
+    assert sum(parts, Contingency.empty()) == Contingency.from_labels(truth, pred)
 
 
 def test_runs_are_counted_across_slabs():
-    truth = np.repeat([0, 3, 5], SLAB)[:-7]
-    table = Contingency.of(truth, np.roll(truth, 1000))
+    truth = np.repeat([0, 3, 5], SLAB_VOXELS)[:-7]
+    table = Contingency.from_labels(truth, np.roll(truth, 1000))
     assert table.truth.tolist() == [0, 0, 3, 3, 5, 5]
     assert table.pred.tolist() == [0, 5, 0, 3, 3, 5]
-    assert table.counts.tolist() == [SLAB - 1000, 1000, 1000, SLAB - 1000, 1000, SLAB - 1007]
+    assert table.counts.tolist() == [SLAB_VOXELS - 1000, 1000, 1000, SLAB_VOXELS - 1000, 1000, SLAB_VOXELS - 1007]
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64, np.uint64])
 def test_any_whole_number_dtype_gives_the_same_table(dtype):
     truth, pred = np.array([[0, 1], [1, 1]]), np.array([[0, 0], [1, 1]])
-    assert Contingency.of(truth.astype(dtype), pred.astype(np.uint32)) == Contingency.of(truth, pred)
+    assert Contingency.from_labels(truth.astype(dtype), pred.astype(np.uint32)) == Contingency.from_labels(truth, pred)
 
 
 def test_ids_beyond_two_to_the_63_stay_apart():
     high = np.array([2**64 - 1, 2**64 - 2, 2**63, 0], np.uint64)
-    table = Contingency.of(high, high)
+    table = Contingency.from_labels(high, high)
     assert table.truth.tolist() == [0, 2**63, 2**64 - 2, 2**64 - 1]
-    assert instances(table)["matched"] == 3
+    assert score_instances(table).matched == 3
 
 
 def test_arrays_need_not_be_contiguous():
     truth, pred = random_pair(0)
-    assert Contingency.of(truth.T, pred.T) == Contingency.of(truth, pred)
+    assert Contingency.from_labels(truth.T, pred.T) == Contingency.from_labels(truth, pred)
 
 
 def test_no_voxels_give_the_empty_table():
     nothing = np.zeros((0, 4, 4), np.uint8)
-    assert Contingency.of(nothing, nothing) == Contingency.empty()
-    assert Contingency.empty() != Contingency.of(np.zeros(1, int), np.zeros(1, int))
+    assert Contingency.from_labels(nothing, nothing) == Contingency.empty()
+    assert Contingency.empty() != Contingency.from_labels(np.zeros(1, int), np.zeros(1, int))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def test_no_voxels_give_the_empty_table():
 )
 def test_what_is_no_pair_of_label_arrays_is_refused(truth, pred, words):
     with pytest.raises(ValueError, match=words):
-        Contingency.of(truth, pred)
+        Contingency.from_labels(truth, pred)
 
 
 # --- a case worked by hand
@@ -139,8 +146,8 @@ PRED = np.array([7, 7, 7, 7, 7, 0, 0, 0, 8, 8, 9, 9, 9, 0, 0, 0, 6, 6, 6, 0])
 
 def test_foreground_by_hand():
     # TP: 5 + 4 + 0 + 1 = 10. FP: voxels 12, 16, 18 = 3. FN: voxels 5, 14, 15 = 3. TN: 20 - 16 = 4.
-    found = foreground(Contingency.of(TRUTH, PRED))
-    assert found == {
+    found = score_foreground(Contingency.from_labels(TRUTH, PRED))
+    assert found.to_json() == {
         "iou": 10 / 16,
         "dice": 20 / 26,
         "accuracy": 14 / 20,
@@ -157,21 +164,21 @@ def test_instances_by_hand():
     # IoU: (1,7) 5/6; (2,8) 2/4, not above 0.5; (2,9) 2/5; (4,6) 1/3. One match: TP 1, FP 3, FN 3.
     # At 0.75 the same match, so SA50 = SA75 = 1/7. Truth 2 is split (8 and 9 hold half each); truth 3 is missed.
     found = scores(TRUTH, PRED)
-    assert {key: found[key] for key in ("matched", "truth_objects", "pred_objects")} == {
+    assert {key: getattr(found, key) for key in ("matched", "truth_objects", "pred_objects")} == {
         "matched": 1,
         "truth_objects": 4,
         "pred_objects": 4,
     }
-    assert {key: found[key] for key in ("split", "merged", "missed", "spurious")} == {
+    assert {key: getattr(found, key) for key in ("split", "merged", "missed", "spurious")} == {
         "split": 1,
         "merged": 0,
         "missed": 1,
         "spurious": 0,
     }
-    assert found["precision"] == found["recall"] == found["f1"] == found["rq"] == 1 / 4
-    assert found["sq"] == 5 / 6
-    assert found["pq"] == pytest.approx(5 / 24)
-    assert found["sa50"] == found["sa75"] == 1 / 7
+    assert found.precision == found.recall == found.f1 == found.rq == 1 / 4
+    assert found.sq == 5 / 6
+    assert found.pq == pytest.approx(5 / 24)
+    assert found.sa50 == found.sa75 == 1 / 7
 
 
 def test_partitions_by_hand():
@@ -180,56 +187,56 @@ def test_partitions_by_hand():
     # H(pred|truth) = [5 log 6/5 + log 6 + 2 log 2 + 2 log 2] / 13; H(truth|pred) = [log 3 + 2 log 3/2] / 13.
     # Ordered pairs of voxels: together 20 + 2 + 2 + 2 = 26; truth 30 + 12 + 2 = 44; pred 20 + 6 + 2 + 2 = 30.
     found = scores(TRUTH, PRED)
-    assert found["voi_split"] == pytest.approx((5 * log2(6 / 5) + log2(6) + 4) / 13)
-    assert found["voi_merge"] == pytest.approx((log2(3) + 2 * log2(3 / 2)) / 13)
-    assert found["rand_precision"] == pytest.approx(26 / 30)
-    assert found["rand_recall"] == pytest.approx(26 / 44)
-    assert found["rand_error"] == pytest.approx(1 - 2 * 26 / 74)
+    assert found.voi_split == pytest.approx((5 * log2(6 / 5) + log2(6) + 4) / 13)
+    assert found.voi_merge == pytest.approx((log2(3) + 2 * log2(3 / 2)) / 13)
+    assert found.rand_precision == pytest.approx(26 / 30)
+    assert found.rand_recall == pytest.approx(26 / 44)
+    assert found.rand_error == pytest.approx(1 - 2 * 26 / 74)
 
 
 def test_a_merger_and_a_spurious_object_are_counted():
     # Pred 5 holds all of truth 1 and half of truth 2; pred 6 lies in the background.
     found = scores([1, 1, 2, 2, 0, 0, 0], [5, 5, 5, 0, 0, 6, 6])
-    assert {key: found[key] for key in ("split", "merged", "missed", "spurious")} == {
+    assert {key: getattr(found, key) for key in ("split", "merged", "missed", "spurious")} == {
         "split": 0,
         "merged": 1,
         "missed": 0,
         "spurious": 1,
     }
-    assert found["matched"] == 1  # (1, 5): 2/3
+    assert found.matched == 1  # (1, 5): 2/3
 
 
 def test_exactly_a_tenth_makes_no_split_no_merger_and_no_miss():
     truth = np.repeat([1, 2], 10)
     pred = np.repeat([5, 6, 5, 6], [9, 1, 1, 9])  # each holds 9 voxels of one object and 1 of the other
     found = scores(truth, pred)
-    assert (found["split"], found["merged"]) == (0, 0)
+    assert (found.split, found.merged) == (0, 0)
     only = scores(truth, np.repeat([5, 0, 6], [1, 18, 1]))
-    assert (only["missed"], only["spurious"]) == (0, 0)
+    assert (only.missed, only.spurious) == (0, 0)
     more = scores(truth, np.repeat([5, 6, 5, 6], [8, 2, 2, 8]))
-    assert (more["split"], more["merged"]) == (2, 2)
+    assert (more.split, more.merged) == (2, 2)
 
 
 def test_several_objects_together_can_cover_one():
     # Twenty preds of one voxel cover truth 1 wholly: none holds more than a tenth, yet it is not missed.
     found = scores(np.ones(20, int), np.arange(1, 21))
-    assert (found["split"], found["missed"], found["spurious"]) == (0, 0, 0)
+    assert (found.split, found.missed, found.spurious) == (0, 0, 0)
 
 
 # --- matching
 
 
 def test_an_iou_of_exactly_the_threshold_is_no_match():
-    assert scores([1, 1], [7, 8])["matched"] == 0  # 1/2 twice: a match would not be unique
-    assert scores([1, 1], [7, 8], iou=0.49)["matched"] == 1
+    assert scores([1, 1], [7, 8]).matched == 0  # 1/2 twice: a match would not be unique
+    assert scores([1, 1], [7, 8], iou=0.49).matched == 1
 
 
 def test_low_thresholds_match_as_many_objects_as_possible():
     # IoU: (1,7) 4/8, (1,8) 2/6, (2,7) 2/6. Taking the best pair first leaves one match; crossing over gives two.
     truth, pred = [1] * 6 + [2] * 2, [7] * 4 + [8] * 2 + [7] * 2
     found = scores(truth, pred, iou=0.2)
-    assert found["matched"] == 2
-    assert found["sq"] == pytest.approx(2 / 6)
+    assert found.matched == 2
+    assert found.sq == pytest.approx(2 / 6)
 
 
 @unhurried
@@ -239,13 +246,13 @@ def test_matching_is_the_best_assignment(pair, threshold):
     found = scores(truth, pred, iou=threshold)
     iou = dense_iou(truth, pred)
     if not iou.size:
-        assert found["matched"] == 0
+        assert found.matched == 0
         return
     gain = np.where(iou > threshold, 100 + iou, 0.0)
     rows, columns = linear_sum_assignment(gain, maximize=True)
     best = iou[rows, columns][iou[rows, columns] > threshold]
-    assert found["matched"] == best.size
-    assert found["sq"] * found["matched"] == pytest.approx(best.sum())
+    assert found.matched == best.size
+    assert found.sq * found.matched == pytest.approx(best.sum())
 
 
 @pytest.mark.parametrize("iou", [-0.1, 1.0, 50])
@@ -263,16 +270,16 @@ def test_partitions_agree_with_skimage(seed):
     found = scores(truth, pred)
     split, merge = variation_of_information(truth, pred, ignore_labels=(0,))
     error, first, second = adapted_rand_error(truth, pred)
-    assert found["voi_split"] == pytest.approx(split, rel=1e-12)
-    assert found["voi_merge"] == pytest.approx(merge, rel=1e-12)
-    assert found["rand_error"] == pytest.approx(error, rel=1e-12)
-    assert (found["rand_recall"], found["rand_precision"]) == pytest.approx((first, second), rel=1e-12)  # issue 6485
+    assert found.voi_split == pytest.approx(split, rel=1e-12)
+    assert found.voi_merge == pytest.approx(merge, rel=1e-12)
+    assert found.rand_error == pytest.approx(error, rel=1e-12)
+    assert (found.rand_recall, found.rand_precision) == pytest.approx((first, second), rel=1e-12)  # issue 6485
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_foreground_agrees_with_torchmetrics(seed):
     truth, pred = random_pair(seed, ids=3)
-    found = foreground(Contingency.of(truth, pred))
+    found = score_foreground(Contingency.from_labels(truth, pred))
     measures = {
         "iou": BinaryJaccardIndex(),
         "dice": BinaryF1Score(),
@@ -281,7 +288,9 @@ def test_foreground_agrees_with_torchmetrics(seed):
         "recall": BinaryRecall(),
     }
     for name, measure in measures.items():
-        assert found[name] == pytest.approx(measure(torch.tensor(pred > 0), torch.tensor(truth > 0)).item(), rel=1e-6)
+        assert getattr(found, name) == pytest.approx(
+            measure(torch.tensor(pred > 0), torch.tensor(truth > 0)).item(), rel=1e-6
+        )
 
 
 def colored(labels):
@@ -295,8 +304,8 @@ def test_panoptic_quality_agrees_with_torchmetrics(seed):
     measure = PanopticQuality(things={1}, stuffs={0}, return_sq_and_rq=True, return_per_class=True)
     expected = measure(colored(pred), colored(truth))[0].tolist()  # things first
     found = scores(truth, pred)
-    assert 0 < found["matched"] < found["truth_objects"]
-    assert [found["pq"], found["sq"], found["rq"]] == pytest.approx(expected, rel=1e-6)  # float32
+    assert 0 < found.matched < found.truth_objects
+    assert [found.pq, found.sq, found.rq] == pytest.approx(expected, rel=1e-6)  # float32
 
 
 # --- what is true of every pair
@@ -306,13 +315,13 @@ def test_panoptic_quality_agrees_with_torchmetrics(seed):
 @given(label_pairs())
 def test_a_volume_against_itself_is_perfect(pair):
     labels, _ = pair
-    found, voxels = scores(labels, labels), foreground(Contingency.of(labels, labels))
+    found, voxels = scores(labels, labels), score_foreground(Contingency.from_labels(labels, labels))
     for name in ("precision", "recall", "f1", "pq", "sq", "rq", "sa50", "sa75", "rand_precision", "rand_recall"):
-        assert found[name] == 1.0
+        assert getattr(found, name) == 1.0
     for name in ("voi_split", "voi_merge", "rand_error", "split", "merged", "missed", "spurious"):
-        assert found[name] == 0
-    assert found["matched"] == found["truth_objects"] == np.unique(labels[labels > 0]).size
-    assert all(voxels[name] == 1.0 for name in ("iou", "dice", "accuracy", "precision", "recall"))
+        assert getattr(found, name) == 0
+    assert found.matched == found.truth_objects == np.unique(labels[labels > 0]).size
+    assert all(getattr(voxels, name) == 1.0 for name in ("iou", "dice", "accuracy", "precision", "recall"))
 
 
 @unhurried
@@ -320,14 +329,14 @@ def test_a_volume_against_itself_is_perfect(pair):
 def test_names_of_objects_do_not_matter(pair):
     truth, pred = pair
     renamed = scores(np.where(truth, 9 - truth, 0), np.where(pred, 1000 + pred, 0))
-    assert renamed == pytest.approx(scores(truth, pred), abs=1e-12)
+    assert renamed.to_json() == pytest.approx(scores(truth, pred).to_json(), abs=1e-12)
 
 
 @unhurried
 @given(label_pairs())
 def test_scores_are_plain_python_and_finite(pair):
-    table = Contingency.of(*pair)
-    found = {**foreground(table), **instances(table)}
+    table = Contingency.from_labels(*pair)
+    found = {**score_foreground(table).to_json(), **score_instances(table).to_json()}
     assert {type(value) for value in found.values()} <= {int, float}
     json.dumps(found, allow_nan=False)
 
@@ -337,31 +346,31 @@ def test_scores_are_plain_python_and_finite(pair):
 
 def test_nothing_against_nothing_is_perfect():
     empty = np.zeros((2, 3, 4), np.uint8)
-    assert foreground(Contingency.of(empty, empty))["iou"] == 1.0
+    assert score_foreground(Contingency.from_labels(empty, empty)).iou == 1.0
     found = scores(empty, empty)
-    assert (found["f1"], found["pq"], found["sq"], found["sa50"], found["voi_split"]) == (1.0, 1.0, 1.0, 1.0, 0.0)
+    assert (found.f1, found.pq, found.sq, found.sa50, found.voi_split) == (1.0, 1.0, 1.0, 1.0, 0.0)
 
 
 def test_a_pred_without_objects_finds_nothing_but_claims_nothing_wrong():
-    table = Contingency.of(np.array([0, 1, 1]), np.array([0, 0, 0]))
-    voxels, found = foreground(table), instances(table)
-    assert (voxels["iou"], voxels["precision"], voxels["recall"]) == (0.0, 1.0, 0.0)
-    assert (found["precision"], found["recall"], found["f1"], found["pq"], found["sq"]) == (1.0, 0.0, 0.0, 0.0, 0.0)
-    assert (found["missed"], found["spurious"]) == (1, 0)
+    table = Contingency.from_labels(np.array([0, 1, 1]), np.array([0, 0, 0]))
+    voxels, found = score_foreground(table), score_instances(table)
+    assert (voxels.iou, voxels.precision, voxels.recall) == (0.0, 1.0, 0.0)
+    assert (found.precision, found.recall, found.f1, found.pq, found.sq) == (1.0, 0.0, 0.0, 0.0, 0.0)
+    assert (found.missed, found.spurious) == (1, 0)
 
 
 def test_objects_where_the_truth_has_none_are_all_wrong():
-    table = Contingency.of(np.array([0, 0, 0]), np.array([0, 1, 1]))
-    voxels, found = foreground(table), instances(table)
-    assert (voxels["iou"], voxels["precision"], voxels["recall"]) == (0.0, 0.0, 1.0)
-    assert (found["precision"], found["recall"], found["f1"], found["sa50"]) == (0.0, 1.0, 0.0, 0.0)
-    assert (found["missed"], found["spurious"], found["voi_merge"], found["rand_error"]) == (0, 1, 0.0, 0.0)
+    table = Contingency.from_labels(np.array([0, 0, 0]), np.array([0, 1, 1]))
+    voxels, found = score_foreground(table), score_instances(table)
+    assert (voxels.iou, voxels.precision, voxels.recall) == (0.0, 0.0, 1.0)
+    assert (found.precision, found.recall, found.f1, found.sa50) == (0.0, 1.0, 0.0, 0.0)
+    assert (found.missed, found.spurious, found.voi_merge, found.rand_error) == (0, 1, 0.0, 0.0)
 
 
 def test_objects_touch_up_to_one_voxel_apart():
     """By hand: 1 and 2 share a face, 2 and 3 an edge, 3 and 4 have one voxel between them, 4 and 5 two."""
     plane = np.array([[1, 2, 0, 0, 0, 0, 0, 0, 0], [0, 0, 3, 0, 4, 0, 0, 5, 0]])
-    assert touching(plane[None]).tolist() == [[1, 2], [2, 3], [3, 4]]
+    assert touching_pairs(plane[None]).tolist() == [[1, 2], [2, 3], [3, 4]]
 
 
 @unhurried
@@ -369,11 +378,14 @@ def test_objects_touch_up_to_one_voxel_apart():
 def test_touching_objects_are_those_of_a_search_of_all_voxels_in_any_cutting(labels, data):
     places = [(tuple(at), int(labels[tuple(at)])) for at in np.argwhere(labels)]
     want = {tuple(sorted((i, j))) for (a, i), (b, j) in combinations(places, 2)
-            if i != j and sum((m - n) ** 2 for m, n in zip(a, b, strict=True)) <= NEAR**2}  # fmt: skip
-    assert touching(labels).tolist() == [list(pair) for pair in sorted(want)]
+            if i != j and sum((m - n) ** 2 for m, n in zip(a, b, strict=True)) <= TOUCHING_DISTANCE**2}  # fmt: skip
+    assert touching_pairs(labels).tolist() == [list(pair) for pair in sorted(want)]
     block = tuple(data.draw(st.integers(1, n)) for n in labels.shape)
-    parts = [touching(labels[box.grow(NEAR).clip(labels.shape).slices]) for box in Blocks(labels.shape, block)]
-    np.testing.assert_array_equal(np.unique(np.concatenate(parts), axis=0), touching(labels))
+    parts = [
+        touching_pairs(labels[box.grow(TOUCHING_DISTANCE).clip(labels.shape).slices])
+        for box in Blocks(labels.shape, block)
+    ]
+    np.testing.assert_array_equal(np.unique(np.concatenate(parts), axis=0), touching_pairs(labels))
 
 
 def test_pairs_told_apart_by_hand():
@@ -381,9 +393,11 @@ def test_pairs_told_apart_by_hand():
     truth = np.repeat([1, 2, 3, 4, 5, 6], 10)
     pred = np.repeat([1, 2, 3, 5, 6, 7], [10, 10, 20, 10, 5, 5])
     near = np.array([[1, 2], [2, 6], [3, 4], [5, 6]], np.uint64)
-    found = pairs(Contingency.of(truth, pred), near)
-    assert found == {"pairs": 4, "separated": 1, "pair_recall": 0.25, "pairs_merged": 1, "split_share": 1 / 6}
-    assert pairs(Contingency.of(truth, pred), near, 0.4)["separated"] == 3  # then a half is a match
-    assert pairs(Contingency.of(truth[:25], pred[:25]), near)["pairs"] == 1  # of objects in the table alone
-    nothing = pairs(Contingency.empty(), near)
-    assert (nothing["pairs"], nothing["pair_recall"], nothing["split_share"]) == (0, 1.0, 0.0)
+    found = score_touching(Contingency.from_labels(truth, pred), near)
+    assert found.to_json() == {"pairs": 4, "separated": 1, "pair_recall": 0.25, "pairs_merged": 1, "split_share": 1 / 6}
+    assert score_touching(Contingency.from_labels(truth, pred), near, 0.4).separated == 3  # then a half is a match
+    assert (
+        score_touching(Contingency.from_labels(truth[:25], pred[:25]), near).pairs == 1
+    )  # of objects in the table alone
+    nothing = score_touching(Contingency.empty(), near)
+    assert (nothing.pairs, nothing.pair_recall, nothing.split_share) == (0, 1.0, 0.0)

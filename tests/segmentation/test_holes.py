@@ -69,8 +69,8 @@ def test_filling_reads_no_probability_and_sees_no_blocks(run):
     assert result.ok, str(result)
     checks = [check_box(open_finished(run), box) for box in (Box((3, 2, 5), (17, 50, 61)), Box((0, 0, 0), (9, 40, 40)))]
     assert all(set(check.wrong.values()) == {0} for check in checks)
-    own = next(row for row in calibrate.calibrate(run, f"{run}/labels/instances/0") if row["own"])
-    assert (own["pq"], own["iou"]) == (1, 1)
+    own = calibrate.calibrate(run, f"{run}/labels/instances/0").own
+    assert (own.pq, own.iou) == (1, 1)
     one = digest(run)
     launch.segment(run, sets("blocks.shape=[5, 60, 11]"), show=Quiet())
     assert digest(run) == one

@@ -114,10 +114,10 @@ def test_review_draws_what_it_lists(reference, tmp_path):
     assert result.output.count(".png") == Path(run, "review/index.html").read_text().count("<img") == min(3, len(table))
     for path in Path(run, "review").glob("*.png"):
         assert np.asarray(Image.open(path)).std() > 0
-    found = review.load(run)
-    for i in np.flatnonzero(found.table["kind"] == "join")[:5]:
-        z, y, x = (int(found.table.iloc[i][axis]) for axis in "zyx")
-        part = review.sides(found, i, Box((z, 0, 0), (z + 1, *found.run.shape[1:])))
+    found = review.open_reviewed(run)
+    for i in [i for i, decision in enumerate(found.decisions) if decision.kind == "join"][:5]:
+        z, y, x = found.decisions[i].z, found.decisions[i].y, found.decisions[i].x
+        part = review.sides(found, i, Box((z, 0, 0), (z + 1, *found.finished.shape[1:])))
         assert part[y, x] > 0
         assert set(np.unique(part)) <= {0, 1, 2}
 
@@ -126,7 +126,7 @@ def test_the_parts_of_a_join_have_the_sizes_that_are_told():
     for rules in (Rules(6), Rules(4, persistence=3), Rules(4, join_height=6), Rules(3)):
         basins = basins_of(VALLEYS, (1, 1, 7))
         rows = saddles.rank_saddles(basins, rules, label_basins(basins, rules))
-        part = review.parts(basins, rules, rows[rows["kind"] == 0][0])
+        part = review.join_sides(basins, rules, rows[rows["kind"] == 0][0])
         assert sorted(basins.voxels[part == side].sum() for side in (1, 2)) == [2, 4]
 
 

@@ -8,156 +8,227 @@ can be searched so: ``[fragments]`` (threshold, contour, smooth, distance) makes
 
 from __future__ import annotations
 
-import io
-import json
+import html
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import product
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from volseg.box import Box
 from volseg.config import Stitch
-from volseg.engine.run import Run
 from volseg.errors import UserError
-from volseg.evaluation import evaluate
-from volseg.evaluation.metrics import Contingency, foreground, instances
+from volseg.evaluation.contingency import Contingency
+from volseg.evaluation.evaluate import parse_box, read_truth
+from volseg.evaluation.finished import FinishedRun, open_finished
+from volseg.evaluation.metrics import score_foreground, score_instances
 from volseg.inference import model
-from volseg.io import arrays, files
-from volseg.segmentation import holes, stitch
-from volseg.segmentation.edges import EDGE
+from volseg.progress import format_table
+from volseg.segmentation import holes
 from volseg.segmentation.rules import Rules, components, label_components
+from volseg.segmentation.stitch import Basins
 
 SEEDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
-DEPTHS = (0.0, 0.02, 0.05, 0.1)
-MEANS = (0.0, 0.5, 0.6, 0.7, 0.8)  # only those below the seed level: no border's mean is higher than its lowest saddle
-SIZES = (0, 100, 250, 500, 1000, 2000, 4000, 8000)
-KNOBS = ("seed", "persistence", "join_mean", "min_voxels", "seed_low")  # the last as the run has it, where it can be
+PERSISTENCES = (0.0, 0.02, 0.05, 0.1)
+JOIN_MEANS = (0.0, 0.5, 0.6, 0.7, 0.8)  # below the seed level: no border's mean is higher than its lowest saddle
+MIN_VOXELS = (0, 100, 250, 500, 1000, 2000, 4000, 8000)
+SEARCHED = ("seed", "persistence", "join_mean", "min_voxels", "seed_low")  # the last as the run has it, where it can be
 SCORES = ("pq", "sa50", "voi_split", "voi_merge", "split", "merged", "missed", "spurious")
+SHOWN_CANDIDATES = 10
 
 
-def calibrate(run: str, truth: str, *, box: Box | None = None) -> list[dict]:
-    """Rows of candidates and their scores in ``box``, best first: by PQ, then by VOI, then the nearest to the run's own.
+@dataclass(frozen=True)
+class Candidate:
+    """Settings of ``[stitch]`` and the scores of what they decide.
 
-    Each row holds the `KNOBS`, ``iou`` of the foreground and the instance scores; the run's own settings and volseg's
-    defaults are among them, marked by ``own`` and ``default``. Raises `UserError` for what is no run, a cleaned run, or a
-    truth that does not fit.
+    ``own`` and ``default`` mark the run's own settings and volseg's defaults; ``iou`` is that of the foreground, the other
+    scores are those of `InstanceScores`.
     """
-    old, basins, outside, overlap = _overlap(run, truth, box)
-    own = old.config.stitch
-    rows = list(_rows(old, basins, outside, overlap, candidates(own)))
 
-    def order(row: dict) -> tuple:
-        away = (abs(row[name] - getattr(own, name)) for name in KNOBS)
-        return -row["pq"], row["voi_split"] + row["voi_merge"], *away
+    seed: float
+    persistence: float
+    join_mean: float
+    min_voxels: int
+    seed_low: float
+    own: bool
+    default: bool
+    iou: float
+    pq: float
+    sa50: float
+    voi_split: float
+    voi_merge: float
+    split: int
+    merged: int
+    missed: int
+    spurious: int
 
-    return sorted(rows, key=order)
+    @property
+    def settings(self) -> list[str]:
+        """The settings as ``--set`` takes them."""
+        return [f"stitch.{name}={getattr(self, name)}" for name in SEARCHED]
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        return (self.iou, *(getattr(self, name) for name in SCORES))
+
+    def to_json(self) -> dict:
+        """Plain values that ``json.dumps`` takes."""
+        return asdict(self)
 
 
-def candidates(own: Stitch) -> list[Stitch]:
+@dataclass(frozen=True)
+class Calibration:
+    """All candidates, best first: by PQ, then by VOI, then the nearest to the run's own settings."""
+
+    run: str
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+    @property
+    def own(self) -> Candidate:
+        """That of the run's own settings."""
+        return next(candidate for candidate in self.candidates if candidate.own)
+
+    @property
+    def default(self) -> Candidate:
+        """That of volseg's defaults."""
+        return next(candidate for candidate in self.candidates if candidate.default)
+
+    def to_json(self) -> dict:
+        """Plain values that ``json.dumps`` takes."""
+        return {"run": self.run, "candidates": [candidate.to_json() for candidate in self.candidates]}
+
+    def __str__(self) -> str:
+        return format_candidates(self.candidates)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def calibrate(run: str | PathLike | Any, truth: str | PathLike | Any, *, box: Box | str | None = None) -> Calibration:
+    """Score many settings of ``[stitch]`` on a finished run, without deciding it again.
+
+    Parameters
+    ----------
+    run
+        A finished run with its work folder, or what has its place as ``path``.
+    truth
+        A volume of instance labels or a mask, as `evaluate` takes it.
+    box
+        The voxels to score, as a `Box` or as ``z0:z1,y0:y1,x0:x1``; None takes all.
+
+    Raises
+    ------
+    UserError
+        There is no finished run, its basins were cleaned or stitched by a tree, or the truth does not fit.
+    """
+    finished = open_finished(run)
+    basins = finished.basins()
+    if basins is None:
+        raise UserError(
+            f"{finished.path} has no basins to decide on: give a finished run with its work folder, not cleaned nor stitched "
+            f"by a tree (volseg segment {finished.path} --set stitch.reduce=flat makes them in one process)"
+        )
+    box = parse_box(box) or Box.from_shape(finished.shape)
+    if not box.voxels or box.clip(finished.shape) != box:
+        raise UserError(f"box {box} is empty or leaves the run of shape {finished.shape} (z y x); give one inside it")
+    own = finished.config.stitch
+    overlap = _overlap(finished, truth, box, basins.minimum.size)
+    found = _candidates(finished, basins, overlap, settings_to_try(own))
+
+    def order(candidate: Candidate) -> tuple:
+        distances = (abs(getattr(candidate, name) - getattr(own, name)) for name in SEARCHED)
+        return -candidate.pq, candidate.voi_split + candidate.voi_merge, *distances
+
+    return Calibration(finished.path, tuple(sorted(found, key=order)))
+
+
+def settings_to_try(own: Stitch) -> list[Stitch]:
     """What is tried, each once: the run's own settings, the defaults, and all combinations of the lists above."""
     low = own.seed_low
-    steps = ((s, d, m, n, low * (low < s)) for s, d, m, n in product(SEEDS, DEPTHS, MEANS, SIZES) if m < s)
-    tried = (own.model_copy(update=dict(zip(KNOBS, step, strict=True))) for step in steps)
+    grid = product(SEEDS, PERSISTENCES, JOIN_MEANS, MIN_VOXELS)
+    values = ((seed, share, mean, size, low * (low < seed)) for seed, share, mean, size in grid if mean < seed)
+    tried = (own.model_copy(update=dict(zip(SEARCHED, each, strict=True))) for each in values)
     return list(dict.fromkeys([own, _default(own), *tried]))
 
 
 def _default(own: Stitch) -> Stitch:
-    """The run's own settings, with volseg's defaults for the `KNOBS`."""
-    return own.model_copy(update={name: getattr(Stitch(), name) for name in KNOBS})
+    """The run's own settings, with volseg's defaults for those that are searched."""
+    return own.model_copy(update={name: getattr(Stitch(), name) for name in SEARCHED})
 
 
-def _overlap(run: str, truth: str, box: Box | None) -> tuple[Run, stitch.Basins, holes.Holes | None, Contingency]:
-    """The run, its basins, where holes are filled its voids, and how these (from 1) overlap true objects in ``box``."""
-    if not files.exists(f"{run}/work/basins.npz"):
-        raise UserError(
-            f"{run} has no basins to decide on: give a finished run with its work folder, not cleaned nor stitched by a "
-            f"tree (volseg segment {run} --set stitch.reduce=flat makes them in one process)"
-        )
-    old = stored_run(run)
-    box = box or Box.from_shape(old.shape)
-    if not box.voxels or box.clip(old.shape) != box:
-        raise UserError(f"box {box} is empty or leaves the run of shape {old.shape} (z y x); give one inside it")
-    read = evaluate.truth_in(truth, old.shape, box)
-    stored = _stored(run, "work/basins.npz")
-    if stored["edges"].dtype != EDGE or (old.fills and not files.exists(f"{run}/work/voids.npz")):
-        raise UserError(f"the basins of {run} are of an earlier volseg: make them anew with volseg segment {run}")
-    basins = stitch.Basins(**{name: stored[name] for name in stitch.Basins.__dataclass_fields__})
-    total = Contingency.empty()
-    for i in old.grid.overlapping(box):
-        part = old.grid[i].intersect(box)
-        total += Contingency.of(read(part), _numbered(run, old, i, part, basins.minimum.size))
-    outside = holes.Holes(**_stored(run, "work/voids.npz")) if old.fills else None
-    return old, basins, outside, total
+def _overlap(run: FinishedRun, truth: str | PathLike | Any, box: Box, basins: int) -> Contingency:
+    """How basins and, where holes are filled, holes (from 1) overlap true objects in ``box``."""
+    read = read_truth(truth, run.shape, box)
+    table = Contingency.empty()
+    for i in run.grid.overlapping(box):
+        part = run.grid[i].intersect(box)
+        table += Contingency.from_labels(read(part), _number_basins(run, i, part, basins))
+    return table
 
 
-def _numbered(path: str, run: Run, i: int, part: Box, basins: int) -> np.ndarray:
-    """The basin (from 1) of each voxel of a part of block ``i``, 0 outside the mask; where holes are filled, there its void,
+def _number_basins(run: FinishedRun, block: int, part: Box, basins: int) -> np.ndarray:
+    """The basin (from 1) of each voxel of a part of a block, 0 outside the mask; where holes are filled, there its hole,
     numbered after the ``basins``."""
-    regions, of = arrays.open_array(path, "work/fragments"), _stored(path, f"work/labels/{i}.npz")
+    labels = run.block_labels(block)
     if not run.fills:
-        return np.r_[0, 1 + of["basin"]][np.asarray(regions[part.slices])]
-    place = holes.number_holes(np.asarray(regions[run.grid[i].slices]))[part.slices_within(run.grid[i])]
-    return np.r_[0, 1 + of["basin"], 1 + basins + of["void"]][place]
+        return np.r_[0, 1 + labels["basin"]][run.regions(part)]
+    place = holes.number_holes(run.regions(run.grid[block]))[part.slices_within(run.grid[block])]
+    return np.r_[0, 1 + labels["basin"], 1 + basins + labels["void"]][place]
 
 
-def stored_run(run: str) -> Run:
-    """The description of a run that has its work folder."""
-    return Run.from_json(json.loads(files.read_bytes(run, "work/run.json")))
-
-
-def _stored(run: str, key: str) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(files.read_bytes(run, key))) as file:
-        return {name: file[name] for name in file.files}
-
-
-def _rows(
-    run: Run, basins: stitch.Basins, outside: holes.Holes | None, overlap: Contingency, tried: list[Stitch]
-) -> Iterator[dict]:
-    """A row for each candidate. Those that differ in sizes alone share components; those that decide alike, a score."""
+def _candidates(run: FinishedRun, basins: Basins, overlap: Contingency, tried: list[Stitch]) -> Iterator[Candidate]:
+    """A candidate for each settings. Those that differ in sizes alone share components; those that decide alike, scores."""
+    own, default = run.config.stitch, _default(run.config.stitch)
+    volume_holes = run.volume_holes() if run.fills else None
     joined: dict[Rules, np.ndarray] = {}
     scored: dict[bytes, dict] = {}
-    for knobs in tried:
-        rule = Rules.from_config(run.config.model_copy(update={"stitch": knobs}), run.voxel_size_nm)
-        joins = Rules(rule.seed_height, rule.persistence, rule.join_height, low_height=rule.low_height)
+    for settings in tried:
+        rules = Rules.from_config(run.config.model_copy(update={"stitch": settings}), run.voxel_size_nm)
+        joins = Rules(rules.seed_height, rules.persistence, rules.join_height, low_height=rules.low_height)
         if joins not in joined:
             joined = {joins: components(basins, joins)}
-        label = label_components(basins, rule, joined[joins], outside)
+        label = label_components(basins, rules, joined[joins], volume_holes)
         key = label.tobytes()
         if key not in scored:
-            scored[key] = _scores(overlap.renamed(np.r_[0, label]))
-        marks = {"own": knobs == run.config.stitch, "default": knobs == _default(run.config.stitch)}
-        yield {name: getattr(knobs, name) for name in KNOBS} | marks | scored[key]
+            scored[key] = _score(overlap.relabeled(np.r_[0, label]))
+        values = {name: getattr(settings, name) for name in SEARCHED}
+        yield Candidate(**values, own=settings == own, default=settings == default, **scored[key])
 
 
-def _scores(table: Contingency) -> dict:
-    found = instances(table)
-    return {"iou": foreground(table)["iou"], **{name: found[name] for name in SCORES}}
+def _score(table: Contingency) -> dict:
+    scores = score_instances(table)
+    return {"iou": score_foreground(table).iou, **{name: getattr(scores, name) for name in SCORES}}
 
 
-def into_model(path: Path, row: dict, run: Run) -> None:
-    """The model file's own settings are those of ``row``, the rest as in the run; its weights are left as they are."""
+def save_to_model(path: Path, candidate: Candidate, run: FinishedRun) -> None:
+    """The model file's own settings are the candidate's, the rest as in the run; its weights are left as they are."""
     card = model.load_card(path)
     decode = dict(card.decode)
     decode["fragments"] = run.config.fragments.model_dump(mode="json")
-    decode["stitch"] = run.config.stitch.model_dump(mode="json", exclude={"reduce"}) | {
-        name: row[name] for name in KNOBS
-    }
+    values = {name: getattr(candidate, name) for name in SEARCHED}
+    decode["stitch"] = run.config.stitch.model_dump(mode="json", exclude={"reduce"}) | values
     model.write_card(path, card.changed(decode=decode))
 
 
-def table(rows: list[dict], most: int = 10) -> str:
+def format_candidates(candidates: tuple[Candidate, ...]) -> str:
     """The best candidates as plain text, the first of those that score alike; the run's own settings and the defaults."""
-    first: dict[tuple, dict] = {}
-    for row in rows:
-        first.setdefault(tuple(row[name] for name in ("iou", *SCORES)), row)
-    best = list(first.values())[:most]
-    shown = best + [row for row in rows if (row["own"] or row["default"]) and row not in best]
-    marks = {"own": "the run's own", "default": "the defaults"}
-    names = [name for name in rows[0] if name not in marks]
-    lines = ["  ".join(f"{name:>11}" for name in names)]
-    for row in shown:
-        cells = (f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name]) for name in names)
-        is_ = [f"   <- {says}" for mark, says in marks.items() if row[mark]]
-        lines.append("  ".join(f"{cell:>11}" for cell in cells) + "".join(is_))
-    return "\n".join(lines)
+    first: dict[tuple, Candidate] = {}
+    for candidate in candidates:
+        first.setdefault(candidate.scores, candidate)
+    best = list(first.values())[:SHOWN_CANDIDATES]
+    marked = [candidate for candidate in candidates if (candidate.own or candidate.default) and candidate not in best]
+    names = (*SEARCHED, "iou", *SCORES)
+    rows = [(*(getattr(candidate, name) for name in names), _mark(candidate)) for candidate in [*best, *marked]]
+    return format_table((*names, ""), rows)
+
+
+def _mark(candidate: Candidate) -> str:
+    marks = {"the run's own": candidate.own, "the defaults": candidate.default}
+    return "".join(f" <- {mark}" for mark, holds in marks.items() if holds)

@@ -2,31 +2,168 @@
 
 from __future__ import annotations
 
+import html
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from os import PathLike
+from typing import Any
 
 import numpy as np
-from skimage.measure import label
 
 from volseg.box import Blocks, Box, Triple
 from volseg.errors import UserError
-from volseg.evaluation.metrics import NEAR, Contingency, check_threshold, foreground, instances, pairs, touching
+from volseg.evaluation.contingency import Contingency
+from volseg.evaluation.finished import run_path
+from volseg.evaluation.metrics import (
+    TOUCHING_DISTANCE,
+    ForegroundScores,
+    InstanceScores,
+    TouchingScores,
+    check_threshold,
+    score_foreground,
+    score_instances,
+    score_touching,
+    touching_pairs,
+)
 from volseg.io import files, volume
 
-INSTANCES = "labels/instances/0"  # where a run keeps its labels
+RUN_LABELS = "labels/instances/0"  # where a run keeps its labels
 BLOCK_VOXELS = 1 << 24  # voxels of each volume in memory at once
-MASK_SHARE = 0.99  # of the foreground, in the values 1 and 255: then 8-bit values are gray levels of a mask, not ids
+MIN_MASK_SHARE = (
+    0.99  # of the foreground, in the values 1 and 255: then 8-bit values are gray levels of a mask, not ids
+)
+MAX_ISOLATED_SHARE = (
+    0.02  # of the foreground unlike all neighbors: labels have 0.00, probabilities 0.17 to 0.69, images 0.9
+)
 STORED = "labels as stored"
-ALONE = 0.02  # of the foreground unlike all its neighbors, at most: labels have 0.00, probabilities 0.17 to 0.69, images 0.9
 COMPONENTS = "26-connected components of a binary volume"
 
 Read = Callable[[Box], np.ndarray]
 
 
 @dataclass(frozen=True)
-class _Side:
+class Evaluation:
+    """What `evaluate` measured.
+
+    Attributes
+    ----------
+    pred, truth
+        The two volumes.
+    box
+        The voxels that were compared.
+    pred_instances, truth_instances
+        Where the objects come from: `STORED` or `COMPONENTS`.
+    foreground
+        Voxel scores.
+    instances
+        Object scores.
+    touching
+        How objects that touch were told apart; None where the truth is a mask.
+    """
+
+    pred: str
+    truth: str
+    box: Box
+    pred_instances: str
+    truth_instances: str
+    foreground: ForegroundScores
+    instances: InstanceScores
+    touching: TouchingScores | None
+
+    def to_json(self) -> dict:
+        """Plain values that ``json.dumps`` takes."""
+        plain = {
+            "pred": self.pred,
+            "truth": self.truth,
+            "box": str(self.box),
+            "voxels": self.box.voxels,
+            "pred_instances": self.pred_instances,
+            "truth_instances": self.truth_instances,
+            "foreground": self.foreground.to_json(),
+            "instances": self.instances.to_json(),
+        }
+        return plain | ({"touching": self.touching.to_json()} if self.touching else {})
+
+    def __str__(self) -> str:
+        return format_scores(self.to_json())
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def evaluate(
+    pred: str | PathLike | Any, truth: str | PathLike | Any, *, box: Box | str | None = None, iou: float = 0.5
+) -> Evaluation:
+    """Score labels against the truth.
+
+    Both volumes are read in blocks of 16 million voxels, and memory holds a row per pair of ids that meet; only of a binary
+    volume are the mask and the labels of the whole box held, 5 bytes per voxel.
+
+    Parameters
+    ----------
+    pred, truth
+        Anything that :func:`volseg.io.volume.open` reads, of whole numbers, 0 background, or what has its place as
+        ``path``. Of a run folder, and of any group that has it, ``labels/instances/0`` is taken. A volume with one value
+        besides 0 in the box, or with values up to 255 of which 1 and 255 make 99 % of the foreground, is binary: its
+        objects are the 26-connected components inside the box of all voxels above 0, so an object that leaves the box and
+        comes back is two. What lies under ``labels`` in a zarr is never taken as binary.
+    box
+        The voxels to compare, as a `Box` or as ``z0:z1,y0:y1,x0:x1``; None takes all. Where both shapes are equal, it cuts
+        both. Where they differ, one volume must have the shape of the box: it is taken as the cut-out of the other one
+        at that place.
+    iou
+        Objects match where their IoU is greater; 0 <= iou < 1.
+
+    Raises
+    ------
+    UserError
+        Shapes do not fit, the box leaves the volume, a volume holds floats or negative labels or looks like an image, or a
+        run has no labels yet.
+    """
+    check_threshold(iou)
+    box = parse_box(box)
+    pred_labels, truth_labels, shape = _align(_open(run_path(pred)), _open(run_path(truth)), box)
+    box = box or Box.from_shape(shape)
+    if not box.voxels or box.clip(shape) != box:
+        raise UserError(f"box {box} is empty or leaves the volume of shape {shape} (z y x); give one inside it")
+    boxes = _boxes((pred_labels, truth_labels), shape, box)
+    table = _count(truth_labels.read, pred_labels.read, boxes)
+    pred_is_mask = not pred_labels.named and _is_binary(table.pred, table.counts)
+    truth_is_mask = not truth_labels.named and _is_binary(table.truth, table.counts)
+    if pred_is_mask or truth_is_mask:
+        read_pred = _components(pred_labels.read, boxes, box) if pred_is_mask else pred_labels.read
+        read_truth = _components(truth_labels.read, boxes, box) if truth_is_mask else truth_labels.read
+        table = _count(read_truth, read_pred, boxes)
+    touching = None if truth_is_mask else score_touching(table, find_touching(truth_labels.read, boxes, box), iou)
+    return Evaluation(
+        pred=run_path(pred),
+        truth=run_path(truth),
+        box=box,
+        pred_instances=COMPONENTS if pred_is_mask else STORED,
+        truth_instances=COMPONENTS if truth_is_mask else STORED,
+        foreground=score_foreground(table),
+        instances=score_instances(table, iou),
+        touching=touching,
+    )
+
+
+def parse_box(box: Box | str | None) -> Box | None:
+    """The box itself, or that of a text such as ``z0:z1,y0:y1,x0:x1``; `UserError` where it is none."""
+    if not isinstance(box, str):
+        return box
+    try:
+        return Box.parse(box)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Labels:
     """A volume of whole numbers whose first voxel lies at ``origin`` of the other one; ``named``: surely instances."""
 
     volume: volume.Volume
@@ -34,7 +171,8 @@ class _Side:
     origin: Triple = (0, 0, 0)
 
     def read(self, box: Box) -> np.ndarray:
-        ids = self.volume.read(box.shift(tuple(-n for n in self.origin)))
+        z, y, x = self.origin
+        ids = self.volume.read(box.shift((-z, -y, -x)))
         if ids.dtype.kind == "i" and ids.size and ids.min() < 0:
             raise UserError(
                 f"{self.volume.path} holds the negative label {ids.min()} in box {box}; "
@@ -43,47 +181,46 @@ class _Side:
         return ids
 
 
-def _open(path: str) -> _Side:
-    """The labels at ``path``; for a run folder, or any group with ``labels/instances/0``, those."""
-    root = str(path).rstrip("/")
-    is_run = files.exists(f"{root}/{INSTANCES}")
-    if root.endswith(".volseg.zarr") and files.exists(root) and not is_run:
-        raise UserError(f"run {path} has no {INSTANCES} yet; finish the run first, or give a volume of labels")
-    opened = volume.open(str(path), dataset=INSTANCES if is_run else "")
+def _open(path: str) -> _Labels:
+    """The labels at ``path``; for a run folder, or any group with `RUN_LABELS`, those."""
+    is_run = files.exists(f"{path}/{RUN_LABELS}")
+    if path.endswith(".volseg.zarr") and files.exists(path) and not is_run:
+        raise UserError(f"run {path} has no {RUN_LABELS} yet; finish the run first, or give a volume of labels")
+    opened = volume.open(path, dataset=RUN_LABELS if is_run else "")
     if np.dtype(opened.dtype).kind not in "bui":
         raise UserError(
             f"{path} holds {opened.dtype}; evaluate compares labels or masks, which are whole numbers: "
             "make labels of probabilities with volseg segment, or give the run folder that volseg made"
         )
     _refuse_image(opened)
-    return _Side(opened, is_run or ".zarr/labels/" in root)
+    return _Labels(opened, is_run or ".zarr/labels/" in path)
 
 
 def _refuse_image(opened: volume.Volume) -> None:
     """Labels are the same from voxel to voxel nearly everywhere; images and probabilities hardly anywhere."""
-    above = alone = 0
+    above = isolated = 0
     for box in volume.patches(opened.shape):
         (plane,) = opened.read(box)
-        above, alone = above + np.count_nonzero(plane), alone + _alone(plane)
-    if alone > ALONE * above:
+        above, isolated = above + np.count_nonzero(plane), isolated + _isolated(plane)
+    if isolated > MAX_ISOLATED_SHARE * above:
         raise UserError(
-            f"{opened.path} is neither labels nor a mask: {100 * alone / above:.0f} % of its voxels above 0 differ from all "
-            "their neighbors, as in an image or a probability map. Give labels (volseg synth puts them at labels/truth); "
-            "volseg segment makes labels of probabilities"
+            f"{opened.path} is neither labels nor a mask: {100 * isolated / above:.0f} % of its voxels above 0 differ from "
+            "all their neighbors, as in an image or a probability map. Give labels (volseg synth puts them at "
+            "labels/truth); volseg segment makes labels of probabilities"
         )
 
 
-def _alone(plane: np.ndarray) -> int:
+def _isolated(plane: np.ndarray) -> int:
     """Inner voxels above 0 (2-D) that differ from all four neighbors, which are above 0 too: points are no noise."""
     inner = plane[1:-1, 1:-1]
-    found = inner > 0
+    isolated = inner > 0
     for near in (plane[:-2, 1:-1], plane[2:, 1:-1], plane[1:-1, :-2], plane[1:-1, 2:]):
-        found &= (near > 0) & (near != inner)
-    return int(np.count_nonzero(found))
+        isolated &= (near > 0) & (near != inner)
+    return int(np.count_nonzero(isolated))
 
 
-def _place(pred: _Side, truth: _Side, box: Box | None) -> tuple[_Side, _Side, Triple]:
-    """Both sides with their origins, and the shape of the frame in which ``box`` counts."""
+def _align(pred: _Labels, truth: _Labels, box: Box | None) -> tuple[_Labels, _Labels, Triple]:
+    """Both volumes with their origins, and the shape of the frame in which ``box`` counts."""
     shapes = pred.volume.shape, truth.volume.shape
     if shapes[0] == shapes[1]:
         return pred, truth, shapes[0]
@@ -98,7 +235,7 @@ def _place(pred: _Side, truth: _Side, box: Box | None) -> tuple[_Side, _Side, Tr
     )
 
 
-def _block(shape: Triple, chunks: Iterable[Triple], voxels: int = BLOCK_VOXELS) -> Triple:
+def _block(shape: Triple, chunks: Iterable[Triple], voxels: int) -> Triple:
     """A block of at most ``voxels`` voxels that holds whole chunks of both volumes, or as much of one as it may.
 
     >>> _block((500, 4000, 4000), [(1, 4000, 4000), (32, 256, 256)], 64_000_000)
@@ -113,23 +250,24 @@ def _block(shape: Triple, chunks: Iterable[Triple], voxels: int = BLOCK_VOXELS) 
     for axis in (2, 1, 0):
         while block[axis] < shape[axis] and prod(block) // block[axis] * min(shape[axis], 2 * block[axis]) <= voxels:
             block[axis] = min(shape[axis], 2 * block[axis])
-    return tuple(block)
+    z, y, x = block
+    return z, y, x
 
 
-def _boxes(sides: tuple[_Side, _Side], shape: Triple, box: Box) -> list[Box]:
+def _boxes(labels: Iterable[_Labels], shape: Triple, box: Box) -> list[Box]:
     """The evaluated box cut along the blocks of the frame."""
-    grid = Blocks(shape, _block(shape, [side.volume.chunk for side in sides]))
+    grid = Blocks(shape, _block(shape, [one.volume.chunk for one in labels], BLOCK_VOXELS))
     return [grid[i].intersect(box) for i in grid.overlapping(box)]
 
 
 def _count(read_truth: Read, read_pred: Read, boxes: list[Box]) -> Contingency:
-    return sum((Contingency.of(read_truth(box), read_pred(box)) for box in boxes), Contingency.empty())
+    return sum((Contingency.from_labels(read_truth(box), read_pred(box)) for box in boxes), Contingency.empty())
 
 
-def touching_in(read: Read, boxes: list[Box], box: Box) -> np.ndarray:
-    """The pairs of objects that touch in ``box`` (see `metrics.touching`), read in parts that make it up."""
-    found = [touching(read(part.grow(NEAR).intersect(box))) for part in boxes]
-    return np.unique(np.concatenate([np.empty((0, 2), np.uint64), *found]), axis=0)
+def find_touching(read: Read, boxes: list[Box], box: Box) -> np.ndarray:
+    """The pairs of objects that touch in ``box`` (see `touching_pairs`), read in parts that make it up."""
+    pairs = [touching_pairs(read(part.grow(TOUCHING_DISTANCE).intersect(box))) for part in boxes]
+    return np.unique(np.concatenate([np.empty((0, 2), np.uint64), *pairs]), axis=0)
 
 
 def _is_binary(ids: np.ndarray, counts: np.ndarray) -> bool:
@@ -141,11 +279,13 @@ def _is_binary(ids: np.ndarray, counts: np.ndarray) -> bool:
     if not ids.size:
         return False
     full = counts[(ids == 1) | (ids == 255)].sum()
-    return bool((ids == ids[0]).all() or (ids.max() == 255 and full >= MASK_SHARE * counts.sum()))
+    return bool((ids == ids[0]).all() or (ids.max() == 255 and full >= MIN_MASK_SHARE * counts.sum()))
 
 
 def _components(read: Read, boxes: list[Box], box: Box) -> Read:
     """Reads the 26-connected components of what ``read`` gives above 0 in ``box``; holds the whole box in memory."""
+    from skimage.measure import label
+
     mask = np.zeros(box.shape, bool)
     for part in boxes:
         mask[part.slices_within(box)] = read(part) > 0
@@ -153,58 +293,26 @@ def _components(read: Read, boxes: list[Box], box: Box) -> Read:
     return lambda part: labels[part.slices_within(box)]
 
 
-def evaluate(pred: str, truth: str, *, box: Box | None = None, iou: float = 0.5) -> dict:
-    """The scores of ``pred`` against ``truth``: a dict of plain Python values that ``json.dumps`` takes.
+def read_truth(path: str, shape: Triple, box: Box) -> Read:
+    """Reads the true instances in parts of ``box`` of a volume of that shape; a mask's are its 26-connected components.
 
-    Keys: ``pred``, ``truth`` (paths), ``box`` (evaluated voxels), ``voxels``, ``pred_instances``, ``truth_instances``
-    (where the objects come from), ``foreground`` and ``instances`` (see :mod:`volseg.evaluation.metrics`; ``iou`` is
-    the threshold of the object scores, 0 <= iou < 1). Where the truth holds instances, ``touching`` says how those
-    that touch were told apart (`metrics.pairs`).
-
-    **Volumes.** Anything :func:`volseg.io.volume.open` reads, of whole numbers, 0 background. Of a run folder, and of any
-    group that has it, ``labels/instances/0`` is taken.
-
-    **Box.** Where both shapes are equal, ``box`` cuts both; None takes all. Where they differ, one volume must have the
-    shape of the box: it is taken as the cut-out of the other one at that place.
-
-    **Masks.** A volume with one value besides 0 in the box, or with values up to 255 of which 1 and 255 make 99 % of
-    the foreground, is binary: its objects are the 26-connected components inside the box of all voxels above 0, so an
-    object that leaves the box and comes back is two. What lies under ``labels`` in a zarr is never taken as binary.
-
-    **Memory.** Both volumes are read in blocks of 16 million voxels, and the table holds one row per pair of ids that
-    meet; only of a binary volume are the mask and the labels of the whole box held, 5 bytes per voxel.
-
-    Raises UserError for shapes that do not fit, a box outside the volume, float volumes, negative labels, and a run
-    without labels.
+    Masks and boxes are understood as `evaluate` does, and refused alike.
     """
-    check_threshold(iou)
-    pred_side, truth_side, shape = _place(_open(pred), _open(truth), box)
-    box = box or Box.from_shape(shape)
-    if not box.voxels or box.clip(shape) != box:
-        raise UserError(f"box {box} is empty or leaves the volume of shape {shape} (z y x); give one inside it")
-    boxes = _boxes((pred_side, truth_side), shape, box)
-    counts = _count(truth_side.read, pred_side.read, boxes)
-    masks = {
-        "pred": not pred_side.named and _is_binary(counts.pred, counts.counts),
-        "truth": not truth_side.named and _is_binary(counts.truth, counts.counts),
-    }
-    if any(masks.values()):
-        read_pred = _components(pred_side.read, boxes, box) if masks["pred"] else pred_side.read
-        read_truth = _components(truth_side.read, boxes, box) if masks["truth"] else truth_side.read
-        counts = _count(read_truth, read_pred, boxes)
-    return {
-        "pred": str(pred),
-        "truth": str(truth),
-        "box": str(box),
-        "voxels": box.voxels,
-        "pred_instances": COMPONENTS if masks["pred"] else STORED,
-        "truth_instances": COMPONENTS if masks["truth"] else STORED,
-        "foreground": foreground(counts),
-        "instances": instances(counts, iou),
-    } | ({} if masks["truth"] else {"touching": pairs(counts, touching_in(truth_side.read, boxes, box), iou)})
+    labels = _open(run_path(path))
+    if labels.volume.shape != shape:
+        if labels.volume.shape != box.shape:
+            raise UserError(
+                f"truth {path} has shape {labels.volume.shape} and the run {shape}, z y x; they must be equal, "
+                "or the truth a cut-out as large as --box"
+            )
+        labels = replace(labels, origin=box.start)
+    boxes = _boxes([labels], shape, box)
+    table = _count(labels.read, labels.read, boxes)
+    masked = not labels.named and _is_binary(table.truth, table.counts)
+    return _components(labels.read, boxes, box) if masked else labels.read
 
 
-def roi_of(pred: str) -> str:
+def read_roi(pred: str) -> str:
     """The part of the volume that a run was told to do alone; nothing for other runs, and for labels that are no run's."""
     try:
         return json.loads(files.read_bytes(pred, "run.json"))["config"]["input"]["roi"]
@@ -212,43 +320,13 @@ def roi_of(pred: str) -> str:
         return ""
 
 
-def truth_in(path: str, shape: Triple, box: Box) -> Read:
-    """Reads the true instances in parts of ``box`` of a volume of that shape; a mask's are its 26-connected components.
-
-    Masks and boxes are understood as `evaluate` does, and refused alike.
-    """
-    side = _open(path)
-    origin = (0, 0, 0)
-    if side.volume.shape != shape:
-        if side.volume.shape != box.shape:
-            raise UserError(
-                f"truth {path} has shape {side.volume.shape} and the run {shape}, z y x; they must be equal, "
-                "or the truth a cut-out as large as --box"
-            )
-        origin = box.start
-    side = replace(side, origin=origin)
-    boxes = [
-        part.intersect(box) for part in Blocks(shape, _block(shape, [side.volume.chunk])) if part.intersect(box).voxels
-    ]
-    counts = _count(side.read, side.read, boxes)
-    masked = not side.named and _is_binary(counts.truth, counts.counts)
-    return _components(side.read, boxes, box) if masked else side.read
+# ---------------------------------------------------------------- as text
 
 
-def _rows(scores: dict, indent: str = "") -> Iterable[tuple[str, str]]:
-    """Names and values of a nested dict, one row each; the name of an inner dict stands alone, above its rows."""
-    for name, value in scores.items():
-        if isinstance(value, dict):
-            yield indent + name, ""
-            yield from _rows(value, indent + "  ")
-        else:
-            yield indent + name, f"{value:.4f}" if isinstance(value, float) else str(value)
+def format_scores(scores: dict) -> str:
+    """Scores as plain text in two columns, one line per score.
 
-
-def table(scores: dict) -> str:
-    """The scores as plain text in two columns, one line per score.
-
-    >>> print(table({"truth": "a.tif", "foreground": {"iou": 0.5, "true_positive_voxels": 12}}))
+    >>> print(format_scores({"truth": "a.tif", "foreground": {"iou": 0.5, "true_positive_voxels": 12}}))
     truth                   a.tif
     foreground
       iou                   0.5000
@@ -257,3 +335,13 @@ def table(scores: dict) -> str:
     rows = list(_rows(scores))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def _rows(scores: dict, indent: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of a nested dict, one row each; the name of an inner dict stands alone, above its rows."""
+    for name, value in scores.items():
+        if isinstance(value, dict):
+            yield indent + name, ""
+            yield from _rows(value, indent + "  ")
+        else:
+            yield indent + name, f"{value:.4f}" if isinstance(value, float) else str(value)

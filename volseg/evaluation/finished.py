@@ -119,6 +119,21 @@ class FinishedRun:
     def hole_contacts(self, block: int) -> np.ndarray:
         return self._arrays(f"work/rims/{block}.npz")["pairs"]
 
+    def basins(self) -> stitch.Basins | None:
+        """The volume's basins; None where they were cleaned, or never were in one place because a tree stitched."""
+        if not files.exists(f"{self.path}/work/basins.npz"):
+            return None
+        stored = self._arrays("work/basins.npz")
+        return stitch.Basins(**{name: stored[name] for name in stitch.Basins.__dataclass_fields__})
+
+    def volume_holes(self) -> holes.Holes:
+        return holes.Holes(**self._arrays("work/voids.npz"))
+
+    def saddle_rows(self) -> np.ndarray | None:
+        """What the rows of the table of merges are made of, `saddles.ROW`; None where that was cleaned."""
+        key = f"work/merges/{self.run.keys['stitch']}.npz"
+        return self._arrays(key)["rows"] if files.exists(f"{self.path}/{key}") else None
+
     def _bytes(self, key: str) -> bytes:
         try:
             return files.read_bytes(self.path, key)

@@ -1,14 +1,12 @@
-"""Scores of a segmentation against the truth, all from one sparse table that adds up over blocks.
+"""Scores of a segmentation against the truth, all from one table of shared voxels (`Contingency`).
 
-``Contingency`` counts the voxels of every (truth id, pred id) pair. It is a sum over voxels, so the table of a volume
-is the sum of its blocks' tables in any order and any cutting, and every score below is the same to the last bit. Id 0
-is background. A ratio of nothing to nothing is 1.0 (nothing was asked, nothing was wrong) unless a docstring says
-otherwise.
+The table adds up over blocks, so every score is the same to the last bit however a volume is cut. Id 0 is background. A
+ratio of nothing to nothing is 1.0 (nothing was asked, nothing was wrong) unless a docstring says otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 
 import numpy as np
@@ -16,133 +14,221 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from volseg.errors import UserError
+from volseg.evaluation.contingency import Contingency, check_labels
 
-SLAB = 1 << 18  # voxels compared at once, so that the comparison stays in the processor's cache
-NEAR = 2  # voxels between the centers of two voxels whose objects touch, at most
-TENTH = 10  # an overlap counts towards splits and mergers where it is more than one tenth of an object
+TOUCHING_DISTANCE = 2  # voxels between the centers of two voxels whose objects touch, at most
+INVERSE_SHARE = 10  # an overlap counts as a split or a merger where it is more than 1 / 10 of an object
 
 
-@dataclass(frozen=True, eq=False)
-class Contingency:
-    """Voxels of each (truth id, pred id) pair that occurs, sorted by truth id, then pred id.
+def _ratio(part: float, total: float) -> float:
+    return float(part / total) if total else 1.0
 
-    ``truth`` and ``pred`` are uint64 ids, ``counts`` int64 voxels, all of one length.
 
-    >>> table = Contingency.of(np.array([0, 7, 7, 7]), np.array([0, 0, 9, 9]))
-    >>> table.truth.tolist(), table.pred.tolist(), table.counts.tolist()
-    ([0, 7, 7], [0, 0, 9], [1, 1, 2])
+# ---------------------------------------------------------------- foreground
+
+
+@dataclass(frozen=True)
+class ForegroundScores:
+    """Voxel scores of "some object" against "no object", and the four counts that they are made of.
+
+    Where neither side has foreground every score is 1.0. Where only the prediction has some, iou, dice and precision are
+    0.0 and recall is 1.0; where only the truth has some, iou, dice and recall are 0.0 and precision is 1.0.
     """
 
-    truth: np.ndarray
-    pred: np.ndarray
-    counts: np.ndarray
+    iou: float
+    dice: float
+    accuracy: float
+    precision: float
+    recall: float
+    true_positive_voxels: int
+    false_positive_voxels: int
+    false_negative_voxels: int
+    true_negative_voxels: int
 
-    @classmethod
-    def empty(cls) -> Contingency:
-        """The table of no voxels; the start of a sum."""
-        return cls(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))
-
-    @classmethod
-    def of(cls, truth: np.ndarray, pred: np.ndarray) -> Contingency:
-        """The table of two label arrays of one shape and any integer or bool dtypes.
-
-        Runs of equal pairs along the last axis are counted before anything is sorted, so a background voxel costs two
-        comparisons. Raises ValueError for unequal shapes, other dtypes and negative ids.
-        """
-        if truth.shape != pred.shape:
-            raise ValueError(f"truth has shape {truth.shape} and pred {pred.shape}; a table needs equal shapes")
-        truth, pred = _ids(truth, "truth").reshape(-1), _ids(pred, "pred").reshape(-1)
-        slabs = (slice(i, i + SLAB) for i in range(0, truth.size, SLAB))
-        return _total([cls.empty(), *(_total([_runs(truth[slab], pred[slab])]) for slab in slabs)])
-
-    def renamed(self, pred: np.ndarray) -> Contingency:
-        """The table after each predicted id ``i`` has become ``pred[i]``: other decisions, counted without the voxels."""
-        return _total([Contingency(self.truth, pred[self.pred].astype(np.uint64), self.counts)])
-
-    def __add__(self, other: Contingency) -> Contingency:
-        return _total([self, other])
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Contingency):
-            return NotImplemented
-        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in ("truth", "pred", "counts"))
-
-    __hash__ = None
+    def to_json(self) -> dict:
+        """Plain values that ``json.dumps`` takes."""
+        return asdict(self)
 
 
-def _ids(labels: np.ndarray, name: str) -> np.ndarray:
-    """``labels`` as they are, if they may be ids."""
-    if labels.dtype.kind not in "bui":
-        raise ValueError(f"{name} has dtype {labels.dtype}; labels are whole numbers")
-    if labels.dtype.kind == "i" and labels.size and labels.min() < 0:
-        raise ValueError(f"{name} holds the negative label {labels.min()}; background is 0 and ids are positive")
-    return labels
+def score_foreground(table: Contingency) -> ForegroundScores:
+    """How well a prediction tells foreground from background.
 
-
-def _runs(truth: np.ndarray, pred: np.ndarray) -> Contingency:
-    """The runs of equal pairs in two flat arrays, in their order: a table whose rows may repeat."""
-    changed = truth[1:] != truth[:-1]
-    changed |= pred[1:] != pred[:-1]
-    edges = np.concatenate(([0], np.flatnonzero(changed) + 1, [truth.size]))
-    starts = edges[:-1]
-    return Contingency(truth[starts].astype(np.uint64), pred[starts].astype(np.uint64), np.diff(edges))
-
-
-def _total(tables: list[Contingency]) -> Contingency:
-    """The sum of tables, whose rows may come in any order and repeat: each pair once, sorted."""
-    truth, pred, counts = (np.concatenate([getattr(t, name) for t in tables]) for name in ("truth", "pred", "counts"))
-    order = np.lexsort((pred, truth))
-    truth, pred, counts = truth[order], pred[order], counts[order]
-    first = np.ones(truth.size, bool)
-    first[1:] = (truth[1:] != truth[:-1]) | (pred[1:] != pred[:-1])
-    starts = np.flatnonzero(first)
-    return Contingency(truth[starts], pred[starts], np.add.reduceat(counts, starts) if starts.size else counts)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole else 1.0
-
-
-def foreground(table: Contingency) -> dict:
-    """Voxel scores of "some object" against "no object": iou, dice, accuracy, precision, recall and the four counts.
-
-    Where neither side has foreground every score is 1.0. Where only pred has some, iou, dice and precision are 0.0 and
-    recall is 1.0; where only truth has some, iou, dice and recall are 0.0 and precision is 1.0.
+    Examples
+    --------
+    >>> score_foreground(Contingency.from_labels(np.array([0, 1, 1, 2]), np.array([0, 0, 5, 5]))).iou
+    0.6666666666666666
     """
-    true, claimed = table.truth > 0, table.pred > 0
-    tp, fp, fn, tn = (
-        int(table.counts[cell].sum()) for cell in (true & claimed, ~true & claimed, true & ~claimed, ~true & ~claimed)
+    true, predicted = table.truth > 0, table.pred > 0
+    cells = (true & predicted, ~true & predicted, true & ~predicted, ~true & ~predicted)
+    tp, fp, fn, tn = (int(table.counts[cell].sum()) for cell in cells)
+    return ForegroundScores(
+        iou=_ratio(tp, tp + fp + fn),
+        dice=_ratio(2 * tp, 2 * tp + fp + fn),
+        accuracy=_ratio(tp + tn, tp + fp + fn + tn),
+        precision=_ratio(tp, tp + fp),
+        recall=_ratio(tp, tp + fn),
+        true_positive_voxels=tp,
+        false_positive_voxels=fp,
+        false_negative_voxels=fn,
+        true_negative_voxels=tn,
     )
-    return {
-        "iou": _ratio(tp, tp + fp + fn),
-        "dice": _ratio(2 * tp, 2 * tp + fp + fn),
-        "accuracy": _ratio(tp + tn, tp + fp + fn + tn),
-        "precision": _ratio(tp, tp + fp),
-        "recall": _ratio(tp, tp + fn),
-        "true_positive_voxels": tp,
-        "false_positive_voxels": fp,
-        "false_negative_voxels": fn,
-        "true_negative_voxels": tn,
-    }
+
+
+# ---------------------------------------------------------------- objects
+
+
+@dataclass(frozen=True)
+class InstanceScores:
+    """Scores of the objects of a segmentation.
+
+    **Detection.** A true and a predicted object match where their IoU over all voxels is greater than ``iou_threshold``.
+    From 0.5 upwards that is unique; below it the matching has as many pairs as possible and of those the largest sum of
+    IoU. Matched pairs are TP, other predicted objects FP, other true objects FN.
+
+    **Partitions**, over the voxels that the truth labels. The prediction's background counts there as one more segment;
+    what is predicted outside the truth is not seen: look at ``precision``, ``spurious`` and the foreground for that.
+
+    Attributes
+    ----------
+    iou_threshold
+        The least IoU of a match, exclusive.
+    precision, recall, f1
+        TP / (TP + FP), TP / (TP + FN) and TP / (TP + FP/2 + FN/2).
+    pq, sq, rq
+        Panoptic quality [1]_ is ``sq * rq``: the mean IoU of matched pairs (0.0 where there are objects but no match) and
+        f1.
+    matched
+        TP.
+    sa50, sa75
+        Segmentation accuracy [2]_ TP / (TP + FP + FN) at an IoU [3]_ of 0.5 and of 0.75, whatever ``iou_threshold`` is.
+    voi_split, voi_merge
+        Variation of information [4]_ in bits, in its parts H(pred | truth) and H(truth | pred) [5]_, as
+        `skimage.metrics.variation_of_information` gives it with ``ignore_labels=(0,)``; 0.0 where the truth is empty.
+    rand_error
+        1 - F-score of pairs of voxels [6]_, as `skimage.metrics.adapted_rand_error` gives it.
+    rand_precision, rand_recall
+        Of the pairs of voxels in one predicted segment, the share that the truth joins too, lowered by mergers; of those in
+        one true object, the share that the prediction joins too, lowered by splits. skimage (0.26) returns these two the
+        other way round from its own documentation (scikit-image issue 6485).
+    truth_objects, pred_objects
+        How many there are.
+    split
+        True objects of which at least two predicted objects each hold more than a tenth of the voxels.
+    merged
+        Predicted objects that each hold more than a tenth of the voxels of at least two true objects.
+    missed
+        True objects with less than a tenth of their voxels in any predicted objects, all together.
+    spurious
+        Predicted objects with less than a tenth of their voxels in any true objects, all together.
+
+    References
+    ----------
+    .. [1] Kirillov et al., "Panoptic segmentation", CVPR 2019.
+    .. [2] Caicedo et al., "Nucleus segmentation across imaging experiments: the 2018 Data Science Bowl", Nat. Methods 16
+           (2019).
+    .. [3] Everingham et al., "The Pascal Visual Object Classes (VOC) challenge", IJCV 88 (2010).
+    .. [4] Meila, "Comparing clusterings: an information based distance", J. Multivariate Anal. 98 (2007).
+    .. [5] Nunez-Iglesias et al., "Machine learning of hierarchical clustering to segment 2D and 3D images", PLoS ONE 8
+           (2013).
+    .. [6] Arganda-Carreras et al., "Crowdsourcing the creation of image segmentation algorithms for connectomics", Front.
+           Neuroanat. 9 (2015).
+    """
+
+    iou_threshold: float
+    precision: float
+    recall: float
+    f1: float
+    pq: float
+    sq: float
+    rq: float
+    matched: int
+    sa50: float
+    sa75: float
+    voi_split: float
+    voi_merge: float
+    rand_error: float
+    rand_precision: float
+    rand_recall: float
+    truth_objects: int
+    pred_objects: int
+    split: int
+    merged: int
+    missed: int
+    spurious: int
+
+    def to_json(self) -> dict:
+        """Plain values that ``json.dumps`` takes."""
+        return asdict(self)
+
+
+def score_instances(table: Contingency, iou: float = 0.5) -> InstanceScores:
+    """How well a prediction tells objects apart.
+
+    Parameters
+    ----------
+    table
+        Shared voxels of true and predicted objects.
+    iou
+        Objects match where their IoU is greater; 0 <= iou < 1.
+
+    Raises
+    ------
+    UserError
+        ``iou`` is outside its range.
+
+    Examples
+    --------
+    >>> table = Contingency.from_labels(np.array([1, 1, 1, 2, 2, 2]), np.array([5, 5, 0, 6, 6, 6]))
+    >>> scores = score_instances(table)
+    >>> scores.matched, round(scores.pq, 3)
+    (2, 0.833)
+    """
+    check_threshold(iou)
+    overlaps = _overlaps(table)
+    return InstanceScores(
+        iou_threshold=float(iou),
+        **_detection(overlaps, iou),
+        sa50=_segmentation_accuracy(overlaps, 0.5),
+        sa75=_segmentation_accuracy(overlaps, 0.75),
+        **_partitions(table),
+        truth_objects=int(overlaps.truth_voxels.size),
+        pred_objects=int(overlaps.pred_voxels.size),
+        **_faults(overlaps),
+    )
+
+
+def check_threshold(iou: float) -> None:
+    """Refuses an IoU threshold that no pair or every pair could pass."""
+    if not 0 <= iou < 1:
+        raise UserError(f"iou {iou} is no threshold: objects match where their IoU is greater, so give 0 <= iou < 1")
 
 
 @dataclass(frozen=True)
 class _Overlaps:
     """The objects of a table and the pairs of them that share voxels.
 
-    ``truth_voxels``, ``pred_voxels``: size of each object. ``truth``, ``pred``, ``both``: per pair, the number of each
-    object in those lists and the voxels shared.
+    ``truth_voxels``, ``pred_voxels``: size of each object. ``truth``, ``pred``, ``shared``: of each pair, the number of
+    each object in those lists and the voxels shared.
     """
 
     truth_voxels: np.ndarray
     pred_voxels: np.ndarray
     truth: np.ndarray
     pred: np.ndarray
-    both: np.ndarray
+    shared: np.ndarray
 
     @property
     def iou(self) -> np.ndarray:
-        return self.both / (self.truth_voxels[self.truth] + self.pred_voxels[self.pred] - self.both)
+        return self.shared / (self.truth_voxels[self.truth] + self.pred_voxels[self.pred] - self.shared)
+
+
+def _overlaps(table: Contingency) -> _Overlaps:
+    true, predicted = table.truth > 0, table.pred > 0
+    both = true & predicted
+    truth_ids, truth_voxels = _sizes(table.truth[true], table.counts[true])
+    pred_ids, pred_voxels = _sizes(table.pred[predicted], table.counts[predicted])
+    truth, pred = np.searchsorted(truth_ids, table.truth[both]), np.searchsorted(pred_ids, table.pred[both])
+    return _Overlaps(truth_voxels, pred_voxels, truth, pred, table.counts[both])
 
 
 def _sum_by(index: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
@@ -158,19 +244,19 @@ def _sizes(ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return distinct, _sum_by(index, counts, distinct.size)
 
 
-def _overlaps(table: Contingency) -> _Overlaps:
-    true, claimed = table.truth > 0, table.pred > 0
-    both = true & claimed
-    truth_ids, truth_voxels = _sizes(table.truth[true], table.counts[true])
-    pred_ids, pred_voxels = _sizes(table.pred[claimed], table.counts[claimed])
-    truth, pred = np.searchsorted(truth_ids, table.truth[both]), np.searchsorted(pred_ids, table.pred[both])
-    return _Overlaps(truth_voxels, pred_voxels, truth, pred, table.counts[both])
+def _match(overlaps: _Overlaps, threshold: float) -> np.ndarray:
+    """Which pairs are matched: those whose IoU is above the threshold, each object in one pair at most."""
+    iou = overlaps.iou
+    above = iou > threshold
+    if threshold < 0.5:  # from one half upwards no object can be in two such pairs
+        above[above] = _assign(overlaps.truth[above], overlaps.pred[above], iou[above])
+    return above
 
 
 def _assign(truth: np.ndarray, pred: np.ndarray, iou: np.ndarray) -> np.ndarray:
     """Which pairs to keep so that every object is in one at most: as many as possible, of those the largest sum of IoU.
 
-    Every truth object may also take a partner of its own that nobody else can have, so a full matching of the sparse
+    Every true object may also take a partner of its own that nobody else can have, so a full matching of the sparse
     graph always exists; a true pair gains 1 over that, and its IoU only decides between matchings of one size.
     """
     if not truth.size:
@@ -183,19 +269,10 @@ def _assign(truth: np.ndarray, pred: np.ndarray, iou: np.ndarray) -> np.ndarray:
     return min_weight_full_bipartite_matching(graph, maximize=True)[1][r] == c
 
 
-def _matched(overlaps: _Overlaps, threshold: float) -> np.ndarray:
-    """Which pairs are matched: those whose IoU is above the threshold, each object in one pair at most."""
-    iou = overlaps.iou
-    above = iou > threshold
-    if threshold < 0.5:  # from one half upwards no object can be in two such pairs
-        above[above] = _assign(overlaps.truth[above], overlaps.pred[above], iou[above])
-    return above
-
-
 def _detection(overlaps: _Overlaps, threshold: float) -> dict:
-    """Object scores at one IoU threshold; see :func:`instances`."""
+    """Precision, recall and panoptic quality at one IoU threshold."""
     truths, preds = overlaps.truth_voxels.size, overlaps.pred_voxels.size
-    iou = overlaps.iou[_matched(overlaps, threshold)]
+    iou = overlaps.iou[_match(overlaps, threshold)]
     hits, sum_iou = iou.size, float(iou.sum())
     return {
         "precision": _ratio(hits, preds),
@@ -210,23 +287,12 @@ def _detection(overlaps: _Overlaps, threshold: float) -> dict:
 
 def _segmentation_accuracy(overlaps: _Overlaps, threshold: float) -> float:
     """TP / (TP + FP + FN) at one IoU threshold."""
-    hits = int(np.count_nonzero(_matched(overlaps, threshold)))
+    hits = int(np.count_nonzero(_match(overlaps, threshold)))
     return _ratio(hits, overlaps.truth_voxels.size + overlaps.pred_voxels.size - hits)
 
 
-def _conditional_entropy(counts: np.ndarray, given: np.ndarray) -> float:
-    """Bits left in a voxel's pair once the part in which it lies is known; ``given`` is the part's size, per pair."""
-    return float(np.sum(counts * np.log2(given / counts)) / counts.sum()) if counts.size else 0.0
-
-
-def _pairs_of_voxels(sizes: np.ndarray) -> float:
-    """Ordered pairs of distinct voxels that lie in one part; float, since squares of sizes pass 2**63."""
-    sizes = sizes.astype(np.float64)
-    return float(np.sum(sizes * (sizes - 1)))
-
-
 def _partitions(table: Contingency) -> dict:
-    """Variation of information and adapted Rand scores over the voxels that the truth labels; see :func:`instances`."""
+    """Variation of information and adapted Rand scores over the voxels that the truth labels."""
     true = table.truth > 0
     truth, pred, counts = table.truth[true], table.pred[true], table.counts[true]
     (truth_ids, truth_voxels), (pred_ids, pred_voxels) = _sizes(truth, counts), _sizes(pred, counts)
@@ -241,128 +307,135 @@ def _partitions(table: Contingency) -> dict:
     }
 
 
+def _conditional_entropy(counts: np.ndarray, given: np.ndarray) -> float:
+    """Bits left in a voxel's pair once the part in which it lies is known; ``given`` is the part's size, per pair."""
+    return float(np.sum(counts * np.log2(given / counts)) / counts.sum()) if counts.size else 0.0
+
+
+def _pairs_of_voxels(sizes: np.ndarray) -> float:
+    """Ordered pairs of distinct voxels that lie in one part; float, since squares of sizes pass 2**63."""
+    sizes = sizes.astype(np.float64)
+    return float(np.sum(sizes * (sizes - 1)))
+
+
 def _faults(overlaps: _Overlaps) -> dict:
-    """Numbers of split, merged, missed and spurious objects; see :func:`instances`."""
+    """Numbers of split, merged, missed and spurious objects."""
     truths, preds = overlaps.truth_voxels.size, overlaps.pred_voxels.size
-    holds = TENTH * overlaps.both > overlaps.truth_voxels[overlaps.truth]  # the pred object holds a share of the truth
-    found = _sum_by(overlaps.truth, overlaps.both, truths)
-    true = _sum_by(overlaps.pred, overlaps.both, preds)
+    holds = _holds(overlaps)
+    covered = _sum_by(overlaps.truth, overlaps.shared, truths)
+    right = _sum_by(overlaps.pred, overlaps.shared, preds)
     return {
         "split": int(np.count_nonzero(np.bincount(overlaps.truth[holds], minlength=truths) > 1)),
         "merged": int(np.count_nonzero(np.bincount(overlaps.pred[holds], minlength=preds) > 1)),
-        "missed": int(np.count_nonzero(TENTH * found < overlaps.truth_voxels)),
-        "spurious": int(np.count_nonzero(TENTH * true < overlaps.pred_voxels)),
+        "missed": int(np.count_nonzero(INVERSE_SHARE * covered < overlaps.truth_voxels)),
+        "spurious": int(np.count_nonzero(INVERSE_SHARE * right < overlaps.pred_voxels)),
     }
 
 
-def check_threshold(iou: float) -> None:
-    """Refuses an IoU threshold that no pair or every pair could pass."""
-    if not 0 <= iou < 1:
-        raise UserError(f"iou {iou} is no threshold: objects match where their IoU is greater, so give 0 <= iou < 1")
-
-
-def instances(table: Contingency, iou: float = 0.5) -> dict:
-    """Scores of the objects, plain floats and ints.
-
-    **Partitions**, over the voxels whose truth id is not 0 (pred's background counts there as one more segment; what
-    pred claims outside the truth is not seen: look at precision, spurious and the foreground scores for that):
-
-    - ``voi_split`` = H(pred | truth), ``voi_merge`` = H(truth | pred), in bits (Meila 2007), as
-      ``skimage.metrics.variation_of_information(truth, pred, ignore_labels=(0,))``; 0.0 where the truth is empty.
-    - ``rand_error`` = 1 - F-score of voxel pairs, as ``skimage.metrics.adapted_rand_error`` (Arganda-Carreras 2015).
-      ``rand_precision``: share of the pairs in one pred segment that truth joins too, lowered by mergers;
-      ``rand_recall``: share of the pairs in one truth object that pred joins too, lowered by splits. skimage (0.26)
-      returns these two the other way round from its own documentation (scikit-image issue 6485).
-
-    **Detection**. A truth and a pred object match where their IoU over all voxels is greater than ``iou``,
-    0 <= iou < 1; from 0.5 upwards that is unique, below it the matching has as many pairs as possible and of those the
-    largest sum of IoU. ``matched`` pairs are TP, other pred objects FP, other truth objects FN:
-
-    - ``precision`` = TP / (TP + FP), ``recall`` = TP / (TP + FN), ``f1`` = TP / (TP + FP/2 + FN/2).
-    - ``pq`` = ``sq`` x ``rq`` (Kirillov 2019): ``sq`` the mean IoU of matched pairs, 0.0 where there are objects but no
-      match; ``rq`` is f1.
-    - ``sa50``, ``sa75``: TP / (TP + FP + FN) at IoU 0.5 and 0.75, whatever ``iou`` is.
-
-    **Counts** of objects: ``truth_objects``, ``pred_objects``, and
-
-    - ``split``: truth objects of which at least two pred objects each hold more than a tenth of the voxels;
-    - ``merged``: pred objects that each hold more than a tenth of the voxels of at least two truth objects;
-    - ``missed``: truth objects with less than a tenth of their voxels in any pred objects, all together;
-    - ``spurious``: pred objects with less than a tenth of their voxels in any truth objects, all together.
-
-    Raises UserError for ``iou`` outside its range.
-    """
-    check_threshold(iou)
-    overlaps = _overlaps(table)
-    return {
-        "iou_threshold": float(iou),
-        **_detection(overlaps, iou),
-        "sa50": _segmentation_accuracy(overlaps, 0.5),
-        "sa75": _segmentation_accuracy(overlaps, 0.75),
-        **_partitions(table),
-        "truth_objects": int(overlaps.truth_voxels.size),
-        "pred_objects": int(overlaps.pred_voxels.size),
-        **_faults(overlaps),
-    }
+def _holds(overlaps: _Overlaps) -> np.ndarray:
+    """In which pairs the predicted object holds more than a tenth of the true one."""
+    return INVERSE_SHARE * overlaps.shared > overlaps.truth_voxels[overlaps.truth]
 
 
 # ---------------------------------------------------------------- objects that touch
 
 
-def touching(labels: np.ndarray) -> np.ndarray:
-    """Pairs ``a < b`` of labels (uint64, n x 2, sorted) with voxels at most `NEAR` apart, between centers.
+@dataclass(frozen=True)
+class TouchingScores:
+    """How true objects that touch were told apart.
+
+    Attributes
+    ----------
+    pairs
+        Pairs of true objects that touch.
+    separated
+        Those of which both objects are matched, as in `InstanceScores`, and so by different predicted objects.
+    pair_recall
+        Their share.
+    pairs_merged
+        Those of which one predicted object holds more than a tenth of the voxels of both.
+    split_share
+        Of all true objects, touching or not, the share that counts as split.
+    """
+
+    pairs: int
+    separated: int
+    pair_recall: float
+    pairs_merged: int
+    split_share: float
+
+    def to_json(self) -> dict:
+        """Plain values that ``json.dumps`` takes."""
+        return asdict(self)
+
+
+def touching_pairs(labels: np.ndarray) -> np.ndarray:
+    """Pairs ``a < b`` of labels (uint64, n x 2, sorted) with voxels at most `TOUCHING_DISTANCE` apart, between centers.
 
     So two objects touch when they share a voxel face, edge or corner, or one voxel lies between them. The pairs of a
-    volume are those of its blocks, each grown by `NEAR`, in any cutting.
+    volume are those of its blocks, each grown by `TOUCHING_DISTANCE`, in any cutting.
 
-    >>> touching(np.array([[[5, 5, 0, 3, 0, 0, 9]]])).tolist()
+    Examples
+    --------
+    >>> touching_pairs(np.array([[[5, 5, 0, 3, 0, 0, 9]]])).tolist()
     [[3, 5]]
     """
-    padded = np.pad(_ids(labels, "labels").astype(np.uint64), NEAR)
-    flat, at = padded.ravel(), np.flatnonzero(padded)
-    here, found = flat[at], [np.empty((0, 2), np.uint64)]
+    padded = np.pad(check_labels(labels, "labels").astype(np.uint64), TOUCHING_DISTANCE)
+    flat, index = padded.ravel(), np.flatnonzero(padded)
+    own, pairs = flat[index], [np.empty((0, 2), np.uint64)]
     for step in _steps(padded.shape):
-        there = flat[at + step]
-        apart = (there != here) & (there > 0)
-        found.append(np.unique(np.sort(np.stack([here[apart], there[apart]], axis=1), axis=1), axis=0))
-    return np.unique(np.concatenate(found), axis=0)
+        other = flat[index + step]
+        differ = (other != own) & (other > 0)
+        pairs.append(np.unique(np.sort(np.stack([own[differ], other[differ]], axis=1), axis=1), axis=0))
+    return np.unique(np.concatenate(pairs), axis=0)
 
 
-def _steps(shape: tuple[int, int, int]) -> list[int]:
-    """The ways, in the linear index of an array of that shape, from a voxel to those ahead of it that are `NEAR`."""
-    ways = product(range(-NEAR, NEAR + 1), repeat=3)
-    return [int(np.dot(way, (shape[1] * shape[2], shape[2], 1)))
-            for way in ways if way > (0, 0, 0) and np.dot(way, way) <= NEAR**2]  # fmt: skip
+def _steps(shape: tuple[int, ...]) -> list[int]:
+    """Steps, in the linear index of an array of that shape, from a voxel to those ahead of it within the distance."""
+    reach = range(-TOUCHING_DISTANCE, TOUCHING_DISTANCE + 1)
+    strides = (shape[1] * shape[2], shape[2], 1)
+    return [
+        int(np.dot(offset, strides))
+        for offset in product(reach, repeat=3)
+        if offset > (0, 0, 0) and np.dot(offset, offset) <= TOUCHING_DISTANCE**2
+    ]
 
 
-def pairs(table: Contingency, near: np.ndarray, iou: float = 0.5) -> dict:
-    """How true objects that touch were told apart. ``near`` are their ids, as `touching` gives them.
+def score_touching(table: Contingency, touching: np.ndarray, iou: float = 0.5) -> TouchingScores:
+    """How well a prediction separates true objects that touch.
 
-    - ``pairs``: how many of ``near`` the table holds; ``separated``: those of which both objects are matched, as in
-      `instances`, and so by different pred objects; ``pair_recall``: their share.
-    - ``pairs_merged``: those of which one pred object holds more than a tenth of the voxels of both.
-    - ``split_share``: of all true objects, touching or not, the share that `instances` counts as ``split``.
+    Parameters
+    ----------
+    table
+        Shared voxels of true and predicted objects.
+    touching
+        Pairs of true ids, as `touching_pairs` gives them; those that the table does not hold are left out.
+    iou
+        Objects match where their IoU is greater; 0 <= iou < 1.
 
-    Raises UserError for ``iou`` outside its range.
+    Raises
+    ------
+    UserError
+        ``iou`` is outside its range.
     """
     check_threshold(iou)
     overlaps = _overlaps(table)
     truth_ids = np.unique(table.truth[table.truth > 0])
-    number = np.searchsorted(truth_ids, near[np.isin(near, truth_ids).all(axis=1)])
+    number = np.searchsorted(truth_ids, touching[np.isin(touching, truth_ids).all(axis=1)])
     matched = np.zeros(truth_ids.size, bool)
-    matched[overlaps.truth[_matched(overlaps, iou)]] = True
+    matched[overlaps.truth[_match(overlaps, iou)]] = True
     separated = int(matched[number].all(axis=1).sum())
-    return {
-        "pairs": len(number),
-        "separated": separated,
-        "pair_recall": _ratio(separated, len(number)),
-        "pairs_merged": sum(_share_a_holder(overlaps, a, b) for a, b in number.tolist()),
-        "split_share": _faults(overlaps)["split"] / truth_ids.size if truth_ids.size else 0.0,
-    }
+    return TouchingScores(
+        pairs=len(number),
+        separated=separated,
+        pair_recall=_ratio(separated, len(number)),
+        pairs_merged=sum(_share_a_holder(overlaps, a, b) for a, b in number.tolist()),
+        split_share=_faults(overlaps)["split"] / truth_ids.size if truth_ids.size else 0.0,
+    )
 
 
 def _share_a_holder(overlaps: _Overlaps, a: int, b: int) -> bool:
-    """Whether one pred object holds more than a tenth of both true objects (numbers in the lists)."""
-    holds = TENTH * overlaps.both > overlaps.truth_voxels[overlaps.truth]
-    of_a, of_b = (overlaps.pred[holds & (overlaps.truth == n)] for n in (a, b))
-    return bool(np.isin(of_a, of_b).any())
+    """Whether one predicted object holds more than a tenth of both true objects (numbers in the lists)."""
+    holds = _holds(overlaps)
+    holders = (overlaps.pred[holds & (overlaps.truth == n)] for n in (a, b))
+    return bool(np.isin(*holders).any())

@@ -12,7 +12,8 @@ from scipy import ndimage
 
 from volseg.box import Box, Triple
 from volseg.config import Config, Fragments, Train
-from volseg.evaluation import metrics
+from volseg.evaluation.contingency import Contingency
+from volseg.evaluation.metrics import score_instances
 from volseg.segmentation import stitch
 from volseg.segmentation.basins import watershed_block
 from volseg.segmentation.edges import EDGE
@@ -197,7 +198,7 @@ def score_objects(slabs: list[ValidationSlab], config: Config) -> list[dict]:
     return [rows[0], *(row for row in best if row is not rows[0])] if stays else best
 
 
-def _cut_basins(slab: ValidationSlab, settings: Fragments) -> tuple[stitch.Basins, metrics.Contingency]:
+def _cut_basins(slab: ValidationSlab, settings: Fragments) -> tuple[stitch.Basins, Contingency]:
     """The basins of a slab, as a run of one block would cut them, and how they (from 1) overlap true objects."""
     shape = slab.labels.shape
     box = Box.from_shape(shape)
@@ -207,22 +208,22 @@ def _cut_basins(slab: ValidationSlab, settings: Fragments) -> tuple[stitch.Basin
     no_links = stitch.Links(np.empty((0, 2), np.int64), np.empty(0, EDGE))
     gathered, (basin,) = stitch.gather([table], [no_links])
     valid = slab.labels != UNLABELED
-    return gathered, metrics.Contingency.of(slab.labels[valid], np.r_[0, basin + 1][region[valid]])
+    return gathered, Contingency.from_labels(slab.labels[valid], np.r_[0, basin + 1][region[valid]])
 
 
 def _panoptic_quality(slabs: list[ValidationSlab], cut: list, config: Config) -> float:
     """PQ of what ``config`` decides, the slabs of a source taken together, the mean over sources by their share."""
-    tables: dict[int, metrics.Contingency] = {}
+    tables: dict[int, Contingency] = {}
     for i, (slab, (basin_table, overlap)) in enumerate(zip(slabs, cut, strict=True)):
         label = label_basins(basin_table, Rules.from_config(config, slab.voxel_size_nm))
-        table = _with_own_ids(overlap.renamed(np.r_[0, label]), i)
-        tables[slab.source] = tables.get(slab.source, metrics.Contingency.empty()) + table
+        table = _with_own_ids(overlap.relabeled(np.r_[0, label]), i)
+        tables[slab.source] = tables.get(slab.source, Contingency.empty()) + table
     shares = {slab.source: slab.share for slab in slabs}
-    quality = {number: metrics.instances(table)["pq"] for number, table in tables.items()}
+    quality = {number: score_instances(table).pq for number, table in tables.items()}
     return sum(shares[number] * pq for number, pq in quality.items()) / sum(shares.values())
 
 
-def _with_own_ids(table: metrics.Contingency, number: int) -> metrics.Contingency:
+def _with_own_ids(table: Contingency, number: int) -> Contingency:
     """``table`` with ids that no other number gives."""
     truth, pred = (np.where(ids > 0, ids + np.uint64(number << 40), ids) for ids in (table.truth, table.pred))
-    return metrics.Contingency(truth, pred, table.counts)
+    return Contingency(truth, pred, table.counts)

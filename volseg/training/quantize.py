@@ -47,7 +47,7 @@ def quantize(
     if both := sorted(set(on) & set(test)):
         raise UserError(f"section {both[0]} is both to calibrate on and held out; give --sections without it")
     box = _held_out(test, source) if truth else None
-    real = evaluate.truth_in(truth, source.shape, box)(box) > 0 if truth else None
+    real = evaluate.read_truth(truth, source.shape, box)(box) > 0 if truth else None
     on = [on[i] for i in sorted(set(np.linspace(0, len(on) - 1, min(len(on), CALIBRATED_ON)).round().astype(int)))]
     norm = normalization(source.shape, source.read)
     grid = _grid(source, card)
