@@ -243,9 +243,13 @@ def test_the_report_is_two_columns_and_its_json_is_plain(truth):
     assert len({line.index(row[1], len(row[0])) for line, row in zip(lines, columns, strict=True) if row[1:]}) == 1
 
 
-def test_boxes_are_given_as_text_too_and_paths_as_objects(truth):
+def test_boxes_are_given_as_text_too_and_volumes_as_objects_or_arrays(tmp_path, truth):
     box = Box((2, 3, 5), (7, 20, 31))
     assert evaluate(Path(truth), SimpleNamespace(path=truth), box=str(box)) == evaluate(truth, truth, box=box)
+    arrays_alone = evaluate(labels(5), labels(), box=box).to_json()
+    files_alone = evaluate(write_zarr(tmp_path / "pred.zarr", labels(5), (4, 8, 8)), truth, box=box).to_json()
+    assert arrays_alone.pop("pred") == arrays_alone.pop("truth") == "the numpy array"
+    assert arrays_alone == {name: value for name, value in files_alone.items() if name not in ("pred", "truth")}
     with pytest.raises(UserError, match="not of the form z0:z1"):
         evaluate(truth, truth, box="2:7")
 

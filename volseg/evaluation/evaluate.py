@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from volseg.evaluation.metrics import (
     touching_pairs,
 )
 from volseg.io import files, volume
+from volseg.io.array_volume import ArrayVolume
 
 RUN_LABELS = "labels/instances/0"  # where a run keeps its labels
 BLOCK_VOXELS = 1 << 24  # voxels of each volume in memory at once
@@ -93,9 +93,7 @@ class Evaluation:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def evaluate(
-    pred: str | PathLike | Any, truth: str | PathLike | Any, *, box: Box | str | None = None, iou: float = 0.5
-) -> Evaluation:
+def evaluate(pred: Any, truth: Any, *, box: Box | str | None = None, iou: float = 0.5) -> Evaluation:
     """Score labels against the truth.
 
     Both volumes are read in blocks of 16 million voxels, and memory holds a row per pair of ids that meet; only of a binary
@@ -104,11 +102,11 @@ def evaluate(
     Parameters
     ----------
     pred, truth
-        Anything that :func:`volseg.io.volume.open` reads, of whole numbers, 0 background, or what has its place as
-        ``path``. Of a run folder, and of any group that has it, ``labels/instances/0`` is taken. A volume with one value
-        besides 0 in the box, or with values up to 255 of which 1 and 255 make 99 % of the foreground, is binary: its
-        objects are the 26-connected components inside the box of all voxels above 0, so an object that leaves the box and
-        comes back is two. What lies under ``labels`` in a zarr is never taken as binary.
+        Anything that :func:`volseg.io.volume.open_volume` reads, arrays too, of whole numbers, 0 background; or what has
+        its place as ``path``, such as a run. Of a run folder, and of any group that has it, ``labels/instances/0`` is
+        taken. A volume with one value besides 0 in the box, or with values up to 255 of which 1 and 255 make 99 % of the
+        foreground, is binary: its objects are the 26-connected components inside the box of all voxels above 0, so an
+        object that leaves the box and comes back is two. What lies under ``labels`` in a zarr is never taken as binary.
     box
         The voxels to compare, as a `Box` or as ``z0:z1,y0:y1,x0:x1``; None takes all. Where both shapes are equal, it cuts
         both. Where they differ, one volume must have the shape of the box: it is taken as the cut-out of the other one
@@ -121,10 +119,17 @@ def evaluate(
     UserError
         Shapes do not fit, the box leaves the volume, a volume holds floats or negative labels or looks like an image, or a
         run has no labels yet.
+
+    Examples
+    --------
+    >>> truth = np.repeat(np.repeat([[[1, 2], [3, 0]]], 8, axis=1), 8, axis=2)
+    >>> scores = evaluate(np.where(truth == 2, 1, truth), truth)
+    >>> scores.instances.merged, scores.instances.matched, scores.foreground.iou
+    (1, 1, 1.0)
     """
     check_threshold(iou)
     box = parse_box(box)
-    pred_labels, truth_labels, shape = _align(_open(run_path(pred)), _open(run_path(truth)), box)
+    pred_labels, truth_labels, shape = _align(_open(pred), _open(truth), box)
     box = box or Box.from_shape(shape)
     if not box.voxels or box.clip(shape) != box:
         raise UserError(f"box {box} is empty or leaves the volume of shape {shape} (z y x); give one inside it")
@@ -138,8 +143,8 @@ def evaluate(
         table = _count(read_truth, read_pred, boxes)
     touching = None if truth_is_mask else score_touching(table, find_touching(truth_labels.read, boxes, box), iou)
     return Evaluation(
-        pred=run_path(pred),
-        truth=run_path(truth),
+        pred=pred_labels.name,
+        truth=truth_labels.name,
         box=box,
         pred_instances=COMPONENTS if pred_is_mask else STORED,
         truth_instances=COMPONENTS if truth_is_mask else STORED,
@@ -166,45 +171,59 @@ def parse_box(box: Box | str | None) -> Box | None:
 class _Labels:
     """A volume of whole numbers whose first voxel lies at ``origin`` of the other one; ``named``: surely instances."""
 
-    volume: volume.Volume
+    volume: volume.Volume | ArrayVolume
+    name: str
     named: bool
     origin: Triple = (0, 0, 0)
+
+    @property
+    def chunk(self) -> Triple:
+        return self.volume.chunk if isinstance(self.volume, volume.Volume) else (1, 1, 1)
 
     def read(self, box: Box) -> np.ndarray:
         z, y, x = self.origin
         ids = self.volume.read(box.shift((-z, -y, -x)))
         if ids.dtype.kind == "i" and ids.size and ids.min() < 0:
             raise UserError(
-                f"{self.volume.path} holds the negative label {ids.min()} in box {box}; "
+                f"{self.name} holds the negative label {ids.min()} in box {box}; "
                 "background is 0 and ids are positive: write the voxels to ignore as 0"
             )
         return ids
 
 
-def _open(path: str) -> _Labels:
-    """The labels at ``path``; for a run folder, or any group with `RUN_LABELS`, those."""
+def _open(source: Any) -> _Labels:
+    """The labels in ``source``; for a run folder, or any group with `RUN_LABELS`, those."""
+    if hasattr(source, "dtype"):
+        opened = volume.open_volume(source)
+        name = opened.path if isinstance(opened, volume.Volume) else opened.name
+        _check(opened, name)
+        return _Labels(opened, name, named=False)
+    path = run_path(source)
     is_run = files.exists(f"{path}/{RUN_LABELS}")
     if path.endswith(".volseg.zarr") and files.exists(path) and not is_run:
         raise UserError(f"run {path} has no {RUN_LABELS} yet; finish the run first, or give a volume of labels")
     opened = volume.open(path, dataset=RUN_LABELS if is_run else "")
+    _check(opened, path)
+    return _Labels(opened, path, named=is_run or ".zarr/labels/" in path)
+
+
+def _check(opened: volume.Volume | ArrayVolume, name: str) -> None:
+    """Refuses what cannot be labels: floats, and images.
+
+    Labels are the same from voxel to voxel nearly everywhere; images and probabilities hardly anywhere.
+    """
     if np.dtype(opened.dtype).kind not in "bui":
         raise UserError(
-            f"{path} holds {opened.dtype}; evaluate compares labels or masks, which are whole numbers: "
+            f"{name} holds {opened.dtype}; evaluate compares labels or masks, which are whole numbers: "
             "make labels of probabilities with volseg segment, or give the run folder that volseg made"
         )
-    _refuse_image(opened)
-    return _Labels(opened, is_run or ".zarr/labels/" in path)
-
-
-def _refuse_image(opened: volume.Volume) -> None:
-    """Labels are the same from voxel to voxel nearly everywhere; images and probabilities hardly anywhere."""
     above = isolated = 0
     for box in volume.patches(opened.shape):
         (plane,) = opened.read(box)
         above, isolated = above + np.count_nonzero(plane), isolated + _isolated(plane)
     if isolated > MAX_ISOLATED_SHARE * above:
         raise UserError(
-            f"{opened.path} is neither labels nor a mask: {100 * isolated / above:.0f} % of its voxels above 0 differ from "
+            f"{name} is neither labels nor a mask: {100 * isolated / above:.0f} % of its voxels above 0 differ from "
             "all their neighbors, as in an image or a probability map. Give labels (volseg synth puts them at "
             "labels/truth); volseg segment makes labels of probabilities"
         )
@@ -230,7 +249,7 @@ def _align(pred: _Labels, truth: _Labels, box: Box | None) -> tuple[_Labels, _La
         return replace(pred, origin=box.start), truth, shapes[1]
     advice = f"box {box} of shape {box.shape} fits neither" if box else "give the place of a cut-out with --box"
     raise UserError(
-        f"pred {pred.volume.path} has shape {shapes[0]} and truth {truth.volume.path} {shapes[1]}, z y x; "
+        f"pred {pred.name} has shape {shapes[0]} and truth {truth.name} {shapes[1]}, z y x; "
         f"they must be equal, or one must be a cut-out of the other as large as the box: {advice}"
     )
 
@@ -256,7 +275,7 @@ def _block(shape: Triple, chunks: Iterable[Triple], voxels: int) -> Triple:
 
 def _boxes(labels: Iterable[_Labels], shape: Triple, box: Box) -> list[Box]:
     """The evaluated box cut along the blocks of the frame."""
-    grid = Blocks(shape, _block(shape, [one.volume.chunk for one in labels], BLOCK_VOXELS))
+    grid = Blocks(shape, _block(shape, [one.chunk for one in labels], BLOCK_VOXELS))
     return [grid[i].intersect(box) for i in grid.overlapping(box)]
 
 
@@ -293,16 +312,16 @@ def _components(read: Read, boxes: list[Box], box: Box) -> Read:
     return lambda part: labels[part.slices_within(box)]
 
 
-def read_truth(path: str, shape: Triple, box: Box) -> Read:
+def read_truth(truth: Any, shape: Triple, box: Box) -> Read:
     """Reads the true instances in parts of ``box`` of a volume of that shape; a mask's are its 26-connected components.
 
     Masks and boxes are understood as `evaluate` does, and refused alike.
     """
-    labels = _open(run_path(path))
+    labels = _open(truth)
     if labels.volume.shape != shape:
         if labels.volume.shape != box.shape:
             raise UserError(
-                f"truth {path} has shape {labels.volume.shape} and the run {shape}, z y x; they must be equal, "
+                f"truth {labels.name} has shape {labels.volume.shape} and the run {shape}, z y x; they must be equal, "
                 "or the truth a cut-out as large as --box"
             )
         labels = replace(labels, origin=box.start)
