@@ -20,6 +20,7 @@ from volseg.errors import UserError
 from volseg.evaluation import review
 from volseg.io import volume
 from volseg.segmentation import saddles
+from volseg.segmentation.heights import MAX_LEVEL, seed_height
 from volseg.segmentation.rules import Rules, label_basins
 from volseg.segmentation.stitch import gather
 
@@ -85,6 +86,20 @@ def test_confidence_is_the_depth_below_the_lowest_saddle():
     label = label_basins(basins, Rules(4 * 1632))
     np.testing.assert_allclose(saddles.confidence(basins, label, knobs), [0.2, 0.6, 0.8])
     np.testing.assert_allclose(saddles.confidence(basins, np.minimum(label, 1), knobs), [1.0])
+
+
+def test_confidence_of_distances_is_that_of_probabilities():
+    """By hand: caps of 10 voxels, distances 8 and 6 and a saddle at 0. With every basin labeled, label 0 has no height."""
+    settings = Fragments(height="distance", distance=10)
+    heights = [(100 - far**2) * (MAX_LEVEL + 1) for far in (8, 0, 6)]
+    basins = basins_of(row(*heights), (1, 1, 3))
+    label = label_basins(basins, Rules(seed_height(0.5, settings)))
+    assert label.tolist() == [1, 2]
+    np.testing.assert_allclose(saddles.confidence(basins, label, settings), [0.8, 0.6])
+    table = saddles.saddles_table(
+        saddles.rank_saddles(basins, Rules(seed_height(0.5, settings)), label), settings, (1, 1, 3), (5.0, 5.0, 5.0)
+    )
+    assert table["saddle_probability"].tolist() == [0.0]
 
 
 def test_a_runs_table_holds_every_pair_of_objects_that_touch(reference):

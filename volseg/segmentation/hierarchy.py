@@ -1,4 +1,21 @@
-"""Hierarchy."""
+"""Label a graph of basins that no process could hold: contract it in each block, then in steps of 2 x 2 x 2 blocks.
+
+`rules` labels the minimum spanning forest of the regions, where a region that drains into another comes before all edges,
+and a virtual root that knows every seed comes right after the edges that are no higher than the seed level. Two facts about
+such forests (Tarjan, "Data structures and network algorithms", 1983, chapter 6) hold in any part of it:
+
+- the highest edge of a cycle is not in the forest, so a part may drop it, whatever lies outside;
+- the lowest edge that leaves a set of regions is in the forest, so a part may join along it once it knows all that leave.
+
+Edges are totally ordered by `SADDLE_ORDER`, so both are certain, and the order of contraction does not matter. Of a part,
+only what its outer faces leave open goes up: as much as its masked surface, not as its volume. What nothing leaves is
+finished.
+
+1. `block_graph`: the graph of one block. It knows every edge and drain over its faces, its neighbors' too.
+2. `contract`: joins and drops what is certain.
+3. `join`: the graph of up to eight parts, their common faces now inside. Back to 2, until one part is the volume.
+4. `ranks` numbers the objects; on the way back `assign` tells each part the labels of the components that it passed up.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +27,44 @@ from numba import njit
 
 from volseg.box import Blocks
 from volseg.segmentation.basins import BlockBasins
-from volseg.segmentation.edges import EDGE, SADDLE_ORDER, argsort_rows, argsort_saddles, find, index_dtype, precedes
+from volseg.segmentation.edges import (
+    EDGE,
+    SADDLE_ORDER,
+    argsort_rows,
+    argsort_saddles,
+    find,
+    index_dtype,
+    precedes,
+    unite,
+)
 from volseg.segmentation.rules import Rules
 from volseg.segmentation.stitch import REGION_MASK, Links, min_by_group, sum_by_group
 
-_SADDLE = [(key, EDGE[key]) for key in SADDLE_ORDER]
+_SADDLE = [(field, EDGE[field]) for field in SADDLE_ORDER]
 INNER = np.dtype([("a", np.uint32), ("b", np.uint32), *_SADDLE])
 OUTER = np.dtype([("component", np.uint32), ("region", np.int64), ("neighbor", np.int64), *_SADDLE])
-BACK = np.dtype(
+ANSWER = np.dtype(
     [("component", np.uint32), ("region", np.int64), ("neighbor", np.int64)]
-)  # what `join` keeps of a second side
-DRAIN = -1  # `high` of what is joined before all edges; heights are not negative
+)  # of a second side, in `join`
+DRAIN = -1  # `high` of what joins before all edges; heights are not negative
 SUMS = ("minimum", "voxels", "first", "probability_sum")
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Components of a part of the volume and what is open about them.
+    """Components of a part of the volume, and what is open about them.
 
-    depth, voxels, first, mass   per component, so far: lowest height, sums and lowest linear index
-    inner    INNER rows between components (numbers from 0)
-    outer    OUTER rows from component ``of``, whose region ``here`` meets region ``there`` outside the part
+    Attributes
+    ----------
+    minimum
+        int32 (components,): lowest height so far.
+    voxels, first, probability_sum
+        int64 (components,): as in `BlockBasins`, so far.
+    inner
+        INNER: edges between components, numbered from 0.
+    outer
+        OUTER: edges and drains from ``component``, whose ``region`` touches a ``neighbor`` outside the part (both global
+        ids of `stitch`).
     """
 
     minimum: np.ndarray
@@ -45,7 +79,7 @@ class Graph:
 
 
 def top_level(grid: Blocks) -> int:
-    """The level whose one part is the volume; level 0 has the blocks."""
+    """The level whose one part is the volume; the parts of level 0 are the blocks."""
     return (max(grid.counts) - 1).bit_length()
 
 
@@ -56,7 +90,8 @@ def parts(grid: Blocks, level: int) -> Blocks:
     >>> [len(parts(grid, level)) for level in range(top_level(grid) + 1)]
     [5, 3, 2, 1]
     """
-    return Blocks(grid.shape, tuple(b << level for b in grid.block))
+    z, y, x = (n << level for n in grid.block)
+    return Blocks(grid.shape, (z, y, x))
 
 
 def children(grid: Blocks, level: int, n: int) -> list[int]:
@@ -68,35 +103,46 @@ def children(grid: Blocks, level: int, n: int) -> list[int]:
 
 
 def linked_blocks(grid: Blocks, i: int, connectivity: int) -> list[int]:
-    """Block ``i`` and the blocks whose links `block_graph` needs: all that voxels of ``i`` can have neighbors in."""
+    """Block ``i``, and all blocks in which its voxels can have neighbors."""
     return [i, *grid.neighbors(i)] if connectivity == 6 else grid.overlapping(grid[i].grow(1))
 
 
 def block_graph(i: int, table: BlockBasins, links: Mapping[int, Links]) -> Graph:
-    """The `Graph` of block ``i``; its components are its regions. ``links`` are those of all blocks `linked_blocks` it."""
+    """The `Graph` of block ``i``, whose components are its regions.
+
+    Parameters
+    ----------
+    i
+        Number of the block.
+    table
+        Its table.
+    links
+        Those of all `linked_blocks`, by number.
+    """
     inner = np.empty(table.edges.size, INNER)
     inner["a"], inner["b"] = table.edges["a"] - 1, table.edges["b"] - 1
-    for key in SADDLE_ORDER:
-        inner[key] = table.edges[key]
+    for field in SADDLE_ORDER:
+        inner[field] = table.edges[field]
     own = links[i]
-    outer = [_drains(own.drains[:, 0], own.drains[:, 1]), _crossing(own.edges["a"], own.edges["b"], own.edges)]
+    outer = [_outer_drains(own.drains[:, 0], own.drains[:, 1]), _outer_edges(own.edges["a"], own.edges["b"], own.edges)]
     for j in links.keys() - {i}:
-        into = links[j].drains[links[j].drains[:, 1] >> 32 == i]
+        drains = links[j].drains[links[j].drains[:, 1] >> 32 == i]
         edges = links[j].edges[links[j].edges["b"] >> 32 == i]
-        outer += [_drains(into[:, 1], into[:, 0]), _crossing(edges["b"], edges["a"], edges)]
+        outer += [_outer_drains(drains[:, 1], drains[:, 0]), _outer_edges(edges["b"], edges["a"], edges)]
     return Graph(table.minimum, table.voxels, table.first, table.probability_sum, inner, np.concatenate(outer))
 
 
-def _drains(here: np.ndarray, there: np.ndarray) -> np.ndarray:
-    out = np.zeros(here.size, OUTER)
-    out["component"], out["region"], out["neighbor"], out["high"] = (here & REGION_MASK) - 1, here, there, DRAIN
+def _outer_drains(region: np.ndarray, neighbor: np.ndarray) -> np.ndarray:
+    out = np.zeros(region.size, OUTER)
+    out["component"], out["region"], out["neighbor"] = (region & REGION_MASK) - 1, region, neighbor
+    out["high"] = DRAIN
     return out
 
 
-def _crossing(here: np.ndarray, there: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    out = _drains(here, there)
-    for key in SADDLE_ORDER:
-        out[key] = edges[key]
+def _outer_edges(region: np.ndarray, neighbor: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    out = _outer_drains(region, neighbor)
+    for field in SADDLE_ORDER:
+        out[field] = edges[field]
     return out
 
 
@@ -104,94 +150,123 @@ def _crossing(here: np.ndarray, there: np.ndarray, edges: np.ndarray) -> np.ndar
 
 
 def contract(graph: Graph, level: int) -> tuple[Graph, Graph, np.ndarray]:
-    """What goes up, the finished objects (ascending by ``first``, without rows), and what became of each component.
+    """What of a part goes up, what is finished, and the destination of each component.
 
-    That is its number among those that go up, or ``~number`` (below 0) among the finished. Seeds are the components of
-    depth at most ``level``; of two rows to the same region outside only the lowest goes up.
+    Parameters
+    ----------
+    graph
+        The part.
+    level
+        The seed level: components whose minimum is at most this are seeds.
+
+    Returns
+    -------
+    up
+        `Graph` of what outer faces leave open. Of two rows to the same region outside only the lowest goes up.
+    finished
+        `Graph` without rows: the finished objects, ascending by ``first``.
+    destination
+        int64 (components,): the component's number in ``up``, or ``~number`` (below 0) in ``finished``.
     """
     count = graph.minimum.size
-    there, outside = _numbered(graph.outer["neighbor"])
+    neighbor, outside = _number_distinct(graph.outer["neighbor"])
     seeded = np.concatenate([graph.minimum <= level, np.zeros(outside, bool)])
-    by_inner, by_outer = (argsort_saddles(*(rows[key] for key in SADDLE_ORDER)) for rows in (graph.inner, graph.outer))
-    whole, root = (np.arange(size, dtype=index_dtype(seeded.size)) for size in (seeded.size, count))
-    of_inner, of_outer = _contract(graph.inner, graph.outer, there, by_inner, by_outer, seeded, whole, root, level)
-    del there, seeded, by_inner, by_outer, whole
-    inner, outer = graph.inner[of_inner], graph.outer[of_outer]
-    group, sums = _sum(graph, root)
+    inner_order, outer_order = (
+        argsort_saddles(*(rows[field] for field in SADDLE_ORDER)) for rows in (graph.inner, graph.outer)
+    )
+    possible, certain = (np.arange(size, dtype=index_dtype(seeded.size)) for size in (seeded.size, count))
+    keep_inner, keep_outer = _contract(
+        graph.inner, graph.outer, neighbor, inner_order, outer_order, seeded, possible, certain, level
+    )
+    del neighbor, seeded, inner_order, outer_order, possible
+    inner, outer = graph.inner[keep_inner], graph.outer[keep_outer]
+    group, sums = _sum(graph, certain)
     is_open = np.zeros(sums["minimum"].size, bool)
     for ends in (inner["a"], inner["b"], outer["component"]):
         is_open[group[ends]] = True
-    done = np.flatnonzero(~is_open)
-    done = done[np.argsort(sums["first"][done])]
+    finished = np.flatnonzero(~is_open)
+    finished = finished[np.argsort(sums["first"][finished])]
     new_index = np.empty(is_open.size, np.int64)
     new_index[is_open] = np.arange(np.count_nonzero(is_open))
-    new_index[done] = ~np.arange(done.size)
+    new_index[finished] = ~np.arange(finished.size)
     destination = new_index[group]
-    inner["a"], inner["b"], outer["component"] = (
-        destination[inner["a"]],
-        destination[inner["b"]],
-        destination[outer["component"]],
-    )
-    up = Graph(**{name: column[is_open] for name, column in sums.items()}, inner=inner, outer=outer)
-    finished = Graph(**{name: column[done] for name, column in sums.items()}, inner=inner[:0], outer=outer[:0])
-    return up, finished, destination
+    inner["a"], inner["b"] = destination[inner["a"]], destination[inner["b"]]
+    outer["component"] = destination[outer["component"]]
+    return _select(sums, is_open, inner, outer), _select(sums, finished, inner[:0], outer[:0]), destination
 
 
-def _numbered(names: np.ndarray) -> tuple[np.ndarray, int]:
-    """The number (from 0) of each name among the distinct ones in ascending order, and how many these are."""
-    return _count_up(names, argsort_rows(names)) if names.size else (np.empty(0, np.uint32), 0)
+def _select(sums: dict[str, np.ndarray], components: np.ndarray, inner: np.ndarray, outer: np.ndarray) -> Graph:
+    return Graph(**{field: column[components] for field, column in sums.items()}, inner=inner, outer=outer)
+
+
+def _number_distinct(ids: np.ndarray) -> tuple[np.ndarray, int]:
+    """The number (from 0) of each id among the distinct ones in ascending order, and how many these are."""
+    return _count_up(ids, argsort_rows(ids)) if ids.size else (np.empty(0, np.uint32), 0)
 
 
 @njit(cache=True, nogil=True)
-def _count_up(names, rows):
-    out = np.empty_like(rows)
+def _count_up(ids: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, int]:
+    out = np.empty_like(order)
     last = 0
-    for k in range(rows.size):
-        last += k > 0 and names[rows[k]] != names[rows[k - 1]]
-        out[rows[k]] = last
+    for k in range(order.size):
+        last += k > 0 and ids[order[k]] != ids[order[k - 1]]
+        out[order[k]] = last
     return out, last + 1
 
 
+# Kruskal's algorithm over inner and outer rows in one ascending order, with two union-finds: ``possible`` joins all that the
+# rest of the volume could join, ``certain`` what it cannot prevent. Regions outside stand after the components, and nothing
+# is known of them. A set of ``possible`` is ``closed`` while it has no seed and no such region: then all that leaves it is
+# known, and the row at hand is the lowest, so a join over it is certain.
+# Invariant: before a row, two nodes are in one set of ``possible`` if and only if lower rows connect them without joining two
+# seeds; what ``certain`` joins is in the forest whatever lies outside.
 @njit(cache=True, nogil=True)
-def _contract(inner, outer, there, by_inner, by_outer, seeded, whole, sure, level):
-    """Which rows of both kinds must go up; ``sure`` becomes the root of each component along joins that are certain.
-
-    Rows are taken in ascending order, as Kruskal's algorithm does, once with all that could be joined (``whole``) and once
-    with what is certain (``sure``). A set without a seed, of which nothing unknown is reached by lower rows, knows all that
-    leaves it: the row at hand is the lowest. Regions outside, which are unknown, stand after the components.
-    """
-    count = sure.size
-    shut = np.zeros(seeded.size, np.bool_)
+def _contract(
+    inner: np.ndarray,
+    outer: np.ndarray,
+    neighbor: np.ndarray,
+    inner_order: np.ndarray,
+    outer_order: np.ndarray,
+    seeded: np.ndarray,
+    possible: np.ndarray,
+    certain: np.ndarray,
+    level: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows of both kinds must go up; ``certain`` becomes the root of each component along joins that are certain."""
+    count = certain.size
+    closed = np.zeros(seeded.size, np.bool_)
     for k in range(count):
-        shut[k] = not seeded[k]
+        closed[k] = not seeded[k]
     keep_inner, keep_outer = np.zeros(inner.size, np.bool_), np.zeros(outer.size, np.bool_)
     i = j = 0
-    while i < by_inner.size or j < by_outer.size:
-        known = j == by_outer.size or (i < by_inner.size and not precedes(outer[by_outer[j]], inner[by_inner[i]]))
-        if known:
-            e = np.int64(by_inner[i])
+    while i < inner_order.size or j < outer_order.size:
+        is_inner = j == outer_order.size or (
+            i < inner_order.size and not precedes(outer[outer_order[j]], inner[inner_order[i]])
+        )
+        if is_inner:
+            e = np.int64(inner_order[i])
             a, b, high = np.int64(inner[e].a), np.int64(inner[e].b), inner[e].high
             i += 1
         else:
-            e = np.int64(by_outer[j])
-            a, b, high = np.int64(outer[e].component), count + np.int64(there[e]), outer[e].high
+            e = np.int64(outer_order[j])
+            a, b, high = np.int64(outer[e].component), count + np.int64(neighbor[e]), outer[e].high
             j += 1
-        p, q = find(whole, a), find(whole, b)
-        free = high <= level or high == DRAIN
-        if p == q or (not free and seeded[p] and seeded[q]):
+        p, q = find(possible, a), find(possible, b)
+        joins_seeds = high <= level or high == DRAIN
+        if p == q or (not joins_seeds and seeded[p] and seeded[q]):
             continue
-        if known and (free or shut[p] or shut[q]):
-            r, s = find(sure, a), find(sure, b)
-            sure[max(r, s)] = min(r, s)
-        elif known:
+        if is_inner and (joins_seeds or closed[p] or closed[q]):
+            r, s = find(certain, a), find(certain, b)
+            unite(certain, r, s)
+        elif is_inner:
             keep_inner[e] = True
         else:
             keep_outer[e] = True
-        whole[q] = p
-        seeded[p] = seeded[p] or seeded[q]
-        shut[p] = shut[p] and shut[q]
+        root, child = unite(possible, p, q)
+        seeded[root] = seeded[root] or seeded[child]
+        closed[root] = closed[root] and closed[child]
     for k in range(count):
-        sure[k] = find(sure, k)
+        certain[k] = find(certain, k)
     return keep_inner, keep_outer
 
 
@@ -199,7 +274,7 @@ def _sum(graph: Graph, root: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarr
     """The group (from 0) of each component, and the groups' sums."""
     is_root = root == np.arange(root.size)
     group = (np.cumsum(is_root) - 1)[root]
-    groups = np.count_nonzero(is_root)
+    groups = int(np.count_nonzero(is_root))
     return group, {
         "minimum": min_by_group(graph.minimum, group, groups).astype(np.int32),
         "voxels": sum_by_group(graph.voxels, group, groups),
@@ -209,118 +284,158 @@ def _sum(graph: Graph, root: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarr
 
 
 def labeled(finished: Graph, rules: Rules) -> np.ndarray:
-    """Which finished objects are labeled: the rules of `decide` that see an object's sums and nothing else."""
-    keep = (finished.voxels >= rules.min_voxels) & (finished.voxels <= rules.max_voxels)
-    return keep if rules.keep_unseeded else keep & (finished.minimum <= rules.seeds[1])
+    """Which finished objects have a label, by the rules that see an object's sums and nothing else; bool (objects,)."""
+    has_size = (finished.voxels >= rules.min_voxels) & (finished.voxels <= rules.max_voxels)
+    return has_size if rules.keep_unseeded else has_size & (finished.minimum <= rules.seeds[1])
 
 
 # ---------------------------------------------------------------- 3
 
 
 def join(below: Iterable[Graph], grid: Blocks, level: int, n: int) -> Graph:
-    """The `Graph` of part ``n`` of that level from those of its `children`; components are numbered one after another.
+    """The `Graph` of one part from those of its children; components are numbered one after another.
 
-    A row over a face between two of them is an edge where both still have it: what either dropped is in no forest. They
-    are taken one at a time, and what is no longer needed of one is let go before the next.
+    A row over a face between two children is an edge where both still have it: what either dropped is in no forest.
+
+    Parameters
+    ----------
+    below
+        What goes up from each of the part's `children`, in their order. They are taken one at a time, and what is no longer
+        needed of one is dropped before the next.
+    grid
+        The volume's blocks.
+    level, n
+        The part.
     """
-    sums: dict[str, list[np.ndarray]] = {name: [] for name in SUMS}
+    sums: dict[str, list[np.ndarray]] = {field: [] for field in SUMS}
     inner, outer = [np.empty(0, INNER)], [np.empty(0, OUTER)]
-    ahead, back = {}, {}  # by pair of children: what the first lists of the second, and the second of the first
-    each, graphs, count = children(grid, level, n), iter(below), 0
-    for child in each:
+    ahead: dict[tuple[int, int], np.ndarray] = {}  # by pair of children: what the first lists of the second
+    answers: dict[tuple[int, int], np.ndarray] = {}  # and the second of the first
+    siblings, graphs, count = children(grid, level, n), iter(below), 0
+    for child in siblings:
         graph = next(graphs)
-        inner.append(_moved(graph.inner, ("a", "b"), count))
-        rows = _moved(graph.outer, ("component",), count)
-        for name, column in sums.items():
-            column.append(getattr(graph, name))
+        inner.append(_shifted(graph.inner, ("a", "b"), count))
+        rows = _shifted(graph.outer, ("component",), count)
+        for field, column in sums.items():
+            column.append(getattr(graph, field))
         count += graph.minimum.size
         del graph
-        at = _parts_of(rows["neighbor"], grid, level - 1)
-        outer.append(rows[~np.isin(at, each)])
-        for other in each:
-            if other > child:
-                ahead[child, other] = rows[at == other]
-            elif other < child:
-                back[other, child] = rows[at == other][[*BACK.names]].astype(BACK)
-        del rows, at
+        part = _parts_of(rows["neighbor"], grid, level - 1)
+        outer.append(rows[~np.isin(part, siblings)])
+        for sibling in siblings:
+            if sibling > child:
+                ahead[child, sibling] = rows[part == sibling]
+            elif sibling < child:
+                answers[sibling, child] = rows[part == sibling][[*ANSWER.names]].astype(ANSWER)
+        del rows, part
     for pair in list(ahead):
-        inner.append(_meet(ahead.pop(pair), back.pop(pair)))
-    return Graph(
-        **{name: np.concatenate(column) for name, column in sums.items()}, inner=_all(inner), outer=_all(outer)
-    )
+        inner.append(_common_edges(ahead.pop(pair), answers.pop(pair)))
+    columns = {field: np.concatenate(column) for field, column in sums.items()}
+    return Graph(**columns, inner=_concatenate(inner), outer=_concatenate(outer))
 
 
-def _all(parts: list[np.ndarray]) -> np.ndarray:
-    """The parts in one piece; the list is empty then."""
-    out = np.concatenate(parts)
-    parts.clear()
+def _concatenate(pieces: list[np.ndarray]) -> np.ndarray:
+    """The pieces in one array; the list is empty then."""
+    out = np.concatenate(pieces)
+    pieces.clear()
     return out
 
 
-def _moved(rows: np.ndarray, fields: tuple[str, ...], by: int) -> np.ndarray:
+def _shifted(rows: np.ndarray, fields: tuple[str, ...], offset: int) -> np.ndarray:
     out = rows.copy()
     for field in fields:
-        out[field] += by
+        out[field] += offset
     return out
 
 
-def _parts_of(names: np.ndarray, grid: Blocks, level: int) -> np.ndarray:
-    """The part of that level in which each named region lies."""
-    place = np.unravel_index(names >> 32, grid.counts)
-    return np.ravel_multi_index([p >> level for p in place], parts(grid, level).counts)
+def _parts_of(ids: np.ndarray, grid: Blocks, level: int) -> np.ndarray:
+    """The part of that level in which each region lies."""
+    zyx = np.unravel_index(ids >> 32, grid.counts)
+    return np.ravel_multi_index([place >> level for place in zyx], parts(grid, level).counts)
 
 
-def _meet(ahead: np.ndarray, back: np.ndarray) -> np.ndarray:
-    """INNER rows of the pairs of regions that both sides list: OUTER rows, and BACK rows of the other side.
+def _common_edges(ahead: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """INNER rows of the pairs of regions that both sides list: OUTER rows of one, and ANSWER rows of the other.
 
     A contracted graph lists no pair twice.
     """
-    found, of = _paired(
-        ahead, back, argsort_rows(ahead["region"], ahead["neighbor"]), argsort_rows(back["neighbor"], back["region"])
-    )
-    out = np.empty(found.size, INNER)
-    out["a"], out["b"] = ahead["component"][found], of
-    for key in SADDLE_ORDER:
-        out[key] = ahead[key][found]
+    order = argsort_rows(ahead["region"], ahead["neighbor"])
+    answer_order = argsort_rows(answers["neighbor"], answers["region"])
+    rows, component = _match(ahead, answers, order, answer_order)
+    out = np.empty(rows.size, INNER)
+    out["a"], out["b"] = ahead["component"][rows], component
+    for field in SADDLE_ORDER:
+        out[field] = ahead[field][rows]
     return out
 
 
 @njit(cache=True, nogil=True)
-def _paired(ahead, back, by_ahead, by_back):
-    """Positions of the rows ahead that are answered, and the components of those that answer. Both in order of the pair."""
+def _match(
+    ahead: np.ndarray, answers: np.ndarray, order: np.ndarray, answer_order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows ahead that are answered, and the components of their answers, in the order of the pair; ``order`` is used up."""
     used = j = 0
-    of = np.empty(min(ahead.size, back.size), np.uint32)
-    for e in by_ahead:
-        here, there = ahead[e].region, ahead[e].neighbor
-        while j < by_back.size and (
-            back[by_back[j]].neighbor < here or (back[by_back[j]].neighbor == here and back[by_back[j]].region < there)
+    component = np.empty(min(ahead.size, answers.size), np.uint32)
+    for e in order:
+        region, neighbor = ahead[e].region, ahead[e].neighbor
+        while j < answer_order.size and (
+            answers[answer_order[j]].neighbor < region
+            or (answers[answer_order[j]].neighbor == region and answers[answer_order[j]].region < neighbor)
         ):
             j += 1
-        if j < by_back.size and back[by_back[j]].neighbor == here and back[by_back[j]].region == there:
-            by_ahead[used], of[used] = e, back[by_back[j]].component
+        if (
+            j < answer_order.size
+            and answers[answer_order[j]].neighbor == region
+            and answers[answer_order[j]].region == neighbor
+        ):
+            order[used], component[used] = e, answers[answer_order[j]].component
             used += 1
-    return by_ahead[:used], of[:used]
+    return order[:used], component[:used]
 
 
-# ---------------------------------------------------------------- numbers, and the way back
+# ---------------------------------------------------------------- 4
 
 
 def ranks(firsts: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The place (from 0) of each of these distinct voxels among all of them.
 
+    Parameters
+    ----------
+    firsts
+        int64 arrays of linear indices.
+
+    Returns
+    -------
+    list of int64 arrays of the same sizes
+
+    Examples
+    --------
     >>> [rank.tolist() for rank in ranks([np.array([5, 9]), np.array([7])])]
     [[0, 2], [1]]
     """
-    every = np.concatenate([np.empty(0, np.int64), *firsts])
-    rank = np.empty(every.size, np.int64)
-    rank[np.argsort(every)] = np.arange(every.size)
+    voxels = np.concatenate([np.empty(0, np.int64), *firsts])
+    rank = np.empty(voxels.size, np.int64)
+    rank[np.argsort(voxels)] = np.arange(voxels.size)
     return np.split(rank, np.cumsum([first.size for first in firsts])[:-1]) if firsts else []
 
 
-def assign(destination: np.ndarray, above: np.ndarray, finished: np.ndarray) -> np.ndarray:
-    """The label of each component, from its fate and the labels of what went up and of what was finished.
+def assign(destination: np.ndarray, up: np.ndarray, finished: np.ndarray) -> np.ndarray:
+    """The label of each component of a part.
 
+    Parameters
+    ----------
+    destination
+        As `contract` gave it.
+    up, finished
+        int64: labels of what went up, and of what was finished.
+
+    Returns
+    -------
+    int64 (components,)
+
+    Examples
+    --------
     >>> assign(np.array([0, ~1, ~0, 1]), np.array([7, 8]), np.array([3, 0])).tolist()
     [7, 0, 3, 8]
     """
-    return np.concatenate([above, finished[::-1]])[destination]
+    return np.concatenate([up, finished[::-1]])[destination]

@@ -1,4 +1,4 @@
-"""The object table: sums over each block's voxels that add up, and the rows made of them.
+"""The object table: sums over each block's voxels, and the rows made of them.
 
 All sums are integers, and no float is made before they are complete, so the table is the same for every cutting into
 blocks. A contact between two blocks is counted by the block in front of it.
@@ -12,23 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from volseg.box import Box, Triple
+from volseg.box import Box, Triple, VoxelSize
 
 MOMENTS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # axes multiplied
-WORD_BITS = 32  # bits of the lower word of a moment
-MAX_RUN_VOXELS = 1 << 12  # voxels added at once: then a run's moments fit 63 bits on axes of up to 2**25 voxels
+WORD_BITS = 32  # of the lower word of a moment
+MAX_RUN_VOXELS = 1 << 12  # added at once: then a run's moments fit 63 bits on axes of up to 2**25 voxels
 
 ROW = np.dtype(
     [
         ("id", np.uint64),
         ("voxels", np.int64),
-        ("probability_sum", np.int64),  # sum of the stored mask probability
+        ("probability_sum", np.int64),  # of the stored mask probability (uint8)
         ("min_probability", np.uint8),  # lowest of it
-        (
-            "faces",
-            np.int64,
-            3,
-        ),  # exposed voxel faces across z y x; in one block's row those across its far ends are open
+        ("faces", np.int64, 3),  # exposed voxel faces across z y x; of one block, those across its far ends are open
         ("sum", np.int64, 3),  # of the coordinates z y x
         ("moment", np.int64, (6, 2)),  # sum of coordinate products as in MOMENTS: high word, low word of 32 bits
         ("start", np.int64, 3),  # bounding box
@@ -41,8 +37,12 @@ ROW = np.dtype(
 class ObjectSums:
     """What a part of the volume adds to the table.
 
-    rows      ROW, one for each label, sorted by id
-    touching  uint64 (n, 2): pairs of labels ``a < b`` that share a voxel face, sorted, each once
+    Attributes
+    ----------
+    rows
+        ROW: one for each label, sorted by id.
+    contacts
+        uint64 (n, 2): pairs of labels ``a < b`` that share a voxel face, sorted, each once.
     """
 
     rows: np.ndarray
@@ -53,66 +53,117 @@ class ObjectSums:
 
 
 def measure(
-    region: np.ndarray, label: np.ndarray, mass: np.ndarray, box: Box, behind: Sequence[np.ndarray | None]
+    region: np.ndarray, label: np.ndarray, probability: np.ndarray, box: Box, behind: Sequence[np.ndarray | None]
 ) -> ObjectSums:
-    """The `ObjectSums` of ``box``.
+    """The `ObjectSums` of one block. Axes may have up to 2**25 voxels, the block fewer than 2**31.
 
-    ``region`` (uint32) numbers the block's regions from 1, ``label[region]`` is their label (``label[0]`` is 0), ``mass``
-    is the stored mask probability (uint8). ``behind`` has for each axis the labels of the plane behind the block's far
-    end (2-D), or None where the volume ends there. Axes may have up to 2**25 voxels, the block fewer than 2**31.
+    Parameters
+    ----------
+    region
+        uint32 (z, y, x): the block's regions, from 1; 0 outside.
+    label
+        Integer (regions + 1,): the label of each region; ``label[0]`` is 0.
+    probability
+        uint8 (z, y, x): the stored mask probability.
+    box
+        The block.
+    behind
+        For each axis the labels of the plane behind the block's far end (2-D), or None where the volume ends there.
+
+    Examples
+    --------
+    One block of a row: two voxels of label 7, and one of label 9, behind which the volume goes on with 9.
+
+    >>> row = np.array([[[1, 1, 2]]], np.uint32)
+    >>> behind = [None, None, np.array([[9]])]
+    >>> sums = measure(row, np.array([0, 7, 9]), np.full(row.shape, 255, np.uint8), Box((0, 0, 0), (1, 1, 3)), behind)
+    >>> sums.rows[["id", "voxels"]].tolist(), sums.contacts.tolist(), sums.rows["faces"][:, 2].tolist()
+    ([(7, 2), (9, 1)], [[7, 9]], [1, 0])
     """
     ids, number = np.unique(np.asarray(label, np.uint64), return_inverse=True)
     rows = np.zeros(ids.size, ROW)
     rows["id"] = ids
-    *columns, joined, pairs = _add(region, number.astype(np.int64), mass, np.array(box.start, np.int64), ids.size)
-    for name, column in zip(
-        ("voxels", "probability_sum", "min_probability", "sum", "moment", "start", "stop"), columns, strict=True
-    ):
-        rows[name] = column
-    touching = [ids[np.stack([pairs >> 32, pairs & 0xFFFFFFFF], axis=1)]]
+    start = np.array(box.start, np.int64)
+    *columns, same_faces, pairs = _add(region, number.astype(np.int64), probability, start, ids.size)
+    fields = ("voxels", "probability_sum", "min_probability", "sum", "moment", "start", "stop")
+    for field, column in zip(fields, columns, strict=True):
+        rows[field] = column
+    contacts = [ids[np.stack([pairs >> 32, pairs & 0xFFFFFFFF], axis=1)]]
     for axis in range(3):
         first, last = (number[np.take(region, end, axis)].ravel() for end in (0, -1))
-        ends = _count(first, ids.size) * (box.start[axis] == 0)
-        if behind[axis] is None:
-            ends += _count(last, ids.size)
+        border_faces = _count(first, ids.size) * (box.start[axis] == 0)
+        plane_behind = behind[axis]
+        if plane_behind is None:
+            border_faces += _count(last, ids.size)
         else:
-            here, there = ids[last], np.asarray(behind[axis], np.uint64).ravel()
-            joined[:, axis] += _count(last[here == there], ids.size)
-            apart = (here != there) & (here > 0) & (there > 0)
-            touching.append(np.stack([here[apart], there[apart]], axis=1))
-        rows["faces"][:, axis] = 2 * (rows["voxels"] - joined[:, axis]) - ends
-    return merge([ObjectSums(rows[(rows["voxels"] > 0) & (ids > 0)], np.concatenate(touching))])
+            near, far = ids[last], np.asarray(plane_behind, np.uint64).ravel()
+            same_faces[:, axis] += _count(last[near == far], ids.size)
+            unlike = (near != far) & (near > 0) & (far > 0)
+            contacts.append(np.stack([near[unlike], far[unlike]], axis=1))
+        rows["faces"][:, axis] = 2 * (rows["voxels"] - same_faces[:, axis]) - border_faces
+    return merge([ObjectSums(rows[(rows["voxels"] > 0) & (ids > 0)], np.concatenate(contacts))])
 
 
 def paint(region: np.ndarray, label: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """``label[region]``, in ``out`` where that is given: of ``region``, 3-D, every number is less than ``label.size``."""
+    """``label[region]``.
+
+    Parameters
+    ----------
+    region
+        Unsigned (z, y, x), every number less than ``label.size``.
+    label
+        (regions + 1,) of any dtype.
+    out
+        Where to write it, of the same shape; a new array where there is none.
+
+    Returns
+    -------
+    ``out``
+    """
     out = np.empty(region.shape, label.dtype) if out is None else out
     _paint(region, label, out)
     return out
 
 
 @njit(cache=True, nogil=True)
-def _paint(region, label, out):
+def _paint(region: np.ndarray, label: np.ndarray, out: np.ndarray) -> None:
     for z in range(region.shape[0]):
         for y in range(region.shape[1]):
-            of, to = region[z, y], out[z, y]
-            for x in range(of.size):
-                to[x] = label[of[x]]
+            regions, labels = region[z, y], out[z, y]
+            for x in range(regions.size):
+                labels[x] = label[regions[x]]
 
 
-def first_plane(face_at: np.ndarray, face_label: np.ndarray, box: Box, shape: Triple, axis: int) -> np.ndarray:
-    """The labels (2-D, uint64) of the first plane of ``box`` along ``axis``.
+def first_plane(face_voxel: np.ndarray, face_label: np.ndarray, box: Box, shape: Triple, axis: int) -> np.ndarray:
+    """The labels of the first plane of a block along an axis, from those of its face voxels alone.
 
-    ``face_at`` holds the linear indices of all masked voxels on the box's faces, ``face_label`` their labels.
+    Parameters
+    ----------
+    face_voxel
+        int64 (n,): linear indices of all masked voxels on the block's faces.
+    face_label
+        Integer (n,): their labels.
+    box
+        The block.
+    shape
+        Shape of the volume, z y x.
+    axis
+        0, 1 or 2.
 
+    Returns
+    -------
+    uint64 (2-D), 0 outside the mask
+
+    Examples
+    --------
     >>> box = Box((1, 0, 0), (2, 1, 3))
     >>> first_plane(np.array([3, 5]), np.array([7, 8]), box, (2, 1, 3), 0).tolist()
     [[7, 0, 8]]
     """
-    place = [p - a for p, a in zip(np.unravel_index(face_at, shape), box.start, strict=True)]
-    here = place.pop(axis) == 0
+    zyx = [place - start for place, start in zip(np.unravel_index(face_voxel, shape), box.start, strict=True)]
+    in_plane = zyx.pop(axis) == 0
     plane = np.zeros([n for i, n in enumerate(box.shape) if i != axis], np.uint64)
-    plane[place[0][here], place[1][here]] = face_label[here]
+    plane[zyx[0][in_plane], zyx[1][in_plane]] = face_label[in_plane]
     return plane
 
 
@@ -120,18 +171,23 @@ def _count(number: np.ndarray, size: int) -> np.ndarray:
     return np.bincount(number[number > 0], minlength=size)
 
 
+# Voxels are added in runs of one region along x: sums of coordinates over a run have a closed form, so a voxel costs one
+# comparison. Contacts are counted to the next voxel along each axis; those to another block are left to the caller.
+# Invariant: after a run all its voxels, and their contacts to what lies behind them, are in the sums of its label.
 @njit(cache=True, nogil=True)
-def _add(region, number, mass, origin, size):
-    """The columns of a block's rows, contacts of like voxels by axis, and pairs ``low << 32 | high`` of unlike ones.
+def _add(
+    region: np.ndarray, number: np.ndarray, probability: np.ndarray, origin: np.ndarray, size: int
+) -> tuple[np.ndarray, ...]:
+    """The columns of a block's rows, faces between like voxels by axis, and pairs ``low << 32 | high`` of unlike ones.
 
     Labels are told apart by ``number[region]``, which is 0 for background and less than ``size``.
     """
     nz, ny, nx = region.shape
-    voxels, total = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    voxels, probability_sum = np.zeros(size, np.int64), np.zeros(size, np.int64)
     least = np.full(size, 255, np.uint8)
     sums, moment = np.zeros((size, 3), np.int64), np.zeros((size, 6, 2), np.int64)
     start, stop = np.full((size, 3), np.iinfo(np.int64).max), np.zeros((size, 3), np.int64)
-    joined = np.zeros((size, 3), np.int64)
+    same_faces = np.zeros((size, 3), np.int64)
     pairs = {np.int64(0)}
     for z in range(nz):
         for y in range(ny):
@@ -142,33 +198,33 @@ def _add(region, number, mass, origin, size):
                     x += 1
                     continue
                 begin, end, n = x, min(nx, x + MAX_RUN_VOXELS), number[r]
-                low, run = np.uint8(255), np.int64(0)
+                low, run_sum = np.uint8(255), np.int64(0)
                 while x < end and row[x] == r:
-                    low = min(low, mass[z, y, x])
-                    run += mass[z, y, x]
+                    low = min(low, probability[z, y, x])
+                    run_sum += probability[z, y, x]
                     x += 1
                 if n == 0:
                     continue
                 voxels[n] += x - begin
                 least[n] = min(least[n], low)
-                total[n] += run
-                joined[n, 2] += x - begin - 1
+                probability_sum[n] += run_sum
+                same_faces[n, 2] += x - begin - 1
                 if x < nx:
-                    joined[n, 2] += _meet(r, row[x : x + 1], number, pairs)
+                    same_faces[n, 2] += _count_same(r, row[x : x + 1], number, pairs)
                 if y + 1 < ny:
-                    joined[n, 1] += _meet(r, region[z, y + 1, begin:x], number, pairs)
+                    same_faces[n, 1] += _count_same(r, region[z, y + 1, begin:x], number, pairs)
                 if z + 1 < nz:
-                    joined[n, 0] += _meet(r, region[z + 1, y, begin:x], number, pairs)
-                at = (z + origin[0], y + origin[1], begin + origin[2])
-                _add_run(at, x - begin, sums[n], moment[n], start[n], stop[n])
-    found = np.empty(len(pairs), np.int64)
+                    same_faces[n, 0] += _count_same(r, region[z + 1, y, begin:x], number, pairs)
+                zyx = (z + origin[0], y + origin[1], begin + origin[2])
+                _add_run(zyx, x - begin, sums[n], moment[n], start[n], stop[n])
+    codes = np.empty(len(pairs), np.int64)
     for i, pair in enumerate(pairs):
-        found[i] = pair
-    return voxels, total, least, sums, moment, start, stop, joined, found[found > 0]
+        codes[i] = pair
+    return voxels, probability_sum, least, sums, moment, start, stop, same_faces, codes[codes > 0]
 
 
 @njit(cache=True, nogil=True)
-def _meet(r, others, number, pairs):
+def _count_same(r: int, others: np.ndarray, number: np.ndarray, pairs: set[int]) -> int:
     """How many of region r's neighbors have its label; other labels among them are entered in ``pairs``."""
     same = none = 0
     for other in others:
@@ -187,15 +243,17 @@ def _meet(r, others, number, pairs):
 
 
 @njit(cache=True, nogil=True)
-def _add_run(at, length, sums, moment, start, stop):
-    """Adds ``length`` voxels in a row along x, from ``at`` on, to one label's sums."""
-    z, y, x = at
+def _add_run(
+    zyx: Triple, length: int, sums: np.ndarray, moment: np.ndarray, start: np.ndarray, stop: np.ndarray
+) -> None:
+    """Adds ``length`` voxels in a row along x, from ``zyx`` on, to one label's sums."""
+    z, y, x = zyx
     along = length * (2 * x + length - 1) // 2
     squares = length * x * x + x * length * (length - 1) + (length - 1) * length * (2 * length - 1) // 6
     for axis, value in enumerate((length * z, length * y, along)):
         sums[axis] += value
-        start[axis] = min(start[axis], at[axis])
-        stop[axis] = max(stop[axis], at[axis] + (length if axis == 2 else 1))
+        start[axis] = min(start[axis], zyx[axis])
+        stop[axis] = max(stop[axis], zyx[axis] + (length if axis == 2 else 1))
     for k, value in enumerate((length * z * z, length * y * y, squares, length * z * y, z * along, y * along)):
         moment[k, 0] += value >> WORD_BITS
         moment[k, 1] += value & ((1 << WORD_BITS) - 1)
@@ -205,28 +263,28 @@ def _add_run(at, length, sums, moment, start, stop):
 
 
 def merge(parts: Sequence[ObjectSums]) -> ObjectSums:
-    """The `ObjectSums` of several blocks together; order and grouping do not matter."""
-    touching = np.concatenate([np.empty((0, 2), np.uint64), *(part.contacts for part in parts)])
-    touching = np.unique(np.sort(touching, axis=1), axis=0)
+    """The `ObjectSums` of several parts of the volume together; order and grouping do not matter."""
+    contacts = np.concatenate([np.empty((0, 2), np.uint64), *(part.contacts for part in parts)])
+    contacts = np.unique(np.sort(contacts, axis=1), axis=0)
     rows = np.concatenate([np.empty(0, ROW), *(part.rows for part in parts)])
     if not rows.size:
-        return ObjectSums(rows, touching)
+        return ObjectSums(rows, contacts)
     rows = rows[np.argsort(rows["id"], kind="stable")]
     first = np.flatnonzero(np.r_[True, rows["id"][1:] != rows["id"][:-1]])
-    out = rows[first]
-    how = {"min_probability": np.minimum, "start": np.minimum, "stop": np.maximum}
-    for field in ROW.names[1:]:
-        out[field] = how.get(field, np.add).reduceat(rows[field], first, axis=0)
-    carry = out["moment"][..., 1] >> WORD_BITS
-    out["moment"][..., 0] += carry
-    out["moment"][..., 1] -= carry << WORD_BITS
-    return ObjectSums(out, touching)
+    merged = rows[first]
+    reductions = {"min_probability": np.minimum, "start": np.minimum, "stop": np.maximum}
+    for field in rows.dtype.names[1:]:
+        merged[field] = reductions.get(field, np.add).reduceat(rows[field], first, axis=0)
+    carry = merged["moment"][..., 1] >> WORD_BITS
+    merged["moment"][..., 0] += carry
+    merged["moment"][..., 1] -= carry << WORD_BITS
+    return ObjectSums(merged, contacts)
 
 
 def objects_table(
-    sums: ObjectSums, shape: Triple, voxel_size_nm: tuple[float, float, float], confidence: np.ndarray | None = None
+    sums: ObjectSums, shape: Triple, voxel_size_nm: VoxelSize, confidence: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Columns of the object table from complete `ObjectSums`.
+    """Columns of the object table.
 
     ``z0 .. x1`` bound the object (voxels, half-open). ``centroid_*_nm`` is the mean of its voxels' positions, a voxel's
     position being its index times the voxel size. ``mean_probability`` and ``min_probability`` are 0..1. ``neighbors``
@@ -244,8 +302,23 @@ def objects_table(
     ``axis_major_length`` in 3-D). For a straight rod that is 1.29 of its length, which is sqrt(12) * ``sd0_nm``; for a
     bent one it is about its reach, not its path.
 
-    ``confidence`` is the probability at an object's deepest point less that of the lowest saddle to another object
-    (`merges.confidence`, for labels 1..n); all of it where there is no other, NaN where it is not given.
+    ``confidence`` is the probability at an object's deepest point less that of the lowest saddle to another object; all of
+    it where there is no other, NaN where it is not given.
+
+    Parameters
+    ----------
+    sums
+        Of the whole volume.
+    shape
+        Shape of the volume, z y x.
+    voxel_size_nm
+        Size of a voxel along z y x.
+    confidence
+        float64: of labels 1..n, as `saddles.confidence` gives it.
+
+    Returns
+    -------
+    dict of arrays, one entry for each object, by ascending id
     """
     rows, size = sums.rows, np.array(voxel_size_nm, np.float64)
     variance, axis0 = _principal(_covariance(rows, size))
@@ -261,9 +334,10 @@ def objects_table(
     columns.update({f"axis0_{axis}": axis0[:, i] for i, axis in enumerate("zyx")})
     columns["mean_probability"] = rows["probability_sum"] / (255.0 * rows["voxels"])
     columns["min_probability"] = rows["min_probability"] / 255.0
-    known = np.full(rows.size, np.nan) if confidence is None else confidence[rows["id"].astype(np.int64) - 1]
-    columns["confidence"] = known
-    columns["neighbors"] = np.bincount(np.searchsorted(rows["id"], sums.contacts).ravel(), minlength=rows.size)
+    unknown = np.full(rows.size, np.nan)
+    columns["confidence"] = unknown if confidence is None else confidence[rows["id"].astype(np.int64) - 1]
+    contact_rows = np.searchsorted(rows["id"], sums.contacts).ravel()
+    columns["neighbors"] = np.bincount(contact_rows, minlength=rows.size)
     columns["touches_border"] = np.any((rows["start"] == 0) | (rows["stop"] == np.array(shape)), axis=1)
     return columns
 
