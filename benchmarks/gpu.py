@@ -77,7 +77,7 @@ def _begun(path: Path, out: Path, precision: str, sets: tuple[str, ...]) -> Run:
 def _predict(run: Run) -> list[dict]:
     """All blocks are read, predicted and stored, as many at once as on a worker with a GPU; the receipts."""
     with ThreadPoolExecutor(cluster.TASKS_PER_GPU) as pool:
-        return list(pool.map(partial(pipeline.work, run.out, run.id, "predict"), range(len(run.predict_grid))))
+        return list(pool.map(partial(pipeline.process_block, run.out, run.id, "predict"), range(len(run.predict_grid))))
 
 
 def _bare(run: Run, inferred: int) -> Callable[[], None]:

@@ -6,7 +6,6 @@ scores taken on others.
 
 from __future__ import annotations
 
-import json
 import time
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,8 @@ from benchmarks import report
 from volseg.box import Blocks, Box, VoxelSize
 from volseg.config import Config, Fragments, load
 from volseg.engine import folder, pipeline
+from volseg.engine.layout import Layout
+from volseg.engine.stages import stages_of
 from volseg.evaluation import evaluate
 from volseg.evaluation.calibrate import MIN_VOXELS, SEEDS
 from volseg.evaluation.contingency import Contingency
@@ -64,17 +65,16 @@ def _predict(image: str, run: str, sets: tuple[str, ...]) -> float:
     config = load(sets=sets, base=model.load_card(model.shipped()).decode)
     told = describe.from_image(volume.open(image), config, run)
     folder.begin(told, overwrite=True)
-    grids = {**{stage: told.pass_grid(plane) for stage, plane in told.passes.items()}, "predict": told.predict_grid}
     start = time.process_time()
-    for stage, grid in grids.items():
-        for i in range(len(grid)):
-            pipeline.work(run, told.id, stage, i)
+    for name in [*told.passes, "predict"]:
+        for i in range(len(stages_of(told)[name].grid)):
+            pipeline.process_block(run, told.id, name, i)
     return round(time.process_time() - start, 1)
 
 
 def scores(run: str, truth: str, chosen: Box, tested: Box) -> dict:
     """Scores on ``tested`` with the threshold of the best IoU and the decision of the best PQ on ``chosen``."""
-    facts = json.loads(Path(run, "work/run.json").read_text())
+    facts = Layout(run).load_description()
     config, nm = Config(**facts["config"]), tuple(facts["voxel_size_nm"])
     probability = np.asarray(arrays.open_array(run, "0")[:])
     true = {part: evaluate.read_truth(truth, probability.shape[1:], part)(part) for part in (chosen, tested)}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from volseg import cli
+from volseg import api, cli
+from volseg.evaluation.synthetic_volume import write_synthetic
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +27,9 @@ def shared_data() -> Path:
 def image(tmp_path_factory):
     """A synthetic volume with objects on every kind of block border. Tests must not change it."""
     from tests.helpers import SHAPE, Quiet
-    from volseg import api as launch
 
     path = str(tmp_path_factory.mktemp("image") / "em.zarr")
-    launch.synthesize(path, SHAPE, (22, 75, 170), seed=12, overwrite=False, show=Quiet())
+    write_synthetic(path, SHAPE, (22, 75, 170), seed=12, overwrite=False, progress=Quiet())
     return path
 
 
@@ -37,10 +37,9 @@ def image(tmp_path_factory):
 def reference(image, tmp_path_factory):
     """A run of it in one block on one worker. Tests must not change it."""
     from tests.helpers import Quiet, settings
-    from volseg import api as launch
 
     out = str(tmp_path_factory.mktemp("reference") / "run.volseg.zarr")
-    launch.infer(image, out, settings(cluster={"workers": 1}), overwrite=False, show=Quiet())
+    api.infer(image, out, config=settings(cluster={"workers": 1}), progress=Quiet())
     return out
 
 

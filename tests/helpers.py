@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from volseg import api as launch
+from volseg import api
 from volseg.box import Blocks, Box
-from volseg.config import Config, load, resolve
-from volseg.engine import cluster, folder, pipeline
-from volseg.engine import schedule as flow
+from volseg.config import Config, load
+from volseg.engine import cluster, finish, folder, pipeline, schedule
+from volseg.engine.layout import Layout
+from volseg.engine.receipts import RunStatistics
+from volseg.engine.stages import stages_of
 from volseg.inference import model
 from volseg.inference.model_card import ModelCard
 from volseg.io import arrays, ome, probabilities, volume
@@ -38,12 +40,15 @@ class Quiet:
     def __init__(self):
         self.said, self.stages = [], {}
 
-    def say(self, text):
+    def message(self, text):
         self.said.append(text)
 
     def stage(self, name, voxels, done):
         self.stages[name] = [done]
         return self.stages[name].append
+
+    def stop(self):
+        pass
 
 
 def settings(**sections):
@@ -73,6 +78,19 @@ def wait_for_markers(out, count, process, stage="predict"):
             return
         time.sleep(0.02)
     raise AssertionError(f"the run made no {count} markers of {stage}: {process.poll()}")
+
+
+def decide(path, change, *, progress=None, recompute=False):
+    """`volseg.segment` of a run with the settings that ``change`` makes of its own."""
+    out = folder.absolute(str(path))
+    layout = Layout(out)
+    if not layout.finished and Layout(folder.partial_path(out)).described:
+        layout = Layout(folder.partial_path(out))
+    if not (layout.finished or layout.described):
+        return api.segment(str(path), progress=progress or Quiet(), recompute=recompute)
+    old = layout.load_summary() if layout.finished else layout.load_description()
+    config = change(Config(**old["config"]))
+    return api.segment(str(path), config=config, progress=progress or Quiet(), recompute=recompute)
 
 
 def with_sets(*sets):
@@ -110,7 +128,7 @@ def run_stages(em, out, **sections):
     run = describe.from_image(volume.open(em), settings(**{**RUN_STAGES_SETTINGS, **sections}), str(out))
     folder.begin(run, overwrite=False)
     with cluster.connect(run.config.cluster, light=True) as client:
-        return run, flow.stages(client, run, Quiet())
+        return run, schedule.run_stages(client, run, Quiet())
 
 
 LIGHT = {"cluster": {"workers": 1, "dashboard": ""}}
@@ -119,7 +137,7 @@ LIGHT = {"cluster": {"workers": 1, "dashboard": ""}}
 def segment_probabilities(path, out, *, show=None, **sections):
     """A finished run of the probabilities at ``path``, decided as the reference is."""
     config = settings(**{**LIGHT, **sections})
-    return launch.segment_probabilities(str(path), str(out), config, overwrite=False, show=show or Quiet())
+    return api.segment(str(path), str(out), config=config, progress=show or Quiet())
 
 
 def begin_run(path, out, config):
@@ -132,25 +150,21 @@ def begin_run(path, out, config):
     return made
 
 
-def do_stages(made, *stages, some=None):
+def do_stages(run, *names, some=None):
     """The stages of a run, block after block in this process; ``some`` of the blocks or all."""
-    for stage in stages:
-        if stage == "relabel":
-            folder.create_labels(made)
-        for i in range(len(made.grid_of(stage))) if some is None else some:
-            pipeline.work(made.out, made.id, stage, i)
+    for name in names:
+        stage = stages_of(run)[name]
+        if name == "relabel":
+            folder.create_labels(run)
+        for i in range(len(stage.grid)) if some is None else some:
+            pipeline.process_block(run.out, run.id, name, i)
 
 
 def segment_here(path, out, config):
     """A finished run of the probabilities at ``path``, without workers."""
-    made = begin_run(path, out, config)
-    without = ("tree", "names", "number", "borders", "voids", "rims")  # one process stitches, and no hole is filled
-    do_stages(made, *(stage for stage in made.keys if not stage.startswith(without)))
-    return launch.finish(made, made.out, flow.Ledger(), 0.0, 0.0)
-
-
-def config_of(tables, out, **changes) -> Config:
-    return resolve(("test", {"train": {**tables, "out": str(out), **changes}}))
+    run = begin_run(path, out, config)
+    do_stages(run, *(stage.name for stage in stages_of(run).values() if stage.group != "tree"))  # one process stitches
+    return finish.finish(run, run.out, RunStatistics(), 0.0, 0.0)
 
 
 SMALL = (16, 16, 8, 8, 8)

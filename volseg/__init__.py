@@ -1,3 +1,71 @@
-"""volseg: instance labels for electron-microscopy volumes of any size. Start reading at `volseg.engine.pipeline`."""
+"""volseg: instance labels for electron-microscopy volumes of any size, the same for every cutting into blocks.
+
+The functions here are all there is to call; `volseg.engine.pipeline` is where to start reading. Importing loads neither torch
+nor dask: each name comes with its first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "calibrate": "api",
+    "evaluate": "api",
+    "infer": "api",
+    "open": "api",
+    "open_volume": "api",
+    "plan": "api",
+    "review": "api",
+    "segment": "api",
+    "train": "api",
+    "tune": "api",
+    "verify": "api",
+    "watershed": "segmentation.watershed",
+    "Box": "box",
+    "Config": "config",
+    "DamagedFileError": "errors",
+    "FinishedRun": "engine.finished",
+    "IncompleteRunError": "errors",
+    "OutOfMemoryError": "errors",
+    "Progress": "progress",
+    "UserError": "errors",
+}
+__all__ = [
+    "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
+    "calibrate", "evaluate", "infer", "open", "open_volume", "plan", "review", "segment", "train", "tune", "verify",
+    "watershed",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from volseg.api import (
+        calibrate,
+        evaluate,
+        infer,
+        open,
+        open_volume,
+        plan,
+        review,
+        segment,
+        train,
+        tune,
+        verify,
+    )
+    from volseg.box import Box
+    from volseg.config import Config
+    from volseg.engine.finished import FinishedRun
+    from volseg.errors import DamagedFileError, IncompleteRunError, OutOfMemoryError, UserError
+    from volseg.progress import Progress
+    from volseg.segmentation.watershed import watershed
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'volseg' has no attribute {name!r}")
+    return getattr(import_module(f"volseg.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

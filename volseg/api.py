@@ -1,365 +1,443 @@
-"""What runs where a command was given: a run from its description to its final name."""
+"""volseg from Python: each command of the command line as a function, from its start to its end.
+
+Volumes are paths or arrays; settings are those of a config file under the same names; progress is optional everywhere.
+"""
 
 from __future__ import annotations
 
-import io
 import json
-import threading
+import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from importlib import import_module, metadata
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from volseg import system
+from volseg.box import Box
+from volseg.config import Config, Setting, load
+from volseg.engine import cluster, finish, folder
+from volseg.engine.blocks import choose_blocks
+from volseg.engine.finished import FinishedRun, open_run
+from volseg.engine.layout import Layout
+from volseg.engine.run import Run
+from volseg.engine.stages import keys
+from volseg.errors import UserError
+from volseg.inference import hardware, model
+from volseg.io import probabilities, volume
+from volseg.planning import plan as planning
+from volseg.planning import prepare
+from volseg.progress import Progress, default_progress
 
-from volseg import system as machine
-from volseg.box import Blocks, Box, Triple
-from volseg.config import Config
-from volseg.engine import cluster, folder
-from volseg.engine import schedule as flow
-from volseg.engine.run import Run, blocks, fit, redundancy
-from volseg.engine.schedule import Show
-from volseg.errors import OutOfMemoryError, UserError
-from volseg.inference import hardware
-from volseg.io import arrays, files, ome, probabilities, volume
-from volseg.io import tables as store
-from volseg.planning import plan
-from volseg.planning import prepare as describe
-from volseg.segmentation import objects, saddles
-from volseg.segmentation.heights import height_to_probability, seed_height
-from volseg.segmentation.rules import Rules
+if TYPE_CHECKING:
+    from volseg.planning.plan import Plan
 
-LITTLE = 0.1  # share of predict's blocks that may be lost where a batch turns out to be too large
-LIGHT = 1 << 29  # voxels up to which `segment` needs no worker processes
+LIGHT_VOXELS = 1 << 29  # up to which `segment` needs no worker processes
+
+Settings = Iterable[Setting]
+VolumeLike = Any  # a path, or an array with shape, dtype and slices: NumPy, zarr, dask
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run has to say of the command that finished it; bytes are the most one process held.
+# ---------------------------------------------------------------- settings
 
-    ``seconds`` are wall-clock: of a stage from its first block handed out to its last one's end. Stages run side by side,
-    so they add up to more than the total. ``busy``: by stage, the seconds of each phase, of all workers together.
+
+def settings_of(
+    config: str | os.PathLike | Config | dict | None = None,
+    settings: Settings = (),
+    *,
+    model_path: str | os.PathLike | None = None,
+    base: dict | None = None,
+) -> Config:
+    """Every setting of an inference: the model's own values, then ``config``, then ``settings``.
+
+    Parameters
+    ----------
+    config : path, Config or dict, optional
+        A TOML file, its tables as a dict, or settings that are complete already: then the model's own are not asked.
+    settings : iterable of str
+        Each ``"section.key=value"``, as after ``--set``.
+    model_path : path, optional
+        The model whose own values are the base; that of the settings, or the shipped one, if not given.
+    base : dict, optional
+        Tables to start from instead of the model's.
+
+    Raises
+    ------
+    UserError
+        For an unknown key or a wrong value, with the place that it comes from.
     """
-
-    out: str
-    objects: int
-    voxels: int
-    seconds: dict[str, float]
-    busy: dict[str, dict[str, float]]
-    device_share: float
-    queue: float
-    worker_peak_bytes: int
-    client_peak_bytes: int
-    labels: str
-    table: str
-    picture: str
-    compared: str = ""  # plan against actual, in words
-    lacks: str = ""  # why there is no object, where there is none
+    chosen = [*settings, *([("model", f"predict.model={json.dumps(os.fspath(model_path))}")] if model_path else [])]
+    if isinstance(config, Config):
+        return load(sets=chosen, base=config.model_dump(mode="json", exclude_unset=True)) if chosen else config
+    if base is None:
+        path = load(config, chosen).predict.model or model.shipped()
+        base = model.load_card(path).decode
+    return load(config, chosen, base)
 
 
-def planned(path: str, out: str, config: Config) -> tuple[plan.Plan, UserError | None]:
-    """What `infer` would take, measured on a few tiles, and why it would be refused; nothing is made at ``out``."""
-    folder.refuse_run(path)
-    source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
-    run = describe.from_image(source, config, folder.partial(folder.absolute(out)))
-    crew = describe.crew_of(run)
-    made = plan.make(run, crew, plan.probe(run, crew))
+def default_out(path: str | os.PathLike) -> str:
+    """Where a volume's run goes unless told otherwise.
+
+    >>> default_out("a/cells.tif"), default_out("cells.ome.zarr/"), default_out("slices")
+    ('a/cells.volseg.zarr', 'cells.volseg.zarr', 'slices.volseg.zarr')
+    """
+    head, slash, name = os.fspath(path).rstrip("/").rpartition("/")
+    for ending in (".ome.zarr", ".ome.tiff", ".ome.tif", ".zarr", ".tiff", ".tif", ".n5"):
+        name = name.removesuffix(ending)
+    return f"{head}{slash}{name}.volseg.zarr"
+
+
+@contextmanager
+def _shown(progress: Progress | None) -> Iterator[Progress]:
+    """Progress as asked for, else as suits where this runs; ended afterwards."""
+    progress = progress or default_progress()
     try:
-        _refuse(run, made, crew)
+        yield progress
+    finally:
+        progress.stop()
+
+
+# ---------------------------------------------------------------- volumes
+
+
+def open_volume(
+    path: VolumeLike, *, dataset: str = "", voxel_size_nm: tuple[float, float, float] | None = None
+) -> volume.Volume:
+    """A volume to read from, whatever its format.
+
+    Parameters
+    ----------
+    path : path or array
+        zarr array, OME-Zarr group, multi-page TIFF, or folder of TIFF or PNG slices.
+    dataset : str
+        The array inside a zarr group; by default the full-resolution level.
+    voxel_size_nm : tuple of float, optional
+        Size of a voxel along z, y, x in nm; overrides what the file says.
+
+    Returns
+    -------
+    Volume
+        With ``shape`` (z, y, x), ``dtype``, ``voxel_size_nm`` and ``read(box)``.
+
+    Raises
+    ------
+    UserError
+        Where there is no such volume, or nothing can read it.
+    """
+    return volume.open(path, dataset=dataset, voxel_size_nm=voxel_size_nm)
+
+
+def _source(path: VolumeLike, config: Config) -> volume.Volume:
+    return open_volume(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+
+
+def _output(path: VolumeLike, out: str | os.PathLike | None) -> str:
+    """The absolute path of an output."""
+    if out is None and not isinstance(path, (str, os.PathLike)):
+        raise UserError('an array has no name to call its run by: give out="em.volseg.zarr"')
+    return folder.absolute(str(out or default_out(path)).rstrip("/"))
+
+
+# ---------------------------------------------------------------- inference
+
+
+def infer(
+    path: VolumeLike,
+    out: str | os.PathLike | None = None,
+    *,
+    model: str | os.PathLike | None = None,
+    config: str | os.PathLike | Config | dict | None = None,
+    settings: Settings = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> FinishedRun:
+    """Segment a volume: instance labels, object table, probabilities and a picture.
+
+    A run that was stopped goes on where it was, if nothing that determines its output has changed. The output has its
+    final name only once it is whole (on object stores, which cannot rename, once ``run.json`` is there).
+
+    Parameters
+    ----------
+    path : path or array
+        The volume (z, y, x): see `open_volume`.
+    out : path, optional
+        The output, an OME-Zarr group; the volume's name + ``.volseg.zarr`` if not given.
+    model : path, optional
+        A model file; the shipped one if not given.
+    config : path, Config or dict, optional
+        Settings; see ``volseg settings``.
+    settings : iterable of str
+        Single settings, such as ``"stitch.seed=0.7"``.
+    overwrite : bool
+        Whether to replace an existing run.
+    progress : Progress, optional
+        How to tell what is done; bars in a terminal or notebook, silent elsewhere.
+
+    Returns
+    -------
+    FinishedRun
+        With ``labels``, ``objects``, ``seconds``, ``plan``.
+
+    Raises
+    ------
+    UserError
+        For a bad volume or model, an existing output, or a changed configuration.
+    IncompleteRunError
+        When blocks failed; the rest is kept, and the same call goes on from there.
+
+    Examples
+    --------
+    >>> run = infer("em.zarr", settings=["stitch.seed=0.7"])  # doctest: +SKIP
+    >>> run.labels.shape  # doctest: +SKIP
+    """
+    start, chosen = time.perf_counter(), settings_of(config, settings, model_path=model)
+    out = _output(path, out)
+    with _shown(progress) as shown:
+        if isinstance(path, (str, os.PathLike)):
+            folder.refuse_run(str(path))
+        source = _source(path, chosen)
+        folder.check_output([source], out, overwrite)
+        run = prepare.from_image(source, chosen, folder.partial_path(out))
+        shown.message(prepare.headline(run))
+        if idle := hardware.unused_gpu_reason():
+            shown.message(idle)
+        return _execute(run, out, lambda: folder.begin(run, overwrite), shown, start)
+
+
+def segment(
+    path: VolumeLike | FinishedRun,
+    out: str | os.PathLike | None = None,
+    *,
+    config: str | os.PathLike | Config | dict | None = None,
+    settings: Settings = (),
+    overwrite: bool = False,
+    recompute: bool = False,
+    progress: Progress | None = None,
+) -> FinishedRun:
+    """Segment probabilities without a network: a run's own, or those of any other network.
+
+    Of a run, the labels are decided anew in place with other ``[fragments]`` or ``[stitch]`` settings, in seconds. While
+    that lasts the run lies at its unfinished name, and a stopped call goes on when it is given again. Of a volume of
+    probabilities, a run is made as `infer` makes it.
+
+    Parameters
+    ----------
+    path : path, array or FinishedRun
+        A run; or probabilities (z, y, x), or with channels first or last: float 0..1, uint8, uint16 or bool.
+        ``probabilities.mask_channel`` and its neighbors among the settings say which channel is what.
+    out : path, optional
+        Where a new run goes.
+    config, settings, overwrite, progress
+        As in `infer`.
+    recompute : bool
+        Whether to make basins anew where the run's work folder was cleaned.
+
+    Returns
+    -------
+    FinishedRun
+
+    Raises
+    ------
+    UserError
+        For what is neither run nor probabilities, or a change of what a run's probabilities depend on.
+    IncompleteRunError
+        When blocks failed.
+    """
+    if isinstance(path, FinishedRun) or (isinstance(path, (str, os.PathLike)) and folder.is_run(str(path).rstrip("/"))):
+        run_path = path.path if isinstance(path, FinishedRun) else str(path)
+        if out or overwrite:
+            raise UserError(
+                f"{run_path} is a run and is decided anew in place; leave out --out and --overwrite, or give {run_path}/0 to "
+                "make another run of its probabilities"
+            )
+        return _decide_anew(run_path, config, settings, recompute, progress)
+    if recompute:
+        raise UserError(f"{path} is not a volseg run: --recompute is for a run whose work folder was cleaned")
+    return _segment_probabilities(path, out, settings_of(config, settings, base={}), overwrite, progress)
+
+
+def _segment_probabilities(
+    path: VolumeLike, out: str | os.PathLike | None, config: Config, overwrite: bool, progress: Progress | None
+) -> FinishedRun:
+    start, out, input_ = time.perf_counter(), _output(path, out), config.input
+    with _shown(progress) as shown:
+        channels = probabilities.named_channels(
+            path, config.probabilities, dataset=input_.dataset, voxel_size_nm=input_.voxel_size_nm
+        )
+        folder.check_output([channel.source for channel in channels if channel.source], out, overwrite)
+        for note in probabilities.notes(channels):
+            shown.message(note)
+        run = prepare.from_probabilities(channels, config, folder.partial_path(out))
+        shown.message(prepare.headline(run))
+        return _execute(run, out, lambda: folder.begin(run, overwrite), shown, start)
+
+
+def _decide_anew(path: str, config: Any, settings: Settings, recompute: bool, progress: Progress | None) -> FinishedRun:
+    start, out = time.perf_counter(), folder.absolute(path.rstrip("/"))
+    old = folder.load_run(out, recompute=recompute)
+    chosen = settings_of(config, settings, base=old.config.model_dump(mode="json", exclude={"train"}))
+    block = old.block if chosen.blocks == old.config.blocks else choose_blocks(old.shape, chosen.blocks.shape)[1]
+    run = replace(old, out=folder.partial_path(out), config=chosen, block=block)
+    fixed = ("input", "predict", "probabilities")
+    stage = run.probability_stage
+    if keys(run)[stage] != keys(old)[stage] or any(getattr(chosen, s) != getattr(old.config, s) for s in fixed):
+        raise UserError(
+            f"volseg segment cannot change {', '.join(fixed)} or output.chunk of a run; make it anew for that, with --overwrite"
+        )
+
+    def reopen() -> None:
+        folder.reopen(out)
+        folder.apply_settings(run)
+
+    with _shown(progress) as shown:
+        prepare.check_channels(run.config, run.heads, run.channels)
+        return finish.execute(run, out, reopen, shown, start=start, light=prod(run.shape) <= LIGHT_VOXELS)
+
+
+def _execute(run: Run, out: str, begin: Callable[[], None], progress: Progress, start: float) -> FinishedRun:
+    """A new run is planned, as far as that needs no measuring, and done."""
+    prepare.check_channels(run.config, run.heads, run.channels)
+    workers = prepare.workers_of(run)
+    made = planning.make(run, workers, planning.known(run, workers))
+    _refuse(run, made, workers)
+    return finish.execute(run, out, begin, progress, start=start, plan=made.to_json())
+
+
+# ---------------------------------------------------------------- before and after
+
+
+def plan(
+    path: VolumeLike,
+    out: str | os.PathLike | None = None,
+    *,
+    model: str | os.PathLike | None = None,
+    config: str | os.PathLike | Config | dict | None = None,
+    settings: Settings = (),
+) -> Plan:
+    """Say what `infer` would take, measured on a few tiles; nothing is written.
+
+    Parameters
+    ----------
+    path, out, model, config, settings
+        As in `infer`.
+
+    Returns
+    -------
+    Plan
+        Voxels inferred, bytes, memory and seconds; ``refusal`` says why `infer` would refuse, ``""`` where it would not.
+    """
+    chosen = settings_of(config, settings, model_path=model)
+    if isinstance(path, (str, os.PathLike)):
+        folder.refuse_run(str(path))
+    run = prepare.from_image(_source(path, chosen), chosen, folder.partial_path(_output(path, out)))
+    workers = prepare.workers_of(run)
+    made = planning.make(run, workers, planning.probe(run, workers))
+    try:
+        _refuse(run, made, workers)
     except UserError as error:
-        return made, error
-    return made, None
-
-
-def _plan(run: Run) -> plan.Plan:
-    """The plan of a run as far as it is known without measuring; refuses one that does not fit."""
-    crew = describe.crew_of(run)
-    made = plan.make(run, crew, plan.known(run, crew))
-    _refuse(run, made, crew)
+        return replace(made, refusal=str(error))
     return made
 
 
-def _refuse(run: Run, made: plan.Plan, crew: cluster.Crew) -> None:
-    plan.refuse_limit(made, run, round(run.config.cluster.memory_limit * 1e9) or crew.limit)
-    plan.refuse(made, run, machine.free_memory(), plan.room_on_disk(run))
+def _refuse(run: Run, made: Plan, workers: cluster.WorkerPool) -> None:
+    """Refuses a run that does not fit the memory or the disk."""
+    planning.refuse_limit(made, run, round(run.config.cluster.memory_limit * 1e9) or workers.limit)
+    planning.refuse(made, run, system.free_memory(), planning.room_on_disk(run))
 
 
-def infer(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -> Summary:
-    """Labels, object table, pyramid and picture of the volume at ``path`` are in the OME-Zarr group ``out``.
+def open(path: str | os.PathLike) -> FinishedRun:
+    """A finished run to read from.
 
-    A run that was stopped goes on where it was, if nothing that determines its output has changed. The group has its
-    final name only once it is whole (on object stores, which cannot rename, once ``run.json`` is there). Raises
-    `UserError` for a bad volume or model, an existing output, or a changed configuration; `Incomplete` when blocks failed.
+    Raises
+    ------
+    UserError
+        Where there is no finished run.
     """
-    start = time.perf_counter()
-    folder.refuse_run(path)
-    source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
-    out = folder.absolute(out)
-    folder.make_room([source], out, overwrite)
-    run = describe.from_image(source, config, folder.partial(out))
-    show.say(describe.headline(run))
-    if idle := hardware.unused_gpu_reason():
-        show.say(idle)
-    return _go(run, out, start, show, lambda: folder.begin(run, overwrite), made=_plan(run))
+    return open_run(os.fspath(path))
 
 
-def segment_probabilities(path: str, out: str, config: Config, *, overwrite: bool, show: Show) -> Summary:
-    """The OME-Zarr group ``out`` is what `infer` makes, from probabilities that another network stored at ``path``.
+def clean(path: str | os.PathLike | FinishedRun) -> int | None:
+    """Remove a finished run's work folder; labels, table and probabilities stay. Returns the bytes freed, if known."""
+    run = path if isinstance(path, FinishedRun) else open(path)
+    return Layout(run.path).remove_work()
 
-    ``config.probabilities`` says which of its channels is the mask, and what else there is. In all else, a run like any
-    other. Raises as `infer` does, and for values that are no probabilities: in patches before anything is made, in each
-    block as it is read.
+
+def evaluate(
+    run: str | os.PathLike | FinishedRun, truth: str | os.PathLike, *, box: str | Box | None = None, iou: float = 0.5
+) -> Any:
+    """Score labels against the truth: foreground and instances.
+
+    Parameters
+    ----------
+    run : path or FinishedRun
+        A run, or a volume of labels.
+    truth : path
+        A volume of labels, or a 0/255 mask.
+    box : str or Box, optional
+        The part to score, ``"z0:z1,y0:y1,x0:x1"``.
+    iou : float
+        From which overlap on two objects match.
+
+    See Also
+    --------
+    volseg.evaluation.evaluate.evaluate : what each score is.
     """
-    start = time.perf_counter()
-    of = config.input
-    taken = probabilities.named_channels(path, config.probabilities, dataset=of.dataset, voxel_size_nm=of.voxel_size_nm)
-    out = folder.absolute(out)
-    folder.make_room([channel.source for channel in taken if channel.source], out, overwrite)
-    for note in probabilities.notes(taken):
-        show.say(note)
-    run = describe.from_probabilities(taken, config, folder.partial(out))
-    show.say(describe.headline(run))
-    return _go(run, out, start, show, lambda: folder.begin(run, overwrite), made=_plan(run))
+    from volseg.evaluation.evaluate import evaluate
+
+    return evaluate(run, truth, box=box, iou=iou)
 
 
-def segment(path: str, change: Callable[[Config], Config], *, recompute: bool = False, show: Show) -> Summary:
-    """The labels of the finished run at ``path`` are those of its changed settings, from its stored probabilities.
+def verify(run: str | os.PathLike | FinishedRun, *, boxes: int = 5, seed: int = 0) -> Any:
+    """Recompute parts of a run with other blocks and compare them bit for bit."""
+    from volseg.evaluation.verify import verify
 
-    Only what depends on the change is done again: with another ``stitch``, no basin. While that lasts the run lies at its
-    unfinished name, and a stopped `segment` goes on when it is given again. ``recompute`` allows to make basins anew where
-    the work folder was cleaned. Raises `UserError` for what is no run, or a change of what `predict` depends on.
+    return verify(run, boxes=boxes, seed=seed)
+
+
+def calibrate(run: str | os.PathLike | FinishedRun, truth: str | os.PathLike, *, box: str | Box | None = None) -> Any:
+    """Score rules of ``[stitch]`` against annotated instances, best first; decide anew with `segment`."""
+    from volseg.evaluation.calibrate import calibrate
+
+    return calibrate(run, truth, box=box)
+
+
+def review(run: str | os.PathLike | FinishedRun, *, top: int = 50) -> Any:
+    """List the least certain joins and borders of a run, with a picture of each in its ``review`` folder."""
+    from volseg.evaluation.review import review
+
+    return review(run, top)
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(
+    config: str | os.PathLike | Config | dict, *, settings: Settings = (), say: Callable[[str], None] | None = None
+) -> Path:
+    """Train a model on annotated sections; returns the path of its file.
+
+    A training that was stopped goes on from its last checkpoint.
+
+    Parameters
+    ----------
+    config : path, Config or dict
+        Settings with a ``[train]`` table.
+    settings : iterable of str
+        Single settings, such as ``"train.steps=600"``.
+    say : callable, optional
+        Called with each line of progress; `print` if not given.
     """
-    start = time.perf_counter()
-    out = folder.absolute(path)
-    old = folder.stored(out, recompute)
-    config = change(old.config)
-    block = old.block if config.blocks == old.config.blocks else blocks(old.shape, config.blocks.shape)[1]
-    run = replace(old, out=folder.partial(out), config=config, block=block)
-    fixed = ("input", "predict", "probabilities")
-    if run.keys[run.first] != old.keys[run.first] or any(getattr(config, s) != getattr(old.config, s) for s in fixed):
-        raise UserError(f"volseg segment cannot change {', '.join(fixed)} or output.chunk of a run; make it anew for that, "
-                        "with --overwrite")  # fmt: skip
+    from volseg.training.train import train
 
-    def prepare() -> None:
-        folder.demote(out)
-        folder.adopt(run)
-
-    return _go(run, out, start, show, prepare, light=prod(run.shape) <= LIGHT)
+    return train(settings_of(config, settings, base={}), say or print)
 
 
-def _go(
-    run: Run,
-    out: str,
-    start: float,
-    show: Show,
-    prepare: Callable[[], None],
-    *,
-    light: bool = False,
-    made: plan.Plan | None = None,
-) -> Summary:
-    """Once there are workers: the run's folder, everything in it that is not done yet, and its final name."""
-    describe.check_channels(run.config, run.heads, run.taken)
-    gpus = 0 if light else describe.gpus(run)
-    with cluster.connect(run.config.cluster, gpus, light=light) as client:
-        prepare()
-        if (link := cluster.dashboard(client)) and not light:
-            show.say(f"dashboard {link}")
-        threading.Thread(target=_load_ahead, daemon=True).start()
-        run, ledger, started = _stages(client, run, show)
-    return finish(run, out, ledger, start, started, made)
+def tune(
+    config: str | os.PathLike | Config | dict, *, settings: Settings = (), say: Callable[[str], None] | None = None
+) -> Path:
+    """Search a learning rate and batch size; returns the path of a config for `train` with the best."""
+    from volseg.training.tune import tune
 
-
-def _stages(client: Any, run: Run, show: Show) -> tuple[Run, flow.Ledger, float]:
-    """Every stage is done, in batches that the workers' memory holds; the run as it was done, and when it began.
-
-    A run whose batch is too large begins again with half of it, as long as little is done: too large a batch shows in the
-    first blocks, and later ones most likely lack what something else has taken for a while.
-    """
-    while True:
-        started = time.perf_counter()
-        try:
-            return run, flow.stages(client, run, show), started
-        except OutOfMemoryError as error:
-            smaller = describe.with_half_batch(run)
-            if flow.predicted_share(run) > LITTLE:
-                raise flow.Incomplete(
-                    f"{error}; what is done is kept: make room and give the same command again, or begin again with --set "
-                    f"predict.batch={smaller.batch} --overwrite"
-                ) from None
-            show.say(f"{error}: beginning again, {smaller.batch} at once")
-            folder.begin_again(smaller)
-            run = smaller
-
-
-def _load_ahead() -> None:
-    """What `finish` needs is imported, while the workers are busy."""
-    for name in ("volseg.io.pictures", "pyarrow.csv", "pyarrow.parquet"):
-        import_module(name)
-
-
-def finish(
-    run: Run, out: str, ledger: flow.Ledger, start: float, started: float, made: plan.Plan | None = None
-) -> Summary:
-    """Table, picture and description are written, and the run takes its final name.
-
-    The command was given at ``start``, its first stage began at ``started``.
-    """
-    from volseg.io import pictures
-
-    ending = time.perf_counter()
-    sums = store.load_each(run.out, [f"work/objects/{i}.npz" for i in range(len(run.grid))])
-    parts = [objects.ObjectSums(**part) for part in sums]
-    for stale in ("review", "tables/merges.parquet", "tables/merges.csv"):
-        files.remove(f"{run.out}/{stale}")
-    told = _told(run)
-    columns = objects.objects_table(objects.merge(parts), run.shape, run.voxel_size_nm, told["confidence"])
-    _write_table(run.out, "objects", columns)
-    _write_table(
-        run.out, "merges", saddles.saddles_table(told["rows"], run.config.fragments, run.shape, run.voxel_size_nm)
-    )
-    labels = volume.open(run.out, dataset="labels/instances/0")
-    with ThreadPoolExecutor(1) as beside:
-        histogram = beside.submit(pictures.volume_histogram, columns)
-        files.write_bytes(
-            run.out, "overlay.png", pictures.overlay(pictures.pictured_volume(run.source, run.out), labels, columns)
-        )
-        files.write_bytes(run.out, "tables/volumes.png", histogram.result())
-    arrays.set_group_attributes(run.out, "", ome.multiscales("probability", "czyx", [("0", run.voxel_size_nm)]))
-    now = time.perf_counter()
-    seconds = {"start": started - start, **ledger.seconds, "finish": now - ending, "total": now - start}
-    facts = {
-        **run.to_json(),
-        "out": out,
-        "objects": int(columns["id"].size),
-        "seconds": seconds,
-        "worker_seconds": ledger.busy,
-        "device_share": ledger.device_share,
-        "queue": ledger.queue,
-        "workers": ledger.devices,
-        "bus_bytes": {"sent": ledger.sent, "fetched": ledger.fetched},
-        "peak_bytes": {"worker": ledger.peak_bytes, "client": cluster.peak_bytes()},
-        "versions": {name: metadata.version(name) for name in ("volseg", "zarr", "zarrs", "dask", "numba", "numpy")},
-    }
-    compared, lacks = "", "" if facts["objects"] else _lacks(run)
-    if made:
-        facts |= {"plan": {**asdict(made), "total_seconds": made.total_seconds}, "actual": _actual(run, ledger, facts)}
-        compared = plan.compared(
-            made, seconds["total"], facts["peak_bytes"]["worker"], facts["actual"]["written_bytes"]
-        )
-    files.write_bytes(run.out, "run.json", json.dumps(facts, indent=1).encode())
-    if run.out != out:
-        files.remove(out)
-        files.move(run.out, out)
-    if not run.config.output.keep_work:
-        files.remove(f"{out}/work")
-    return Summary(
-        out=out,
-        objects=facts["objects"],
-        voxels=prod(run.shape),
-        seconds=seconds,
-        busy=ledger.busy,
-        device_share=ledger.device_share,
-        queue=ledger.queue,
-        worker_peak_bytes=facts["peak_bytes"]["worker"],
-        client_peak_bytes=facts["peak_bytes"]["client"],
-        labels=f"{out}/labels/instances",
-        table=f"{out}/tables/objects.parquet",
-        picture=f"{out}/overlay.png",
-        compared=compared,
-        lacks=lacks,
-    )
-
-
-def _lacks(run: Run) -> str:
-    """Why a run in which one process stitched has no object."""
-    knobs, rule = run.config.fragments, run.config.stitch
-    if not files.exists(f"{run.out}/work/basins.npz"):
-        return "no voxel reaches fragments.threshold, none of those that do reaches stitch.seed, or all objects are too small"
-    depth = store.load(run.out, "work/basins.npz")["minimum"]
-    if not depth.size:
-        return f"no voxel, smoothed, reaches fragments.threshold = {knobs.threshold:g}"
-    most = float(height_to_probability(depth.min(), knobs, run.voxel_size_nm))
-    what = {"probability": "mask less contour"}.get(knobs.height, knobs.height)
-    if depth.min() > seed_height(rule.seed, knobs, run.voxel_size_nm) and not rule.keep_unseeded:
-        return f"none of {depth.size} basins holds a seed: {what}, smoothed, is at most {most:.2f}, stitch.seed = {rule.seed:g}"
-    return f"all are of another size than stitch.min_voxels = {rule.min_voxels} and the like want them"
-
-
-def _actual(run: Run, ledger: flow.Ledger, facts: dict) -> dict:
-    """What the command took of all that its plan tells, under the same names."""
-    return {
-        "inferred_voxels": ledger.inferred,
-        "redundancy": redundancy(run, ledger.inferred),
-        "written_bytes": files.stored_bytes(run.out),
-        "worker_bytes": facts["peak_bytes"]["worker"],
-        "client_bytes": facts["peak_bytes"]["client"],
-        "total_seconds": facts["seconds"]["total"],
-    }
-
-
-def _told(run: Run) -> dict[str, np.ndarray]:
-    """What `stitched` told of its decisions; where a tree stitched, what all blocks tell of the objects' borders."""
-    key = f"work/merges/{run.keys['stitch']}.npz"
-    if files.exists(f"{run.out}/{key}"):
-        return store.load(run.out, key)
-    parts = store.load_each(run.out, [f"work/borders/{i}.npz" for i in range(len(run.grid))])
-    graph = saddles.object_graph(saddles.BlockBorders(**part) for part in parts)
-    label = np.arange(1, 1 + graph.minimum.size)
-    sure = saddles.confidence(graph, label, run.config.fragments, run.voxel_size_nm)
-    return {
-        "rows": saddles.rank_saddles(graph, Rules.from_config(run.config, run.voxel_size_nm), label),
-        "confidence": sure,
-    }
-
-
-def _write_table(out: str, name: str, columns: dict[str, np.ndarray]) -> None:
-    """``tables/<name>`` of the run holds the columns as Parquet and as CSV."""
-    import pyarrow
-    from pyarrow import csv, parquet
-
-    file, rows, whole = io.BytesIO(), io.BytesIO(), pyarrow.table(columns)
-    parquet.write_table(whole, file)
-    files.write_bytes(out, f"tables/{name}.parquet", file.getvalue())
-    rows.write(f"{','.join(columns)}\n".encode())
-    csv.write_csv(whole, rows, csv.WriteOptions(include_header=False, quoting_style="none"))
-    files.write_bytes(out, f"tables/{name}.csv", rows.getvalue())
-
-
-# ---------------------------------------------------------------- synthetic volumes
-
-
-def synthesize(out: str, shape: Triple, block: Triple, *, seed: int, overwrite: bool, show: Show) -> None:
-    """A synthetic EM volume with its exact labels is at ``out`` (OME-Zarr: array ``0``, and ``labels/truth/0``).
-
-    Any block shape gives the same voxels. Voxels are 5 nm along each axis.
-    """
-    from volseg.evaluation.synthetic import VOXEL_SIZE_NM, synth
-
-    if files.exists(out) and not overwrite:
-        raise UserError(f"output {out} exists; give another path, or --overwrite to replace it")
-    if files.exists(out) and not files.exists(f"{out}/labels/truth/zarr.json"):
-        raise UserError(f"output {out} exists and volseg synth did not make it, so it is left alone; give another path")
-    partial = folder.partial(out)
-    files.remove(partial)
-    grid = Blocks(shape, fit(block, shape))
-    dtype = synth(Box((0, 0, 0), (1, 1, 1)), seed=seed)[1].dtype
-    for group in ("", "/labels", "/labels/truth"):
-        arrays.create_group(f"{partial}{group}")
-    for name, kind in (("0", "uint8"), ("labels/truth/0", dtype)):
-        arrays.create_array(partial, name, shape=shape, dtype=kind, chunk=(32, 256, 256), shard=grid.block, axes="zyx")
-    arrays.set_group_attributes(partial, "", ome.multiscales("synthetic EM", "zyx", [("0", VOXEL_SIZE_NM)]))
-    arrays.set_group_attributes(partial, "labels", {"ome": {"version": "0.5", "labels": ["truth"]}})
-    truth = ome.multiscales("truth", "zyx", [("0", VOXEL_SIZE_NM)], source="../../")
-    arrays.set_group_attributes(partial, "labels/truth", truth)
-    advance = show.stage("synth", prod(shape), 0)
-    for box in grid:
-        image, labels = synth(box, seed=seed)
-        arrays.write(arrays.open_array(partial, "0"), box, image)
-        arrays.write(arrays.open_array(partial, "labels/truth/0"), box, labels)
-        advance(box.voxels)
-    if partial != out:
-        files.remove(out)
-        files.move(partial, out)
+    return tune(settings_of(config, settings, base={}), say or print)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import gc
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from volseg import __version__
-from volseg.box import Box, Triple
-from volseg.config import Config, layers, load, page
-from volseg.engine import forkserver as prefork
+from volseg.config import layers, load, page
+from volseg.engine import forkserver
 from volseg.errors import UserError
+from volseg.progress import Progress, terminal_progress
+
+if TYPE_CHECKING:
+    from volseg.box import Triple
+    from volseg.engine.finished import FinishedRun
 
 app = typer.Typer(
     name="volseg",
@@ -42,8 +44,7 @@ Roi = Annotated[str, typer.Option("--roi", metavar="z0:z1,y0:y1,x0:x1", help="Do
 Backend = Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")]
 Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-INTERRUPTED = 130  # exit code after Ctrl-C
-EVERY = 10  # seconds between lines of progress where there is no terminal
+EXIT_INTERRUPTED = 130  # after Ctrl-C
 
 
 def main() -> None:
@@ -61,91 +62,6 @@ def main() -> None:
     finally:
         if "torch" not in sys.modules:  # which complains of what was not collected
             gc.freeze()  # the process ends: looking for garbage among all that libraries made would take most of a second
-
-
-# ---------------------------------------------------------------- progress
-
-
-class Terminal:
-    """Progress of a run, several stages at once: bars in a terminal, else a line now and then and at a stage's end."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        self.live: Any = None
-        self.open: dict[str, Progressed] = {}
-        self.bars: dict[str, Any] = {}
-        self.told = time.monotonic()
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-    def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
-        if self.console.is_terminal:
-            return self._bar(name, voxels, done)
-        self.open[name] = Progressed(name, voxels, done)
-        if done >= voxels:
-            self._tell(name, 0)
-        return lambda n: self._tell(name, n)
-
-    def _bar(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            ProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.text import Text
-
-        class Speed(ProgressColumn):
-            def render(self, task: Any) -> Text:
-                speed = task.finished_speed or task.speed
-                return Text(f"{speed / 1e6:.2f} Mvoxel/s" if speed else "- Mvoxel/s")
-
-        if self.live is None:
-            self.live = Progress(
-                TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), Speed(),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console, speed_estimate_period=120,
-            )  # fmt: skip
-            self.live.start()
-        if name in self.bars:  # the run has begun again
-            self.live.remove_task(self.bars[name])
-        task = self.bars[name] = self.live.add_task(name, total=voxels, completed=done)
-        return lambda n: self.live.advance(task, n)
-
-    def _tell(self, name: str, voxels: int) -> None:
-        """A line of a stage that is done; else, if the last line is `EVERY` seconds old, one of all that are under way."""
-        now, stage = time.monotonic(), self.open[name]
-        stage.done += voxels
-        if stage.done >= stage.voxels:
-            self.say(self.open.pop(name).line(now))
-        elif now - self.told > EVERY:
-            self.say("; ".join(stage.line(now) for stage in self.open.values() if stage.done > stage.before))
-        else:
-            return
-        self.told = now
-
-    def stop(self) -> None:
-        """Ends the bars."""
-        if self.live is not None:
-            self.live.stop()
-
-
-class Progressed:
-    """How far a stage has come."""
-
-    def __init__(self, name: str, voxels: int, done: int) -> None:
-        self.name, self.voxels, self.done = name, voxels, done
-        self.before, self.start = done, time.monotonic()
-
-    def line(self, now: float) -> str:
-        """Its name, share, speed and the time that it still takes."""
-        if self.before >= self.voxels:
-            return f"{self.name:10} 100 %  done before"
-        speed = (self.done - self.before) / max(now - self.start, 1e-9)
-        left = f", {(self.voxels - self.done) / speed:.0f} s left" if speed and self.done < self.voxels else ""
-        return f"{self.name:10} {100 * self.done / self.voxels:3.0f} %  {speed / 1e6:.2f} Mvoxel/s{left}"
 
 
 # ---------------------------------------------------------------- commands
@@ -167,14 +83,13 @@ def infer(
     overwrite: Overwrite = False,
 ) -> None:
     """Segment a volume: labels, object table, probabilities and a picture."""
-    engine = {"predict.backend": backend, "predict.precision": precision}
-    settings = _of_model(config, sets, _given(model, mask, roi, workers, scheduler) | engine)
-    _expect_workers(settings)
+    given = _given(model, mask, roi, workers, scheduler, backend, precision)
+    if not scheduler:
+        forkserver.start()  # local workers are being got ready while this process imports the rest
+    from volseg import api
 
-    from volseg import api as launch
-
-    where = (out or default_out(volume)).rstrip("/")
-    _run(lambda show: launch.infer(volume, where, settings, overwrite=overwrite, show=show))
+    settings = api.settings_of(config, [*(sets or ()), *given])
+    _run(lambda progress: api.infer(volume, out or None, config=settings, overwrite=overwrite, progress=progress))
 
 
 @app.command()
@@ -197,35 +112,33 @@ def plan(
 
     Exit code 2, with what to set, where it would not fit memory or disk.
     """
-    engine = {"predict.backend": backend, "predict.precision": precision}
-    settings = _of_model(config, sets, _given(model, mask, roi, workers, scheduler) | engine)
-    from dataclasses import asdict
-
-    from volseg import api as launch
+    given = _given(model, mask, roi, workers, scheduler, backend, precision)
+    from volseg import api
     from volseg.planning import plan as planning
 
-    made, refusal = launch.planned(volume, (out or default_out(volume)).rstrip("/"), settings)
-    told = {**asdict(made), "total_seconds": made.total_seconds}
+    made = api.plan(volume, out or None, config=config, settings=[*(sets or ()), *given])
+    told = made.to_json()
     if price is not None:
         told["cost"] = price * made.total_seconds / 3600
     typer.echo(json.dumps(told, indent=1) if as_json else planning.table(made, price))
-    if refusal:
-        raise refusal
+    if made.refusal:
+        raise UserError(made.refusal)
 
 
-def _given(model: str, mask: str, roi: str, workers: int | None, scheduler: str) -> dict[str, str | int | None]:
-    """The settings behind the options that an inference and its plan share."""
-    return {"predict.model": model, "input.mask": mask, "input.roi": roi, "cluster.workers": workers,
-            "cluster.scheduler": scheduler}  # fmt: skip
+def _given(
+    model: str, mask: str, roi: str, workers: int | None, scheduler: str, backend: str = "", precision: str = ""
+) -> list[tuple[str, str]]:
+    """The settings behind the options that an inference and its plan share, each with the option that it comes from."""
+    return _options(
+        ("--model", "predict.model", model), ("--mask", "input.mask", mask), ("--roi", "input.roi", roi),
+        ("--workers", "cluster.workers", workers), ("--scheduler", "cluster.scheduler", scheduler),
+        ("--backend", "predict.backend", backend), ("--precision", "predict.precision", precision),
+    )  # fmt: skip
 
 
-def _of_model(config: Path | None, sets: list[str] | None, given: dict[str, str | int | None]) -> Config:
-    """The settings of an inference: the model's own, the config file's, ``--set``, and what options gave."""
-    from volseg.inference.model import load_card, shipped
-
-    chosen = given["predict.model"] or load(config, sets or ()).predict.model
-    flags = [f"{name}={_toml(value)}" for name, value in given.items() if value]
-    return load(config, [*(sets or ()), *flags], base=load_card(chosen or shipped()).decode)
+def _options(*given: tuple[str, str, Any]) -> list[tuple[str, str]]:
+    """Settings of the options that were given: ``(option, "section.key=value")``."""
+    return [(option, f"{key}={_toml(value)}") for option, key, value in given if value not in (None, "", [])]
 
 
 def _channel(name: str, more: str) -> Any:
@@ -271,38 +184,22 @@ def segment(
     Of PROBABILITIES (zarr, OME-Zarr, TIFF or a folder of slices; z y x, or with channels first or last; float 0..1,
     uint8 0..255, uint16 0..65535 or bool), a run is made as infer makes it, and all other commands take it.
     """  # fmt: skip
-    given = {
-        "probabilities.mask_channel": mask_channel,
-        "probabilities.contour_channel": contour_channel,
-        "probabilities.distance_channel": distance_channel,
-        "probabilities.contour": contour or None,
-        "probabilities.distance": distance or None,
-        "probabilities.inverted": inverted or None,
-        "cluster.workers": workers,
-        "cluster.scheduler": scheduler or None,
-        "input.mask": mask or None,
-        "input.roi": roi or None,
-    }
-    flags = [f"{name}={_toml(value)}" for name, value in given.items() if value is not None]
-    settings = load(config, [*(sets or ()), *flags])
-    from volseg import api as launch
-    from volseg.engine import folder
+    given = _options(
+        ("--mask-channel", "probabilities.mask_channel", mask_channel),
+        ("--contour-channel", "probabilities.contour_channel", contour_channel),
+        ("--distance-channel", "probabilities.distance_channel", distance_channel),
+        ("--contour", "probabilities.contour", contour), ("--distance", "probabilities.distance", distance),
+        ("--inverted", "probabilities.inverted", inverted), ("--workers", "cluster.workers", workers),
+        ("--scheduler", "cluster.scheduler", scheduler), ("--mask", "input.mask", mask), ("--roi", "input.roi", roi),
+    )  # fmt: skip
+    from volseg import api
 
-    path = path.rstrip("/")
-    if not folder.is_run(path):
-        where = (out or default_out(path)).rstrip("/")
-        if recompute:
-            raise UserError(f"{path} is not a volseg run: --recompute is for a run whose work folder was cleaned")
-        _run(lambda show: launch.segment_probabilities(path, where, settings, overwrite=overwrite, show=show))
-        return
-    if out or overwrite:
-        raise UserError(f"{path} is a run and is decided anew in place; leave out --out and --overwrite, or give {path}/0 "
-                        "to make another run of its probabilities")  # fmt: skip
-
-    def change(old: Config) -> Config:
-        return load(config, [*(sets or ()), *flags], base=old.model_dump(mode="json", exclude={"train"}))
-
-    _run(lambda show: launch.segment(path, change, recompute=recompute, show=show))
+    _run(
+        lambda progress: api.segment(
+            path, out or None, config=config, settings=[*(sets or ()), *given], overwrite=overwrite, recompute=recompute,
+            progress=progress,
+        )
+    )  # fmt: skip
 
 
 @app.command()
@@ -316,29 +213,25 @@ def calibrate(
 
     Searched are seed, persistence, join_mean and min_voxels. [fragments] makes the basins and cannot be searched here.
     """
-    region = _box(box)
-    from volseg import api as launch
-    from volseg.evaluation import calibrate as search
-    from volseg.evaluation.finished import open_finished
+    from volseg import api
 
-    found = search.calibrate(run, truth, box=region)
-    typer.echo(str(found))
-    best = found.best
+    result = api.calibrate(run, truth, box=box)
+    typer.echo(str(result))
+    best = result.best
     if not best.pq:
         raise UserError(f"no setting matches any object of {truth} there: are these the labels of this volume?")
     typer.echo("chosen   " + ", ".join(text.replace("=", " = ") for text in best.settings))
     typer.echo(
-        f"gain     PQ {best.pq - found.own.pq:+.4f} over the run's own settings, {best.pq - found.default.pq:+.4f} over the "
+        f"gain     PQ {best.pq - result.own.pq:+.4f} over the run's own settings, {best.pq - result.default.pq:+.4f} over the "
         "defaults, on the same annotations"
     )
     if model:
-        search.save_to_model(model, best, open_finished(run))
+        from volseg.evaluation.calibrate import save_to_model
+        from volseg.evaluation.finished import open_finished
+
+        save_to_model(model, best, open_finished(run))
     if not best.own:
-
-        def change(settings: Config) -> Config:
-            return load(sets=best.settings, base=settings.model_dump(mode="json", exclude={"train"}))
-
-        _run(lambda show: launch.segment(run.rstrip("/"), change, show=show))
+        _run(lambda progress: api.segment(run, settings=best.settings, progress=progress))
 
 
 @app.command()
@@ -349,9 +242,9 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Recompute parts of a run with other blocks and compare them bit for bit. Exit code 1 where they differ."""
-    from volseg.evaluation.verify import verify as recompute
+    from volseg import api
 
-    result = recompute(run, boxes=blocks, seed=seed)
+    result = api.verify(run, boxes=blocks, seed=seed)
     typer.echo(json.dumps(result.to_json(), indent=1) if as_json else str(result))
     if not result.ok:
         raise typer.Exit(1)
@@ -363,37 +256,24 @@ def review(
     top: Annotated[int, typer.Option("--top", min=1, help="How many of the least certain.")] = 50,
 ) -> None:
     """List the least certain joins and borders, with a picture of each in RUN/review."""
-    from volseg.evaluation.review import review as draw
+    from volseg import api
 
-    found = draw(run, top)
-    typer.echo(str(found))
-    typer.echo(f"page     {found.page}")
-
-
-def _box(text: str) -> Box | None:
-    try:
-        return Box.parse(text) if text else None
-    except ValueError as error:
-        raise UserError(f"--box: {error}") from None
+    result = api.review(run, top=top)
+    typer.echo(str(result))
+    typer.echo(f"page     {result.page}")
 
 
-def _expect_workers(settings: Config) -> None:
-    """Local workers are being got ready while this process imports the rest."""
-    if not settings.cluster.scheduler:
-        prefork.start()
-
-
-def _run(start: Callable[[Terminal], Any]) -> None:
+def _run(start: Callable[[Progress], FinishedRun]) -> None:
     """Shows the progress of a run, and what came of it."""
-    show = Terminal()
+    progress = terminal_progress()
     try:
-        summary = start(show)
+        run = start(progress)
     except KeyboardInterrupt:
         typer.echo("volseg: stopped; what is done is kept, the same command goes on from there", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
-        show.stop()
-    _conclude(summary)
+        progress.stop()
+    _conclude(run)
 
 
 def _toml(value: str | int | list[str]) -> str:
@@ -401,50 +281,45 @@ def _toml(value: str | int | list[str]) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def default_out(volume: str) -> str:
-    """Where a volume's run goes unless told otherwise.
-
-    >>> default_out("a/cells.tif"), default_out("cells.ome.zarr/"), default_out("slices")
-    ('a/cells.volseg.zarr', 'cells.volseg.zarr', 'slices.volseg.zarr')
-    """
-    head, slash, name = volume.rstrip("/").rpartition("/")
-    for ending in (".ome.zarr", ".ome.tiff", ".ome.tif", ".zarr", ".tiff", ".tif", ".n5"):
-        name = name.removesuffix(ending)
-    return f"{head}{slash}{name}.volseg.zarr"
-
-
-def _conclude(summary: Any) -> None:
-    if not summary.objects:
-        typer.echo(f"no object: {summary.lacks}")
-    typer.echo(f"{summary.objects} objects in {summary.voxels / 1e6:.1f} million voxels")
-    for line in _spent(summary):
+def _conclude(run: FinishedRun) -> None:
+    facts, voxels = run.summary, run.run.wanted_voxels
+    if not run.object_count:
+        typer.echo(f"no object: {facts['why_no_object']}")
+    typer.echo(f"{run.object_count} objects in {voxels / 1e6:.1f} million voxels")
+    for line in _time_lines(facts, voxels):
         typer.echo(line)
+    peak = facts["peak_bytes"]
     typer.echo(
-        f"peak memory {summary.worker_peak_bytes / 2**30:.2f} GiB in the largest worker, "
-        f"{summary.client_peak_bytes / 2**30:.2f} GiB in this process"
+        f"peak memory {peak['worker'] / 2**30:.2f} GiB in the largest worker, {peak['client'] / 2**30:.2f} GiB in this process"
     )
-    if summary.compared:
-        typer.echo(summary.compared)
-    typer.echo(f"labels   {summary.labels}\ntable    {summary.table}\npicture  {summary.picture}")
+    if run.plan:
+        from volseg.planning.plan import Plan, compared
+
+        actual = run.actual
+        made = Plan.from_json(run.plan)
+        typer.echo(compared(made, actual["total_seconds"], actual["worker_bytes"], actual["written_bytes"]))
+    layout = run.layout
+    typer.echo(f"labels   {layout.labels_path}\ntable    {layout.objects_path}\npicture  {layout.picture_path}")
 
 
-def _spent(summary: Any) -> list[str]:
+def _time_lines(facts: dict, voxels: int) -> Iterator[str]:
     """Where the time went: by stage as the clock ran, and as shares of what all workers spent."""
-    total = summary.seconds["total"]
-    stages = ", ".join(f"{name} {took:.1f}" for name, took in summary.seconds.items() if name != "total")
-    lines = [f"took {total:.1f} s ({summary.voxels / 1e6 / total:.2f} Mvoxel/s): {stages}; stages run side by side"]
-    spent = sum(sum(phases.values()) for phases in summary.busy.values())
+    total = facts["seconds"]["total"]
+    stages = ", ".join(f"{name} {took:.1f}" for name, took in facts["seconds"].items() if name != "total")
+    yield f"took {total:.1f} s ({voxels / 1e6 / total:.2f} Mvoxel/s): {stages}; stages run side by side"
+    worker_seconds = facts["worker_seconds"]
+    spent = sum(sum(phases.values()) for phases in worker_seconds.values())
     if spent:
-        lines.append(f"workers  {spent:.1f} s: {', '.join(_shares(summary.busy, spent))}")
-    if summary.device_share:
-        lines.append(f"device   computed in {100 * summary.device_share:.0f} % of predict; "
-                     f"{summary.queue:.1f} blocks waited for a worker on average")  # fmt: skip
-    return lines
+        yield f"workers  {spent:.1f} s: {', '.join(_shares(worker_seconds, spent))}"
+    if share := facts["device_share"]:
+        yield (
+            f"device   computed in {100 * share:.0f} % of predict; {facts['queue']:.1f} blocks waited for a worker on average"
+        )
 
 
-def _shares(busy: dict[str, dict[str, float]], spent: float) -> Iterator[str]:
+def _shares(worker_seconds: dict[str, dict[str, float]], spent: float) -> Iterator[str]:
     """``predict 80 % (infer 70, blend 5, ...)`` for each stage: the phases of at least one per cent."""
-    for stage, phases in busy.items():
+    for stage, phases in worker_seconds.items():
         parts = sorted(((100 * took / spent, name) for name, took in phases.items()), reverse=True)
         large = ", ".join(f"{name} {share:.0f}" for share, name in parts if share >= 1)
         yield f"{stage} {sum(share for share, _ in parts):.0f} %" + f" ({large})" * bool(large)
@@ -471,7 +346,7 @@ def _until_stopped(work: Callable[[], Any], checkpoint: Path | None = None) -> N
         nothing = checkpoint is not None and not checkpoint.exists()
         goes_on = "begins anew: nothing was learnt yet" if nothing else "goes on from the last checkpoint"
         typer.echo(f"volseg: stopped; the same command {goes_on}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @app.command()
@@ -533,14 +408,14 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score labels against the truth: foreground and instances."""
-    region = _box(box)
-    from volseg.evaluation import evaluate as scoring
+    from volseg import api
+    from volseg.evaluation.evaluate import read_roi
 
-    scores = scoring.evaluate(pred, truth, box=region)
+    scores = api.evaluate(pred, truth, box=box)
     typer.echo(json.dumps(scores.to_json(), indent=1) if as_json else str(scores))
     if not scores.instances.truth_objects:
         typer.echo(f"volseg: {truth} holds no object here, so most of these scores say nothing", err=True)
-    if not box and (roi := scoring.read_roi(pred)):
+    if not box and (roi := read_roi(pred)):
         typer.echo(f"volseg: {pred} did only {roi}, all else counts as missed; --box {roi} scores that part", err=True)
 
 
@@ -553,14 +428,14 @@ def synth(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a synthetic EM volume with exact instance labels."""
-    from volseg import api as launch
+    from volseg.evaluation.synthetic_volume import write_synthetic
 
     sizes = _triple(shape, "--shape"), _triple(block, "--block")
-    show = Terminal()
+    progress = terminal_progress()
     try:
-        launch.synthesize(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, show=show)
+        write_synthetic(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, progress=progress)
     finally:
-        show.stop()
+        progress.stop()
     typer.echo(f"image    {out}\ntruth    {out.rstrip('/')}/labels/truth")
 
 
@@ -593,15 +468,11 @@ def info(
 @app.command()
 def clean(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
     """Remove a finished run's work folder; labels, table and probabilities stay."""
-    from volseg.io import files
+    from volseg import api
 
-    if not files.exists(f"{run}/run.json"):
-        raise UserError(f"{run} is not a finished volseg run (no run.json in it); give a folder that volseg infer made")
-    where = f"{run.rstrip('/')}/work"
-    freed = files.stored_bytes(where)
-    files.remove(where)
-    told = "" if freed is None else f" ({freed / 1e9:.2f} GB)"
-    typer.echo(f"removed {where}{told}; volseg segment then needs --recompute")
+    freed = api.clean(run)
+    size = "" if freed is None else f" ({freed / 1e9:.2f} GB)"
+    typer.echo(f"removed {run.rstrip('/')}/work{size}; volseg segment then needs --recompute")
 
 
 @app.command()

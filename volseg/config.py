@@ -350,17 +350,21 @@ def _check(
     raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}")
 
 
-def load(file: str | Path | None = None, sets: tuple[str, ...] | list[str] = (), base: dict | None = None) -> Config:
+Setting = str | tuple[str, str]  # "section.key=value", or the option that it comes from and this
+
+
+def load(file: str | Path | dict | None = None, sets: Iterable[Setting] = (), base: dict | None = None) -> Config:
     """The configuration of a run: ``base`` (a model's own values), then ``file``, then each ``--set``."""
     return resolve(*layers(file, sets, base))
 
 
-def layers(file: str | Path | None, sets: tuple[str, ...] | list[str], base: dict | None) -> list[tuple[str, dict]]:
-    """The layers that `load` lays over the defaults, and where each comes from."""
-    found = [("model file", base or {})]
+def layers(file: str | Path | dict | None, sets: Iterable[Setting], base: dict | None) -> list[tuple[str, dict]]:
+    """The layers that `load` lays over the defaults, and where each comes from; ``file`` may be its tables."""
+    tables = [("model file", base or {})]
     if file:
-        found.append((str(file), read_file(file)))
-    return found + [(f"--set {text}", parse_set(text)) for text in sets]
+        tables.append(("config", file) if isinstance(file, dict) else (str(file), read_file(file)))
+    options = ((f"--set {setting}", setting) if isinstance(setting, str) else setting for setting in sets)
+    return tables + [(origin, parse_set(text)) for origin, text in options]
 
 
 def page(config: Config, layers: list[tuple[str, dict]]) -> str:

@@ -1,9 +1,150 @@
-"""What a command shows: tables as plain text."""
+"""What a command shows: progress as bars, lines or nothing, and tables as plain text."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+LINE_INTERVAL_S = 10  # between lines of progress where there is no terminal
+
+
+class Progress(Protocol):
+    """What a command tells while it works. Several stages may be under way at once; each ends when all its voxels are done."""
+
+    def message(self, text: str) -> None:
+        """Tells one thing."""
+
+    def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        """Starts a stage of ``voxels``, some ``done`` before; call what it returns with voxels as they are done."""
+
+    def stop(self) -> None:
+        """Ends what is shown."""
+
+
+class Silent:
+    """Tells nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing is told."""
+
+    def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        return lambda _: None
+
+    def stop(self) -> None:
+        """There is nothing to end."""
+
+
+class Lines:
+    """A line on standard error for each message, each stage that is done, and every ten seconds for those under way."""
+
+    def __init__(self, write: Callable[[str], None] | None = None) -> None:
+        self.write = write or (lambda text: print(text, file=sys.stderr, flush=True))
+        self.stages: dict[str, _StageProgress] = {}
+        self.last_line = time.monotonic()
+
+    def message(self, text: str) -> None:
+        self.write(text)
+
+    def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        self.stages[name] = _StageProgress(name, voxels, done)
+        if done >= voxels:
+            self._advance(name, 0)
+        return lambda more: self._advance(name, more)
+
+    def _advance(self, name: str, voxels: int) -> None:
+        now, stage = time.monotonic(), self.stages[name]
+        stage.done += voxels
+        if stage.done >= stage.voxels:
+            self.message(self.stages.pop(name).line(now))
+        elif now - self.last_line > LINE_INTERVAL_S:
+            self.message("; ".join(stage.line(now) for stage in self.stages.values() if stage.done > stage.before))
+        else:
+            return
+        self.last_line = now
+
+    def stop(self) -> None:
+        """There is nothing to end."""
+
+
+class _StageProgress:
+    """How far a stage has come."""
+
+    def __init__(self, name: str, voxels: int, done: int) -> None:
+        self.name, self.voxels, self.done = name, voxels, done
+        self.before, self.start = done, time.monotonic()
+
+    def line(self, now: float) -> str:
+        """Its name, share, speed and the time that it still takes."""
+        if self.before >= self.voxels:
+            return f"{self.name:10} 100 %  done before"
+        speed = (self.done - self.before) / max(now - self.start, 1e-9)
+        left = f", {(self.voxels - self.done) / speed:.0f} s left" if speed and self.done < self.voxels else ""
+        return f"{self.name:10} {100 * self.done / self.voxels:3.0f} %  {speed / 1e6:.2f} Mvoxel/s{left}"
+
+
+class Bars:
+    """Bars of `rich`, in a terminal or a notebook."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=not in_notebook())
+        self.live: Any = None
+        self.bars: dict[str, Any] = {}
+
+    def message(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        if self.live is None:
+            self.live = _rich_progress(self.console)
+            self.live.start()
+        if name in self.bars:  # the run has begun again
+            self.live.remove_task(self.bars[name])
+        task = self.bars[name] = self.live.add_task(name, total=voxels, completed=done)
+        return lambda more: self.live.advance(task, more)
+
+    def stop(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+
+def _rich_progress(console: Any) -> Any:
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed / 1e6:.2f} Mvoxel/s" if speed else "- Mvoxel/s")
+
+    return Progress(
+        TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), Speed(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, speed_estimate_period=120,
+    )  # fmt: skip
+
+
+def in_notebook() -> bool:
+    """Whether this is a Jupyter kernel."""
+    shell = sys.modules.get("IPython")
+    running = shell.get_ipython() if shell else None
+    return running is not None and "IPKernelApp" in getattr(running, "config", {})
+
+
+def default_progress() -> Progress:
+    """Bars in a terminal or notebook, silent elsewhere."""
+    return Bars() if in_notebook() or sys.stderr.isatty() else Silent()
+
+
+def terminal_progress() -> Progress:
+    """Bars in a terminal, lines elsewhere."""
+    return Bars() if sys.stderr.isatty() else Lines()
+
+
+# ---------------------------------------------------------------- tables
 
 
 def format_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -9,11 +9,11 @@ import tifffile
 import zarr
 from scipy import ndimage
 
-from tests.helpers import Quiet, Stops, digest, do_stages, segment_here
-from volseg import api as launch
+from tests.helpers import Quiet, Stops, decide, digest, do_stages, segment_here
 from volseg.box import Box
 from volseg.config import load
-from volseg.engine import cluster, folder
+from volseg.engine import folder, receipts
+from volseg.engine.stages import keys
 from volseg.io import arrays, files, volume
 
 SHAPE = (17, 40, 140)
@@ -47,15 +47,15 @@ def same(out, mask, tmp_path, *more):
 
 
 def kept(out, stage="relabel"):
-    run = folder.stored(out, False)
-    return [receipt["kept"] for receipt in cluster.receipts(out, stage, run.keys[stage])]
+    run = folder.load_run(out)
+    return [receipt.kept for receipt in receipts.receipts(out, stage, keys(run)[stage])]
 
 
 def test_a_decision_that_changes_nothing_writes_no_labels(mask, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     segment_here(mask, out, load(sets=PLAIN))
     assert not any(kept(out))
-    launch.segment(out, sets("stitch.seed=0.4"), show=Quiet())  # every voxel is 0 or 1
+    decide(out, sets("stitch.seed=0.4"), progress=Quiet())  # every voxel is 0 or 1
     assert len(kept(out)) == 16
     assert all(kept(out) + kept(out, "pyramid1") + kept(out, "pyramid2"))
     assert same(out, mask, tmp_path, "stitch.seed=0.4")
@@ -66,16 +66,16 @@ def test_back_and_forth_with_stops_between_gives_what_a_fresh_run_has(mask, tmp_
     segment_here(mask, out, load(sets=PLAIN))
     first, sizes = digest(out), np.bincount(labels(out).ravel())[1:]
     largest = f"stitch.max_voxels={int(np.sort(sizes)[-2])}"  # drops one object
-    launch.segment(out, sets(largest), show=Quiet())
+    decide(out, sets(largest), progress=Quiet())
     assert same(out, mask, tmp_path, largest)
     assert not all(kept(out))
     with pytest.raises(KeyboardInterrupt):
-        launch.segment(out, sets("stitch.max_voxels=0"), show=Stops("pyramid1"))
+        decide(out, sets("stitch.max_voxels=0"), progress=Stops("pyramid1"))
     half(f"{out}.partial", [f"stitch.min_voxels={int(np.sort(sizes)[2])}", "stitch.max_voxels=0"])
-    launch.segment(out, sets("stitch.max_voxels=0", "stitch.min_voxels=10"), show=Quiet())
+    decide(out, sets("stitch.max_voxels=0", "stitch.min_voxels=10"), progress=Quiet())
     assert digest(out) == first
     assert same(out, mask, tmp_path)
-    launch.segment(out, sets("stitch.min_voxels=1000000"), show=Quiet())
+    decide(out, sets("stitch.min_voxels=1000000"), progress=Quiet())
     assert not labels(out).any()
     assert same(out, mask, tmp_path, "stitch.min_voxels=1000000")
 
@@ -85,7 +85,7 @@ def test_labels_that_an_earlier_volseg_began_are_made_anew(mask, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     segment_here(mask, out, load(sets=PLAIN))
     files.write_bytes(out, "work/labels.json", b'{"objects": 3}')
-    launch.segment(out, sets("stitch.reduce=flat"), show=Quiet())  # decides no byte, so no key changes
+    decide(out, sets("stitch.reduce=flat"), progress=Quiet())  # decides no byte, so no key changes
     assert same(out, mask, tmp_path)
 
 
@@ -95,9 +95,9 @@ def labels(out):
 
 def half(out, change):
     """The run at ``out`` is decided anew, but its process ends when some blocks are relabeled, one of them half."""
-    old = folder.stored(out.removesuffix(".partial"), False)
+    old = folder.load_run(out.removesuffix(".partial"))
     run = replace(old, out=out, config=sets(*change)(old.config))
-    folder.adopt(run)
+    folder.apply_settings(run)
     do_stages(run, "stitch")
     folder.create_labels(run)
     do_stages(run, "relabel", some=range(0, 16, 3))

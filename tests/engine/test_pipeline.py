@@ -20,16 +20,18 @@ import tifffile
 import zarr
 from distributed import Client, LocalCluster
 
-from tests.helpers import SHAPE, Quiet, Stops, command, digest, settings, wait_for_markers, with_sets
-from volseg import api as launch
+from tests.helpers import SHAPE, Quiet, Stops, command, decide, digest, settings, wait_for_markers, with_sets
+from volseg import api
 from volseg.box import Box
 from volseg.config import Cluster, load
-from volseg.engine import cluster, folder, pipeline
-from volseg.engine import schedule as flow
+from volseg.engine import cluster, folder, pipeline, receipts, schedule
+from volseg.engine.receipts import RunStatistics
 from volseg.engine.run import Run
-from volseg.errors import UserError
+from volseg.engine.stages import keys, stages_of
+from volseg.errors import IncompleteRunError, UserError
 from volseg.evaluation import calibrate, review
 from volseg.evaluation.synthetic import synth
+from volseg.evaluation.synthetic_volume import write_synthetic
 from volseg.evaluation.verify import verify
 from volseg.inference import model
 from volseg.io import arrays, files, volume
@@ -39,10 +41,10 @@ from volseg.planning import prepare as describe
 @pytest.mark.parametrize(("block", "workers"), [((7, 64, 64), 2), ((22, 37, 101), 1), ((5, 150, 170), 2)])
 def test_labels_do_not_depend_on_blocks_or_workers(image, reference, tmp_path, block, workers):
     out = str(tmp_path / "run.volseg.zarr")
-    summary = launch.infer(
-        image, out, settings(blocks={"shape": block}, cluster={"workers": workers}), overwrite=False, show=Quiet()
+    summary = api.infer(
+        image, out, config=settings(blocks={"shape": block}, cluster={"workers": workers}), progress=Quiet()
     )
-    assert summary.objects > 3
+    assert summary.object_count > 3
     assert digest(out) == digest(reference)
     for level in (1, 2):
         left, right = (zarr.open_array(f"{run}/labels/instances/{level}", mode="r")[:] for run in (out, reference))
@@ -96,9 +98,9 @@ def test_an_unfinished_run_of_other_settings_is_refused(image, tmp_path):
     source = volume.open(image)
     folder.begin(describe.from_image(source, config, f"{out}.partial"), overwrite=False)
     with pytest.raises(UserError, match=r"fragments\.threshold = 0\.\d+, this one 0\.123.*--overwrite"):
-        launch.infer(image, out, settings(fragments={"threshold": 0.123}), overwrite=False, show=Quiet())
+        api.infer(image, out, config=settings(fragments={"threshold": 0.123}), progress=Quiet())
     with pytest.raises(UserError, match=r"backend = 'auto', this one 'onnx'"):
-        launch.infer(image, out, settings(predict={"backend": "onnx"}), overwrite=False, show=Quiet())
+        api.infer(image, out, config=settings(predict={"backend": "onnx"}), progress=Quiet())
 
 
 def test_a_stopped_run_is_kept_even_with_overwrite(image, tmp_path):
@@ -130,10 +132,9 @@ def test_what_no_run_made_is_never_replaced(image, tmp_path, where):
     shutil.copytree(image, tmp_path / "em.zarr")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/precious").write_text("kept")
+    out = str(tmp_path / where)
     with pytest.raises(UserError, match=r"would replace the volume|not a volseg run"):
-        launch.infer(
-            str(tmp_path / "em.zarr"), str(tmp_path / where), settings(), overwrite=True, show=Quiet()
-        )  # fmt: skip
+        api.infer(str(tmp_path / "em.zarr"), out, config=settings(), overwrite=True, progress=Quiet())
     assert (tmp_path / "em.zarr/0").exists()
     assert (tmp_path / "folder/precious").exists()
 
@@ -141,7 +142,7 @@ def test_what_no_run_made_is_never_replaced(image, tmp_path, where):
 def test_a_bucket_that_holds_other_things_is_left_alone(bucket, image):
     files.write_bytes(f"{bucket}/shared", "precious", b"kept")
     with pytest.raises(UserError, match="not a volseg run"):
-        launch.infer(image, f"{bucket}/shared", settings(), overwrite=True, show=Quiet())
+        api.infer(image, f"{bucket}/shared", config=settings(), overwrite=True, progress=Quiet())
     assert files.read_bytes(f"{bucket}/shared", "precious") == b"kept"
 
 
@@ -150,7 +151,7 @@ def test_a_worker_of_another_kind_is_refused(image, tmp_path):
     foreign = replace(run, engine=replace(run.engine, processor="abacus"))
     folder.begin(foreign, overwrite=False)
     with pytest.raises(UserError, match=r"abacus.*bits differ"):
-        pipeline.work(foreign.out, foreign.id, "predict", 0)
+        pipeline.process_block(foreign.out, foreign.id, "predict", 0)
 
 
 def test_a_damaged_chunk_ends_the_run_in_one_line(image, reference, tmp_path):
@@ -162,7 +163,7 @@ def test_a_damaged_chunk_ends_the_run_in_one_line(image, reference, tmp_path):
     out = tmp_path / "run.volseg.zarr"
     checked = settings(blocks={"shape": (22, 75, 170)}, cluster={"workers": 1, "tries": 2}, predict={"tile": 64})
     with pytest.raises(UserError, match=r"cannot read .* damaged"):
-        launch.infer(str(broken), str(out), checked, overwrite=False, show=Quiet())
+        api.infer(str(broken), str(out), config=checked, progress=Quiet())
     assert not out.exists()
 
 
@@ -176,10 +177,10 @@ def test_a_block_that_cannot_be_read_leaves_a_run_that_can_go_on(image, referenc
     shard = next(copy.glob("0/c/0/1/*"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    with cluster.connect(config.cluster) as client, pytest.raises(flow.Incomplete, match="block 0:11,0:150,0:170"):
-        flow.run_stage(client, run, "predict", Quiet(), flow.Ledger())
+    with cluster.connect(config.cluster) as client, pytest.raises(IncompleteRunError, match="block 0:11,0:150,0:170"):
+        schedule._run_together(client, run, [stages_of(run)["predict"]], Quiet(), RunStatistics())
     shard.write_bytes(whole)
-    launch.infer(str(copy), str(out), config, overwrite=False, show=Quiet())
+    api.infer(str(copy), str(out), config=config, progress=Quiet())
     assert digest(out) == digest(reference)
 
 
@@ -195,9 +196,9 @@ def hold_at_most(more):
 
 
 def test_a_run_is_no_image(reference, tmp_path):
-    for work in (launch.infer, lambda path, out, config, **_: launch.planned(path, out, config)):
+    for work in (api.infer, api.plan):
         with pytest.raises(UserError, match=r"is a run, not an image: decide it anew with volseg segment"):
-            work(reference, str(tmp_path / "run.volseg.zarr"), settings(), overwrite=False, show=Quiet())
+            work(reference, str(tmp_path / "run.volseg.zarr"), config=settings())
     with pytest.raises(UserError, match="is a run, not an image"):
         describe.try_backends(reference, settings())
 
@@ -218,8 +219,8 @@ def test_a_run_without_objects_says_what_it_lacks(tmp_path, sets, why):
     tifffile.imwrite(tmp_path / "chance.tif", chance)
     config = load(base={"fragments": {"threshold": 0.5}, "cluster": {"workers": 1, "dashboard": ""}, **sets})
     paths = str(tmp_path / "chance.tif"), str(tmp_path / "run.volseg.zarr")
-    summary = launch.segment_probabilities(*paths, config, overwrite=False, show=Quiet())
-    assert (summary.objects, summary.lacks) == (0, why)
+    summary = api.segment(*paths, config=config, progress=Quiet())
+    assert (summary.object_count, summary.summary["why_no_object"]) == (0, why)
 
 
 @pytest.fixture
@@ -236,7 +237,7 @@ def small(reference):
 def test_a_batch_that_does_not_fit_the_memory_is_halved_and_the_run_begins_again(image, small, tmp_path):
     out, show = str(tmp_path / "run.volseg.zarr"), Quiet()
     knobs = {"predict": {"backend": "torch", "precision": "fp32", "batch": 1024}}
-    launch.infer(image, out, settings(**knobs, cluster={"scheduler": small}), overwrite=False, show=show)
+    api.infer(image, out, config=settings(**knobs, cluster={"scheduler": small}), progress=show)
     said = [text for text in show.said if "beginning again" in text]
     assert "1024 tiles of 64 x 64 at once (" in said[0]
     assert said[0].endswith("beginning again, 512 at once")
@@ -247,7 +248,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved_and_the_run_begins_again
     assert facts["engine"]["why"].count("memory holds no more") == 1
     again = str(tmp_path / "again.volseg.zarr")
     knobs["predict"]["batch"] = fits
-    launch.infer(image, again, settings(**knobs, cluster={"workers": 1}), overwrite=False, show=Quiet())
+    api.infer(image, again, config=settings(**knobs, cluster={"workers": 1}), progress=Quiet())
     np.testing.assert_array_equal(*(zarr.open_array(f"{run}/0", mode="r")[:] for run in (out, again)))
 
 
@@ -255,13 +256,13 @@ def test_a_run_that_has_come_far_is_kept_where_a_batch_does_not_fit(image, small
     out = str(tmp_path / "run.volseg.zarr")
     sets = {"predict": {"backend": "torch", "precision": "fp32", "batch": 1024}, "blocks": {"shape": [2, 150, 170]}}
     config = settings(**sets, cluster={"scheduler": small})
-    run = describe.from_image(volume.open(image), config, folder.partial(out))
+    run = describe.from_image(volume.open(image), config, folder.partial_path(out))
     folder.begin(run, overwrite=False)
     for i in range(2):  # of 11
-        cluster.mark(run.out, "predict", run.keys["predict"], i, {"voxels": 0, "seconds": {}})
-    with pytest.raises(flow.Incomplete, match=r"what is done is kept.* --set predict\.batch=512 --overwrite"):
-        launch.infer(image, out, config, overwrite=False, show=Quiet())
-    assert cluster.marked(run.out, "predict", run.keys["predict"]) == {0, 1}
+        receipts.mark(run.out, "predict", keys(run)["predict"], i, receipts.Receipt())
+    with pytest.raises(IncompleteRunError, match=r"what is done is kept.* --set predict\.batch=512 --overwrite"):
+        api.infer(image, out, config=config, progress=Quiet())
+    assert receipts.marked(run.out, "predict", keys(run)["predict"]) == {0, 1}
 
 
 def test_a_removal_that_was_stopped_leaves_nothing_that_counts(image, reference, tmp_path, monkeypatch):
@@ -281,10 +282,10 @@ def test_a_removal_that_was_stopped_leaves_nothing_that_counts(image, reference,
 
         monkeypatch.setattr(files, "remove", stop)
         with pytest.raises(KeyboardInterrupt):
-            folder.begin_again(run)
+            folder.restart(run)
         monkeypatch.undo()
         assert not (left / "work/run.json").exists()
-        folder.make_room([], str(out), overwrite=False)
+        folder.check_output([], str(out), overwrite=False)
         shutil.rmtree(left)
         shutil.copytree(reference, left)
 
@@ -293,8 +294,10 @@ def test_one_tile_that_does_not_fit_the_memory_is_refused(small, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (2, 2048, 2048), np.uint8)
     tifffile.imwrite(tmp_path / "em.tif", noise)
     large = settings(predict={"backend": "torch", "precision": "fp32", "tile": 2048}, cluster={"scheduler": small})
-    with pytest.raises(flow.Incomplete, match=r"1 tile of 2048 x 2048 at once .*; a smaller predict\.tile takes less"):
-        launch.infer(str(tmp_path / "em.tif"), str(tmp_path / "run.volseg.zarr"), large, overwrite=False, show=Quiet())
+    with pytest.raises(
+        IncompleteRunError, match=r"1 tile of 2048 x 2048 at once .*; a smaller predict\.tile takes less"
+    ):
+        api.infer(str(tmp_path / "em.tif"), str(tmp_path / "run.volseg.zarr"), config=large, progress=Quiet())
 
 
 def test_a_run_is_an_ome_zarr_image_with_labels(reference):
@@ -329,7 +332,7 @@ def test_the_table_counts_the_labels(reference):
 
 def test_synthetic_volumes_do_not_see_the_blocks(tmp_path):
     for name, block in (("a", (20, 40, 50)), ("b", (7, 16, 33))):
-        launch.synthesize(str(tmp_path / name), (20, 40, 50), block, seed=3, overwrite=False, show=Quiet())
+        write_synthetic(str(tmp_path / name), (20, 40, 50), block, seed=3, overwrite=False, progress=Quiet())
     want = synth(Box.from_shape((20, 40, 50)), seed=3)
     for name in "ab":
         for array, part in zip(("0", "labels/truth/0"), want, strict=True):
@@ -342,24 +345,24 @@ def test_a_run_from_and_to_an_object_store(bucket, image, reference):
         if path.is_file():
             files.write_bytes(em, str(path.relative_to(image)), path.read_bytes())
     config = settings(cluster={"workers": 1})
-    launch.infer(em, out, config, overwrite=False, show=Quiet())
+    api.infer(em, out, config=config, progress=Quiet())
     assert digest(out) == digest(reference)
     with pytest.raises(UserError, match="exists"):
-        launch.infer(em, out, config, overwrite=False, show=Quiet())
+        api.infer(em, out, config=config, progress=Quiet())
 
 
 def test_a_run_on_an_object_store_begins_again(bucket, image, reference):
     out, config = f"{bucket}/again.volseg.zarr", settings(cluster={"workers": 1})
-    run = describe.from_image(volume.open(image), config, folder.partial(out))
+    run = describe.from_image(volume.open(image), config, folder.partial_path(out))
     folder.begin(run, overwrite=False)
     arrays.write(
         arrays.open_array(run.out, "0"), run.predict_grid[0], np.full((2, *run.predict_grid[0].shape), 9, np.uint8)
     )
-    cluster.mark(run.out, "predict", run.keys["predict"], 0, {"voxels": 0, "seconds": {}})
-    folder.begin_again(run)
-    assert cluster.marked(run.out, "predict", run.keys["predict"]) == set()
+    receipts.mark(run.out, "predict", keys(run)["predict"], 0, receipts.Receipt())
+    folder.restart(run)
+    assert receipts.marked(run.out, "predict", keys(run)["predict"]) == set()
     assert not arrays.open_array(run.out, "0")[:].any()
-    launch.infer(image, out, config, overwrite=False, show=Quiet())
+    api.infer(image, out, config=config, progress=Quiet())
     assert digest(out) == digest(reference)
 
 
@@ -373,21 +376,21 @@ def finished(reference, tmp_path):
 def test_deciding_anew_gives_what_a_new_run_would(image, reference, finished, tmp_path):
     fresh = str(tmp_path / "fresh.volseg.zarr")
     other = {"stitch": {"seed": 0.95, "min_voxels": 3000}, "cluster": {"workers": 1}}
-    launch.infer(image, fresh, settings(**other), overwrite=False, show=Quiet())
+    api.infer(image, fresh, config=settings(**other), progress=Quiet())
     show = Quiet()
     change = with_sets("stitch.seed=0.95", "stitch.min_voxels=3000")
-    summary = launch.segment(finished, change, show=show)
+    summary = decide(finished, change, progress=show)
     assert digest(finished) == digest(fresh) != digest(reference)
     assert show.stages["predict"][0] == show.stages["fragments"][0] == np.prod(SHAPE)
     assert show.stages["relabel"][0] == 0
-    assert summary.objects == len(pandas.read_parquet(f"{finished}/tables/objects.parquet"))
+    assert summary.object_count == len(pandas.read_parquet(f"{finished}/tables/objects.parquet"))
     back = with_sets(f"stitch.seed={settings().stitch.seed}", "stitch.min_voxels=100")
-    launch.segment(finished, back, show=Quiet())
+    decide(finished, back, progress=Quiet())
     assert digest(finished) == digest(reference)
 
 
 def test_other_blocks_from_stored_probabilities_change_nothing(reference, finished):
-    launch.segment(finished, with_sets("blocks.shape=[9, 50, 71]"), show=Quiet())
+    decide(finished, with_sets("blocks.shape=[9, 50, 71]"), progress=Quiet())
     assert digest(finished) == digest(reference)
 
 
@@ -397,7 +400,7 @@ def test_a_run_whose_volume_was_moved_away_is_decided_and_reviewed_all_the_same(
         assert image in facts
         Path(finished, name).write_text(facts.replace(image, f"{image}-moved"))
     before = Path(finished, "overlay.png").read_bytes()
-    launch.segment(finished, with_sets("stitch.min_voxels=3000"), show=Quiet())
+    decide(finished, with_sets("stitch.min_voxels=3000"), progress=Quiet())
     after = Path(finished, "overlay.png").read_bytes()
     assert before != after
     assert after.startswith(b"\x89PNG")
@@ -407,12 +410,14 @@ def test_a_run_whose_volume_was_moved_away_is_decided_and_reviewed_all_the_same(
 def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, reference, finished):
     change = with_sets("blocks.shape=[9, 50, 71]", "stitch.reduce=tree")
     with pytest.raises(KeyboardInterrupt):
-        launch.segment(finished, change, show=Stops("names1"))
+        decide(finished, change, progress=Stops("assign1"))
     show = Quiet()
-    launch.segment(finished, change, show=show)
+    decide(finished, change, progress=show)
     assert digest(finished) == digest(reference)
     voxels = np.prod(SHAPE)
-    assert [show.stages[name][0] for name in ("tree0", "tree2", "number", "names2", "names1")] == [voxels] * 4 + [0]
+    assert [show.stages[name][0] for name in ("contract0", "contract2", "rank", "assign2", "assign1")] == [
+        voxels
+    ] * 4 + [0]
     assert not Path(finished, "work/tree").exists()
     assert any("joins need all edges" in said for said in show.said)
     made, flat = (pandas.read_parquet(f"{out}/tables/objects.parquet") for out in (finished, reference))
@@ -427,7 +432,7 @@ def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, ref
     with pytest.raises(UserError, match=r"--set stitch\.reduce=flat"):
         calibrate.calibrate(finished, f"{image}/labels/truth")
     show = Quiet()
-    launch.segment(finished, with_sets("stitch.reduce=flat"), show=show)
+    decide(finished, with_sets("stitch.reduce=flat"), progress=show)
     assert digest(finished) == digest(reference)
     assert show.stages["stitch"][0] == 0
     assert show.stages["relabel"][0] == voxels
@@ -437,8 +442,8 @@ def test_a_tree_of_blocks_that_was_stopped_goes_on_to_the_same_labels(image, ref
 def test_a_cleaned_run_is_decided_anew_only_when_asked(reference, finished):
     shutil.rmtree(f"{finished}/work")
     with pytest.raises(UserError, match="--recompute"):
-        launch.segment(finished, with_sets("stitch.seed=0.9"), show=Quiet())
-    launch.segment(finished, with_sets(), recompute=True, show=Quiet())
+        decide(finished, with_sets("stitch.seed=0.9"), progress=Quiet())
+    decide(finished, with_sets(), recompute=True, progress=Quiet())
     assert digest(finished) == digest(reference)
 
 
@@ -447,20 +452,20 @@ def test_a_run_of_another_version_is_decided_anew_only_when_asked(reference, fin
     key = json.loads(before)["keys"]["predict"]
     Path(finished, "work/run.json").write_text(before.replace(key, "0123456789abcdef"))
     with pytest.raises(UserError, match="another version of volseg"):
-        launch.segment(finished, with_sets("stitch.seed=0.9"), show=Quiet())
-    launch.segment(finished, with_sets(), recompute=True, show=Quiet())
+        decide(finished, with_sets("stitch.seed=0.9"), progress=Quiet())
+    decide(finished, with_sets(), recompute=True, progress=Quiet())
     assert digest(finished) == digest(reference)
 
 
 def test_deciding_anew_refuses_what_needs_the_network(reference, finished, tmp_path):
     with pytest.raises(UserError, match="cannot change input, predict"):
-        launch.segment(finished, with_sets("predict.batch=2"), show=Quiet())
+        decide(finished, with_sets("predict.batch=2"), progress=Quiet())
     with pytest.raises(UserError, match="follows a channel of distance"):
-        launch.segment(finished, with_sets("fragments.height=head"), show=Quiet())
+        decide(finished, with_sets("fragments.height=head"), progress=Quiet())
     assert Path(finished, "run.json").exists()
     assert digest(finished) == digest(reference)
-    with pytest.raises(UserError, match="not a volseg run"):
-        launch.segment(str(tmp_path / "absent"), with_sets(), show=Quiet())
+    with pytest.raises(UserError, match="no such file or folder"):
+        decide(str(tmp_path / "absent"), with_sets(), progress=Quiet())
 
 
 def double(out, key, stage, item):

@@ -11,13 +11,15 @@ import pytest
 import torch
 import zarr
 
-from tests.helpers import Quiet, digest, settings
-from volseg import api as launch
+from tests.helpers import Quiet, decide, digest, settings
+from volseg import api
 from volseg.box import Blocks, Box
 from volseg.engine import folder, pipeline
-from volseg.engine.run import SLAB_VOXELS, redundancy, slabs
+from volseg.engine.blocks import PREDICT_BLOCK_VOXELS, plane_blocks
+from volseg.engine.run import redundancy
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
+from volseg.evaluation.synthetic_volume import write_synthetic
 from volseg.inference import model, tiles
 from volseg.io import arrays, volume
 from volseg.planning import prepare as describe
@@ -31,7 +33,7 @@ LOOKS = {"predict": {"planes": ("xy", "xz", "yz"), "tta": 4, "tile": 64, "overla
 def small(tmp_path_factory):
     """A synthetic volume with axes shorter than the shortest tile. Tests must not change it."""
     path = str(tmp_path_factory.mktemp("image") / "em.zarr")
-    launch.synthesize(path, SHAPE, SHAPE, seed=12, overwrite=False, show=Quiet())
+    write_synthetic(path, SHAPE, SHAPE, seed=12, overwrite=False, progress=Quiet())
     return path
 
 
@@ -39,7 +41,7 @@ def small(tmp_path_factory):
 def seen(small, tmp_path_factory):
     """A run of it with every look there is, in the blocks that volseg chooses. Tests must not change it."""
     out = str(tmp_path_factory.mktemp("seen") / "run.volseg.zarr")
-    launch.infer(small, out, settings(**LOOKS, cluster={"workers": 1}), overwrite=False, show=Quiet())
+    api.infer(small, out, config=settings(**LOOKS, cluster={"workers": 1}), progress=Quiet())
     return out
 
 
@@ -51,13 +53,13 @@ def stored(out):
 def in_order(run, stage, grid, order):
     """Does blocks of a stage here, as a worker would."""
     for i in order:
-        pipeline.work(run.out, run.id, stage, int(i) % len(grid))
+        pipeline.process_block(run.out, run.id, stage, int(i) % len(grid))
 
 
 def test_several_looks_do_not_depend_on_blocks_or_workers(small, seen, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     config = settings(**LOOKS, blocks={"shape": (5, 9, 70)}, cluster={"workers": 2})
-    launch.infer(small, out, config, overwrite=False, show=Quiet())
+    api.infer(small, out, config=config, progress=Quiet())
     assert stored(out) == stored(seen)
 
 
@@ -73,7 +75,7 @@ def test_a_stopped_run_of_several_planes_goes_on_where_it_was(small, seen, tmp_p
         in_order(run, stage, grid, reversed(range(len(grid))))
     in_order(run, "predict", run.predict_grid, (2, 0, 2))
     show = Quiet()
-    launch.infer(small, out, config, overwrite=False, show=show)
+    api.infer(small, out, config=config, progress=show)
     assert [show.stages[stage][0] for stage in run.passes] == [np.prod(SHAPE)] * 3
     assert 0 < show.stages["predict"][0] < np.prod(SHAPE)
     assert not any(Path(out, "work", stage).exists() for stage in run.passes)
@@ -84,8 +86,8 @@ def test_passes_are_not_made_again_once_their_mean_is_there(seen, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     shutil.copytree(seen, out)
     show = Quiet()
-    launch.segment(out, lambda config: config.model_copy(update={"blocks": config.blocks.model_copy(
-        update={"shape": (8, 9, 70)})}), show=show)  # fmt: skip
+    decide(out, lambda config: config.model_copy(update={"blocks": config.blocks.model_copy(
+        update={"shape": (8, 9, 70)})}), progress=show)  # fmt: skip
     assert not any(stage.startswith("predict-") for stage in show.stages)
     assert digest(out) == digest(seen)
 
@@ -189,10 +191,10 @@ def test_a_pass_has_blocks_that_are_deep_across_its_planes(small, plane):
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 22, 64, 100, 512])
 @pytest.mark.parametrize("shape", [(1000, 900, 1100), (5000, 4096, 4096), (22, 150, 170), (300, 20000, 20000)])
-def test_slabs_hold_chunks_of_the_source_whole_where_they_fit(shape, chunk):
-    depth, y, x = slabs(shape, chunk)
+def test_blocks_hold_chunks_of_the_source_whole_where_they_fit(shape, chunk):
+    depth, y, x = plane_blocks(shape, chunk)
     assert depth * y * x <= 1 << 28
-    if chunk * shape[1] * shape[2] <= SLAB_VOXELS and 16 * chunk <= shape[0]:
+    if chunk * shape[1] * shape[2] <= PREDICT_BLOCK_VOXELS and 16 * chunk <= shape[0]:
         assert (depth % chunk, y, x) == (0, *shape[1:])
 
 

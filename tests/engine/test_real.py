@@ -7,7 +7,7 @@ from skimage.measure import label
 from skimage.segmentation import watershed
 
 from tests.helpers import Quiet, digest
-from volseg import api as launch
+from volseg import api
 from volseg.box import Blocks, Box
 from volseg.config import Fragments, load
 from volseg.evaluation.evaluate import evaluate
@@ -35,7 +35,7 @@ def part(shared_data, tmp_path_factory):
 def run(folder, name, *, block, workers=1):
     sets = [f"blocks.shape={list(block)}", f"cluster.workers={workers}", 'cluster.dashboard=""', "predict.tile=256"]
     config = load(sets=sets, base=model.load_card(model.shipped()).decode)
-    launch.infer(str(folder / "training.tif"), str(folder / name), config, overwrite=True, show=Quiet())
+    api.infer(str(folder / "training.tif"), str(folder / name), config=config, overwrite=True, progress=Quiet())
 
 
 @pytest.mark.parametrize(("block", "workers"), [((16, 111, 512), 2), ((5, 320, 512), 2)])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import SHAPE, Quiet, digest, settings
-from volseg import api as launch
-from volseg import cli
-from volseg.engine import cluster, folder
-from volseg.engine import schedule as flow
+from volseg import cli, progress
+from volseg.engine import cluster, finish, folder, schedule
+from volseg.engine.receipts import RunStatistics
+from volseg.engine.stages import group_of
 from volseg.io import volume
 from volseg.planning import prepare as describe
 
@@ -28,7 +28,7 @@ def marks(out, stage):
 
 def begun(image, out, **knobs):
     """A run of which nothing is done."""
-    run = describe.from_image(volume.open(image), settings(**CUT, cluster=knobs), folder.partial(out))
+    run = describe.from_image(volume.open(image), settings(**CUT, cluster=knobs), folder.partial_path(out))
     folder.begin(run, overwrite=False)
     return run
 
@@ -40,11 +40,11 @@ def beside(image, tmp_path_factory):
     run = begun(image, out, workers=1, cpu_workers=1)
     start = time.perf_counter()
     with cluster.connect(run.config.cluster, gpus=1) as client:
-        ledger = flow.stages(client, run, Quiet())
+        ledger = schedule.run_stages(client, run, Quiet())
         metrics = heartbeat(client)
         periodic = client.run(lambda dask_worker: set(dask_worker.periodic_callbacks))
-    summary = launch.finish(run, out, ledger, start, start)
-    return out, summary, metrics, periodic
+    finished = finish.finish(run, out, ledger, start, start)
+    return out, finished, metrics, periodic
 
 
 def heartbeat(client):
@@ -63,13 +63,13 @@ def heartbeat(client):
 def test_basins_are_cut_while_others_are_still_predicted(image, tmp_path):
     run = begun(image, str(tmp_path / "run.volseg.zarr"), workers=1)
     with cluster.connect(run.config.cluster, light=True) as client:  # one thread: what is handed out first ends first
-        flow._steps(client, run, flow.to_faces(run), Quiet(), flow.Ledger())
+        schedule._run_together(client, run, group_of(run, "basins"), Quiet(), RunStatistics())
     assert marks(run.out, "fragments")[0][1] < max(stamp for _, stamp in marks(run.out, "predict").values())
 
 
 def test_a_block_waits_for_what_it_is_made_from(beside, reference):
     out = beside[0]
-    predicted, cut, linked = (marks(out, stage) for stage in ("predict", "fragments", "faces"))
+    predicted, cut, linked = (marks(out, stage) for stage in ("predict", "fragments", "link"))
     assert len(predicted) == len(cut) == len(linked) == 8
     for i, (_, stamp) in cut.items():
         assert all(predicted[j][1] < stamp for j in (i - 1, i, i + 1) if j in predicted)
@@ -92,7 +92,7 @@ def test_workers_count_what_they_do(beside):
     for of in metrics:
         cluster.add(total, of["volseg"]["voxels"])
         assert set(of) >= {"volseg_voxels", "volseg_device_share", "volseg_queue"}
-    assert {total[stage] for stage in ("predict", "fragments", "faces", "relabel")} == {np.prod(SHAPE)}
+    assert {total[stage] for stage in ("predict", "fragments", "link", "relabel")} == {np.prod(SHAPE)}
     infers, other = sorted(metrics, key=lambda of: "predict" not in of["volseg"]["voxels"])
     assert 0 < infers["volseg_device_share"] <= 1
     assert other["volseg_device_share"] == 0
@@ -106,8 +106,8 @@ def test_no_worker_keeps_what_it_did_each_second(beside):
 
 
 def test_a_run_tells_where_its_time_went(beside):
-    out, summary = beside[:2]
-    facts = json.loads(Path(out, "run.json").read_text())
+    run = beside[1]
+    facts = run.summary
     assert set(facts["worker_seconds"]["predict"]) == {
         "read",
         "cut",
@@ -120,9 +120,9 @@ def test_a_run_tells_where_its_time_went(beside):
     }
     assert 0 < facts["device_share"] <= 1
     assert facts["queue"] >= 0
-    spans = [facts["seconds"][stage] for stage in ("predict", "fragments", "faces", "relabel")]
+    spans = [facts["seconds"][stage] for stage in ("predict", "fragments", "link", "relabel")]
     assert all(0 < span <= facts["seconds"]["total"] for span in spans)
-    said = cli._spent(summary)
+    said = list(cli._time_lines(facts, run.run.wanted_voxels))
     assert [line.partition(" ")[0] for line in said] == ["took", "workers", "device"]
     assert "predict" in said[1]
     assert "infer" in said[1]
@@ -136,15 +136,15 @@ def test_a_level_waits_for_the_one_above(beside):
 
 
 def test_lines_tell_of_all_stages_under_way(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "EVERY", 0)
-    show = cli.Terminal()
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0)
+    show = progress.Lines()
     first, second = (show.stage(name, 100, 0) for name in ("predict", "fragments"))
-    show.stage("faces", 100, 100)
+    show.stage("link", 100, 100)
     first(50)
     second(25)
     first(50)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("%")[0].split() for line in lines] == [
-        ["faces", "100"], ["predict", "50"], ["predict", "50"], ["predict", "100"],
+        ["link", "100"], ["predict", "50"], ["predict", "50"], ["predict", "100"],
     ]  # fmt: skip
     assert "; fragments   25 %" in lines[2]

@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.helpers import Quiet
-from volseg import api as launch
+from tests.helpers import Quiet, decide
 from volseg.config import Stitch, load
 from volseg.errors import UserError
 from volseg.evaluation import calibrate
@@ -25,10 +24,10 @@ def test_a_candidates_score_is_the_score_of_its_labels(image, reference, tmp_pat
     shutil.copytree(reference, run)
     joined = next(c for c in found.candidates if c.persistence and c.join_mean and c.pq != found.best.pq)
     for candidate in (found.best, joined, found.candidates[-1]):
-        launch.segment(
+        decide(
             run,
             lambda c, sets=candidate.settings: load(sets=sets, base=c.model_dump(mode="json", exclude={"train"})),
-            show=Quiet(),
+            progress=Quiet(),
         )
         scores = evaluate(run, truth)
         assert scores.foreground.iou == pytest.approx(candidate.iou)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.helpers import SHAPE, Quiet, settings
-from volseg import api as launch
+from tests.helpers import SHAPE, Quiet, decide, settings
+from volseg import api
 from volseg.box import Blocks, Box
 from volseg.config import load
 from volseg.errors import UserError
@@ -22,6 +22,7 @@ from volseg.evaluation.finished import FinishedRun, open_finished
 from volseg.evaluation.recheck import CHECKS, check_box, heights, sure_joins
 from volseg.evaluation.recompute import rejoin
 from volseg.evaluation.seams import MEASURES, compare, measure_seams, permutation_p
+from volseg.evaluation.synthetic_volume import write_synthetic
 from volseg.evaluation.verify import BOX, draw_boxes, verify
 from volseg.io import arrays, volume
 from volseg.segmentation import stitch
@@ -36,9 +37,9 @@ BLOCK = (11, 75, 85)
 def run(tmp_path_factory):
     """A run in eight blocks, with objects on their faces."""
     folder = tmp_path_factory.mktemp("verify")
-    launch.synthesize(f"{folder}/em.zarr", SHAPE, (22, 75, 170), seed=12, overwrite=False, show=Quiet())
+    write_synthetic(f"{folder}/em.zarr", SHAPE, (22, 75, 170), seed=12, overwrite=False, progress=Quiet())
     config = settings(blocks={"shape": BLOCK}, cluster={"workers": 1})
-    launch.infer(f"{folder}/em.zarr", f"{folder}/run.volseg.zarr", config, overwrite=False, show=Quiet())
+    api.infer(f"{folder}/em.zarr", f"{folder}/run.volseg.zarr", config=config, progress=Quiet())
     return f"{folder}/run.volseg.zarr"
 
 
@@ -68,7 +69,7 @@ def test_a_sound_run_is_equal_in_every_check(run):
 
 def test_a_run_on_a_grid_of_26_neighbors_that_follows_distance_is_equal_in_every_check(copy):
     knobs = {"connectivity": 26, "height": "distance", "distance_nm": 40}
-    launch.segment(str(copy), lambda _: settings(fragments=knobs, blocks={"shape": BLOCK}), show=Quiet())
+    decide(str(copy), lambda _: settings(fragments=knobs, blocks={"shape": BLOCK}), progress=Quiet())
     stored = open_finished(copy)
     assert stored.config.fragments.connectivity == 26
     result = verify(copy)
@@ -82,9 +83,7 @@ def test_a_run_under_every_rule_is_equal_too(copy):
     rules = ["persistence=0.02", "join_mean=0.5", "fill_holes_voxels=3000", "max_voxels=60000"]
     change = [f"stitch.{rule}" for rule in (*rules, "min_volume_nm3=3e5", "seed=0.93")]
     before = open_finished(copy).objects["id"].size
-    launch.segment(
-        str(copy), lambda c: load(sets=change, base=c.model_dump(mode="json", exclude={"train"})), show=Quiet()
-    )
+    decide(str(copy), lambda c: load(sets=change, base=c.model_dump(mode="json", exclude={"train"})), progress=Quiet())
     result = verify(copy)
     assert result.ok, str(result)
     assert result.objects != before
@@ -199,14 +198,14 @@ def test_a_run_without_its_work_folder_is_checked_as_far_as_possible(copy):
 def test_what_is_no_finished_run_is_refused(tmp_path, text):
     if text:
         (tmp_path / "run.json").write_text(text)
-    with pytest.raises(UserError, match=r"is no (finished run|run of this volseg)"):
+    with pytest.raises(UserError, match=r"is not a finished volseg run|is damaged|another version of volseg"):
         verify(str(tmp_path))
 
 
 def test_a_damaged_work_folder_is_named(copy):
     key = copy / "work/tables/0.npz"
     key.write_bytes(key.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"cannot read work/tables/0\.npz"):
+    with pytest.raises(UserError, match=r"work/tables/0\.npz is damaged"):
         verify(copy)
     key.unlink()
     assert "work/tables holds 7 of 8 blocks" in verify(copy).notes[0]
@@ -347,5 +346,5 @@ def test_boxes_lie_in_what_was_wanted(run):
 
 def test_a_path_is_named_where_the_table_is_missing(copy):
     Path(copy, "tables/objects.parquet").unlink()
-    with pytest.raises(UserError, match=r"lacks tables/objects\.parquet"):
+    with pytest.raises(UserError, match=r"tables/objects\.parquet is missing"):
         verify(copy)

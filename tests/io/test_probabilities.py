@@ -22,6 +22,7 @@ from tests.helpers import (
     SHAPE,
     Quiet,
     begin_run,
+    decide,
     digest,
     do_stages,
     segment_here,
@@ -30,7 +31,7 @@ from tests.helpers import (
     wait_for_markers,
     with_sets,
 )
-from volseg import api as launch
+from volseg import api
 from volseg.box import Box
 from volseg.config import Probabilities, load
 from volseg.errors import UserError
@@ -45,7 +46,7 @@ BOTH = {"probabilities": {"mask_channel": 0, "contour_channel": 1}}
 def stored(path, out, block=None, **knobs):
     """What a run stores of the probabilities at ``path``."""
     made = begin_run(path, out, load(base={"probabilities": knobs, "blocks": {"shape": block} if block else {}}))
-    do_stages(made, "take")
+    do_stages(made, "import")
     return arrays.open_array(str(out), "0")[:]
 
 
@@ -189,11 +190,11 @@ def test_a_bad_voxel_that_no_sample_saw_is_named(probabilities, tmp_path):
     data[1, 20, 149, 100] = 7.5
     zarr.create_array(tmp_path / "p.zarr", data=data)
     made = begin_run(tmp_path / "p.zarr", tmp_path / "out", settings(**BOTH, blocks={"shape": (11, 75, 170)}))
-    notes(made.taken)
+    notes(made.channels)
     with pytest.raises(
         UserError, match=r"channel 1 \(contour\), in box 11:22,75:150,0:170: voxel 9, 74, 100 of it is 7.5"
     ):
-        do_stages(made, "take")
+        do_stages(made, "import")
 
 
 # ---------------------------------------------------------------- whole runs
@@ -227,13 +228,13 @@ def test_a_taken_run_is_decided_anew_and_recomputed_like_any_other(reference, tm
     shutil.rmtree(f"{out}/work")
     back = with_sets(f"stitch.seed={settings().stitch.seed}", "stitch.min_voxels=100", "blocks.shape=[9, 50, 71]")
     with pytest.raises(UserError, match="--recompute"):
-        launch.segment(out, back, show=Quiet())
+        decide(out, back, progress=Quiet())
     show = Quiet()
-    launch.segment(out, back, recompute=True, show=show)
+    decide(out, back, recompute=True, progress=show)
     assert digest(out) == digest(reference)
-    assert show.stages["take"] == [np.prod(SHAPE)]
+    assert show.stages["import"] == [np.prod(SHAPE)]
     with pytest.raises(UserError, match=r"cannot change .*probabilities"):
-        launch.segment(out, with_sets("probabilities.mask_channel=1"), show=Quiet())
+        decide(out, with_sets("probabilities.mask_channel=1"), progress=Quiet())
 
 
 def test_a_distance_that_was_taken_can_be_the_height(reference, tmp_path):
@@ -260,7 +261,7 @@ def test_a_killed_take_goes_on(reference, tmp_path):
             "--out", str(out), "--set=blocks.shape=[1, 150, 170]", "--workers=1", *sets]  # fmt: skip
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
-        wait_for_markers(out, 2, process, "take")
+        wait_for_markers(out, 2, process, "import")
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -299,21 +300,17 @@ def test_other_options_on_an_unfinished_run_are_refused(probabilities, tmp_path)
     stored(tmp_path / "p.zarr", tmp_path / "out.partial", mask_channel=0)
     config = load(base={"probabilities": {"mask_channel": 1}})
     with pytest.raises(UserError, match=r"probabilities.mask_channel = 0, this one 1"):
-        launch.segment_probabilities(
-            str(tmp_path / "p.zarr"), str(tmp_path / "out"), config, overwrite=False, show=Quiet()
-        )
+        api.segment(str(tmp_path / "p.zarr"), str(tmp_path / "out"), config=config)
 
 
 def test_labels_of_64_bits_go_all_the_way(monkeypatch, reference, tmp_path):
     """As if there were more than 2**32 objects."""
-    for module in ("engine.pipeline", "engine.folder", "evaluation.recompute"):
+    for module in ("engine.instances", "engine.folder", "evaluation.recompute"):
         monkeypatch.setattr(f"volseg.{module}.label_dtype", lambda objects: "uint64")
     config = settings(**BOTH, blocks={"shape": (11, 75, 170)})
-    labels = volume.open(segment_here(f"{reference}/0", tmp_path / "run.volseg.zarr", config).labels)
+    labels = segment_here(f"{reference}/0", tmp_path / "run.volseg.zarr", config).labels
     assert labels.dtype == "uint64"
-    np.testing.assert_array_equal(
-        labels.read(Box.from_shape(SHAPE)), volume.open(reference).read(Box.from_shape(SHAPE))
-    )
+    np.testing.assert_array_equal(labels[:], volume.open(reference).read(Box.from_shape(SHAPE)))
     assert zarr.open_array(f"{tmp_path}/run.volseg.zarr/labels/instances/1", mode="r").dtype == np.uint64
     assert verify(f"{tmp_path}/run.volseg.zarr", boxes=1).ok
 
@@ -344,7 +341,7 @@ def test_probabilities_of_vnc_have_one_answer_in_six_blockings(shared_data, tmp_
     config = load(sets=[*exact.VNC, "blocks.shape=[20, 64, 64]", "probabilities.mask_channel=0",
                         "probabilities.contour_channel=1"])  # fmt: skip
     summary = segment_here(tmp_path / "p.tif", out, config)
-    assert summary.objects > 3
+    assert summary.object_count > 3
     assert json.loads(Path(out, "run.json").read_text())["voxel_size_nm"] == [50, 4.6, 4.6]
     stored = arrays.open_array(out, "0")[:]
     for block in BLOCKINGS:

@@ -11,10 +11,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.helpers import RUN_STAGES_SETTINGS, Quiet, digest, run_stages, settings, write_volume
-from volseg import api as launch
+from volseg import api
 from volseg.box import Box
 from volseg.config import Input, load
 from volseg.engine.run import Run, redundancy
+from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
 from volseg.io import files, volume
@@ -63,7 +64,7 @@ def test_what_is_wanted_stays_and_the_rest_is_background(mask, plain, masked):
     found, all_of_it = probabilities(masked[0].out), probabilities(plain[0].out)
     np.testing.assert_array_equal(found, all_of_it * want)
     assert found.any()
-    assert masked[0].wanted.voxels == want.sum()
+    assert masked[0].roi.voxels == want.sum()
 
 
 @given(block=st.tuples(*(st.integers(n // 2, n) for n in SHAPE)))
@@ -79,21 +80,21 @@ def test_constant_tiles_are_0_and_not_inferred(em, plain):
     """Tiles begin at 0 and 26 along x and at 0 and 6 along y: those at 26 are black from section 3 on, with 2 around."""
     run, ledger = plain
     constant = 2 * (SHAPE[0] - 3)
-    assert ledger.inferred == run.inferred - constant * 64 * 64
+    assert ledger.inferred_voxels == run.inferred_voxels - constant * 64 * 64
     assert not probabilities(run.out)[:, 3:, :, 64:].any()
 
 
 def test_only_what_was_inferred_is_counted(masked, plain):
     run, ledger = masked
-    assert 0 < ledger.inferred < run.inferred < plain[0].inferred
-    assert redundancy(run, ledger.inferred) == ledger.inferred / run.wanted.voxels
+    assert 0 < ledger.inferred_voxels < run.inferred_voxels < plain[0].inferred_voxels
+    assert redundancy(run, ledger.inferred_voxels) == ledger.inferred_voxels / run.roi.voxels
 
 
 def test_a_run_with_workers_gives_the_same(em, mask, masked, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     part = {"input": {"mask": mask, "roi": "0:7,10:70,3:90"}, "blocks": {"shape": (3, 40, 50)}}
     config = settings(**{**RUN_STAGES_SETTINGS, **part})
-    launch.infer(em, out, config, overwrite=False, show=Quiet())
+    api.infer(em, out, config=config, progress=Quiet())
     assert probabilities(out).tobytes() == probabilities(masked[0].out).tobytes()
     assert digest(out) == digest(masked[0].out)
 
@@ -101,16 +102,16 @@ def test_a_run_with_workers_gives_the_same(em, mask, masked, tmp_path):
 def test_a_mask_that_wants_nothing_gives_no_object(em, tmp_path):
     empty = write_volume(str(tmp_path / "empty.zarr"), np.zeros(SHAPE, np.uint8))
     config = settings(**{**RUN_STAGES_SETTINGS, "input": {"mask": empty}})
-    assert launch.infer(em, str(tmp_path / "run.zarr"), config, overwrite=False, show=Quiet()).objects == 0
+    assert api.infer(em, str(tmp_path / "run.zarr"), config=config, progress=Quiet()).object_count == 0
 
 
 def test_probabilities_from_elsewhere_are_masked_too(plain, mask, tmp_path):
     channels = {"mask_channel": 0, "contour_channel": 1}
     config = load(base={**RUN_STAGES_SETTINGS, "input": {"mask": mask}, "probabilities": channels})
     out = str(tmp_path / "run.zarr")
-    launch.segment_probabilities(f"{plain[0].out}/0", out, config, overwrite=False, show=Quiet())
+    api.segment(f"{plain[0].out}/0", out, config=config, progress=Quiet())
     run = Run.from_json(json.loads(files.read_bytes(out, "run.json")))
-    want = run.wanted.read(Box.from_shape(SHAPE))
+    want = run.roi.read(Box.from_shape(SHAPE))
     np.testing.assert_array_equal(probabilities(out), probabilities(plain[0].out) * want)
 
 
@@ -120,10 +121,9 @@ def test_mask_and_box_decide_the_keys(em, mask, plain, tmp_path):
     other = write_volume(str(tmp_path / "mask.zarr"), np.ones(SHAPE, np.uint8))
     found = [find(Input(**knobs), SHAPE, image.voxel_size_nm)
              for knobs in ({}, {"roi": "0:7,0:9,0:9"}, {"mask": mask}, {"mask": other})]  # fmt: skip
-    keys = {replace(run, wanted=one).keys["predict"] for one in found}
-    assert len(keys) == 4
-    again = replace(run, wanted=found[2])
-    assert Run.from_json(again.to_json()).keys == again.keys
+    assert len({keys(replace(run, roi=one))["predict"] for one in found}) == 4
+    again = replace(run, roi=found[2])
+    assert keys(Run.from_json(again.to_json())) == keys(again)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.helpers import Quiet, digest, run_stages, settings, write_volume
-from volseg import api as launch
-from volseg import cli
+from volseg import api, cli
 from volseg import system as machine
 from volseg.box import transpose_axes
 from volseg.config import Config
 from volseg.engine import cluster
-from volseg.engine.run import Run, blocks, redundancy, with_full_batches
+from volseg.engine.blocks import choose_blocks, with_full_batches
+from volseg.engine.run import Run, redundancy
 from volseg.errors import UserError
 from volseg.inference import cache, tiles
 from volseg.inference.backends import Engine
@@ -31,7 +31,7 @@ def unread(shape, tmp_path, chunk=(1, 4096, 4096), **sections):
     """A run over a volume of that shape whose voxels nobody reads, on two workers that share 24 GB."""
     config = settings(**{"predict": {"tile": 1280, "overlap": 64}, **sections})
     source = volume.Volume(str(tmp_path / "em.zarr"), "zarr", shape, "uint8", (5.0, 5.0, 5.0), chunk)
-    slab, block = blocks(shape, config.blocks.shape, chunk[0])
+    slab, block = choose_blocks(shape, config.blocks.shape, chunk[0])
     run = Run(str(tmp_path / "run"), source, config, ("mask", "contour"), (5.0, 5.0, 5.0), "", slab, block,
               sections=3, engine=ENGINE)  # fmt: skip
     return memory.with_blocks_that_fit(run, (24 * GB - memory.CLIENT) // 2, threads=1)
@@ -47,8 +47,8 @@ def test_the_redundancy_is_that_of_the_tiles_that_blocks_need(tmp_path):
     run = unread((5, 300, 2000), tmp_path, predict={"tile": 256, "overlap": 32}, blocks={"shape": (2, 170, 900)})
     grid = run.tile_grid("xy")
     count = sum(box.shape[0] * len(grid.meeting(*box.slices[1:])) for box in run.predict_grid)
-    assert run.inferred == count * grid.size[0] * grid.size[1]
-    assert redundancy(run) == run.inferred / (5 * 300 * 2000)
+    assert run.inferred_voxels == count * grid.size[0] * grid.size[1]
+    assert redundancy(run) == run.inferred_voxels / (5 * 300 * 2000)
 
 
 @pytest.mark.parametrize("shape", [(64, 3000, 3000), (16, 4096, 4096), (500, 900, 900), (8, 20000, 20000)])
@@ -89,7 +89,7 @@ def test_blocks_on_a_gpu_fill_its_batches(tmp_path, shape, planes, gpus, deep):
 
 def test_with_memory_to_spare_blocks_are_as_ever(tmp_path):
     run = unread((500, 900, 900), tmp_path)
-    assert (run.predict_block, run.block) == blocks((500, 900, 900), None, 1)
+    assert (run.predict_block, run.block) == choose_blocks((500, 900, 900), None, 1)
     own = unread((64, 3000, 3000), tmp_path, blocks={"shape": (64, 3000, 3000)})
     assert memory.with_blocks_that_fit(own, GB, 1) == own
 
@@ -106,9 +106,9 @@ def test_with_memory_to_spare_blocks_are_as_ever(tmp_path):
 )  # fmt: skip
 def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, limit, said):
     run = unread((64, 4096, 4096), tmp_path)
-    crew = cluster.Crew(2)
+    workers = cluster.WorkerPool(2)
     run = memory.with_blocks_that_fit(run, GB, 1)
-    found = plan.make(run, crew, plan.known(run, crew))
+    found = plan.make(run, workers, plan.known(run, workers))
     plan.refuse_limit(found, run, GB)
     plan.refuse(found, run, 64 * GB, 100 * GB)
     with pytest.raises(UserError, match=said):
@@ -118,7 +118,7 @@ def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, li
 def test_a_batch_that_will_not_fit_is_what_the_advice_is_about(tmp_path):
     run = unread((64, 4096, 4096), tmp_path)
     run = replace(run, engine=replace(run.engine, batch=64))
-    found = plan.make(run, cluster.Crew(1), plan.known(run, cluster.Crew(1)))
+    found = plan.make(run, cluster.WorkerPool(1), plan.known(run, cluster.WorkerPool(1)))
     with pytest.raises(UserError, match=r"set predict\.batch=32 or less$"):
         plan.refuse(found, run, 8 * GB, 100 * GB)
 
@@ -135,12 +135,13 @@ def test_the_projected_memory_is_that_of_a_real_worker(noise, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     config = settings(predict={"tile": 256, "overlap": 32}, cluster={"workers": 1}, input={"roi": "0:3,0:260,0:260"},
                       blocks={"shape": (3, 1000, 1000)})  # fmt: skip
-    summary = launch.infer(noise, out, config, overwrite=False, show=Quiet())
+    run = api.infer(noise, out, config=config, progress=Quiet())
     facts = json.loads(Path(out, "run.json").read_text())
     assert 1 / 1.3 < facts["plan"]["worker_bytes"] / facts["actual"]["worker_bytes"] < 1.3
     assert facts["plan"]["inferred_voxels"] == facts["actual"]["inferred_voxels"]
     assert facts["actual"]["written_bytes"] > 0
-    assert "plan / actual" in summary.compared
+    made = plan.Plan.from_json(run.plan)
+    assert "plan / actual" in plan.compared(made, run.seconds["total"], 1, 1)
 
 
 def test_a_probe_tells_the_bytes_of_the_tables_that_a_run_stores(reference):
@@ -155,12 +156,14 @@ def test_a_probe_tells_the_bytes_of_the_tables_that_a_run_stores(reference):
 
 def test_a_height_that_the_model_cannot_give_is_refused_before_anything_is_measured(image, tmp_path):
     with pytest.raises(UserError, match=r"channel of distance, which this run lacks: .* a model"):
-        launch.planned(image, str(tmp_path / "run"), settings(fragments={"height": "head"}))
+        api.plan(image, str(tmp_path / "run"), config=settings(fragments={"height": "head"}))
 
 
 def test_a_plan_of_more_than_one_worker_is_shorter(tmp_path):
     run = unread((64, 1024, 1024), tmp_path)
-    one, two = (plan.make(run, crew, plan.known(run, crew)) for crew in (cluster.Crew(1), cluster.Crew(2)))
+    one, two = (
+        plan.make(run, workers, plan.known(run, workers)) for workers in (cluster.WorkerPool(1), cluster.WorkerPool(2))
+    )
     assert one.total_seconds > two.total_seconds > one.total_seconds / 2
     assert one.written_bytes == two.written_bytes > np.prod(run.shape)
 
@@ -174,9 +177,9 @@ def test_two_workers_keep_within_a_small_limit_and_change_nothing(noise, tmp_pat
     tight = describe.from_image(volume.open(noise), config, str(tmp_path / "x"))
     assert np.prod(tight.block) < np.prod(free.block)
     outs = [str(tmp_path / name) for name in ("tight.zarr", "free.zarr")]
-    summary = launch.infer(noise, outs[0], config, overwrite=False, show=Quiet())
+    summary = api.infer(noise, outs[0], config=config, progress=Quiet())
     run_stages(noise, outs[1], **knobs, cluster={"workers": 1})
-    assert summary.worker_peak_bytes < limit * GB
+    assert summary.actual["worker_bytes"] < limit * GB
     assert digest(outs[0]) == digest(outs[1])
 
 
@@ -187,7 +190,7 @@ def test_a_begun_run_keeps_its_blocks_whatever_is_free(noise, tmp_path):
     begun = describe.from_image(volume.open(noise), tight, str(tmp_path / "run"))
     folder.begin(begun, overwrite=False)
     again = describe.from_image(volume.open(noise), settings(), str(tmp_path / "run"))
-    assert again.block == begun.block != blocks(begun.shape, None)[1]
+    assert again.block == begun.block != choose_blocks(begun.shape, None)[1]
     assert folder.changed(again) == ""
 
 
@@ -211,11 +214,11 @@ def test_the_plan_is_printed_and_kept(image, tmp_path):
     told = json.loads(run.invoke(cli.app, ["plan", image, *sets, "--json"]).stdout)
     assert told["probed"]
     assert told["redundancy"] > 1
-    assert not Path(cli.default_out(image)).exists()
+    assert not Path(api.default_out(image)).exists()
     config = settings(cluster={"workers": 1})
     kept = describe.from_image(volume.open(image), config, str(tmp_path / "run"))
-    assert plan.known(kept, cluster.crew(config.cluster)).probed
-    assert not plan.known(replace(kept, model_sha256="other"), cluster.crew(config.cluster)).probed
+    assert plan.known(kept, cluster.worker_pool(config.cluster)).probed
+    assert not plan.known(replace(kept, model_sha256="other"), cluster.worker_pool(config.cluster)).probed
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -234,9 +237,7 @@ def test_a_plan_that_does_not_fit_ends_in_one_line(image, tmp_path):
     assert isinstance(found.exception, UserError)
     assert "cluster.memory_limit" in str(found.exception)
     with pytest.raises(UserError, match=r"may hold 0\.10 GB"):
-        launch.infer(
-            image, str(tmp_path / "run"), settings(cluster={"memory_limit": 0.1}), overwrite=False, show=Quiet()
-        )
+        api.infer(image, str(tmp_path / "run"), config=settings(cluster={"memory_limit": 0.1}), progress=Quiet())
     assert not (tmp_path / "run.partial").exists()
 
 

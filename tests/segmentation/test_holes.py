@@ -7,8 +7,7 @@ import pytest
 import tifffile
 from scipy import ndimage
 
-from tests.helpers import Quiet, digest, segment_here
-from volseg import api as launch
+from tests.helpers import Quiet, decide, digest, segment_here
 from volseg.box import Box
 from volseg.config import load
 from volseg.evaluation import calibrate
@@ -56,12 +55,12 @@ def run(tmp_path_factory):
 def test_filling_reads_no_probability_and_sees_no_blocks(run):
     """On, larger and off again; against scipy, and against other blocks."""
     plain, before = labels(run), markers(run, "fragments")
-    launch.segment(run, sets("stitch.fill_holes_voxels=5"), show=Quiet())
-    few, looked = labels(run), markers(run, "voids")
-    launch.segment(run, sets("stitch.fill_holes_voxels=60"), show=Quiet())
+    decide(run, sets("stitch.fill_holes_voxels=5"), progress=Quiet())
+    few, looked = labels(run), markers(run, "find_holes")
+    decide(run, sets("stitch.fill_holes_voxels=60"), progress=Quiet())
     many = labels(run)
     assert before == markers(run, "fragments")
-    assert looked == markers(run, "voids")
+    assert looked == markers(run, "find_holes")
     np.testing.assert_array_equal(few, filled(plain, 5))
     np.testing.assert_array_equal(many, filled(plain, 60))
     assert np.count_nonzero(plain) < np.count_nonzero(few) < np.count_nonzero(many)
@@ -72,9 +71,9 @@ def test_filling_reads_no_probability_and_sees_no_blocks(run):
     own = calibrate.calibrate(run, f"{run}/labels/instances/0").own
     assert (own.pq, own.iou) == (1, 1)
     one = digest(run)
-    launch.segment(run, sets("blocks.shape=[5, 60, 11]"), show=Quiet())
+    decide(run, sets("blocks.shape=[5, 60, 11]"), progress=Quiet())
     assert digest(run) == one
-    launch.segment(run, sets("stitch.fill_holes_voxels=0"), show=Quiet())
+    decide(run, sets("stitch.fill_holes_voxels=0"), progress=Quiet())
     np.testing.assert_array_equal(labels(run), plain)
 
 
@@ -92,7 +91,7 @@ def filled(label, most):
 
 
 def test_a_label_in_a_cavity_that_must_not_have_it_is_found(run):
-    launch.segment(run, sets("stitch.fill_holes_voxels=5"), show=Quiet())
+    decide(run, sets("stitch.fill_holes_voxels=5"), progress=Quiet())
     array = arrays.open_array(run, "labels/instances/0")
     box = Box((4, 4, 4), (20, 56, 66))
     sound = labels(run)

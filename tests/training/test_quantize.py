@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import CARD, Quiet, settings
-from volseg import api as launch
+from volseg import api
 from volseg.engine import folder, pipeline
 from volseg.errors import UserError
 from volseg.inference import backends, export, model
@@ -82,7 +82,7 @@ def test_blocks_change_no_probability_in_int8(image, quantized, tmp_path):
         assert run.engine.precision == "int8"
         folder.begin(run, overwrite=False)
         for i in range(len(run.predict_grid)):
-            pipeline.work(run.out, run.id, "predict", i)
+            pipeline.process_block(run.out, run.id, "predict", i)
         stored.append(arrays.open_array(run.out, "0")[:])
     np.testing.assert_array_equal(*stored)
 
@@ -93,7 +93,7 @@ def test_a_run_begun_in_int8_goes_on_in_no_other_precision(image, quantized, tmp
     folder.begin(describe.from_image(volume.open(image), config, f"{out}.partial"), overwrite=False)
     other = settings(predict={"model": str(quantized), "precision": "fp32"})
     with pytest.raises(UserError, match=r"precision = 'int8', this one 'fp32'"):
-        launch.infer(image, out, other, overwrite=False, show=Quiet())
+        api.infer(image, out, config=other, progress=Quiet())
 
 
 def test_a_model_without_the_form_is_refused(quantized, tmp_path):

@@ -16,7 +16,7 @@ import zarr
 from safetensors.torch import load_file
 
 from tests.helpers import Quiet, config_of, digest
-from volseg import api as launch
+from volseg import api
 from volseg.config import Config, Fragments, Train, resolve
 from volseg.errors import UserError
 from volseg.inference import model
@@ -155,7 +155,7 @@ def test_a_distance_head_is_learnt_on_top_of_a_model_and_cuts_alike_in_any_block
         told = {"predict": {"model": str(path), "tile": 64, "overlap": 32}, "cluster": {"workers": 1, "dashboard": ""}}
         cut = {"fragments": {"height": "head", "threshold": 0.1}, "stitch": {"seed": 0.1, "min_voxels": 0}}
         config = resolve(("test", {**told, **cut, "blocks": {"shape": block}}))
-        launch.infer(data[0]["image"], out, config, overwrite=False, show=Quiet())
+        api.infer(data[0]["image"], out, config=config, progress=Quiet())
         found.append(digest(out))
         assert zarr.open_array(f"{out}/0", mode="r").shape[0] == 3
     assert found[0] == found[1]

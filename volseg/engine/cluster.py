@@ -1,12 +1,10 @@
-"""Dask: a client, one bounded loop for all blockwise work, and done-markers. Nothing else in volseg imports dask."""
+"""Dask: a client, and one bounded loop for all blockwise work. Nothing else in volseg imports dask."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import sys
 import time
 import uuid
 import warnings
@@ -23,21 +21,20 @@ from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
 
 from volseg.config import Cluster
-from volseg.engine import forkserver as prefork
+from volseg.engine import forkserver
+from volseg.engine.receipts import Receipt, add
 from volseg.errors import UserError
-from volseg.io import files
-from volseg.io import tables as store
 
 THREADS = "VOLSEG_THREADS"  # environment of a worker: how many tiles it runs at once
-SHORT = 0.05  # seconds; items that take less share a task
-MOST = 64  # items of one task
+SHORT_TASK_S = 0.05  # seconds; items that take less share a task
+MAX_BATCHED_ITEMS = 64  # items of one task
 DEVICE, HOST = "GPU", "CPU"  # resources of workers: tasks for the device, tasks beside it
 TASKS_PER_GPU = 2  # one computes while the other reads or writes
-LIMIT = 0.9  # share of a worker's memory limit that it may use: at 0.95 Dask ends it
+MEMORY_SHARE = 0.9  # share of a worker's memory limit that it may use: at 0.95 Dask ends it
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkerPool:
     """Workers: how many, tiles that a task of each runs at once, tasks of each at once, and those beside without a device.
 
     ``limit``: bytes that each may hold before Dask ends it; 0 for no limit.
@@ -46,25 +43,27 @@ class Crew:
     workers: int
     threads: int = 1
     tasks: int = 1
-    beside: int = 0
+    cpu_workers: int = 0
     limit: int = 0
 
 
-def crew(knobs: Cluster, gpus: int = 0) -> Crew:
+def worker_pool(config: Cluster, gpus: int = 0) -> WorkerPool:
     """The workers that `connect` would start here, or those of the given scheduler."""
-    if not knobs.scheduler:
-        count = knobs.workers or gpus or min(8, CPU_COUNT)
-        beside = (knobs.cpu_workers or min(8, max(1, CPU_COUNT - count))) if gpus else 0
+    if not config.scheduler:
+        count = config.workers or gpus or min(8, CPU_COUNT)
+        beside = (config.cpu_workers or min(8, max(1, CPU_COUNT - count))) if gpus else 0
         tasks = TASKS_PER_GPU if gpus else 1
-        return Crew(count, tasks if gpus else max(1, CPU_COUNT // count), tasks, beside)
-    with _given(knobs.scheduler) as client:
+        return WorkerPool(count, tasks if gpus else max(1, CPU_COUNT // count), tasks, beside)
+    with _existing(config.scheduler) as client:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
-        return Crew(len(workers), tasks=max(w["nthreads"] for w in workers), limit=int(LIMIT * min(limits, default=0)))
+        return WorkerPool(
+            len(workers), tasks=max(w["nthreads"] for w in workers), limit=int(MEMORY_SHARE * min(limits, default=0))
+        )
 
 
 @contextmanager
-def connect(knobs: Cluster, gpus: int = 0, *, light: bool = False) -> Iterator[Client]:
+def connect(config: Cluster, gpus: int = 0, *, light: bool = False) -> Iterator[Client]:
     """A client of the given scheduler, or of a local cluster that ends with the block.
 
     Local workers are processes with one task each: ``workers``, or one per core up to 8. With GPUs they are ``workers``
@@ -72,12 +71,12 @@ def connect(knobs: Cluster, gpus: int = 0, *, light: bool = False) -> Iterator[C
     all that needs none. For ``light`` work, over before processes would have started, they are threads of this one,
     without a dashboard.
     """
-    if knobs.scheduler:
-        with _given(knobs.scheduler) as client:
+    if config.scheduler:
+        with _existing(config.scheduler) as client:
             yield client
         return
-    count = knobs.workers or gpus or min(8, CPU_COUNT)
-    workers = _threads(count) if light else _started(knobs, count, bool(gpus))
+    count = config.workers or gpus or min(8, CPU_COUNT)
+    workers = _thread_cluster(count) if light else _started(config, count, bool(gpus))
     whole = False
     try:
         with workers as cluster, Client(cluster, set_as_default=False) as client:
@@ -90,29 +89,29 @@ def connect(knobs: Cluster, gpus: int = 0, *, light: bool = False) -> Iterator[C
 
 
 @contextmanager
-def _started(knobs: Cluster, count: int, gpu: bool) -> Iterator[LocalCluster]:
+def _started(config: Cluster, count: int, gpu: bool) -> Iterator[LocalCluster]:
     """A local cluster of ``count`` worker processes; where they have a ``gpu`` each, others beside them."""
-    prefork.start()
+    forkserver.start()
     settings = {
-        "distributed.worker.multiprocessing-method": prefork.method(),
+        "distributed.worker.multiprocessing-method": forkserver.method(),
         "distributed.worker.profile.enabled": False,  # it keeps a tree of calls for every second: 0.1 MB/s
         "distributed.admin.tick.interval": "500ms",  # 50 times a second each process asks whether its loop is late
     }
-    with dask.config.set(settings), _processes(knobs, count, gpu) as found:
+    with dask.config.set(settings), _processes(config, count, gpu) as found:
         if gpu:
-            _beside(found, count + (knobs.cpu_workers or min(8, max(1, CPU_COUNT - count))))
+            _add_cpu_workers(found, count + (config.cpu_workers or min(8, max(1, CPU_COUNT - count))))
         yield found
 
 
-def _beside(found: LocalCluster, count: int) -> None:
+def _add_cpu_workers(found: LocalCluster, count: int) -> None:
     """The cluster has so many workers; those that are new do what needs no device, one task at a time."""
     found.new_spec = {**found.new_spec, "options": {**found.new_spec["options"], "nthreads": 1, "resources": {HOST: 1}}}
     found.scale(count)
     found.wait_for_workers(count, timeout=60)
 
 
-def _processes(knobs: Cluster, count: int, gpu: bool) -> LocalCluster:
-    with warnings.catch_warnings(), prefork.deaf_to_interrupts():
+def _processes(config: Cluster, count: int, gpu: bool) -> LocalCluster:
+    with warnings.catch_warnings(), forkserver.deaf_to_interrupts():
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         try:
             return LocalCluster(
@@ -121,7 +120,7 @@ def _processes(knobs: Cluster, count: int, gpu: bool) -> LocalCluster:
                 resources={DEVICE: TASKS_PER_GPU} if gpu else {},
                 processes=True,
                 memory_limit=0,
-                dashboard_address=_local(knobs.dashboard),
+                dashboard_address=_local_address(config.dashboard),
                 silence_logs=logging.CRITICAL,
                 env={
                     **os.environ,
@@ -131,11 +130,11 @@ def _processes(knobs: Cluster, count: int, gpu: bool) -> LocalCluster:
         except (RuntimeError, OSError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise UserError(
-                f"cannot start {count} local workers with cluster.dashboard = {knobs.dashboard!r}: {reason}"
+                f"cannot start {count} local workers with cluster.dashboard = {config.dashboard!r}: {reason}"
             ) from None
 
 
-def _threads(count: int) -> LocalCluster:
+def _thread_cluster(count: int) -> LocalCluster:
     """A cluster of threads in this process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Port .* is already in use")
@@ -145,13 +144,13 @@ def _threads(count: int) -> LocalCluster:
         )  # fmt: skip
 
 
-def _local(address: str) -> str | None:
+def _local_address(address: str) -> str | None:
     """A dashboard address; only this machine may look unless a host is named."""
     return f"127.0.0.1{address}" if address.startswith(":") else address or None
 
 
 @contextmanager
-def _given(address: str) -> Iterator[Client]:
+def _existing(address: str) -> Iterator[Client]:
     if not re.fullmatch(r"(\w+://)?[^/:]+:\d+", address):
         raise UserError(f"scheduler {address!r} is not of the form tcp://host:port")
     try:
@@ -231,28 +230,28 @@ def run(
     items or workers, all go to all, ``items`` first.
 
     At most ``window`` tasks of either kind are known to the scheduler at once, so its memory does not grow with the number
-    of items. A task is one item, or several of one stage where they take less than `SHORT`, since a message costs more
+    of items. A task is one item, or several of one stage where they take less than `SHORT_TASK_S`, since a message costs more
     than an empty block. An item that fails is tried ``tries`` times; what still fails is returned, and the rest goes on. An
     error of the kind ``final`` fails all: nothing more is handed out, what is under way ends, and the error is raised here.
     """
     call = partial(_each, partial(task, *args), final)
-    lanes = [_Lane(client, call, *lane, window=window) for lane in _lanes(client, items, device)]
-    lane_of: dict[str, _Lane] = {}
+    queues = [_Queue(client, call, *queue, window=window) for queue in _queues(client, items, device)]
+    queue_of: dict[str, _Queue] = {}
     tried: dict[Item, int] = {}
     failures: list[Failure] = []
     ended: list[BaseException] = []
     loop = as_completed([], loop=client.loop, raise_errors=False)
 
     def refill() -> None:
-        for lane in [] if ended else lanes:
-            futures = lane.refill()
-            lane_of.update((future.key, lane) for future in futures)
+        for queue in [] if ended else queues:
+            futures = queue.refill()
+            queue_of.update((future.key, queue) for future in futures)
             loop.update(futures)
 
-    def failed(lane: _Lane, item: Item, reason: str) -> None:
+    def failed(queue: _Queue, item: Item, reason: str) -> None:
         tried[item] = tried.get(item, 0) + 1
         if tried[item] < tries:
-            lane.again.appendleft(item)
+            queue.retries.appendleft(item)
         else:
             failures.append(Failure(item, reason))
 
@@ -260,30 +259,30 @@ def run(
     for batch in loop.batches():
         whole = [future for future in batch if future.status == "finished"]
         for future, (seconds, outcomes) in zip(whole, client.gather(whole), strict=True):
-            lane = lane_of.pop(future.key)
-            for item, (result, reason) in zip(lane.land(future.key, seconds), outcomes, strict=True):
+            queue = queue_of.pop(future.key)
+            for item, (result, reason) in zip(queue.complete(future.key, seconds), outcomes, strict=True):
                 if reason:
-                    failed(lane, item, reason)
+                    failed(queue, item, reason)
                 else:
                     tried.pop(item, None)
                     done(item, result)
         for future in (future for future in batch if future.status != "finished"):
-            error, lane = future.exception(), lane_of.pop(future.key)
+            error, queue = future.exception(), queue_of.pop(future.key)
             if isinstance(error, final):
                 ended.append(error)
-            for item in lane.flying.pop(future.key):
-                failed(lane, item, _reason(error))
+            for item in queue.in_flight.pop(future.key):
+                failed(queue, item, _reason(error))
         refill()
     if ended:
         raise ended[0]
     return sorted(failures, key=lambda failure: failure.item)
 
 
-def _lanes(client: Client, items: Iterable, device: Iterable) -> list[tuple[Iterator, dict, int]]:
+def _queues(client: Client, items: Iterable, device: Iterable) -> list[tuple[Iterator, dict, int]]:
     """What is handed out independently: the items, the resources that each of them takes, and the slots for them."""
     slots = {name: _slots(client, name) for name in (DEVICE, HOST)}
     if not slots[DEVICE] or device == ():
-        return [(_first_of(iter(items), iter(device)), {}, threads(client))]
+        return [(_first_available(iter(items), iter(device)), {}, threads(client))]
     host = ({HOST: 1}, slots[HOST]) if slots[HOST] else ({}, threads(client))
     return [(iter(device), {DEVICE: 1}, slots[DEVICE]), (iter(items), *host)]
 
@@ -294,13 +293,13 @@ def _slots(client: Client, resource: str) -> int:
     return int(sum(min(worker["nthreads"], worker.get("resources", {}).get(resource, 0)) for worker in workers))
 
 
-def _first_of(*sources: Iterator[Item | None]) -> Iterator[Item | None]:
+def _first_available(*sources: Iterator[Item | None]) -> Iterator[Item | None]:
     """What the first source has that has something; None where none has."""
     while True:
         yield next((item for source in sources if (item := next(source, None)) is not None), None)
 
 
-class _Lane:
+class _Queue:
     """Items on their way through the scheduler, at most ``window`` tasks of them at once."""
 
     def __init__(
@@ -308,56 +307,56 @@ class _Lane:
     ) -> None:
         self.client, self.call, self.items, self.resources = client, call, items, resources
         self.window = window or 3 * max(1, slots)
-        self.again: deque[Item] = deque()
-        self.flying: dict[str, list[Item]] = {}
-        self.paces: dict[str, _Pace] = {}
+        self.retries: deque[Item] = deque()
+        self.in_flight: dict[str, list[Item]] = {}
+        self.sizers: dict[str, _BatchSizer] = {}
 
     def refill(self) -> list[Future]:
         """Futures of new tasks, once half the window is empty."""
-        if len(self.flying) > self.window // 2:
+        if len(self.in_flight) > self.window // 2:
             return []
-        bundles = list(takewhile(len, (self._bundle() for _ in range(self.window - len(self.flying)))))
+        bundles = list(takewhile(len, (self._bundle() for _ in range(self.window - len(self.in_flight)))))
         if not bundles:
             return []
         keys = [f"{_key(bundle[0])}-{uuid.uuid4().hex[:8]}" for bundle in bundles]
-        self.flying.update(zip(keys, bundles, strict=True))
+        self.in_flight.update(zip(keys, bundles, strict=True))
         return self.client.map(self.call, bundles, key=keys, pure=False, resources=self.resources or None)
 
-    def land(self, key: str, seconds: float) -> list[Item]:
+    def complete(self, key: str, seconds: float) -> list[Item]:
         """The items of a task that took so long."""
-        bundle = self.flying.pop(key)
-        self._pace(bundle[0]).learn(seconds / len(bundle))
+        bundle = self.in_flight.pop(key)
+        self._sizer(bundle[0]).learn(seconds / len(bundle))
         return bundle
 
     def _bundle(self) -> list[Item]:
         """Items of one stage for one task."""
         found: list[Item] = []
-        while not found or len(found) < self._pace(found[0]).items:
-            item = self.again.popleft() if self.again else next(self.items, None)
+        while not found or len(found) < self._sizer(found[0]).items:
+            item = self.retries.popleft() if self.retries else next(self.items, None)
             if item is None:
                 break
             if found and _stage(item) != _stage(found[0]):
-                self.again.appendleft(item)
+                self.retries.appendleft(item)
                 break
             found.append(item)
         return found
 
-    def _pace(self, item: Item) -> _Pace:
-        return self.paces.setdefault(_stage(item), _Pace())
+    def _sizer(self, item: Item) -> _BatchSizer:
+        return self.sizers.setdefault(_stage(item), _BatchSizer())
 
 
-class _Pace:
-    """How many items make a task: one, or as many as fill `SHORT` at the pace of those before, at most `MOST`."""
+class _BatchSizer:
+    """How many items make a task: one, or up to `MAX_BATCHED_ITEMS` that fill `SHORT_TASK_S` at the pace of those before."""
 
     def __init__(self) -> None:
-        self.seconds = SHORT
+        self.seconds = SHORT_TASK_S
 
     def learn(self, seconds: float) -> None:
-        self.seconds = max(seconds, 0.5 * self.seconds, SHORT / MOST)
+        self.seconds = max(seconds, 0.5 * self.seconds, SHORT_TASK_S / MAX_BATCHED_ITEMS)
 
     @property
     def items(self) -> int:
-        return max(1, int(SHORT / self.seconds))
+        return max(1, int(SHORT_TASK_S / self.seconds))
 
 
 def _each(
@@ -389,28 +388,6 @@ def _key(item: Item) -> str:
     return "-".join(str(part) for part in item) if isinstance(item, tuple) else f"block-{item}"
 
 
-# ---------------------------------------------------------------- markers
-
-
-def mark(out: str, stage: str, key: str, item: int, receipt: dict) -> dict:
-    """Records that a block of a stage is done; returns the receipt. Written after the block's data."""
-    receipt = {**receipt, "pid": os.getpid(), "peak_bytes": peak_bytes()}
-    files.write_bytes(out, f"work/markers/{stage}/{item}-{key}.json", json.dumps(receipt).encode())
-    return receipt
-
-
-def marked(out: str, stage: str, key: str) -> set[int]:
-    """Blocks of a stage that are done under that key (the hash of all that determines them)."""
-    names = (path.rpartition("/")[2].removesuffix(".json") for path in files.list_keys(out, f"work/markers/{stage}"))
-    return {int(item) for item, _, found in (name.partition("-") for name in names) if found == key}
-
-
-def receipts(out: str, stage: str, key: str) -> Iterator[dict]:
-    """What the blocks of a stage reported that are done under that key."""
-    paths = (path for path in files.list_keys(out, f"work/markers/{stage}") if path.endswith(f"-{key}.json"))
-    return (json.loads(blob) for blob in store.read_ahead(lambda path: files.read_bytes(out, path), paths))
-
-
 # ---------------------------------------------------------------- counters
 
 
@@ -427,24 +404,24 @@ class Counters(WorkerPlugin):
     def __init__(self) -> None:
         self.voxels: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        self.device = 0.0
-        self.begun = 0.0
+        self.device_seconds = 0.0
+        self.start = 0.0
 
     def setup(self, worker: Worker) -> None:
-        self.begun = time.perf_counter()
+        self.start = time.perf_counter()
         worker.metrics["volseg"] = lambda _: {"voxels": dict(self.voxels), "seconds": dict(self.seconds)}
         worker.metrics["volseg_voxels"] = lambda _: sum(self.voxels.values())
-        worker.metrics["volseg_device_share"] = lambda _: self.device / (time.perf_counter() - self.begun)
+        worker.metrics["volseg_device_share"] = lambda _: self.device_seconds / (time.perf_counter() - self.start)
         worker.metrics["volseg_queue"] = lambda worker: len(worker.state.ready) + len(worker.state.constrained)
 
-    def count(self, stage: str, receipt: dict) -> None:
+    def count(self, stage: str, receipt: Receipt) -> None:
         """Adds what a task has to say."""
-        self.voxels[stage] = self.voxels.get(stage, 0) + receipt["voxels"]
-        self.device += receipt.get("device", 0.0)
-        add(self.seconds, receipt["seconds"])
+        self.voxels[stage] = self.voxels.get(stage, 0) + receipt.voxels
+        self.device_seconds += receipt.device_seconds
+        add(self.seconds, receipt.seconds)
 
 
-def count(stage: str, receipt: dict) -> None:
+def count(stage: str, receipt: Receipt) -> None:
     """This worker's counters know of a task; nothing where this is no worker."""
     try:
         counters = get_worker().plugins.get(Counters.name)
@@ -454,47 +431,7 @@ def count(stage: str, receipt: dict) -> None:
         counters.count(stage, receipt)
 
 
-def add(total: dict[str, float], more: dict[str, float]) -> None:
-    """Every value of ``more`` is added to the one of that name."""
-    for name, value in more.items():
-        total[name] = total.get(name, 0.0) + value
-
-
 def devices(client: Client) -> int:
     """How many workers infer: those that offer a device, or all."""
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     return sum(DEVICE in worker.get("resources", {}) for worker in workers) or len(workers)
-
-
-def peak_bytes() -> int:
-    """Most memory this process has held so far."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the time spent inside to ``seconds[phase]``, less what was added to other phases meanwhile."""
-    start, before = time.perf_counter(), sum(seconds.values())
-    try:
-        yield
-    finally:
-        others = sum(seconds.values()) - before
-        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start - others
-
-
-def timed_each(seconds: dict[str, float], phase: str, items: Iterable[Any]) -> Iterator[Any]:
-    """The items; the time that each takes to come is added to ``seconds[phase]``."""
-    source = iter(items)
-    while True:
-        with timed(seconds, phase):
-            try:
-                item = next(source)
-            except StopIteration:
-                return
-        yield item

@@ -6,25 +6,22 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from volseg.engine import cluster
-from volseg.engine.run import Run, fit, shard
+from volseg.engine.blocks import fit, shard_shape
+from volseg.engine.layout import Layout
+from volseg.engine.receipts import Receipt, mark, receipts
+from volseg.engine.run import Run
+from volseg.engine.stages import keys, stages_of
 from volseg.errors import UserError
 from volseg.inference import export, model
-from volseg.io import arrays, files, ome, pyramid, volume
+from volseg.io import files, ome, pyramid, volume
 from volseg.segmentation.rules import label_dtype
 
-FREE = ("out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why")  # decide no byte
+# Of a description: what decides no byte.
+FREE_SETTINGS = ("out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why")
 
 
-def _remove_labels(run: Run) -> None:
-    """No labels are left, nor what says that there are some."""
-    stages = [stage for stage in run.keys if stage == "relabel" or stage.startswith("pyramid")]
-    for name in (*(f"work/markers/{stage}" for stage in stages), "work/labels.json", "work/stamps", "labels"):
-        files.remove(f"{run.out}/{name}")
-
-
-def partial(out: str) -> str:
-    """Where a run lies until it is whole."""
+def partial_path(out: str) -> str:
+    """Where a run lies until it is whole; on an object store, which cannot rename, at its final name."""
     return out if files.is_remote(out) else f"{out}.partial"
 
 
@@ -34,139 +31,133 @@ def absolute(path: str) -> str:
 
 def is_run(path: str) -> bool:
     """Whether ``path`` is a run's, finished or not."""
-    return any(files.exists(f"{p}/{name}") for p in {path, partial(path)} for name in ("run.json", "work/run.json"))
+    layouts = [Layout(path), Layout(partial_path(path))]
+    return any(layout.finished or layout.described for layout in layouts)
 
 
 def refuse_run(path: str) -> None:
     """Refuses a run where an image is wanted: its labels are no gray values."""
     if is_run(path.rstrip("/")):
-        raise UserError(f"{path} is a run, not an image: decide it anew with volseg segment {path}, or give the volume that it "
-                        "was made from")  # fmt: skip
+        raise UserError(
+            f"{path} is a run, not an image: decide it anew with volseg segment {path}, or give the volume that it was "
+            "made from"
+        )
 
 
-def make_room(sources: list[volume.Volume], out: str, overwrite: bool) -> None:
-    """A run may be made at ``out``; on an object store, what `overwrite` is to replace is gone."""
+def check_output(sources: list[volume.Volume], out: str, overwrite: bool) -> None:
+    """A run may be made at ``out``; on an object store, what ``overwrite`` is to replace is gone."""
     for source in sources:
         _refuse_existing(absolute(source.path), out, overwrite)
-    if files.is_remote(out) and overwrite and files.exists(f"{out}/run.json"):
+    if files.is_remote(out) and overwrite and Layout(out).finished:
         files.remove(out)
 
 
 def _refuse_existing(source: str, out: str, overwrite: bool) -> None:
     """Nothing that a run did not make is ever replaced, nor what it reads from."""
-    if f"{source}/".startswith((f"{out}/", f"{partial(out)}/")):
+    if f"{source}/".startswith((f"{out}/", f"{partial_path(out)}/")):
         raise UserError(f"output {out} would replace the volume it is made from; give another --out")
-    for path in {out, partial(out)}:
-        if files.exists(path) and not any(files.exists(f"{path}/{name}") for name in ("run.json", "work/begun")):
+    for path in {out, partial_path(out)}:
+        if files.exists(path) and not (Layout(path).finished or Layout(path).begun):
             raise UserError(f"output {path} exists and is not a volseg run, so it is left alone; give another --out")
-    if files.exists(f"{out}/run.json") and not overwrite:
+    if Layout(out).finished and not overwrite:
         raise UserError(f"output {out} exists; give another --out, or --overwrite to replace it")
+
+
+# ---------------------------------------------------------------- a new run
 
 
 def begin(run: Run, overwrite: bool) -> None:
     """The run's folder holds its description, the model and empty arrays. A stopped run of this description is kept."""
-    if files.exists(f"{run.out}/work/run.json"):
+    if run.layout.described:
         difference = changed(run)
         if not difference:
             return
         if not overwrite:
-            raise UserError(f"an unfinished run at {run.out} {difference}; finish it with its own settings, or start again "
-                            "with --overwrite")  # fmt: skip
-    _lay_out(run, None)
+            raise UserError(
+                f"an unfinished run at {run.out} {difference}; finish it with its own settings, or start again with --overwrite"
+            )
+    _create(run, None)
 
 
-def begin_again(run: Run) -> None:
+def restart(run: Run) -> None:
     """The run's folder holds nothing that was computed, and this description, with the network as it was."""
-    _lay_out(run, files.read_bytes(run.out, "work/model.bin"))
+    _create(run, run.layout.load_model())
 
 
-def _lay_out(run: Run, network: bytes | None) -> None:
+def _create(run: Run, network: bytes | None) -> None:
     """The run's folder holds its description, empty arrays, and the network: this one, or what its model file gives."""
-    _clear(run.out)
-    files.write_bytes(run.out, "work/begun", b"")
-    arrays.create_group(run.out)
-    lead = len(run.heads)
-    arrays.create_array(
-        run.out, "0", shape=(lead, *run.shape), dtype="uint8", chunk=(1, *run.config.output.chunk),
-        shard=(lead, *shard(run.predict_block, run.shape, run.config.output.chunk)), axes="czyx",
+    layout, lead = run.layout, len(run.heads)
+    layout.clear()
+    layout.mark_begun()
+    layout.create_group()
+    chunk = run.config.output.chunk
+    layout.probabilities.create(
+        shape=(lead, *run.shape), dtype="uint8", chunk=(1, *chunk),
+        shard=(lead, *shard_shape(run.predict_block, run.shape, chunk)), axes="czyx",
     )  # fmt: skip
     for stage, plane in run.passes.items():
-        block = run.pass_grid(plane).block
-        chunk = fit(run.config.output.chunk, run.predict_block)
-        arrays.create_array(
-            run.out, f"work/{stage}", shape=(lead, *run.shape), dtype="uint8", chunk=(1, *chunk),
-            shard=(lead, *shard(block, run.shape, chunk)), axes="czyx",
+        small_chunk = fit(chunk, run.predict_block)
+        layout.plane_probabilities(stage).create(
+            shape=(lead, *run.shape), dtype="uint8", chunk=(1, *small_chunk),
+            shard=(lead, *shard_shape(run.pass_grid(plane).block, run.shape, small_chunk)), axes="czyx",
         )  # fmt: skip
-    _create_fragments(run)
-    if not run.taken:
+    _create_regions(run)
+    if not run.channels:
         path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
-        blob = network or export.export_model(path, run.engine.backend, run.engine.precision)
-        files.write_bytes(run.out, "work/model.bin", blob)
-    files.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
+        layout.save_model(network or export.export_model(path, run.engine.backend, run.engine.precision))
+    describe(run)
 
 
-def _clear(out: str) -> None:
-    """Of what a run made at ``out`` only the mark is left that one was begun there.
-
-    What describes it goes first, the mark never: if this is stopped, the rest counts for nothing and is a run's all the same.
-    """
-    files.remove(f"{out}/work/run.json")
-    for name in files.names(f"{out}/work"):
-        if name != "begun":
-            files.remove(f"{out}/work/{name}")
-    for name in files.names(out):
-        if name != "work":
-            files.remove(f"{out}/{name}")
+def describe(run: Run) -> None:
+    """The folder's description is that of ``run``: the last thing that is written when a run begins."""
+    run.layout.save_description({**run.to_json(), "keys": keys(run)})
 
 
-def _create_fragments(run: Run) -> None:
+def _create_regions(run: Run) -> None:
     chunk = run.config.output.chunk
-    arrays.create_array(
-        run.out,
-        "work/fragments",
-        shape=run.shape,
-        dtype="uint32",
-        chunk=chunk,
-        shard=shard(run.block, run.shape, chunk),
+    run.layout.regions.create(
+        shape=run.shape, dtype="uint32", chunk=chunk, shard=shard_shape(run.block, run.shape, chunk)
     )
 
 
 def create_labels(run: Run) -> None:
     """The label arrays exist, wide enough for the number of objects; those that are so already are kept as they are."""
-    found = max((receipt["objects"] for receipt in cluster.receipts(run.out, "stitch", run.keys["stitch"])), default=0)
-    made = f"{run.out}/work/labels.json"  # written last
-    if files.exists(made) and json.loads(files.read_bytes(run.out, "work/labels.json")).get("dtype") == label_dtype(
-        found
-    ):
+    layout, stitch = run.layout, stages_of(run)["stitch"]
+    objects = max((receipt.objects for receipt in receipts(run.out, "stitch", stitch.key)), default=0)
+    dtype = label_dtype(objects)
+    if layout.labels_dtype() == dtype:
         return
     _remove_labels(run)
+    chunk = run.config.output.chunk
     for level, (shape, _) in enumerate(run.levels):
-        arrays.create_array(
-            run.out, f"labels/instances/{level}", shape=shape, dtype=label_dtype(found),
-            chunk=run.config.output.chunk, shard=shard(run.block, shape, run.config.output.chunk), axes="zyx",
-        )  # fmt: skip
-    sizes = pyramid.sizes(run.levels, run.voxel_size_nm)
-    arrays.create_group(f"{run.out}/labels/instances")
-    arrays.set_group_attributes(run.out, "labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
-    arrays.set_group_attributes(
-        run.out,
-        "labels/instances",
-        ome.multiscales("instances", "zyx", [(str(k), s) for k, s in enumerate(sizes)], source="../../"),
-    )
-    files.write_bytes(run.out, "work/labels.json", json.dumps({"dtype": label_dtype(found)}).encode())
+        shard = shard_shape(run.block, shape, chunk)
+        layout.labels(level).create(shape=shape, dtype=dtype, chunk=chunk, shard=shard, axes="zyx")
+    levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.voxel_size_nm))]
+    layout.create_group("labels/instances")
+    layout.set_attributes("labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
+    layout.set_attributes("labels/instances", ome.multiscales("instances", "zyx", levels, source="../../"))
+    layout.mark_labels(dtype)
+
+
+def _remove_labels(run: Run) -> None:
+    """No labels are left, nor what says that there are some."""
+    for stage in stages_of(run).values():
+        if stage.group == "labels":
+            run.layout.remove_markers(stage.name)
+    run.layout.remove_labels()
 
 
 def drop_passes(run: Run) -> None:
     """What the passes stored is gone: its mean is in place."""
     for stage in run.passes:
-        files.remove(f"{run.out}/work/{stage}")
+        run.layout.plane_probabilities(stage).remove()
 
 
 def changed(run: Run) -> str:
     """In which setting the run stored at ``run.out`` differs from ``run``; ``""`` where it would write the same bytes."""
-    old = _flat(json.loads(files.read_bytes(run.out, "work/run.json")))
-    new = _flat(json.loads(json.dumps(run.to_json())))
-    differ = [name for name in new if not name.startswith(FREE) and old.get(name) != new[name]]
+    old = _flat(run.layout.load_description())
+    new = _flat(json.loads(json.dumps({**run.to_json(), "keys": keys(run)})))
+    differ = [name for name in new if not name.startswith(FREE_SETTINGS) and old.get(name) != new[name]]
     if not differ:
         return ""
     name = min(differ, key=lambda name: (not name.startswith(("engine.", "config.")), name.startswith("keys."), name))
@@ -180,55 +171,63 @@ def _flat(plain: dict, prefix: str = "") -> dict:
     return out
 
 
-def stored(out: str, recompute: bool) -> Run:
-    """The run at ``out``, or the one of that name which `segment` left unfinished; its work folder is there."""
-    where = partial(out) if files.exists(f"{partial(out)}/work/run.json") else out
-    if not files.exists(f"{where}/work/run.json"):
-        if not files.exists(f"{out}/run.json"):
+# ---------------------------------------------------------------- a finished run, decided anew
+
+
+def load_run(out: str, *, recompute: bool = False) -> Run:
+    """The run at ``out``, or the one of that name which `segment` left unfinished; its work folder is there.
+
+    Raises `UserError` for what is no run, one without a work folder unless ``recompute`` allows to make basins anew, and
+    one that another version of volseg predicted.
+    """
+    path = partial_path(out) if Layout(partial_path(out)).described else out
+    if not Layout(path).described:
+        if not Layout(out).finished:
             raise UserError(f"{out} is not a volseg run (no run.json in it); give a folder that volseg made")
         if not recompute:
             raise UserError(f"the work folder of {out} was cleaned: its basins must be made anew; add --recompute")
         _rebuild_work(out)
-    plain = json.loads(files.read_bytes(where, "work/run.json"))
+    plain = Layout(path).load_description()
     run = Run.from_json(plain)
-    if plain["keys"].get(run.first) != run.keys[run.first]:
-        if not recompute or where != out:
+    if plain["keys"].get(run.probability_stage) != keys(run)[run.probability_stage]:
+        if not recompute or path != out:
             raise UserError(
-                f"{where} was made by another version of volseg, which may have predicted otherwise: make it anew with "
+                f"{path} was made by another version of volseg, which may have predicted otherwise: make it anew with "
                 "volseg infer --overwrite, or keep a finished run's probabilities as they are with --recompute"
             )
-        files.remove(f"{out}/work")
+        Layout(out).remove_work()
         _rebuild_work(out)
     return run
 
 
-def demote(out: str) -> None:
+def reopen(out: str) -> None:
     """The finished run at ``out`` lies at its unfinished name."""
-    if partial(out) != out and files.exists(out) and not files.exists(partial(out)):
-        files.move(out, partial(out))
-    files.remove(f"{partial(out)}/run.json")
+    if partial_path(out) != out and files.exists(out) and not files.exists(partial_path(out)):
+        files.move(out, partial_path(out))
+    Layout(partial_path(out)).remove_summary()
 
 
 def _rebuild_work(out: str) -> None:
     """A cleaned run has a work folder again in which its probabilities count as done."""
-    facts = json.loads(files.read_bytes(out, "run.json"))
-    run = replace(Run.from_json(facts), out=out)
-    _create_fragments(run)
-    for i in range(len(run.predict_grid)):
-        cluster.mark(out, run.first, run.keys[run.first], i, {"seconds": {}})
-    files.write_bytes(out, "work/begun", b"")
-    files.write_bytes(out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
+    run = replace(Run.from_json(Layout(out).load_summary()), out=out)
+    _create_regions(run)
+    stage = stages_of(run)[run.probability_stage]
+    for i, box in enumerate(stage.grid):
+        mark(out, stage.name, stage.key, i, Receipt(voxels=box.voxels))
+    run.layout.mark_begun()
+    describe(run)
 
 
-def adopt(run: Run) -> None:
+def apply_settings(run: Run) -> None:
     """The run's folder takes another description; what that makes stale is gone."""
-    old = Run.from_json(json.loads(files.read_bytes(run.out, "work/run.json")))
-    for stage in {*old.keys, *run.keys}:
-        if old.keys.get(stage) != run.keys.get(stage):
-            files.remove(f"{run.out}/work/markers/{stage}")
-    if (old.keys["fragments"], old.block, old.levels) != (run.keys["fragments"], run.block, run.levels):
+    plain = run.layout.load_description()
+    old, old_keys, new_keys = Run.from_json(plain), plain["keys"], keys(run)
+    for stage in {*old_keys, *new_keys}:
+        if old_keys.get(stage) != new_keys.get(stage):
+            run.layout.remove_markers(stage)
+    if (old_keys["fragments"], old.block, old.levels) != (new_keys["fragments"], run.block, run.levels):
         _remove_labels(run)
     if old.block != run.block:
-        files.remove(f"{run.out}/work/fragments")
-        _create_fragments(run)
-    files.write_bytes(run.out, "work/run.json", json.dumps(run.to_json(), indent=1).encode())
+        run.layout.regions.remove()
+        _create_regions(run)
+    describe(run)

@@ -104,7 +104,7 @@ class Tables(Generic[T]):
         return _load(self.path, self.key(*index), self.kind, skip)
 
     def load_each(self, indices: Iterable[Any], skip: tuple[str, ...] = (), ahead: int = 32) -> Iterator[T]:
-        """The table of each index, in order, up to ``read_ahead`` of them read side by side."""
+        """The table of each index, in order, up to ``ahead`` of them read side by side."""
         numbers = (index if isinstance(index, tuple) else (index,) for index in indices)
         return tables.read_ahead(lambda index: self.load(*index, skip=skip), numbers, ahead)
 
@@ -114,8 +114,16 @@ class Tables(Generic[T]):
     def remove(self, *index: int | str) -> None:
         files.remove(f"{self.path}/{self.key(*index)}")
 
+    @property
+    def folder(self) -> str:
+        return self.pattern.rpartition("/")[0]
+
+    def count(self) -> int:
+        """How many tables of this kind there are."""
+        return sum(key.endswith(".npz") for key in files.list_keys(self.path, self.folder))
+
     def remove_all(self) -> None:
-        files.remove(f"{self.path}/{self.pattern.rpartition('/')[0]}")
+        files.remove(f"{self.path}/{self.folder}")
 
 
 def _load(path: str, key: str, kind: type[T], skip: tuple[str, ...] = ()) -> T:
@@ -229,14 +237,14 @@ class Layout:
 
     def save_basins(self, basins: stitch.Basins, key: str) -> None:
         """The volume's basins, and the key of the tables that they were gathered from."""
-        tables.save(self.path, "work/basins.npz", **vars(basins), key=np.array(key))
+        tables.save(self.path, "work/basins.npz", **vars(basins), made_from=np.array(key))
 
     def load_basins(self, key: str | None = None) -> stitch.Basins | None:
         """The volume's basins; None where there are none, or none gathered from tables of that ``key``."""
         if not self.has_basins():
             return None
         stored = _load(self.path, "work/basins.npz", dict)
-        made_from = str(stored.pop("key", ""))
+        made_from = str(stored.pop("made_from", ""))
         return stitch.Basins(**stored) if key in (None, made_from) else None
 
     def has_basins(self) -> bool:
@@ -333,6 +341,13 @@ class Layout:
         """The run's description; raises `UserError` where another volseg made it, or nothing can read it."""
         return _described(self.path, "work/run.json")
 
+    def peek_description(self) -> dict | None:
+        """The run's description; None where there is none that this volseg can read."""
+        try:
+            return self.load_description()
+        except UserError:
+            return None
+
     def save_description(self, plain: dict) -> None:
         files.write_bytes(self.path, "work/run.json", _json({"format": FORMAT, **plain}))
 
@@ -385,7 +400,12 @@ class Layout:
         files.write_bytes(self.path, f"tables/{name}.{ending}", data)
 
     def read_table(self, name: str, ending: str = "parquet") -> bytes:
-        return files.read_bytes(self.path, f"tables/{name}.{ending}")
+        """Raises `DamagedFileError` where it is missing."""
+        key = f"tables/{name}.{ending}"
+        try:
+            return files.read_bytes(self.path, key)
+        except FileNotFoundError:
+            raise DamagedFileError(self.path, key, "is missing") from None
 
     def write_picture(self, name: str, data: bytes) -> None:
         """``name``: "overlay", or "tables/volumes"."""

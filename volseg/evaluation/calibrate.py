@@ -178,9 +178,9 @@ def _number_basins(run: FinishedRun, block: int, part: Box, basins: int) -> np.n
     numbered after the ``basins``."""
     labels = run.block_labels(block)
     if not run.fills:
-        return np.r_[0, 1 + labels["basin"]][run.regions(part)]
+        return np.r_[0, 1 + labels.basin][run.regions(part)]
     place = holes.number_holes(run.regions(run.grid[block]))[part.slices_within(run.grid[block])]
-    return np.r_[0, 1 + labels["basin"], 1 + basins + labels["void"]][place]
+    return np.r_[0, 1 + labels.basin, 1 + basins + labels.hole][place]
 
 
 def _candidates(run: FinishedRun, basins: Basins, overlap: Contingency, tried: list[Stitch]) -> Iterator[Candidate]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike, fspath
@@ -14,9 +12,12 @@ import numpy as np
 
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
+from volseg.engine.finished import open_run
+from volseg.engine.keys import decision_key
+from volseg.engine.layout import BlockLabels, Layout, StoredArray
 from volseg.engine.run import Run
 from volseg.errors import UserError
-from volseg.io import arrays, files, tables, volume
+from volseg.io import volume
 from volseg.segmentation import holes, stitch
 from volseg.segmentation.basins import BlockBasins
 from volseg.segmentation.heights import height_halo
@@ -83,7 +84,7 @@ class FinishedRun:
 
     def probability(self, box: Box) -> np.ndarray:
         """Stored probabilities (uint8; channels, z, y, x) of ``box`` and the halo that heights need, cut to the volume."""
-        return self._voxels("0", box.grow(self.halo).clip(self.shape))
+        return self._voxels("probabilities", box.grow(self.halo).clip(self.shape))
 
     @cached_property
     def objects(self) -> dict[str, np.ndarray]:
@@ -94,75 +95,56 @@ class FinishedRun:
         """Columns of ``tables/NAME.parquet``."""
         from pyarrow import parquet
 
-        stored = parquet.read_table(io.BytesIO(self._bytes(f"tables/{name}.parquet")))
+        stored = parquet.read_table(io.BytesIO(self.layout.read_table(name)))
         return {column: stored[column].to_numpy() for column in stored.column_names}
 
     # ---- the work folder
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.path)
+
     def regions(self, box: Box) -> np.ndarray:
         """The region of each voxel of ``box``, numbered within its block."""
-        return self._voxels("work/fragments", box)
+        return self._voxels("regions", box)
 
     def block_basins(self, block: int) -> BlockBasins:
-        return BlockBasins(**self._arrays(f"work/tables/{block}.npz"))
+        return self.layout.block_basins.load(block)
 
     def links(self, block: int) -> stitch.Links:
-        return stitch.Links(**self._arrays(f"work/links/{block}.npz"))
+        return self.layout.links.load(block)
 
-    def block_labels(self, block: int) -> dict[str, np.ndarray]:
-        """What was decided on a block: ``label`` and ``basin`` of its regions, and, where holes are filled, ``void``."""
-        return self._arrays(f"work/labels/{block}.npz")
+    def block_labels(self, block: int) -> BlockLabels:
+        """What was decided on a block."""
+        return self.layout.block_labels.load(block)
 
     def block_holes(self, block: int) -> holes.BlockHoles:
-        return holes.BlockHoles(**self._arrays(f"work/voids/{block}.npz"))
+        return self.layout.block_holes.load(block)
 
     def hole_contacts(self, block: int) -> np.ndarray:
-        return self._arrays(f"work/rims/{block}.npz")["pairs"]
+        return self.layout.hole_contacts.load(block).pairs
 
     def basins(self) -> stitch.Basins | None:
         """The volume's basins; None where they were cleaned, or never were in one place because a tree stitched."""
-        if not files.exists(f"{self.path}/work/basins.npz"):
-            return None
-        stored = self._arrays("work/basins.npz")
-        return stitch.Basins(**{name: stored[name] for name in stitch.Basins.__dataclass_fields__})
+        return self.layout.load_basins()
 
     def volume_holes(self) -> holes.Holes:
-        return holes.Holes(**self._arrays("work/voids.npz"))
+        return self.layout.volume_holes.load()
 
     def saddle_rows(self) -> np.ndarray | None:
         """What the rows of the table of merges are made of, `saddles.ROW`; None where that was cleaned."""
-        key = f"work/merges/{self.run.keys['stitch']}.npz"
-        return self._arrays(key)["rows"] if files.exists(f"{self.path}/{key}") else None
-
-    def _bytes(self, key: str) -> bytes:
-        try:
-            return files.read_bytes(self.path, key)
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.path} lacks {key}, which a finished run has: it was damaged; run volseg infer again"
-            ) from None
-
-    def _arrays(self, key: str) -> dict[str, np.ndarray]:
-        try:
-            return tables.load(self.path, key)
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.path} lacks {key}, which a finished run has: it was damaged; run volseg infer again"
-            ) from None
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise UserError(
-                f"cannot read {key} of {self.path}: {error}; it was damaged; run volseg infer again"
-            ) from None
+        key = decision_key(self.run)
+        return self.layout.joins.load(key).rows if self.layout.joins.exists(key) else None
 
     def _voxels(self, name: str, box: Box) -> np.ndarray:
         """Voxels of ``box`` of an array of the run, all channels."""
-        array = arrays.open_array(self.path, name)
+        array: StoredArray = getattr(self.layout, name)
         try:
-            return np.ascontiguousarray(array[(slice(None),) * (array.ndim - 3) + box.slices])
+            return np.ascontiguousarray(array.read(box))
         except (RuntimeError, ValueError, OSError) as error:
             cause = " ".join(str(error).split())[:300]
             raise UserError(
-                f"cannot read {name} of {self.path} in box {box}: {cause}; it was damaged; run volseg infer again"
+                f"cannot read {array.name} of {self.path} in box {box}: {cause}; it was damaged; run volseg infer again"
             ) from None
 
 
@@ -179,32 +161,22 @@ def open_finished(run: str | PathLike | Any) -> FinishedRun:
     UserError
         There is no finished run, or another version of volseg made it.
     """
-    path = run_path(run)
-    try:
-        description = Run.from_json(json.loads(files.read_bytes(path, "run.json")))
-    except OSError:
-        raise UserError(
-            f"{path} is no finished run: it holds no run.json; give the --out of a finished volseg infer"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path} is no run of this volseg: its run.json does not describe one; run volseg infer again"
-        ) from None
+    finished = open_run(run_path(run))
+    path, description = finished.path, finished.run
     labels = volume.open(path, dataset="labels/instances/0")
     return FinishedRun(
-        path, description, labels, _missing(path, len(Blocks(labels.shape, description.block)), description.fills)
+        path, description, labels, _missing(path, len(Blocks(labels.shape, description.block)), description.fills_holes)
     )
 
 
 def _missing(path: str, blocks: int, fills: bool) -> str:
     """What keeps the basins of a run from being read; ``""`` for nothing."""
-    if not files.exists(f"{path}/work/fragments"):
+    layout = Layout(path)
+    if not layout.regions.exists():
         return "the run's work folder was cleaned: stored basins and id maps cannot be checked, the rest is"
-    for name in ("tables", "links", "labels", *(("voids", "rims") if fills else ())):
-        count = len([key for key in files.list_keys(path, f"work/{name}") if key.endswith(".npz")])
+    needed = [layout.block_basins, layout.links, layout.block_labels]
+    for kind in [*needed, *([layout.block_holes, layout.hole_contacts] if fills else [])]:
+        count = kind.count()
         if count < blocks:
-            return (
-                f"work/{name} holds {count} of {blocks} blocks: stored basins and id maps cannot be checked, "
-                "the rest is"
-            )
+            return f"{kind.folder} holds {count} of {blocks} blocks: stored basins and id maps cannot be checked, the rest is"
     return ""

@@ -164,7 +164,7 @@ def _stored_basins(run: FinishedRun, box: Box) -> tuple[np.ndarray, np.ndarray]:
         place = region[part]
         if run.fills:
             place = holes.number_holes(run.regions(grid[j]))[grid[j].intersect(box).slices_within(grid[j])]
-        ids = np.r_[run.block_labels(j)["label"].astype(np.int64), -2]
+        ids = np.r_[run.block_labels(j).label.astype(np.int64), -2]
         mapped[part] = ids[np.minimum(place, ids.size - 1)]
     return root, mapped
 

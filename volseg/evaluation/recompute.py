@@ -128,7 +128,7 @@ def rejoin(run: FinishedRun) -> Rejoining | None:
         return Rejoining(regions, stray)
     wrong = 0
     for i, expected in enumerate(_decide(run, tables, links, holes, contacts)):
-        stored = run.block_labels(i)["label"].astype(np.int64)
+        stored = run.block_labels(i).label.astype(np.int64)
         wrong += int(np.count_nonzero(stored != expected)) if stored.size == expected.size else expected.size
     return Rejoining(regions, wrong)
 

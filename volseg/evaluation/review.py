@@ -208,7 +208,7 @@ def sides(reviewed: ReviewedRun, i: int, box: Box) -> np.ndarray:
     out = np.zeros(region.shape, np.int64)
     for j in run.grid.overlapping(box):
         part = run.grid[j].intersect(box).slices_within(box)
-        out[part] = np.r_[0, side[run.block_labels(j)["basin"]]][region[part]]
+        out[part] = np.r_[0, side[run.block_labels(j).basin]][region[part]]
     return out[0]
 
 

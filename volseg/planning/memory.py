@@ -13,7 +13,8 @@ from math import prod
 import numpy as np
 
 from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
-from volseg.engine.run import Run, fit
+from volseg.engine.blocks import fit
+from volseg.engine.run import Run
 from volseg.inference import tiles
 from volseg.segmentation.heights import height_halo
 
@@ -31,7 +32,7 @@ THINNEST = 16  # voxels along each axis below which no block is cut to save memo
 
 def network(run: Run, threads: int) -> int:
     """Host memory of the network and of ``threads`` forward passes side by side, roughly."""
-    if run.taken:
+    if run.channels:
         return 0
     if run.engine.device == "cuda":
         return CUDA
@@ -43,8 +44,8 @@ def network(run: Run, threads: int) -> int:
 def stages(run: Run, threads: int) -> dict[str, int]:
     """What the arrays of one block take in each stage, beside the process and the network."""
     found = {stage: _predict(run, plane, run.pass_grid(plane), threads) for stage, plane in run.passes.items()}
-    if run.taken:
-        found["take"] = _take(run, run.predict_block)
+    if run.channels:
+        found["import"] = _take(run, run.predict_block)
     elif run.passes:
         found["predict"] = (len(run.passes) + 4) * len(run.heads) * prod(run.predict_block)
     else:
@@ -64,7 +65,7 @@ def _predict(run: Run, plane: str, grid: Blocks, threads: int) -> int:
     _, rows, columns = _core(run, plane, grid)
     slab = source_bytes(run, plane, grid) * (1 if plane == "xy" else 2)
     out = heads * prod(grid.block)
-    masked = prod(grid.block) if run.wanted and run.wanted.mask else 0
+    masked = prod(grid.block) if run.roi and run.roi.mask else 0
     tile = run.batch * prod(laid.size)
     under_way = 4 * tile * ((threads + 2) * run.sections + (threads + 1) * heads)
     blend = rows * columns * (4 + 8 * heads)
@@ -88,7 +89,7 @@ def source_bytes(run: Run, plane: str, grid: Blocks) -> int:
 
 def _core(run: Run, plane: str, grid: Blocks) -> Triple:
     """The shape of what a block of a pass infers at most, in the axes of the pass."""
-    return transpose_axes(fit(grid.block, run.core(Box.from_shape(run.shape)).shape), tiles.PLANES[plane])
+    return transpose_axes(fit(grid.block, run.wanted_part(Box.from_shape(run.shape)).shape), tiles.PLANES[plane])
 
 
 def _covered(axis: tiles.Axis, step: int) -> int:
@@ -100,7 +101,7 @@ def _covered(axis: tiles.Axis, step: int) -> int:
 
 def _take(run: Run, block: Triple) -> int:
     """The channels as they are stored, as uint8 and compressed."""
-    item = max(np.dtype(channel.source.dtype).itemsize for channel in run.taken if channel.source)
+    item = max(np.dtype(channel.source.dtype).itemsize for channel in run.channels if channel.source)
     return prod(block) * (2 * len(run.heads) + 2 * item + 1)
 
 
@@ -135,7 +136,7 @@ def with_blocks_that_fit(run: Run, room: int, threads: int, tasks: int = 1, engi
                 break
     for block in _smaller(run.predict_block):
         run = replace(run, predict_block=block)
-        if fits(run.first)(run):
+        if fits(run.probability_stage)(run):
             break
     for block in _smaller(run.block, even=True):
         run = replace(run, block=block)

@@ -11,6 +11,7 @@ there), and bare loops on 2 cores with AVX-512 BF16. Of what follows it, the wor
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ import numpy as np
 from volseg import system as machine
 from volseg.box import Box, Triple, inverse_axes, transpose_axes
 from volseg.config import Fragments
-from volseg.engine import cluster, pipeline
+from volseg.engine import cluster, predict
 from volseg.engine import forkserver as prefork
 from volseg.engine.run import Run, redundancy
 from volseg.errors import UserError
@@ -106,6 +107,18 @@ class Plan:
     network: str = ""
     wanted: str = ""
     local: bool = True
+    refusal: str = ""  # why it would be refused
+
+    def to_json(self) -> dict:
+        """As plain values, with the total of the seconds."""
+        return {**asdict(self), "total_seconds": self.total_seconds}
+
+    @classmethod
+    def from_json(cls, plain: dict) -> Plan:
+        return cls(**{name: value for name, value in plain.items() if name != "total_seconds"})
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(table(self))}</pre>"
 
     @property
     def total_seconds(self) -> float:
@@ -118,9 +131,9 @@ class Plan:
         return self.local * workers + self.client_bytes
 
 
-def make(run: Run, crew: cluster.Crew, rates: Rates) -> Plan:
-    """The plan of ``run`` on the workers of ``crew``."""
-    through, grid, shape = run.inferred, run.predict_grid, run.shape
+def make(run: Run, workers: cluster.WorkerPool, rates: Rates) -> Plan:
+    """The plan of ``run`` on the workers of ``workers``."""
+    through, grid, shape = run.inferred_voxels, run.predict_grid, run.shape
     tile = run.tile_grid(run.config.predict.planes[0]).size
     return Plan(
         shape=shape,
@@ -133,13 +146,13 @@ def make(run: Run, crew: cluster.Crew, rates: Rates) -> Plan:
         redundancy=redundancy(run),
         read_bytes=_read_bytes(run),
         written_bytes=_written_bytes(run, rates),
-        workers=crew.workers,
-        beside=crew.beside,
+        workers=workers.workers,
+        beside=workers.cpu_workers,
         beside_bytes=memory.worker(run, 1, engine=0),
-        network="" if run.taken else describe.engine(run),
-        wanted=str(run.wanted or ""),
+        network="" if run.channels else describe.engine(run),
+        wanted=str(run.roi or ""),
         local=not run.config.cluster.scheduler,
-        worker_bytes=memory.worker(run, crew.threads, crew.tasks, rates.engine_bytes),
+        worker_bytes=memory.worker(run, workers.threads, workers.tasks, rates.engine_bytes),
         client_bytes=memory.CLIENT,
         device_bytes=rates.device_bytes,
         seconds={"start": START, "predict": through / rates.predict, "instances": prod(shape) / rates.instances},
@@ -149,10 +162,12 @@ def make(run: Run, crew: cluster.Crew, rates: Rates) -> Plan:
 
 def _read_bytes(run: Run) -> int:
     """Of the volume: blocks also read the sections around them, and the rows and columns under their tiles."""
-    if run.taken:
-        return sum(prod(run.shape) * np.dtype(channel.source.dtype).itemsize for channel in run.taken if channel.source)
+    if run.channels:
+        return sum(
+            prod(run.shape) * np.dtype(channel.source.dtype).itemsize for channel in run.channels if channel.source
+        )
     grids = {plane: run.pass_grid(plane) for plane in run.passes.values()} or {"xy": run.predict_grid}
-    core = run.core(Box.from_shape(run.shape))
+    core = run.wanted_part(Box.from_shape(run.shape))
     return sum(memory.source_bytes(run, plane, grid) * len(grid.overlapping(core)) for plane, grid in grids.items())
 
 
@@ -278,51 +293,52 @@ def _gb(count: float) -> str:
 # ---------------------------------------------------------------- what shapes do not tell
 
 
-def known(run: Run, crew: cluster.Crew) -> Rates:
+def known(run: Run, workers: cluster.WorkerPool) -> Rates:
     """What an earlier `probe` of this volume, network and machine found; rough figures where there was none."""
     try:
-        return Rates(**json.loads(_cache_file(run, crew).read_text()))
+        return Rates(**json.loads(_cache_file(run, workers).read_text()))
     except (OSError, ValueError, TypeError):
         pass
-    engine, cuda = run.engine, describe.gpus(run) > 0
+    engine, cuda = run.engine, describe.gpus_of(run) > 0
     speeds = {**SPEED, **(FAST if hardware.has_bf16() else {})}
     of_core = speeds.get(f"{engine.backend} {engine.precision}", 1.0) if engine else 1.0
-    speed = crew.workers * (GPU_SPEED if cuda else crew.threads * of_core * (BINNED if run.binning > 1 else 1))
-    return Rates(1e6 * speed, INSTANCES * (crew.workers + crew.beside), memory.network(run, crew.threads))
+    speed = workers.workers * (GPU_SPEED if cuda else workers.threads * of_core * (BINNED if run.binning > 1 else 1))
+    return Rates(1e6 * speed, INSTANCES * (workers.workers + workers.cpu_workers), memory.network(run, workers.threads))
 
 
-def _cache_file(run: Run, crew: cluster.Crew) -> Path:
+def _cache_file(run: Run, workers: cluster.WorkerPool) -> Path:
     sizes = [run.tile_grid(plane).size for plane in run.config.predict.planes]
     engine = run.engine and run.engine.arithmetic
     facts = [run.checksum, run.model_sha256, engine, sorted(PACKED), sizes, run.config.predict.tta, run.heads,
-             run.config.fragments.model_dump(mode="json"), asdict(crew), os.cpu_count()]  # fmt: skip
+             run.config.fragments.model_dump(mode="json"), asdict(workers), os.cpu_count()]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return cache.folder() / f"{key}.plan"
 
 
-def probe(run: Run, crew: cluster.Crew) -> Rates:
+def probe(run: Run, workers: cluster.WorkerPool) -> Rates:
     """Measures, in as many processes as there will be workers, some sections of a tile: the network, then the rest."""
-    if run.taken:
-        return known(run, crew)
+    if run.channels:
+        return known(run, workers)
     batch = _sample(run)
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "tiles.npy"), batch)
         path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
         Path(folder, "model.bin").write_bytes(export.export_model(path, run.engine.backend, run.engine.precision))
-        asked = {**run.engine.arithmetic, "threads": crew.threads, "voxel_size_nm": run.voxel_size_nm,
+        asked = {**run.engine.arithmetic, "threads": workers.threads, "voxel_size_nm": run.voxel_size_nm,
                  "fragments": run.config.fragments.model_dump(mode="json")}  # fmt: skip
         Path(folder, "asked.json").write_text(json.dumps(asked))
-        found = _together(folder, 1 if run.engine.device == "cuda" else crew.workers)
-    count = crew.workers / len(found)
+        found = _together(folder, 1 if run.engine.device == "cuda" else workers.workers)
+    count = workers.workers / len(found)
     rates = Rates(
-        predict=count * sum(_predicted(run, one["predict"], crew.threads) for one in found),
-        instances=(crew.workers + crew.beside) / (float(np.mean([1 / one["instances"] for one in found])) + AFTER),
+        predict=count * sum(_predicted(run, one["predict"], workers.threads) for one in found),
+        instances=(workers.workers + workers.cpu_workers)
+        / (float(np.mean([1 / one["instances"] for one in found])) + AFTER),
         engine_bytes=max(one["engine_bytes"] for one in found),
         device_bytes=found[0]["device_bytes"],
         packed=found[0]["packed"],
         probed=True,
     )
-    cache.keep(_cache_file(run, crew), json.dumps(asdict(rates)).encode())
+    cache.keep(_cache_file(run, workers), json.dumps(asdict(rates)).encode())
     return rates
 
 
@@ -338,7 +354,7 @@ def _sample(run: Run) -> np.ndarray:
     plane = run.config.predict.planes[0]
     axes, grid = tiles.PLANES[plane], run.tile_grid(plane)
     depth, rows, columns = transpose_axes(run.shape, axes)
-    want = run.core(Box.from_shape(run.shape)).transpose(axes)
+    want = run.wanted_part(Box.from_shape(run.shape)).transpose(axes)
     z, y, x = ((a + b) // 2 for a, b in zip(want.start, want.stop, strict=True))
     tile = grid.meeting(slice(y, y + 1), slice(x, x + 1))[0]
     place = grid.place(tile)
@@ -347,7 +363,7 @@ def _sample(run: Run) -> np.ndarray:
     box = Box(
         (first, place[0].start, place[1].start), (first + count, min(place[0].stop, rows), min(place[1].stop, columns))
     )
-    slab = pipeline.slab(run, plane, box.transpose(inverse_axes(axes)), [tile])
+    slab = predict.read_slab(run, plane, box.transpose(inverse_axes(axes)), [tile])
     found = np.zeros((count, run.sections, *grid.size), np.float32)
     for k, one in enumerate(found):
         slab.cut(first + k, place, one, scale(run.mean, run.std))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -14,17 +13,19 @@ from volseg import system as machine
 from volseg.box import Box
 from volseg.config import Cluster, Config, Predict
 from volseg.engine import cluster, folder
-from volseg.engine.run import Run, blocks, redundancy, with_full_batches
+from volseg.engine.blocks import choose_blocks, with_full_batches
+from volseg.engine.finish import gpus_of
+from volseg.engine.layout import Layout
+from volseg.engine.run import Run, redundancy
+from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
 from volseg.inference import hardware, model, tiles
 from volseg.inference.backends import Engine
 from volseg.inference.model_card import ModelCard
 from volseg.inference.normalization import normalization, standardized
-from volseg.io import files, probabilities, roi, volume
+from volseg.io import probabilities, roi, volume
 from volseg.planning import memory
-
-TOO_LARGE = "; memory holds no more tiles at once"  # of why a run computes as it does
 
 
 def from_image(source: volume.Volume, config: Config, out: str) -> Run:
@@ -42,7 +43,7 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
         )
     voxel_size_nm = source.voxel_size_nm or card.voxel_size_nm or (1.0, 1.0, 1.0)
     _refuse_anisotropic(config.predict.planes, voxel_size_nm)
-    slab, block = blocks(source.shape, config.blocks.shape, source.chunk[0])
+    slab, block = choose_blocks(source.shape, config.blocks.shape, source.chunk[0])
     of_model = config.predict.normalize == "model"
     mean, std = (card.mean, card.std) if of_model else normalization(source.shape, source.read)
     computes = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
@@ -61,7 +62,7 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
         engine=computes,
         predict_block=slab,
         block=block,
-        wanted=roi.find(config.input, source.shape, voxel_size_nm),
+        roi=roi.find(config.input, source.shape, voxel_size_nm),
     )
     return _blocked(run)
 
@@ -78,21 +79,21 @@ def _check_tiles(knobs: Predict, multiple: int) -> None:
                         f"predict.tile = {knobs.tile} that this network takes; set {longest // 2} or less")  # fmt: skip
 
 
-def from_probabilities(taken: tuple[probabilities.Channel, ...], config: Config, out: str) -> Run:
+def from_probabilities(channels: tuple[probabilities.Channel, ...], config: Config, out: str) -> Run:
     """The run of probabilities made elsewhere as plain data, every choice made."""
-    sources = [channel.source for channel in taken if channel.source]
-    slab, block = blocks(sources[0].shape, config.blocks.shape)
+    sources = [channel.source for channel in channels if channel.source]
+    slab, block = choose_blocks(sources[0].shape, config.blocks.shape)
     run = Run(
         out=out,
         source=sources[0],
         config=config,
-        heads=tuple(channel.name for channel in taken),
+        heads=tuple(channel.name for channel in channels),
         voxel_size_nm=next((s.voxel_size_nm for s in sources if s.voxel_size_nm), (1.0, 1.0, 1.0)),
-        checksum=probabilities.checksum(taken),
+        checksum=probabilities.checksum(channels),
         predict_block=slab,
         block=block,
-        taken=taken,
-        wanted=roi.find(config.input, sources[0].shape, sources[0].voxel_size_nm),
+        channels=channels,
+        roi=roi.find(config.input, sources[0].shape, sources[0].voxel_size_nm),
     )
     return _blocked(run)
 
@@ -102,34 +103,29 @@ def _blocked(run: Run) -> Run:
 
     A restart must not choose anew: what is free is never the same twice.
     """
-    if files.exists(f"{run.out}/work/run.json"):
-        plain = json.loads(files.read_bytes(run.out, "work/run.json"))
+    if plain := run.layout.peek_description():
         old = Run.from_json(plain)
         begun = replace(run, predict_block=old.predict_block, block=old.block, pass_blocks=old.pass_blocks)
-        if old.config.blocks == run.config.blocks and plain["keys"].get(run.first) == begun.keys[run.first]:
+        stage = run.probability_stage
+        if old.config.blocks == run.config.blocks and plain["keys"].get(stage) == keys(begun)[stage]:
             return begun
-    crew = crew_of(run)
-    if on := gpus(run):
-        run = with_full_batches(run, on)
-    room = memory_limit(run.config.cluster, crew)
-    return memory.with_blocks_that_fit(run, room, crew.threads, crew.tasks) if room else run
+    workers = workers_of(run)
+    if gpus := gpus_of(run):
+        run = with_full_batches(run, gpus)
+    room = memory_limit(run.config.cluster, workers)
+    return memory.with_blocks_that_fit(run, room, workers.threads, workers.tasks) if room else run
 
 
-def crew_of(run: Run) -> cluster.Crew:
+def workers_of(run: Run) -> cluster.WorkerPool:
     """The workers that a run will have."""
-    return cluster.crew(run.config.cluster, gpus(run))
+    return cluster.worker_pool(run.config.cluster, gpus_of(run))
 
 
-def gpus(run: Run) -> int:
-    """How many GPUs of this machine a run computes on."""
-    return hardware.gpu_count() if run.engine and run.engine.device == "cuda" else 0
-
-
-def memory_limit(knobs: Cluster, crew: cluster.Crew) -> int:
+def memory_limit(knobs: Cluster, workers: cluster.WorkerPool) -> int:
     """Bytes that each worker may hold: as told, else as Dask would, else of what is free here; 0 where nobody knows."""
     if knobs.memory_limit or knobs.scheduler:
-        return round(knobs.memory_limit * 1e9) or crew.limit
-    return (machine.free_memory() - memory.CLIENT) // (crew.workers + crew.beside)
+        return round(knobs.memory_limit * 1e9) or workers.limit
+    return (machine.free_memory() - memory.CLIENT) // (workers.workers + workers.cpu_workers)
 
 
 def check_channels(config: Config, heads: tuple[str, ...], taken: tuple[probabilities.Channel, ...] = ()) -> None:
@@ -167,20 +163,14 @@ def _begun_engine(out: str, config: Config, path: Path) -> Engine | None:
 
     A restart must not choose anew: timing is noisy, and another choice has other bits.
     """
-    if not files.exists(f"{out}/work/run.json"):
+    old = Layout(out).peek_description()
+    if not old:
         return None
-    old = json.loads(files.read_bytes(out, "work/run.json"))
     same_model = old.get("model_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
     if not same_model or old["config"]["predict"] != config.predict.model_dump(mode="json"):
         return None
     begun = Engine(**old["engine"])
     return Engine.here(begun.backend, begun.precision, batch=begun.batch, why=begun.why)
-
-
-def with_half_batch(run: Run) -> Run:
-    """The run with half as many tiles in a forward pass: other bits, so nothing that was predicted can be kept."""
-    why = run.engine.why.removesuffix(TOO_LARGE) + TOO_LARGE
-    return replace(run, engine=replace(run.engine, batch=run.batch // 2, why=why))
 
 
 def try_backends(path: str, config: Config) -> list[probe.Row]:
@@ -229,21 +219,21 @@ def headline(run: Run) -> str:
         f"{run.source.path}: {z} x {y} x {x} {run.source.dtype}, voxels of "
         f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm{_assumed(run)}\n"
         f"{_origin(run)}, {len(run.grid)} block(s) of {' x '.join(map(str, run.block))}"
-        + (f"\n{run.wanted}" if run.wanted else "")
+        + (f"\n{run.roi}" if run.roi else "")
     )
 
 
 def _assumed(run: Run) -> str:
     """A warning where no file says how large a voxel is."""
-    if any(source and source.voxel_size_nm for source in (run.source, *(channel.source for channel in run.taken))):
+    if any(source and source.voxel_size_nm for source in (run.source, *(channel.source for channel in run.channels))):
         return ""
     return " (assumed, the volume does not say: --set input.voxel_size_nm=[z, y, x])"
 
 
 def _origin(run: Run) -> str:
     """Where a run's probabilities come from."""
-    if run.taken:
-        return "; ".join(map(str, run.taken))
+    if run.channels:
+        return "; ".join(map(str, run.channels))
     knobs = run.config.predict
     grids = {plane: run.tile_grid(plane) for plane in knobs.planes}
     sizes = ", ".join(f"{g.size[0]} x {g.size[1]}" + f" ({plane})" * bool(run.passes) for plane, g in grids.items())

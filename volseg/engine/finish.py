@@ -1,0 +1,201 @@
+"""A run from its description to its final name: workers, all stages, then table, pictures and ``run.json``."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib import import_module, metadata
+from typing import Any
+
+import numpy as np
+
+from volseg.engine import cluster, folder, schedule
+from volseg.engine.finished import FinishedRun
+from volseg.engine.keys import decision_key
+from volseg.engine.layout import Joins, Layout
+from volseg.engine.receipts import RunStatistics, peak_bytes
+from volseg.engine.run import Run, redundancy
+from volseg.engine.stages import keys
+from volseg.errors import IncompleteRunError, OutOfMemoryError
+from volseg.inference import hardware
+from volseg.io import files, ome, volume
+from volseg.progress import Progress
+from volseg.segmentation import objects, saddles
+from volseg.segmentation.heights import height_to_probability, seed_height
+from volseg.segmentation.rules import Rules
+
+RESTART_SHARE = 0.1  # of predict's blocks that may be lost where a batch turns out to be too large
+BATCH_LIMITED = "; memory holds no more tiles at once"  # of why a run computes as it does
+
+
+def execute(
+    run: Run, out: str, prepare: Callable[[], None], progress: Progress, *, start: float, light: bool = False,
+    plan: dict | None = None,
+) -> FinishedRun:  # fmt: skip
+    """Once there are workers: the run's folder, everything in it that is not done yet, and its final name ``out``.
+
+    The command was given at ``start``; ``light`` work needs no processes; ``plan`` is stored beside what the run took.
+    """
+    gpus = 0 if light else gpus_of(run)
+    with cluster.connect(run.config.cluster, gpus, light=light) as client:
+        prepare()
+        if (link := cluster.dashboard(client)) and not light:
+            progress.message(f"dashboard {link}")
+        threading.Thread(target=_import_ahead, daemon=True).start()
+        run, statistics, stages_start = _run_stages(client, run, progress)
+    return finish(run, out, statistics, start, stages_start, plan)
+
+
+def gpus_of(run: Run) -> int:
+    """How many GPUs of this machine a run computes on."""
+    return hardware.gpu_count() if run.engine and run.engine.device == "cuda" else 0
+
+
+def _run_stages(client: Any, run: Run, progress: Progress) -> tuple[Run, RunStatistics, float]:
+    """Every stage is done, in batches that the workers' memory holds; the run as it was done, and when it began.
+
+    A run whose batch is too large begins again with half of it, as long as little is done: too large a batch shows in the
+    first blocks, and later ones most likely lack what something else has taken for a while.
+    """
+    while True:
+        start = time.perf_counter()
+        try:
+            return run, schedule.run_stages(client, run, progress), start
+        except OutOfMemoryError as error:
+            smaller = with_half_batch(run)
+            if schedule.predicted_share(run) > RESTART_SHARE:
+                raise IncompleteRunError(
+                    f"{error}; what is done is kept: make room and give the same command again, or begin again with --set "
+                    f"predict.batch={smaller.batch} --overwrite"
+                ) from None
+            progress.message(f"{error}: beginning again, {smaller.batch} at once")
+            folder.restart(smaller)
+            run = smaller
+
+
+def with_half_batch(run: Run) -> Run:
+    """The run with half as many tiles in a forward pass: other bits, so nothing that was predicted can be kept."""
+    why = run.engine.why.removesuffix(BATCH_LIMITED) + BATCH_LIMITED
+    return replace(run, engine=replace(run.engine, batch=run.batch // 2, why=why))
+
+
+def _import_ahead() -> None:
+    """What `finish` needs is imported, while the workers are busy."""
+    for name in ("volseg.io.pictures", "pyarrow.csv", "pyarrow.parquet"):
+        import_module(name)
+
+
+# ---------------------------------------------------------------- the end
+
+
+def finish(
+    run: Run, out: str, statistics: RunStatistics, start: float, stages_start: float, plan: dict | None = None
+) -> FinishedRun:
+    """Table, pictures and description are written, and the run takes its final name."""
+    begin = time.perf_counter()
+    layout = run.layout
+    layout.remove_derived()
+    joins = _joins(run)
+    sums = objects.merge(list(layout.object_sums.load_each(range(len(run.grid)))))
+    columns = objects.objects_table(sums, run.shape, run.voxel_size_nm, joins.confidence)
+    _write_table(layout, "objects", columns)
+    _write_table(
+        layout, "merges", saddles.saddles_table(joins.rows, run.config.fragments, run.shape, run.voxel_size_nm)
+    )
+    _write_pictures(run, columns)
+    layout.set_attributes("", ome.multiscales("probability", "czyx", [("0", run.voxel_size_nm)]))
+    now = time.perf_counter()
+    seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
+    facts = _facts(run, statistics, seconds, int(columns["id"].size), plan)
+    layout.save_summary({**run.to_json(), "out": out, "keys": keys(run), **facts})
+    if run.out != out:
+        files.remove(out)
+        files.move(run.out, out)
+    if not run.config.output.keep_work:
+        Layout(out).remove_work()
+    return FinishedRun(out)
+
+
+def _facts(run: Run, statistics: RunStatistics, seconds: dict[str, float], objects: int, plan: dict | None) -> dict:
+    """What ``run.json`` says beside the description."""
+    facts: dict[str, Any] = {
+        "objects": objects,
+        "why_no_object": "" if objects else _why_no_object(run),
+        "seconds": seconds,
+        "worker_seconds": statistics.worker_seconds,
+        "device_share": statistics.device_share,
+        "queue": statistics.queue,
+        "workers": statistics.devices,
+        "bus_bytes": {"sent": statistics.bytes_sent, "fetched": statistics.bytes_fetched},
+        "peak_bytes": {"worker": statistics.peak_bytes, "client": peak_bytes()},
+        "versions": {name: metadata.version(name) for name in ("volseg", "zarr", "zarrs", "dask", "numba", "numpy")},
+    }
+    if plan:
+        facts["plan"] = plan
+        facts["actual"] = {
+            "inferred_voxels": statistics.inferred_voxels,
+            "redundancy": redundancy(run, statistics.inferred_voxels),
+            "written_bytes": files.stored_bytes(run.out),
+            "worker_bytes": statistics.peak_bytes,
+            "client_bytes": peak_bytes(),
+            "total_seconds": seconds["total"],
+        }
+    return facts
+
+
+def _write_pictures(run: Run, columns: dict[str, np.ndarray]) -> None:
+    from volseg.io import pictures
+
+    labels = volume.open(run.out, dataset="labels/instances/0")
+    with ThreadPoolExecutor(1) as beside:
+        histogram = beside.submit(pictures.volume_histogram, columns)
+        overlay = pictures.overlay(pictures.pictured_volume(run.source, run.out), labels, columns)
+        run.layout.write_picture("overlay", overlay)
+        run.layout.write_picture("tables/volumes", histogram.result())
+
+
+def _write_table(layout: Layout, name: str, columns: dict[str, np.ndarray]) -> None:
+    """``tables/<name>`` of the run holds the columns as Parquet and as CSV."""
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    file, rows, table = io.BytesIO(), io.BytesIO(), pyarrow.table(columns)
+    parquet.write_table(table, file)
+    layout.write_table(name, "parquet", file.getvalue())
+    rows.write(f"{','.join(columns)}\n".encode())
+    csv.write_csv(table, rows, csv.WriteOptions(include_header=False, quoting_style="none"))
+    layout.write_table(name, "csv", rows.getvalue())
+
+
+def _joins(run: Run) -> Joins:
+    """What the decision told of itself; where a tree decided, what all blocks tell of the objects' borders."""
+    key = decision_key(run)
+    if run.layout.joins.exists(key):
+        return run.layout.joins.load(key)
+    graph = saddles.object_graph(run.layout.borders.load_each(range(len(run.grid))))
+    label = np.arange(1, 1 + graph.minimum.size)
+    confidence = saddles.confidence(graph, label, run.config.fragments, run.voxel_size_nm)
+    return Joins(saddles.rank_saddles(graph, Rules.from_config(run.config, run.voxel_size_nm), label), confidence)
+
+
+def _why_no_object(run: Run) -> str:
+    """Why a run has no object."""
+    settings, stitch = run.config.fragments, run.config.stitch
+    basins = run.layout.load_basins()
+    if basins is None:
+        return "no voxel reaches fragments.threshold, none of those that do reaches stitch.seed, or all objects are too small"
+    minimum = basins.minimum
+    if not minimum.size:
+        return f"no voxel, smoothed, reaches fragments.threshold = {settings.threshold:g}"
+    most = float(height_to_probability(minimum.min(), settings, run.voxel_size_nm))
+    what = {"probability": "mask less contour"}.get(settings.height, settings.height)
+    if minimum.min() > seed_height(stitch.seed, settings, run.voxel_size_nm) and not stitch.keep_unseeded:
+        return (
+            f"none of {minimum.size} basins holds a seed: {what}, smoothed, is at most {most:.2f}, "
+            f"stitch.seed = {stitch.seed:g}"
+        )
+    return f"all are of another size than stitch.min_voxels = {stitch.min_voxels} and the like want them"

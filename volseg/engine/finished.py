@@ -1,0 +1,177 @@
+"""A finished run, opened to be read: what `volseg.infer`, `volseg.segment` and `volseg.open` return."""
+
+from __future__ import annotations
+
+import html
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from volseg.box import Box, Triple
+from volseg.config import Config
+from volseg.engine import folder
+from volseg.engine.layout import Layout
+from volseg.engine.run import Run
+from volseg.errors import UserError
+from volseg.io import arrays, pictures
+
+if TYPE_CHECKING:
+    import dask.array
+    import pandas
+    import pyarrow
+    import zarr
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run at ``path``.
+
+    Examples
+    --------
+    >>> run = open_run("em.volseg.zarr")  # doctest: +SKIP
+    >>> run.labels[0, :100, :100]  # doctest: +SKIP
+    """
+
+    path: str
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.path)
+
+    @cached_property
+    def summary(self) -> dict:
+        """All that ``run.json`` holds: the description, and what the last command took."""
+        return self.layout.load_summary()
+
+    @cached_property
+    def run(self) -> Run:
+        """The run's description."""
+        return Run.from_json({**self.summary, "out": self.path})
+
+    @property
+    def config(self) -> Config:
+        """Every setting of the run."""
+        return self.run.config
+
+    @property
+    def shape(self) -> Triple:
+        """Voxels along z, y, x."""
+        return self.run.shape
+
+    @property
+    def voxel_size_nm(self) -> tuple[float, float, float]:
+        """Size of a voxel along z, y, x, in nm."""
+        return self.run.voxel_size_nm
+
+    # ---- results
+
+    @property
+    def labels(self) -> zarr.Array:
+        """Instance labels at full resolution: zarr array (z, y, x), uint32 or uint64; 0 is background."""
+        return arrays.open_array(self.path, "labels/instances/0")
+
+    def dask_labels(self, level: int = 0) -> dask.array.Array:
+        """Instance labels of one pyramid level as a dask array (z, y, x)."""
+        import dask.array
+
+        return dask.array.from_array(arrays.open_array(self.path, f"labels/instances/{level}"))
+
+    @property
+    def probabilities(self) -> zarr.Array:
+        """What the network said: zarr array (channel, z, y, x), uint8; 255 is certain."""
+        return arrays.open_array(self.path, "0")
+
+    @property
+    def objects(self) -> pandas.DataFrame:
+        """The object table, a row for each label; units stand in the column names."""
+        import pandas
+
+        return pandas.read_parquet(io.BytesIO(self.layout.read_table("objects")))
+
+    def objects_arrow(self) -> pyarrow.Table:
+        """The object table as an Arrow table."""
+        from pyarrow import parquet
+
+        return parquet.read_table(io.BytesIO(self.layout.read_table("objects")))
+
+    @property
+    def object_count(self) -> int:
+        return self.summary["objects"]
+
+    # ---- what it took
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock seconds by stage, from its first block to its last; stages overlap. ``total`` is the command's."""
+        return self.summary["seconds"]
+
+    @property
+    def plan(self) -> dict:
+        """What the run was planned to take; empty where it was not planned."""
+        return self.summary.get("plan", {})
+
+    @property
+    def actual(self) -> dict:
+        """What it took of all that the plan tells, under the same names."""
+        return self.summary.get("actual", {})
+
+    # ---- to look at
+
+    def show(self, z: int | None = None, *, box: Box | None = None) -> Image:
+        """One section, the source beside its labels, as a picture; the middle one unless ``z`` is given.
+
+        ``box`` shows the part of it within y and x.
+        """
+        from PIL import Image
+
+        part = box or Box.from_shape(self.shape)
+        z = (part.start[0] + part.stop[0]) // 2 if z is None else z
+        if not 0 <= z < self.shape[0]:
+            raise UserError(f"section {z} is not in the volume; give one from 0 to {self.shape[0] - 1}")
+        plane = Box((z, *part.start[1:]), (z + 1, *part.stop[1:]))
+        seen = pictures.pictured_volume(self.run.source, self.path)
+        gray = pictures.grayscale(seen.read(plane)[0])
+        ids = np.asarray(self.labels[plane.slices])[0]
+        return Image.fromarray(
+            np.concatenate([np.repeat(gray[..., None], 3, -1), pictures.label_overlay(gray, ids)], axis=1)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The description and what it took, as plain values for JSON."""
+        return self.summary
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.object_count} objects in {' x '.join(map(str, self.shape))} voxels"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "objects": f"{self.object_count}",
+            "voxels": " x ".join(map(str, self.shape)),
+            "voxel size": " x ".join(f"{n:g}" for n in self.voxel_size_nm) + " nm",
+            "took": f"{self.seconds['total']:.1f} s",
+            "labels": self.layout.labels_path,
+            "table": self.layout.objects_path,
+        }
+        cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
+        return f"<b>{html.escape(self.path)}</b><table>{cells}</table>"
+
+
+def open_run(path: str) -> FinishedRun:
+    """The finished run at ``path``.
+
+    Raises `UserError` where there is none, with what to do about an unfinished one.
+    """
+    where = folder.absolute(str(path).rstrip("/"))
+    if not Layout(where).finished:
+        if Layout(folder.partial_path(where)).described:
+            raise UserError(f"the run at {where} is not finished: give the command that began it again")
+        raise UserError(
+            f"{where} is not a finished volseg run (no run.json in it); give a folder that volseg infer made"
+        )
+    run = FinishedRun(where)
+    _ = run.summary  # refuses a folder of another version
+    return run

@@ -1,0 +1,202 @@
+"""The stages that store probabilities: tiles of a block through the network, or what another network made."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from volseg.box import Box, inverse_axes, transpose_axes
+from volseg.engine import cluster
+from volseg.engine.receipts import Timings
+from volseg.engine.run import Run, needed_tiles, stored_run
+from volseg.errors import UserError
+from volseg.inference import backends, tiles
+from volseg.inference.backends import Engine
+from volseg.inference.device import Call, out_of_memory_as
+from volseg.inference.normalization import scale
+from volseg.system import trim_memory
+
+DEVICE_LOCK = threading.Lock()  # held by the task of this process that infers, while others read and write
+
+
+def predict(run: Run, i: int, timings: Timings) -> dict:
+    """Probabilities of block ``i`` are stored: those of its xy planes."""
+    box = run.predict_grid[i]
+    probabilities, facts = _probabilities(run, "xy", box, timings)
+    with timings.phase("write"):
+        run.layout.probabilities.write(box, probabilities)
+    return facts
+
+
+def predict_plane(run: Run, i: int, timings: Timings, stage: str) -> dict:
+    """Probabilities of block ``i`` of one pass are stored in the work folder."""
+    plane = run.passes[stage]
+    box = run.pass_grid(plane)[i]
+    probabilities, facts = _probabilities(run, plane, box, timings)
+    with timings.phase("write"):
+        run.layout.plane_probabilities(stage).write(box, probabilities)
+    return facts
+
+
+def average_planes(run: Run, i: int, timings: Timings) -> None:
+    """Probabilities of block ``i`` are stored: the mean of what the passes stored."""
+    box = run.predict_grid[i]
+    with timings.phase("read"):
+        stored = [run.layout.plane_probabilities(stage).read(box) for stage in run.passes]
+    with timings.phase("average"):
+        mean = tiles.mean_over_passes(stored)
+    with timings.phase("write"):
+        run.layout.probabilities.write(box, mean)
+
+
+def import_probabilities(run: Run, i: int, timings: Timings) -> None:
+    """Probabilities of block ``i`` are stored as another network made them, as uint8."""
+    box = run.predict_grid[i]
+    with timings.phase("read"):
+        out = np.zeros((len(run.heads), *box.shape), np.uint8)
+        part = run.wanted_part(box)
+        if part.voxels and run.wants_any(part):
+            inside = out[(slice(None), *part.slices_within(box))]
+            inside[:] = [channel.read(part) for channel in run.channels]
+            if (mask := run.read_mask(part)) is not None:
+                inside *= mask
+    with timings.phase("write"):
+        run.layout.probabilities.write(box, out)
+
+
+# ---------------------------------------------------------------- the tiles of one block
+
+
+def _probabilities(run: Run, plane: str, box: Box, timings: Timings) -> tuple[np.ndarray, dict]:
+    """Probabilities of ``box``, uint8, channels z y x, 0 where no voxel is wanted; with them, what `_infer` returns."""
+    out = np.zeros((len(run.heads), *box.shape), np.uint8)
+    part = run.wanted_part(box)
+    if not part.voxels or not run.wants_any(part):
+        return out, {}
+    with timings.phase("read"):
+        mask = run.read_mask(part, plane)
+    inside = out[(slice(None), *part.slices_within(box))].transpose(0, *(1 + a for a in tiles.PLANES[plane]))
+    facts = _infer(run, plane, part, mask, inside, timings)
+    if mask is not None:
+        inside *= mask
+    return out, facts
+
+
+def _infer(run: Run, plane: str, box: Box, mask: np.ndarray | None, out: np.ndarray, timings: Timings) -> dict:
+    """``out`` (zeros before) holds the probabilities of the wanted voxels of ``box``.
+
+    Tiles are blended section by section in raster order. One that is constant in all its sections is 0: whether it is
+    depends on the volume alone. Everything has its axes in the order of the pass: sections, rows, columns. From gray
+    voxels to uint8 probabilities all is done where the network runs. Returns facts of a `Receipt`.
+    """
+    grid = run.tile_grid(plane)
+    sections, y, x = box.transpose(tiles.PLANES[plane]).slices
+    todo = needed_tiles(run, plane, box, mask)
+    device = backends.device(run.engine.backend, cluster.place_here())
+    with timings.phase("read"):
+        source = read_slab(run, plane, box, grid.meeting(y, x))
+        with out_of_memory_as(f"{source.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
+            on_device = replace(source, voxels=device.put(source.voxels))
+
+    def batches() -> Iterator[tuple[list, Any]]:
+        varied = ((z, tile) for z, tile in todo if not tiles.is_constant(source.sections(z, grid.place(tile))))
+        while keys := list(islice(varied, run.batch)):
+            batch = device.zeros((run.batch, run.sections, *grid.size))
+            for row, (z, tile) in zip(batch, keys, strict=False):
+                on_device.cut(z, grid.place(tile), row, scale(run.mean, run.std), device)
+            yield keys, batch
+
+    section, count = None, 0
+    at_once = f"{run.batch} tile{'s' * (run.batch > 1)} of {grid.size[0]} x {grid.size[1]} at once"
+    advice = "" if run.batch > 1 else "; a smaller predict.tile takes less"
+    with _device_held(timings), out_of_memory_as(at_once, advice), timings.phase("infer"), device.stream():
+        with timings.phase("load"):
+            network = backends.TimedCall(device.synchronized(_network(run, grid.size)))
+        probabilities, blend = device.empty_output(out), tiles.Blend(len(run.heads), grid, y, x, device)
+        cut = timings.phase_of_each("cut", batches())
+        for keys, batch in backends.imap(network, cut, threads=_threads(run)):
+            with timings.phase("blend"):
+                for (z, tile), one in zip(keys, batch, strict=False):
+                    if section not in (None, z):
+                        blend.quantize(probabilities[:, section - sections.start])
+                    section, count = z, count + 1
+                    blend.add(tile, one)
+        with timings.phase("blend"):
+            if count:
+                blend.quantize(probabilities[:, section - sections.start])
+            device.copy_to_host(probabilities, out)
+    return {
+        "inferred_voxels": run.config.predict.tta * count * prod(grid.size),
+        "device_seconds": network.seconds,
+        "bytes_sent": device.sent,
+        "bytes_fetched": device.fetched,
+    }
+
+
+@contextmanager
+def _device_held(timings: Timings) -> Iterator[None]:
+    """Inside, no other task of this process infers."""
+    with timings.phase("wait"):
+        DEVICE_LOCK.acquire()
+    try:
+        yield
+    finally:
+        DEVICE_LOCK.release()
+
+
+def read_slab(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> tiles.Slab:
+    """The source under some tiles of the sections of ``box``, with neighboring sections, read at once."""
+    axes, grid, around = tiles.PLANES[plane], run.tile_grid(plane), run.sections // 2
+    places = [grid.place(tile) for tile in meeting]
+    seen = box.transpose(axes)
+    start = (seen.start[0] - around, min(p[0].start for p in places), min(p[1].start for p in places))
+    stop = (seen.stop[0] + around, max(p[0].stop for p in places), max(p[1].stop for p in places))
+    need = Box(start, stop).clip(transpose_axes(run.shape, axes))
+    voxels = np.ascontiguousarray(run.source.read(need.transpose(inverse_axes(axes))).transpose(axes))
+    return tiles.Slab(voxels, need.start, around, run.shape[axes[0]])
+
+
+# ---------------------------------------------------------------- the network
+
+
+def _network(run: Run, size: tuple[int, int]) -> Call:
+    """The network for tiles of one size where they lie, its mean over the flips of ``predict.tta``."""
+    ways = tiles.dihedrals(run.config.predict.tta)
+    loaded = {s: _loaded(run.out, run.id, s) for s in dict.fromkeys((size, size[::-1]) if len(ways) == 8 else (size,))}
+    if len(ways) == 1:
+        return loaded[size]
+    return lambda batch: tiles.mean_over_dihedrals(lambda tile: loaded[tile.shape[2:]](tile), batch, ways)
+
+
+@lru_cache(maxsize=2)  # tiles, and tiles on their side
+def _loaded(path: str, run_id: str, size: tuple[int, int]) -> Call:
+    """The network of a run for tiles of one size, loaded once for each worker process."""
+    run = stored_run(path, run_id)
+    begun = run.engine.arithmetic
+    available = Engine.here(run.engine.backend, run.engine.precision, cluster.place_here(), batch=run.batch).arithmetic
+    if available != begun:
+        raise UserError(
+            f"this worker would run {available}, the run was begun with {begun}; their bits differ, so they cannot share it"
+        )
+    shape = (run.batch, run.sections, *size)
+    engine = run.engine.backend, run.engine.precision
+    return backends.network(run.layout.load_model(), *engine, shape, _threads(run), cluster.place_here())
+
+
+def release_network() -> None:
+    """This process keeps no network, nor memory that it does not use."""
+    _loaded.cache_clear()
+    trim_memory()
+
+
+def _threads(run: Run) -> int:
+    """Batches under way at once in this worker: on a GPU one is queued while the other is computed."""
+    return 2 if run.engine.device == "cuda" else cluster.threads_here()

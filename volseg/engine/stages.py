@@ -1,0 +1,161 @@
+"""Every stage of a run: its function, its blocks, its key, and what it waits for. A new stage is one more entry of `STAGES`.
+
+    basins   predict (or import) -> fragments -> link, and where holes are filled -> find_holes -> link_holes
+    flat     stitch                                   one process decides on all basins
+    tree     contract0 -> ... -> rank -> ... -> assign0 -> borders    or a tree of blocks does
+    labels   relabel -> pyramid1 -> pyramid2 -> ...
+
+Stages of the groups basins and labels run side by side: a block of one goes as soon as what it is made from is done. Those of
+a tree go one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from volseg.box import Blocks, Box
+from volseg.engine import instances, predict
+from volseg.engine.keys import basins_key, decision_key, holes_key, probability_key
+from volseg.engine.receipts import Timings
+from volseg.engine.run import Run, digest
+from volseg.io import pyramid
+from volseg.segmentation import hierarchy
+from volseg.segmentation.heights import height_halo
+
+Region = Callable[[Box], Box]  # the part of an earlier stage's volume that a box is made from; each axis for itself
+Group = Literal["basins", "flat", "tree", "labels"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    function   the work on block ``i``: ``function(run, i, timings)`` stores its results and returns more of its `Receipt`
+    grid       its blocks
+    key        the hash of all that determines its results
+    group      what it runs together with
+    after      the earlier stages of its group that a block waits for, and the region of each that it is made from
+    on_device  whether it infers, and so wants a device where there are some
+    report_as  the name under which a user sees it
+    """
+
+    name: str
+    function: Callable[[Run, int, Timings], dict[str, Any] | None]
+    grid: Blocks
+    key: str
+    group: Group
+    after: Mapping[str, Region] = field(default_factory=dict)
+    on_device: bool = False
+    report_as: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.report_as or self.name
+
+
+def same(box: Box) -> Box:
+    """The region of a stage with the same voxels."""
+    return box
+
+
+# ---------------------------------------------------------------- the stages
+
+
+def _predict(run: Run) -> list[Stage]:
+    if run.channels:
+        return []
+    key = probability_key(run)
+    passes = []
+    for name, plane in run.passes.items():
+        grid, function = run.pass_grid(plane), partial(predict.predict_plane, stage=name)
+        passes.append(Stage(name, function, grid, digest(key, name, grid.block), "basins", on_device=True))
+    function = predict.average_planes if passes else predict.predict
+    after = {stage.name: same for stage in passes}
+    return [*passes, Stage("predict", function, run.predict_grid, key, "basins", after, on_device=not passes)]
+
+
+def _import(run: Run) -> list[Stage]:
+    key = probability_key(run)
+    return [Stage("import", predict.import_probabilities, run.predict_grid, key, "basins")] if run.channels else []
+
+
+def _fragments(run: Run) -> list[Stage]:
+    halo = height_halo(run.config.fragments, run.voxel_size_nm)
+    after = {run.probability_stage: partial(Box.grow, halo=halo)}
+    return [Stage("fragments", instances.find_basins, run.grid, basins_key(run), "basins", after)]
+
+
+def _link(run: Run) -> list[Stage]:
+    after = {"fragments": partial(Box.grow, halo=1)}
+    return [Stage("link", instances.link, run.grid, basins_key(run), "basins", after)]
+
+
+def _holes(run: Run) -> list[Stage]:
+    if not run.fills_holes:
+        return []
+    key = holes_key(run)
+    return [
+        Stage("find_holes", instances.find_holes, run.grid, key, "basins", {"fragments": same}),
+        Stage("link_holes", instances.link_holes, run.grid, key, "basins", {"find_holes": partial(Box.grow, halo=1)}),
+    ]
+
+
+def _stitch(run: Run) -> list[Stage]:
+    return [Stage("stitch", instances.stitch_all, Blocks(run.shape, run.shape), decision_key(run), "flat")]
+
+
+def _tree(run: Run) -> list[Stage]:
+    key, levels = decision_key(run), range(hierarchy.top_level(run.grid) + 1)
+
+    def stage(name: str, function: Callable, grid: Blocks) -> Stage:
+        return Stage(name, function, grid, key, "tree", report_as="stitch")
+
+    up = [stage(f"contract{k}", partial(instances.contract, level=k), hierarchy.parts(run.grid, k)) for k in levels]
+    down = [stage(f"assign{k}", partial(instances.assign, level=k), hierarchy.parts(run.grid, k)) for k in levels]
+    rank, borders = stage("rank", instances.rank, run.layers), stage("borders", instances.measure_borders, run.grid)
+    return [*up, rank, *reversed(down), borders]
+
+
+def _labels(run: Run) -> list[Stage]:
+    key = decision_key(run)
+    stages = [Stage("relabel", instances.relabel, run.grid, key, "labels")]
+    for level, (_, factor) in list(enumerate(run.levels))[1:]:
+        region = partial(pyramid.parent_box, factor=factor, above=run.levels[level - 1][0])
+        function = partial(instances.downsample, level=level)
+        level_key = digest(key, level, *run.levels)
+        name = f"pyramid{level}"
+        stages.append(
+            Stage(
+                name,
+                function,
+                run.level_grid(level),
+                level_key,
+                "labels",
+                {stages[-1].name: region},
+                report_as="pyramid",
+            )
+        )
+    return stages
+
+
+STAGES: tuple[Callable[[Run], list[Stage]], ...] = (
+    _predict, _import, _fragments, _link, _holes, _stitch, _tree, _labels,
+)  # fmt: skip
+
+
+def stages_of(run: Run) -> dict[str, Stage]:
+    """The stages of a run by name, in the order in which a voxel passes them."""
+    return {stage.name: stage for stages in STAGES for stage in stages(run)}
+
+
+def group_of(run: Run, group: Group) -> list[Stage]:
+    """The stages of one group, in order."""
+    return [stage for stage in stages_of(run).values() if stage.group == group]
+
+
+def keys(run: Run) -> dict[str, str]:
+    """The key of each stage."""
+    return {name: stage.key for name, stage in stages_of(run).items()}
