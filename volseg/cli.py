@@ -215,7 +215,7 @@ def calibrate(
     """
     from volseg import api
 
-    result = api.calibrate(run, truth, box=box)
+    result = api.calibrate(run, truth, box=box or None)
     typer.echo(str(result))
     best = result.best
     if not best.pq:
@@ -411,7 +411,7 @@ def evaluate(
     from volseg import api
     from volseg.evaluation.evaluate import read_roi
 
-    scores = api.evaluate(pred, truth, box=box)
+    scores = api.evaluate(pred, truth, box=box or None)
     typer.echo(json.dumps(scores.to_json(), indent=1) if as_json else str(scores))
     if not scores.instances.truth_objects:
         typer.echo(f"volseg: {truth} holds no object here, so most of these scores say nothing", err=True)

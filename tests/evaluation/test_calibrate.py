@@ -87,5 +87,5 @@ def test_a_low_seed_level_stays_where_it_is_lower():
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no finished run"):
+    with pytest.raises(UserError, match="is not a finished volseg run"):
         calibrate.calibrate(str(tmp_path), "truth.tif")
