@@ -153,7 +153,7 @@ def slide(
     done, windows = [], _windows(slab)
     with torch.inference_mode(), torch.autocast(device.partition(":")[0], kind, enabled=kind != torch.float32):
         for k in range(0, len(windows), together):
-            tile = torch.from_numpy(np.ascontiguousarray(windows[k : k + together])).to(device)
+            tile = torch.from_numpy(np.array(windows[k : k + together])).to(device)
             found = sliding_window_inference(tile, roi, max(4, together), network, overlap=0.25, mode="gaussian")
             done.append(found.float().cpu().numpy())
     return np.concatenate(done)

@@ -7,13 +7,17 @@ from functools import partial
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import zarr
 from typer.testing import CliRunner
 
 from benchmarks import (
     ablations,
+    backends,
+    epfl,
     exact,
+    folds,
     gpu,
     heights,
     instances,
@@ -247,6 +251,46 @@ def test_looks_are_scored_where_nothing_was_chosen(reference, image):
     row = planes.scores(reference, f"{image}/labels/truth", chosen, tested)
     assert row["IoU"] > 0.5
     assert row["threshold"] in planes.THRESHOLDS
+
+
+def test_predict_is_timed_beside_what_one_would_write_without_volseg(image, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    source = volume.open(image)
+    tifffile.imwrite(tmp_path / "em.tif", source.read(Box((0, 0, 0), (6, 128, 128))), photometric="minisblack")
+    sets = ("cluster.workers=1", "cluster.dashboard=''")
+    throughput.measure(str(tmp_path / "em.tif"), 6, 2, 1, "", str(tmp_path / "out"), sets)
+    rows = {row["way"]: row for row in json.loads((tmp_path / "throughput.json").read_text())["rows"]}
+    assert sum("MONAI" in way for way in rows) == 3
+    assert "dask map_overlap + torch fp32" in rows
+    assert all(row["volseg fp32 is x"] > 0 for row in rows.values())
+    assert rows["volseg predict, end to end, fp32"]["mean diff /255"] < 1
+
+
+def test_every_backend_of_this_machine_is_timed(image, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    backends.measure(image, "", (1,), 1)
+    rows = {row["engine"]: row for row in json.loads((tmp_path / "backends.json").read_text())["rows"]}
+    assert rows["openvino fp32"]["changed_percent"] == 0
+    assert all(row["mvoxel_per_s"] > 0 and row["changed_percent"] < 1 for row in rows.values())
+
+
+def test_a_whole_command_is_timed_and_scored(image, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    epfl.measure(image, f"{image}/labels/truth", "14:22,0:150,0:170", ("",), 1, str(tmp_path / "em.volseg.zarr"), 1)
+    (row,) = json.loads((tmp_path / "epfl.json").read_text())["rows"]
+    assert row["model"] == "shipped"
+    assert row["seconds"] > 0
+    assert 0 < row["IoU"] <= 1
+
+
+def test_each_fold_is_scored_by_a_model_of_the_others(image, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[train]\npatch = 64\nbatch = 2\nsteps = 2\nevery = 2\n")
+    folds.measure((image, f"{image}/labels/truth"), 2, [5, 5, 5], str(recipe), str(tmp_path / "out"), (), ())
+    rows = json.loads((tmp_path / "results" / "folds.json").read_text())["rows"]
+    assert [row["held out"] for row in rows] == ["0:11", "11:22", "all"]
+    assert 'train = ["11:22"]' in (tmp_path / "out" / "fold0" / "train.toml").read_text()
 
 
 @pytest.mark.parametrize("name", [command.name or command.callback.__name__ for command in app.registered_commands])
