@@ -199,8 +199,20 @@ class Blocks:
 
     def overlapping(self, box: Box) -> list[int]:
         """Numbers of the blocks that share a voxel with ``box``, in raster order."""
+        return [self.index((z, y, x)) for z, y, x in product(*self._spans(box))]
+
+    def count_overlapping(self, box: Box) -> int:
+        """How many blocks share a voxel with ``box``.
+
+        >>> Blocks((1 << 40, 4, 4), (2, 2, 4)).count_overlapping(Box((1, 1, 0), (1 << 39, 4, 9)))
+        549755813888
+        """
+        return prod(map(len, self._spans(box)))
+
+    def _spans(self, box: Box) -> tuple[range, range, range]:
+        """Along each axis, the grid positions of the blocks that share a voxel with ``box``."""
         box = box.clip(self.shape)
         if not box.voxels:
-            return []
-        spans = (range(a // b, -(-e // b)) for a, e, b in zip(box.start, box.stop, self.block, strict=True))
-        return [self.index((z, y, x)) for z, y, x in product(*spans)]
+            return range(0), range(0), range(0)
+        z, y, x = (range(a // b, -(-e // b)) for a, e, b in zip(box.start, box.stop, self.block, strict=True))
+        return z, y, x

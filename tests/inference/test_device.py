@@ -28,7 +28,7 @@ def network(path, heads, binning=1):
     made = model.build(model.PRETRAINED, SMALL, 3, heads, binning=binning).eval()
     with torch.no_grad():
         made.segmentation_head[0].weight *= 20
-    model.save(path, made, {**CARD, "heads": list(heads), "binning": binning})
+    model.save(path, made, CARD.changed(heads=heads, binning=binning))
     return str(path)
 
 
@@ -65,7 +65,7 @@ def plainly(run, plane, box, wanted):
     out = np.zeros((len(run.heads), depth, rows, columns), np.uint8)
     kept = []
     for z in range(turned.start[0], turned.stop[0]):
-        for tile in grid.meeting(*turned.slices[1:]):
+        for tile in grid.overlapping(*turned.slices[1:]):
             y, x = grid.place(tile)
             seen = np.stack([image[min(max(n, 0), depth - 1), y, x] for n in (z - 1, z, z + 1)])
             past = [(0, 0), (0, grid.size[0] - seen.shape[1]), (0, grid.size[1] - seen.shape[2])]
@@ -97,7 +97,7 @@ def plainly(run, plane, box, wanted):
             target = total[:, z, y, x]
             target += (probability * weight)[:, : target.shape[1], : target.shape[2]]
     shared = np.zeros((rows, columns), np.float32)
-    for tile in grid.meeting(slice(0, rows), slice(0, columns)):
+    for tile in grid.overlapping(slice(0, rows), slice(0, columns)):
         target = shared[grid.place(tile)]
         weight = grid.y.weights(tile[0])[:, None] * grid.x.weights(tile[1])[None]
         target += weight[: target.shape[0], : target.shape[1]]
@@ -158,7 +158,7 @@ def test_blends_of_both_kinds_are_the_same_bits(seed, overlap, y, x):
     grid, rng = tiles.grid((y, x), 32, overlap), np.random.default_rng(seed)
     window = slice(rng.integers(0, y - 1), y), slice(rng.integers(0, x - 1), x)
     found = []
-    values = {tile: rng.random((3, *grid.size), np.float32) for tile in grid.meeting(*window)}
+    values = {tile: rng.random((3, *grid.size), np.float32) for tile in grid.overlapping(*window)}
     for device in (NUMPY, TorchDevice("cuda:0" if hardware.gpu_count() else "cpu")):
         out = np.zeros((3, *(s.stop - s.start for s in window)), np.uint8)
         with device.stream():

@@ -46,7 +46,7 @@ def test_the_redundancy_is_that_of_the_tiles_that_blocks_need(tmp_path):
     """Against a count, tile by tile and block by block."""
     run = unread((5, 300, 2000), tmp_path, predict={"tile": 256, "overlap": 32}, blocks={"shape": (2, 170, 900)})
     grid = run.tile_grid("xy")
-    count = sum(box.shape[0] * len(grid.meeting(*box.slices[1:])) for box in run.predict_grid)
+    count = sum(box.shape[0] * len(grid.overlapping(*box.slices[1:])) for box in run.predict_grid)
     assert run.inferred_voxels == count * grid.size[0] * grid.size[1]
     assert redundancy(run) == run.inferred_voxels / (5 * 300 * 2000)
 
@@ -80,7 +80,7 @@ def test_blocks_on_a_gpu_fill_its_batches(tmp_path, shape, planes, gpus, deep):
     for plane, depth in found.items():
         grid = run.tile_grid(plane)
         sections, *section = transpose_axes(shape, tiles.PLANES[plane])
-        each = len(grid.meeting(*(slice(0, n) for n in section)))
+        each = len(grid.overlapping(*(slice(0, n) for n in section)))
         slots = sum(-(-min(depth, sections - z) * each // 8) * 8 for z in range(0, sections, depth))
         assert sections * each / slots > 0.9 or sections < 8
     own = unread(shape, tmp_path, blocks={"shape": (3, 300, 300)})

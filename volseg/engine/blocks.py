@@ -76,7 +76,7 @@ def _full_batches(run: Run, plane: str, gpus: int) -> Triple:
     axes = tiles.PLANES[plane]
     sections = run.shape[axes[0]]
     depth, rows, columns = transpose_axes(run.pass_grid(plane).block if run.passes else run.predict_block, axes)
-    each = len(run.tile_grid(plane).meeting(slice(0, rows), slice(0, columns)))
+    each = len(run.tile_grid(plane).overlapping(slice(0, rows), slice(0, columns)))
     whole = run.batch // gcd(run.batch, each)  # sections whose tiles fill batches
     depth = max(depth, min(-(-BATCHES_PER_BLOCK * run.batch // each), -(-sections // (4 * gpus))))
     return transpose_axes((min(-(-depth // whole) * whole, sections), rows, columns), inverse_axes(axes))

@@ -102,7 +102,7 @@ def _infer(run: Run, plane: str, box: Box, mask: np.ndarray | None, out: np.ndar
     todo = needed_tiles(run, plane, box, mask)
     device = backends.device(run.engine.backend, cluster.place_here())
     with timings.phase("read"):
-        source = read_slab(run, plane, box, grid.meeting(y, x))
+        source = read_slab(run, plane, box, grid.overlapping(y, x))
         with out_of_memory_as(f"{source.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
             on_device = replace(source, voxels=device.put(source.voxels))
 
@@ -152,10 +152,10 @@ def _device_held(timings: Timings) -> Iterator[None]:
         DEVICE_LOCK.release()
 
 
-def read_slab(run: Run, plane: str, box: Box, meeting: list[tuple[int, int]]) -> tiles.Slab:
+def read_slab(run: Run, plane: str, box: Box, window: tiles.TileWindow) -> tiles.Slab:
     """The source under some tiles of the sections of ``box``, with neighboring sections, read at once."""
     axes, grid, around = tiles.PLANES[plane], run.tile_grid(plane), run.sections // 2
-    places = [grid.place(tile) for tile in meeting]
+    places = [grid.place(tile) for tile in window]
     seen = box.transpose(axes)
     start = (seen.start[0] - around, min(p[0].start for p in places), min(p[1].start for p in places))
     stop = (seen.stop[0] + around, max(p[0].stop for p in places), max(p[1].stop for p in places))

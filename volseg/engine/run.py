@@ -234,11 +234,11 @@ def needed_tiles(run: Run, plane: str, box: Box, mask: np.ndarray | None) -> lis
     """
     sections, y, x = box.transpose(tiles.PLANES[plane]).slices
     grid = run.tile_grid(plane)
-    meeting = grid.meeting(y, x)
-    every = [(z, tile) for z in range(sections.start, sections.stop) for tile in meeting]
+    window = grid.overlapping(y, x)
+    every = [(z, tile) for z in range(sections.start, sections.stop) for tile in window]
     if mask is None:
         return every
-    parts = {tile: tuple(map(_part_inside, grid.place(tile), (y, x))) for tile in meeting}
+    parts = {tile: tuple(map(_part_inside, grid.place(tile), (y, x))) for tile in window}
     return [(z, tile) for z, tile in every if mask[(z - sections.start, *parts[tile])].any()]
 
 
@@ -262,9 +262,7 @@ def _count_tiles(run: Run, plane: str, grid: Blocks) -> int:
     needed = part.shape[axes[0]]
     for k, axis in zip(axes[1:], (tile_grid.y, tile_grid.x), strict=True):
         a, b, step = part.start[k], part.stop[k], grid.block[k]
-        needed *= sum(
-            len(axis.meeting(max(a, start), min(b, start + step))) for start in range(a // step * step, b, step)
-        )
+        needed *= axis.count_overlaps(a, b, step)
     return needed
 
 

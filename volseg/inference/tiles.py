@@ -6,7 +6,7 @@ Sections may lie along any axis: a pass over xz planes is a pass over the volume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -15,32 +15,101 @@ import numpy as np
 
 from volseg.inference.device import NUMPY, Device
 
+MAX_COUNTED = 1 << 14  # blocks along an axis that are counted one by one
 MULTIPLE = 32  # the encoder halves a tile five times
 PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Tiles along one axis: ``count`` origins, each tile ``size`` long; only a lone tile may reach past the end."""
+    """Tiles along one axis, evenly spread. Only a lone tile may reach past the end.
+
+    Nothing grows with ``count``, so the axis of an absurdly large volume costs no more than that of a small one.
+
+    Attributes
+    ----------
+    length : int
+        Voxels along the axis.
+    size : int
+        Voxels of each tile.
+    count : int
+        Tiles.
+    """
 
     length: int
     size: int
-    origins: tuple[int, ...]
+    count: int
 
-    def meeting(self, start: int, stop: int) -> list[int]:
-        """Numbers of the tiles that share a voxel with ``start:stop``."""
-        return [i for i, o in enumerate(self.origins) if o < stop and o + self.size > start]
+    def origin(self, i: int) -> int:
+        """The first voxel of tile ``i``."""
+        return round(i * (self.length - self.size) / (self.count - 1)) if i else 0
+
+    def overlapping(self, start: int, stop: int) -> range:
+        """Numbers of the tiles that share a voxel with ``start:stop``.
+
+        >>> axis(100, 64, 16).overlapping(0, 36), axis(100, 64, 16).overlapping(0, 37)
+        (range(0, 1), range(0, 2))
+        """
+        first = self._first_from(start - self.size + 1)
+        return range(first, max(first, self._first_from(stop)))
+
+    def _first_from(self, voxel: int) -> int:
+        """The first tile whose origin is ``voxel`` or later; ``count`` where there is none."""
+        i = 0
+        if self.count > 1:  # origins lie on a line but for rounding
+            i = min(max(0, voxel * (self.count - 1) // (self.length - self.size)), self.count)
+        while i > 0 and self.origin(i - 1) >= voxel:
+            i -= 1
+        while i < self.count and self.origin(i) < voxel:
+            i += 1
+        return i
+
+    def count_overlaps(self, start: int, stop: int, step: int) -> int:
+        """Pairs of a tile and a block that share a voxel, where ``start:stop`` is cut at multiples of ``step``.
+
+        Exact where there are at most `MAX_COUNTED` blocks or tiles; else an estimate from so many blocks.
+
+        >>> axis(100, 64, 16).count_overlaps(0, 100, 50)
+        4
+        """
+        blocks = range(start // step, -(-stop // step))
+        tiles = self.overlapping(start, stop)
+        if len(tiles) < len(blocks) and len(tiles) <= MAX_COUNTED:
+            spans = ((max(start, self.origin(i)), min(stop, self.origin(i) + self.size)) for i in tiles)
+            return sum((b - 1) // step - a // step + 1 for a, b in spans)
+        some = _evenly(blocks)
+        pairs = sum(len(self.overlapping(max(start, k * step), min(stop, k * step + step))) for k in some)
+        return pairs * len(blocks) // len(some)
+
+    def longest_cover(self, step: int) -> int:
+        """Voxels of the axis under the tiles that a block ``step`` long overlaps: the most of all blocks.
+
+        Exact where there are at most `MAX_COUNTED` blocks; else the most of so many.
+        """
+        return max(
+            self._cover(k * step, min(k * step + step, self.length)) for k in _evenly(range(-(-self.length // step)))
+        )
+
+    def _cover(self, start: int, stop: int) -> int:
+        tiles = self.overlapping(start, stop)
+        return min(self.origin(tiles[-1]) + self.size, self.length) - self.origin(tiles[0])
 
     def weights(self, i: int) -> np.ndarray:
         """Blending weight along tile ``i``, float32: a ramp where it shares voxels with a neighbor, else 1."""
         weight = np.ones(self.size, np.float32)
         if i > 0:
-            shared = self.origins[i - 1] + self.size - self.origins[i]
+            shared = self.origin(i - 1) + self.size - self.origin(i)
             weight[:shared] = _ramp(shared)
-        if i + 1 < len(self.origins):
-            shared = self.origins[i] + self.size - self.origins[i + 1]
+        if i + 1 < self.count:
+            shared = self.origin(i) + self.size - self.origin(i + 1)
             weight[self.size - shared :] = np.minimum(weight[self.size - shared :], _ramp(shared)[::-1])
         return weight
+
+
+def _evenly(numbers: range) -> Sequence[int]:
+    """At most `MAX_COUNTED` of some numbers, evenly spread."""
+    count = len(numbers)
+    return numbers if count <= MAX_COUNTED else [numbers[k * count // MAX_COUNTED] for k in range(MAX_COUNTED)]
 
 
 def _ramp(n: int) -> np.ndarray:
@@ -53,22 +122,48 @@ def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis
     Their size is a ``multiple``, at least one.
 
     >>> axis(1024, 1280, 64)
-    Axis(length=1024, size=1024, origins=(0,))
-    >>> axis(100, 64, 16).origins
-    (0, 36)
+    Axis(length=1024, size=1024, count=1)
+    >>> [axis(100, 64, 16).origin(i) for i in range(2)]
+    [0, 36]
     """
     longest = max(multiple, tile // multiple * multiple)
     if length <= longest:
-        return Axis(length, _up(length, multiple), (0,))
+        return Axis(length, _up(length, multiple), 1)
     if overlap >= longest:
         raise ValueError(f"overlap {overlap} leaves no room in tiles of {longest}; use overlap < tile")
     count = -(-(length - overlap) // (longest - overlap))
     size = min(longest, _up(-(-(length + (count - 1) * overlap) // count), multiple))
-    return Axis(length, size, tuple(round(i * (length - size) / (count - 1)) for i in range(count)))
+    return Axis(length, size, count)
 
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class TileWindow(Sequence):
+    """Some rows and columns of a `Grid`: its tiles (row, column) in raster order, none of which is stored.
+
+    >>> list(TileWindow(range(1, 3), range(2)))
+    [(1, 0), (1, 1), (2, 0), (2, 1)]
+    """
+
+    rows: range
+    columns: range
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        row, column = divmod(i % len(self), len(self.columns))
+        return self.rows[row], self.columns[column]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return product(self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -83,13 +178,13 @@ class Grid:
         """Shape of a tile, y x."""
         return self.y.size, self.x.size
 
-    def meeting(self, y: slice, x: slice) -> list[tuple[int, int]]:
+    def overlapping(self, y: slice, x: slice) -> TileWindow:
         """The tiles, in raster order, that share a voxel with part of the plane."""
-        return [(i, j) for i in self.y.meeting(y.start, y.stop) for j in self.x.meeting(x.start, x.stop)]
+        return TileWindow(self.y.overlapping(y.start, y.stop), self.x.overlapping(x.start, x.stop))
 
     def place(self, tile: tuple[int, int]) -> tuple[slice, slice]:
         """Where a tile lies in the plane; a lone tile may reach past the end."""
-        y, x = self.y.origins[tile[0]], self.x.origins[tile[1]]
+        y, x = self.y.origin(tile[0]), self.x.origin(tile[1])
         return slice(y, y + self.y.size), slice(x, x + self.x.size)
 
 
@@ -177,10 +272,10 @@ class Blend:
         self.total = device.zeros((channels, *shape))
         self.weight = device.zeros(shape)
         self.rows, self.columns = (
-            {i: device.put(axis.weights(i)) for i in axis.meeting(s.start, s.stop)}
+            {i: device.put(axis.weights(i)) for i in axis.overlapping(s.start, s.stop)}
             for axis, s in ((grid.y, y), (grid.x, x))
         )
-        for tile in grid.meeting(y, x):
+        for tile in grid.overlapping(y, x):
             source, target = self._common(tile)
             rows, columns = self._weights(tile, source)
             self.weight[target] += rows[:, None] * columns[None, :]

@@ -84,19 +84,12 @@ def source_bytes(run: Run, plane: str, grid: Blocks) -> int:
     axes, laid = tiles.PLANES[plane], run.tile_grid(plane)
     depth, rows, columns = _core(run, plane, grid)
     sections = min(depth + 2 * (run.sections // 2), run.shape[axes[0]])
-    return np.dtype(run.source.dtype).itemsize * sections * _covered(laid.y, rows) * _covered(laid.x, columns)
+    return np.dtype(run.source.dtype).itemsize * sections * laid.y.longest_cover(rows) * laid.x.longest_cover(columns)
 
 
 def _core(run: Run, plane: str, grid: Blocks) -> Triple:
     """The shape of what a block of a pass infers at most, in the axes of the pass."""
     return transpose_axes(fit(grid.block, run.wanted_part(Box.from_shape(run.shape)).shape), tiles.PLANES[plane])
-
-
-def _covered(axis: tiles.Axis, step: int) -> int:
-    """The longest stretch of an axis under the tiles that a block ``step`` long meets."""
-    starts = range(0, axis.length, step)
-    met = (axis.meeting(start, min(start + step, axis.length)) for start in starts)
-    return max(min(axis.origins[m[-1]] + axis.size, axis.length) - axis.origins[m[0]] for m in met)
 
 
 def _take(run: Run, block: Triple) -> int:

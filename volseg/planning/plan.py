@@ -168,7 +168,7 @@ def _read_bytes(run: Run) -> int:
         )
     grids = {plane: run.pass_grid(plane) for plane in run.passes.values()} or {"xy": run.predict_grid}
     core = run.wanted_part(Box.from_shape(run.shape))
-    return sum(memory.source_bytes(run, plane, grid) * len(grid.overlapping(core)) for plane, grid in grids.items())
+    return sum(memory.source_bytes(run, plane, grid) * grid.count_overlapping(core) for plane, grid in grids.items())
 
 
 def _written_bytes(run: Run, rates: Rates) -> int:
@@ -356,7 +356,7 @@ def _sample(run: Run) -> np.ndarray:
     depth, rows, columns = transpose_axes(run.shape, axes)
     want = run.wanted_part(Box.from_shape(run.shape)).transpose(axes)
     z, y, x = ((a + b) // 2 for a, b in zip(want.start, want.stop, strict=True))
-    tile = grid.meeting(slice(y, y + 1), slice(x, x + 1))[0]
+    tile = grid.overlapping(slice(y, y + 1), slice(x, x + 1))[0]
     place = grid.place(tile)
     count = min(max(2, min(SECTIONS, PROBE_VOXELS // prod(grid.size))), depth)
     first = min(max(0, z - count // 2), depth - count)

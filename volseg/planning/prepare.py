@@ -190,7 +190,7 @@ def sample_tiles(source: volume.Volume, card: ModelCard, config: Config, norm: t
     """
     longest = config.predict.tile if hardware.gpu_count() else min(512, config.predict.tile)
     grid = tiles.grid(source.shape[1:], longest, 0, card.binning)
-    places = grid.meeting(*(slice(0, n) for n in source.shape[1:]))
+    places = grid.overlapping(*(slice(0, n) for n in source.shape[1:]))
     depths = [(2 * k + 1) * source.shape[0] // 8 for k in range(4)]
     return np.stack([
         normalized_tile(source, z, grid.place(places[(2 * k + 1) * len(places) // 8]), card.sections, norm)

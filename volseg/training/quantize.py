@@ -51,7 +51,7 @@ def quantize(
     on = [on[i] for i in sorted(set(np.linspace(0, len(on) - 1, min(len(on), CALIBRATED_ON)).round().astype(int)))]
     norm = normalization(source.shape, source.read)
     grid = _grid(source, card)
-    tile_of = itertools.cycle(grid.meeting(*(slice(0, n) for n in source.shape[1:])))
+    tile_of = itertools.cycle(grid.overlapping(*(slice(0, n) for n in source.shape[1:])))
     form = _form(path, [_tile(source, z, grid.place(next(tile_of)), card.sections, norm) for z in on])
     facts = {
         "calibrated": {"volume": Path(image).name, "checksum": source.checksum(), "sections": on},
@@ -137,7 +137,7 @@ def _probabilities(
     out = np.empty((len(card.heads), *box.shape), np.uint8)
     for z in range(box.start[0], box.stop[0]):
         blend = tiles.Blend(len(card.heads), grid, *plane)
-        for tile in grid.meeting(*plane):
+        for tile in grid.overlapping(*plane):
             blend.add(tile, network(_tile(source, z, grid.place(tile), card.sections, norm))[0])
         blend.quantize(out[:, z - box.start[0]])
     return out
