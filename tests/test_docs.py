@@ -1,10 +1,54 @@
 """What the documentation shows is what the package does."""
 
+import re
 import runpy
+import shlex
+
+import pytest
+import typer
 
 from tests.helpers import ROOT
+from volseg import cli
+from volseg.config import load
 
 
 def test_the_picture_of_exactness_is_what_the_watershed_computes():
     script = runpy.run_path(str(ROOT / "docs" / "exactness.py"))
     assert script["draw"]() == (ROOT / "docs" / "exactness.svg").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """Each `volseg` command of README.md, without its comment."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.startswith("    volseg ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_in_the_readme_is_one_the_command_line_takes(command):
+    _, name, *rest = shlex.split(command, comments=True)
+    typer.main.get_command(cli.app).commands[name].make_context(name, rest)
+
+
+def test_settings_in_the_readme_exist():
+    sets = re.findall(r"--set (?:'([^']+)'|([\w.]+=[^\s`]+))", (ROOT / "README.md").read_text(encoding="utf-8"))
+    load(sets=[quoted or plain for quoted, plain in sets])
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docker/README.md", "docs/design.md"]
+)
+def test_links_and_paths_lead_to_files(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    named = re.findall(r"`((?:volseg|tests|docs|docker|configs)/[\w./]+\.\w+)`", text)
+    missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    assert missing + [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_modules_named_in_the_design_exist():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    folders = "|".join(path.name for path in (ROOT / "volseg").iterdir() if path.is_dir())
+    missing = [
+        name for name in re.findall(rf"`((?:{folders})/\w+)`", text) if not (ROOT / "volseg" / f"{name}.py").exists()
+    ]
+    assert missing == []
