@@ -7,6 +7,7 @@ import shlex
 import pytest
 import typer
 
+import volseg
 from tests.helpers import ROOT
 from volseg import cli
 from volseg.config import load
@@ -52,3 +53,11 @@ def test_modules_named_in_the_design_exist():
         name for name in re.findall(rf"`((?:{folders})/\w+)`", text) if not (ROOT / "volseg" / f"{name}.py").exists()
     ]
     assert missing == []
+
+
+def test_functions_in_the_readme_are_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    compile(example, "README.md", "exec")
+    assert set(re.findall(r"\bvolseg\.(\w+)", example)) <= set(volseg.__all__)
+    assert all(hasattr(volseg.FinishedRun, name) for name in re.findall(r"\brun\.(?!zarr)(\w+)", example))

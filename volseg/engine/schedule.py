@@ -62,9 +62,9 @@ def _run_together(client: Any, run: Run, stages: list[Stage], progress: Progress
     by_name = {stage.name: stage for stage in stages}
     blocks: dict[str, Ready] = {}
     for stage in stages:
-        done = marked(run.out, stage.name, stage.key)
+        marked_blocks = marked(run.out, stage.name, stage.key)
         earlier = {name: (blocks[name], region) for name, region in stage.after.items() if name in blocks}
-        blocks[stage.name] = Ready(stage.grid, done, earlier)
+        blocks[stage.name] = Ready(stage.grid, marked_blocks, earlier)
     advance = {name: progress.stage(name, prod(state.grid.shape), state.voxels) for name, state in blocks.items()}
     followers = {name: [stage.name for stage in stages if name in stage.after] for name in blocks}
 

@@ -174,7 +174,7 @@ def _missing(path: str, blocks: int, fills: bool) -> str:
     layout = Layout(path)
     if not layout.regions.exists():
         return "the run's work folder was cleaned: stored basins and id maps cannot be checked, the rest is"
-    needed = [layout.block_basins, layout.links, layout.block_labels]
+    needed: list[Tables] = [layout.block_basins, layout.links, layout.block_labels]
     for kind in [*needed, *([layout.block_holes, layout.hole_contacts] if fills else [])]:
         count = kind.count()
         if count < blocks:

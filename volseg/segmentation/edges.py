@@ -12,6 +12,8 @@ differs: `agglomerate.forest` asks for seeds, `hierarchy.contract` for what oute
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -90,7 +92,7 @@ def connected_components(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray
 
 
 @njit(cache=True, nogil=True)
-def precedes(e: np.void, f: np.void) -> bool:
+def precedes(e: Any, f: Any) -> bool:
     """Whether row ``e`` comes before row ``f`` in the total order of edges."""
     if e.high != f.high:
         return e.high < f.high
