@@ -14,7 +14,7 @@ from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
 from volseg.engine.finished import open_run
 from volseg.engine.keys import decision_key
-from volseg.engine.layout import BlockLabels, Layout, StoredArray
+from volseg.engine.layout import BlockLabels, Layout, StoredArray, Tables
 from volseg.engine.run import Run
 from volseg.errors import UserError
 from volseg.io import volume
