@@ -175,7 +175,9 @@ def _missing(path: str, blocks: int, fills: bool) -> str:
     if not layout.regions.exists():
         return "the run's work folder was cleaned: stored basins and id maps cannot be checked, the rest is"
     needed: list[Tables] = [layout.block_basins, layout.links, layout.block_labels]
-    for kind in [*needed, *([layout.block_holes, layout.hole_contacts] if fills else [])]:
+    if fills:
+        needed += [layout.block_holes, layout.hole_contacts]
+    for kind in needed:
         count = kind.count()
         if count < blocks:
             return f"{kind.folder} holds {count} of {blocks} blocks: stored basins and id maps cannot be checked, the rest is"
