@@ -1,5 +1,6 @@
 """The package's shape: who may import whom, and what stays out of a command's start."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -19,5 +20,24 @@ def test_each_layer_imports_only_from_those_below(monkeypatch):
 @pytest.mark.parametrize("command", [["-c", "import volseg"], ["-m", "volseg", "--help"]])
 def test_starting_loads_neither_torch_nor_dask(command):
     run = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True, check=True)
-    loaded = set(re.findall(r"\|\s+(torch|dask|distributed|zarr|numba|openvino)$", run.stderr, re.M))
+    loaded = set(
+        re.findall(
+            r"\|\s+(torch|dask|distributed|zarr|numba|openvino|pandas|pyarrow|scipy|matplotlib)$", run.stderr, re.M
+        )
+    )
     assert not loaded
+
+
+def strings(path):
+    """The string literals of a module."""
+    return [
+        node.value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+def test_paths_in_a_runs_folder_are_known_to_its_layout_alone():
+    folder = re.compile(r"(.*/)?work/\S*")
+    modules = [path for path in (ROOT / "volseg").rglob("*.py") if path.name != "layout.py"]
+    assert [(path.name, text) for path in modules for text in strings(path) if folder.fullmatch(text)] == []
