@@ -227,9 +227,9 @@ def calibrate(
     )
     if model:
         from volseg.evaluation.calibrate import save_to_model
-        from volseg.evaluation.finished import open_finished
+        from volseg.evaluation.stored import open_stored
 
-        save_to_model(model, best, open_finished(run))
+        save_to_model(model, best, open_stored(run))
     if not best.own:
         _run(lambda progress: api.segment(run, settings=best.settings, progress=progress))
 

@@ -11,7 +11,7 @@ from volseg.errors import UserError
 from volseg.evaluation import calibrate
 from volseg.evaluation.contingency import Contingency
 from volseg.evaluation.evaluate import evaluate
-from volseg.evaluation.finished import open_finished
+from volseg.evaluation.stored import open_stored
 from volseg.inference import model
 
 
@@ -52,7 +52,7 @@ def test_renaming_is_counting_again():
 def test_the_best_goes_into_a_model_file(image, reference, tmp_path):
     path = tmp_path / "model.safetensors"
     shutil.copy(model.shipped(), path)
-    best, run = calibrate.calibrate(reference, f"{image}/labels/truth").best, open_finished(reference)
+    best, run = calibrate.calibrate(reference, f"{image}/labels/truth").best, open_stored(reference)
     values = {name: getattr(best, name) for name in calibrate.SEARCHED}
     calibrate.save_to_model(path, best, run)
     decode = model.load_card(path).decode

@@ -18,10 +18,10 @@ from volseg import api
 from volseg.box import Blocks, Box
 from volseg.config import load
 from volseg.errors import UserError
-from volseg.evaluation.finished import FinishedRun, open_finished
 from volseg.evaluation.recheck import CHECKS, check_box, heights, sure_joins
 from volseg.evaluation.recompute import rejoin
 from volseg.evaluation.seams import MEASURES, compare, measure_seams, permutation_p
+from volseg.evaluation.stored import StoredRun, open_stored
 from volseg.evaluation.synthetic_volume import write_synthetic
 from volseg.evaluation.verify import BOX, draw_boxes, verify
 from volseg.io import arrays, volume
@@ -70,7 +70,7 @@ def test_a_sound_run_is_equal_in_every_check(run):
 def test_a_run_on_a_grid_of_26_neighbors_that_follows_distance_is_equal_in_every_check(copy):
     knobs = {"connectivity": 26, "height": "distance", "distance_nm": 40}
     decide(str(copy), lambda _: settings(fragments=knobs, blocks={"shape": BLOCK}), progress=Quiet())
-    stored = open_finished(copy)
+    stored = open_stored(copy)
     assert stored.config.fragments.connectivity == 26
     result = verify(copy)
     assert result.ok
@@ -82,7 +82,7 @@ def test_a_run_on_a_grid_of_26_neighbors_that_follows_distance_is_equal_in_every
 def test_a_run_under_every_rule_is_equal_too(copy):
     rules = ["persistence=0.02", "join_mean=0.5", "fill_holes_voxels=3000", "max_voxels=60000"]
     change = [f"stitch.{rule}" for rule in (*rules, "min_volume_nm3=3e5", "seed=0.93")]
-    before = open_finished(copy).objects["id"].size
+    before = open_stored(copy).objects["id"].size
     decide(str(copy), lambda c: load(sets=change, base=c.model_dump(mode="json", exclude={"train"})), progress=Quiet())
     result = verify(copy)
     assert result.ok, str(result)
@@ -90,7 +90,7 @@ def test_a_run_under_every_rule_is_equal_too(copy):
 
 
 def test_boxes_that_cut_objects_and_blocks_accuse_no_sound_run(run):
-    stored = open_finished(run)
+    stored = open_stored(run)
     boxes = [check_box(stored, box) for box in Blocks(SHAPE, (9, 61, 53))]
     assert all(set(box.wrong.values()) == {0} for box in boxes)
     assert sum(box.sure_joins for box in boxes) > 10
@@ -111,7 +111,7 @@ def test_a_changed_label_is_found(copy):
 
 def test_a_label_outside_the_mask_is_found(copy):
     labels = zarr.open_array(str(copy / "labels/instances/0"), mode="r+")
-    stored = open_finished(copy)
+    stored = open_stored(copy)
     whole = Box.from_shape(SHAPE)
     masked = heights(stored, stored.probability(whole), whole)[1:-1, 1:-1, 1:-1] != OUTSIDE
     labels[tuple(np.argwhere(~masked)[5])] = 3
@@ -172,7 +172,7 @@ def test_objects_joined_by_a_changed_id_map_are_found_without_any_box(copy):
     kept = np.flatnonzero(ids["label"])
     ids["label"][kept[0]] += 1
     np.savez(key, **ids)
-    assert rejoin(open_finished(copy)).wrong == 1
+    assert rejoin(open_stored(copy)).wrong == 1
 
 
 def test_a_changed_table_is_found(copy):
@@ -280,8 +280,8 @@ def test_seams_are_seen_where_they_are_and_only_there(tmp_path, run, torn):
     ids, voxels = np.unique(labels[labels > 0], return_counts=True)
     (tmp_path / "rods.zarr/tables").mkdir()
     pandas.DataFrame({"id": ids, "voxels": voxels}).to_parquet(tmp_path / "rods.zarr/tables/objects.parquet")
-    description = described(open_finished(run), block, smooth=(0, 0, 0))
-    stored = FinishedRun(path, description, volume.open(path, dataset="labels"))
+    description = described(open_stored(run), block, smooth=(0, 0, 0))
+    stored = StoredRun(path, description, volume.open(path, dataset="labels"))
     seams = measure_seams(stored, np.random.default_rng(0))
     assert (seams.faces, seams.controls) == (11, 12)
     assert seams.visible == torn
@@ -320,7 +320,7 @@ def test_chance_gives_an_even_p_value():
 
 
 def test_boxes_are_drawn_by_the_seed_and_lie_inside(run):
-    stored = open_finished(run)
+    stored = open_stored(run)
     labels = replace(stored.labels, shape=(300, 2000, 900))
     large = replace(stored, labels=labels, run=described(stored, (100, 500, 900)))
     boxes = draw_boxes(large, 9, np.random.default_rng(3))
@@ -331,7 +331,7 @@ def test_boxes_are_drawn_by_the_seed_and_lie_inside(run):
 
 
 def test_boxes_lie_in_what_was_wanted(run):
-    stored = open_finished(run)
+    stored = open_stored(run)
     part = stored.config.input.model_copy(update={"roi": "100:220,1400:2000,0:20"})
     description = described(stored, (100, 500, 900))
     description = replace(description, config=stored.config.model_copy(update={"input": part}))

@@ -11,8 +11,8 @@ from tests.helpers import Quiet, decide, digest, segment_here
 from volseg.box import Box
 from volseg.config import load
 from volseg.evaluation import calibrate
-from volseg.evaluation.finished import open_finished
 from volseg.evaluation.recheck import check_box
+from volseg.evaluation.stored import open_stored
 from volseg.evaluation.verify import verify
 from volseg.io import arrays, volume
 
@@ -66,7 +66,7 @@ def test_filling_reads_no_probability_and_sees_no_blocks(run):
     assert np.count_nonzero(plain) < np.count_nonzero(few) < np.count_nonzero(many)
     result = verify(run)
     assert result.ok, str(result)
-    checks = [check_box(open_finished(run), box) for box in (Box((3, 2, 5), (17, 50, 61)), Box((0, 0, 0), (9, 40, 40)))]
+    checks = [check_box(open_stored(run), box) for box in (Box((3, 2, 5), (17, 50, 61)), Box((0, 0, 0), (9, 40, 40)))]
     assert all(set(check.wrong.values()) == {0} for check in checks)
     own = calibrate.calibrate(run, f"{run}/labels/instances/0").own
     assert (own.pq, own.iou) == (1, 1)

@@ -132,7 +132,7 @@ def test_review_draws_what_it_lists(reference, tmp_path):
     found = review.open_reviewed(run)
     for i in [i for i, decision in enumerate(found.decisions) if decision.kind == "join"][:5]:
         z, y, x = found.decisions[i].z, found.decisions[i].y, found.decisions[i].x
-        part = review.sides(found, i, Box((z, 0, 0), (z + 1, *found.finished.shape[1:])))
+        part = review.sides(found, i, Box((z, 0, 0), (z + 1, *found.stored.shape[1:])))
         assert part[y, x] > 0
         assert set(np.unique(part)) <= {0, 1, 2}
 
@@ -146,5 +146,5 @@ def test_the_parts_of_a_join_have_the_sizes_that_are_told():
 
 
 def test_what_is_no_run_has_nothing_to_review(tmp_path):
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="not a finished volseg run"):
         review.review(str(tmp_path))

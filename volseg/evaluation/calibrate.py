@@ -23,8 +23,8 @@ from volseg.config import Stitch
 from volseg.errors import UserError
 from volseg.evaluation.contingency import Contingency
 from volseg.evaluation.evaluate import parse_box, read_truth
-from volseg.evaluation.finished import FinishedRun, open_finished
 from volseg.evaluation.metrics import score_foreground, score_instances
+from volseg.evaluation.stored import StoredRun, open_stored
 from volseg.inference import model
 from volseg.progress import format_table
 from volseg.segmentation import holes
@@ -128,25 +128,25 @@ def calibrate(run: str | PathLike | Any, truth: str | PathLike | Any, *, box: Bo
     UserError
         There is no finished run, its basins were cleaned or stitched by a tree, or the truth does not fit.
     """
-    finished = open_finished(run)
-    basins = finished.basins()
+    stored = open_stored(run)
+    basins = stored.layout.load_basins()
     if basins is None:
         raise UserError(
-            f"{finished.path} has no basins to decide on: give a finished run with its work folder, not cleaned nor stitched "
-            f"by a tree (volseg segment {finished.path} --set stitch.reduce=flat makes them in one process)"
+            f"{stored.path} has no basins to decide on: give a finished run with its work folder, not cleaned nor stitched "
+            f"by a tree (volseg segment {stored.path} --set stitch.reduce=flat makes them in one process)"
         )
-    box = parse_box(box) or Box.from_shape(finished.shape)
-    if not box.voxels or box.clip(finished.shape) != box:
-        raise UserError(f"box {box} is empty or leaves the run of shape {finished.shape} (z y x); give one inside it")
-    own = finished.config.stitch
-    overlap = _overlap(finished, truth, box, basins.minimum.size)
-    found = _candidates(finished, basins, overlap, settings_to_try(own))
+    box = parse_box(box) or Box.from_shape(stored.shape)
+    if not box.voxels or box.clip(stored.shape) != box:
+        raise UserError(f"box {box} is empty or leaves the run of shape {stored.shape} (z y x); give one inside it")
+    own = stored.config.stitch
+    overlap = _overlap(stored, truth, box, basins.minimum.size)
+    found = _candidates(stored, basins, overlap, settings_to_try(own))
 
     def order(candidate: Candidate) -> tuple:
         distances = (abs(getattr(candidate, name) - getattr(own, name)) for name in SEARCHED)
         return -candidate.pq, candidate.voi_split + candidate.voi_merge, *distances
 
-    return Calibration(finished.path, tuple(sorted(found, key=order)))
+    return Calibration(stored.path, tuple(sorted(found, key=order)))
 
 
 def settings_to_try(own: Stitch) -> list[Stitch]:
@@ -163,7 +163,7 @@ def _default(own: Stitch) -> Stitch:
     return own.model_copy(update={name: getattr(Stitch(), name) for name in SEARCHED})
 
 
-def _overlap(run: FinishedRun, truth: str | PathLike | Any, box: Box, basins: int) -> Contingency:
+def _overlap(run: StoredRun, truth: str | PathLike | Any, box: Box, basins: int) -> Contingency:
     """How basins and, where holes are filled, holes (from 1) overlap true objects in ``box``."""
     read = read_truth(truth, run.shape, box)
     table = Contingency.empty()
@@ -173,20 +173,20 @@ def _overlap(run: FinishedRun, truth: str | PathLike | Any, box: Box, basins: in
     return table
 
 
-def _number_basins(run: FinishedRun, block: int, part: Box, basins: int) -> np.ndarray:
+def _number_basins(run: StoredRun, block: int, part: Box, basins: int) -> np.ndarray:
     """The basin (from 1) of each voxel of a part of a block, 0 outside the mask; where holes are filled, there its hole,
     numbered after the ``basins``."""
-    labels = run.block_labels(block)
+    labels = run.layout.block_labels.load(block)
     if not run.fills:
         return np.r_[0, 1 + labels.basin][run.regions(part)]
     place = holes.number_holes(run.regions(run.grid[block]))[part.slices_within(run.grid[block])]
     return np.r_[0, 1 + labels.basin, 1 + basins + labels.hole][place]
 
 
-def _candidates(run: FinishedRun, basins: Basins, overlap: Contingency, tried: list[Stitch]) -> Iterator[Candidate]:
+def _candidates(run: StoredRun, basins: Basins, overlap: Contingency, tried: list[Stitch]) -> Iterator[Candidate]:
     """A candidate for each settings. Those that differ in sizes alone share components; those that decide alike, scores."""
     own, default = run.config.stitch, _default(run.config.stitch)
-    volume_holes = run.volume_holes() if run.fills else None
+    volume_holes = run.layout.volume_holes.load() if run.fills else None
     joined: dict[Rules, np.ndarray] = {}
     scored: dict[bytes, dict] = {}
     for settings in tried:
@@ -207,7 +207,7 @@ def _score(table: Contingency) -> dict:
     return {"iou": score_foreground(table).iou, **{name: getattr(scores, name) for name in SCORES}}
 
 
-def save_to_model(path: Path, candidate: Candidate, run: FinishedRun) -> None:
+def save_to_model(path: Path, candidate: Candidate, run: StoredRun) -> None:
     """The model file's own settings are the candidate's, the rest as in the run; its weights are left as they are."""
     card = model.load_card(path)
     decode = dict(card.decode)

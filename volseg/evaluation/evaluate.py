@@ -14,7 +14,6 @@ import numpy as np
 from volseg.box import Blocks, Box, Triple
 from volseg.errors import UserError
 from volseg.evaluation.contingency import Contingency
-from volseg.evaluation.finished import run_path
 from volseg.evaluation.metrics import (
     TOUCHING_DISTANCE,
     ForegroundScores,
@@ -26,6 +25,7 @@ from volseg.evaluation.metrics import (
     score_touching,
     touching_pairs,
 )
+from volseg.evaluation.stored import run_path
 from volseg.io import files, volume
 from volseg.io.array_volume import ArrayVolume
 

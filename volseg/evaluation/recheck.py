@@ -21,7 +21,7 @@ import numpy as np
 from numba import njit
 
 from volseg.box import Blocks, Box, VoxelSize
-from volseg.evaluation.finished import FinishedRun
+from volseg.evaluation.stored import StoredRun
 from volseg.segmentation import holes, stitch
 from volseg.segmentation.basins import BlockBasins, watershed_block
 from volseg.segmentation.edges import SADDLE_ORDER, find
@@ -71,7 +71,7 @@ class BoxCheck:
                 "joins": self.sure_joins, "whole": self.complete_objects, "wrong": self.wrong, "first": self.first}  # fmt: skip
 
 
-def check_box(run: FinishedRun, box: Box) -> BoxCheck:
+def check_box(run: StoredRun, box: Box) -> BoxCheck:
     """The voxels of ``box`` are compared with what any surroundings of the box would give them."""
     probability = run.probability(box)
     height = heights(run, probability, box)
@@ -99,12 +99,12 @@ def check_box(run: FinishedRun, box: Box) -> BoxCheck:
     )
 
 
-def heights(run: FinishedRun, probability: np.ndarray, box: Box) -> np.ndarray:
+def heights(run: StoredRun, probability: np.ndarray, box: Box) -> np.ndarray:
     """Heights of ``box`` and one voxel around it; ``probability`` is that of the box and its halo, cut to the volume."""
     return block_heights(probability, box, run.shape, run.config.fragments, run.voxel_size_nm)
 
 
-def inner(run: FinishedRun, field: np.ndarray, box: Box) -> np.ndarray:
+def inner(run: StoredRun, field: np.ndarray, box: Box) -> np.ndarray:
     """The voxels of ``box`` of a field that holds its halo too."""
     return np.ascontiguousarray(field[box.slices_within(box.grow(run.halo).clip(run.shape))])
 
@@ -115,7 +115,7 @@ def first_voxel(wrong: np.ndarray, box: Box) -> list[int]:
     return [int(a + b) for a, b in zip(index, box.start, strict=True)]
 
 
-def _heights_differ(run: FinishedRun, box: Box, probability: np.ndarray, height: np.ndarray) -> np.ndarray:
+def _heights_differ(run: StoredRun, box: Box, probability: np.ndarray, height: np.ndarray) -> np.ndarray:
     """Which voxels of ``box`` have another height when the box is cut into thin pieces."""
     halo = run.halo
     padded = box.grow(halo).clip(run.shape)
@@ -133,7 +133,7 @@ def _heights_differ(run: FinishedRun, box: Box, probability: np.ndarray, height:
 
 
 def _against_work(
-    run: FinishedRun, box: Box, region: np.ndarray, table: BlockBasins, label: np.ndarray
+    run: StoredRun, box: Box, region: np.ndarray, table: BlockBasins, label: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Which voxels have another basin than their descent says, and which another label than the id map gives.
 
@@ -149,12 +149,12 @@ def _against_work(
     return {"basins": root[core] != expected[region], "ids": mapped[core] != label.astype(np.int64)}
 
 
-def _stored_basins(run: FinishedRun, box: Box) -> tuple[np.ndarray, np.ndarray]:
+def _stored_basins(run: StoredRun, box: Box) -> tuple[np.ndarray, np.ndarray]:
     """For each voxel the linear index of the minimum of its stored basin (-1: none, -2: its region is unknown), and the
     label that the id map gives it (-2: unknown)."""
     grid = run.grid
-    table_of = lru_cache(CACHED_BLOCKS)(lambda j: run.block_basins(j) if j < len(grid) else None)
-    drains_of = lru_cache(CACHED_BLOCKS)(lambda j: run.links(j).drains)
+    table_of = lru_cache(CACHED_BLOCKS)(lambda j: run.layout.block_basins.load(j) if j < len(grid) else None)
+    drains_of = lru_cache(CACHED_BLOCKS)(lambda j: run.layout.links.load(j).drains)
     region = run.regions(box)
     root, mapped = np.empty(box.shape, np.int64), np.empty(box.shape, np.int64)
     for j in grid.overlapping(box):
@@ -164,7 +164,7 @@ def _stored_basins(run: FinishedRun, box: Box) -> tuple[np.ndarray, np.ndarray]:
         place = region[part]
         if run.fills:
             place = holes.number_holes(run.regions(grid[j]))[grid[j].intersect(box).slices_within(grid[j])]
-        ids = np.r_[run.block_labels(j).label.astype(np.int64), -2]
+        ids = np.r_[run.layout.block_labels.load(j).label.astype(np.int64), -2]
         mapped[part] = ids[np.minimum(place, ids.size - 1)]
     return root, mapped
 
@@ -220,7 +220,7 @@ def _drained_into(names: np.ndarray, drains_of: Callable[[int], np.ndarray]) -> 
 
 
 def _against_rule(
-    run: FinishedRun, box: Box, region: np.ndarray, table: BlockBasins, label: np.ndarray
+    run: StoredRun, box: Box, region: np.ndarray, table: BlockBasins, label: np.ndarray
 ) -> tuple[np.ndarray, int, int]:
     """Which voxels have a label that no surroundings of the box could give; how many joins are sure, objects complete."""
     rules, size = run.rules, table.root.size
@@ -337,7 +337,7 @@ def _out_of_order(label: np.ndarray, root: np.ndarray, complete: np.ndarray, fir
     return np.isin(root, late)
 
 
-def _against_holes(run: FinishedRun, box: Box, region: np.ndarray, label: np.ndarray) -> np.ndarray:
+def _against_holes(run: StoredRun, box: Box, region: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Which voxels outside the mask have a label that they cannot have, or lack the one they must have.
 
     A hole has one label. With one, it is small, reaches no border of the volume and touches nothing of another label.
@@ -361,7 +361,7 @@ def _against_holes(run: FinishedRun, box: Box, region: np.ndarray, label: np.nda
 # ---------------------------------------------------------------- the object table
 
 
-def _against_table(run: FinishedRun, box: Box, label: np.ndarray, mass: np.ndarray) -> np.ndarray:
+def _against_table(run: StoredRun, box: Box, label: np.ndarray, mass: np.ndarray) -> np.ndarray:
     """Which voxels have a label that the object table does not know, or whose row they contradict."""
     ids, group = np.unique(label[label != 0], return_inverse=True)
     measured = _measure_objects(group, np.nonzero(label), mass[label != 0], box, run.voxel_size_nm)

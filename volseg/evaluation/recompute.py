@@ -9,8 +9,8 @@ from math import prod
 import numpy as np
 
 from volseg.box import Blocks, Box, Triple
-from volseg.evaluation.finished import FinishedRun
 from volseg.evaluation.recheck import first_voxel, heights, inner, region_rows
+from volseg.evaluation.stored import StoredRun
 from volseg.segmentation import stitch
 from volseg.segmentation.basins import BlockBasins, watershed_block
 from volseg.segmentation.holes import BlockHoles, block_holes, face_contacts, number_holes
@@ -58,13 +58,13 @@ class Rejoining:
         return asdict(self)
 
 
-def other_block(run: FinishedRun) -> Triple:
+def other_block(run: StoredRun) -> Triple:
     """A block shape that is not the run's on any axis where there is a choice, and fits no shard or tile."""
     size = [min(c + 2 * h, n // 2 + 1) for c, h, n in zip(OTHER_BLOCK, run.halo, run.shape, strict=True)]
     return tuple(max(1, n - (n == own)) for n, own in zip(size, run.grid.block, strict=True))
 
 
-def relabel(run: FinishedRun, block: Triple) -> Relabeling:
+def relabel(run: StoredRun, block: Triple) -> Relabeling:
     """All labels are recomputed in memory, from the stored probabilities in blocks of that shape, and compared."""
     grid = Blocks(run.shape, block)
     regions, tables = zip(*(_find_basins(run, box) for box in grid), strict=True)
@@ -85,14 +85,14 @@ def relabel(run: FinishedRun, block: Triple) -> Relabeling:
     return Relabeling(block, len(grid), objects, wrong, first)
 
 
-def _find_basins(run: FinishedRun, box: Box) -> tuple[np.ndarray, BlockBasins]:
+def _find_basins(run: StoredRun, box: Box) -> tuple[np.ndarray, BlockBasins]:
     probability = run.probability(box)
     height, mass = heights(run, probability, box), inner(run, probability[0], box)
     return watershed_block(height, mass, box, run.shape, run.config.fragments.connectivity)
 
 
 def _decide(
-    run: FinishedRun,
+    run: StoredRun,
     tables: Sequence[BlockBasins],
     links: Sequence[stitch.Links],
     holes: Sequence[BlockHoles],
@@ -108,27 +108,28 @@ def _decide(
     return [np.r_[0, label[basin], hole_label[hole]] for basin, hole in zip(basin_of, hole_of, strict=True)]
 
 
-def rejoin(run: FinishedRun) -> Rejoining | None:
+def rejoin(run: StoredRun) -> Rejoining | None:
     """The stored tables are joined again; None where they have more than `MAX_ROWS` rows."""
     tables, links, rows = [], [], 0
     for i in range(len(run.grid)):
-        table = run.block_basins(i)
+        table = run.layout.block_basins.load(i)
         tables.append(
             replace(table, crossing_edges=table.edges[:0], face_voxel=table.root[:0], face_region=table.root[:0])
         )
-        links.append(run.links(i))
+        links.append(run.layout.links.load(i))
         rows += table.root.size + table.edges.size + links[-1].edges.size
         if rows > MAX_ROWS:
             return None
     regions = sum(table.root.size for table in tables)
     blocks = range(len(run.grid)) if run.fills else ()
-    holes, contacts = [run.block_holes(i) for i in blocks], [run.hole_contacts(i) for i in blocks]
+    holes = [run.layout.block_holes.load(i) for i in blocks]
+    contacts = [run.layout.hole_contacts.load(i).pairs for i in blocks]
     stray = sum(_stray_links(link, tables) for link in links) + _stray_holes(holes, contacts, tables)
     if stray:
         return Rejoining(regions, stray)
     wrong = 0
     for i, expected in enumerate(_decide(run, tables, links, holes, contacts)):
-        stored = run.block_labels(i).label.astype(np.int64)
+        stored = run.layout.block_labels.load(i).label.astype(np.int64)
         wrong += int(np.count_nonzero(stored != expected)) if stored.size == expected.size else expected.size
     return Rejoining(regions, wrong)
 

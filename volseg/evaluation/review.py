@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from volseg.box import Box
-from volseg.errors import UserError
-from volseg.evaluation.finished import FinishedRun, open_finished
+from volseg.engine.keys import decision_key
+from volseg.errors import DamagedFileError, UserError
+from volseg.evaluation.stored import StoredRun, open_stored
 from volseg.io import files
 from volseg.io.pictures import grayscale, label_outline, pictured_volume
 from volseg.progress import format_table
@@ -135,8 +136,8 @@ def review(run: str | PathLike | Any, top: int = 50) -> Review:
         There is no finished run, or it has no table of merges.
     """
     reviewed = open_reviewed(run)
-    path = reviewed.finished.path
-    files.remove(f"{path}/review")
+    path = reviewed.stored.path
+    files.remove(reviewed.stored.layout.review_path)
     chosen = reviewed.decisions[:top]
     pictures = [draw(reviewed, i) for i in range(len(chosen))]
     for decision, image in zip(chosen, pictures, strict=True):
@@ -151,7 +152,7 @@ class ReviewedRun:
 
     Attributes
     ----------
-    finished
+    stored
         The run.
     decisions
         All rows of its table of merges.
@@ -161,7 +162,7 @@ class ReviewedRun:
         The volume's basins; None there too.
     """
 
-    finished: FinishedRun
+    stored: StoredRun
     decisions: tuple[Decision, ...]
     rows: np.ndarray | None
     basins: Basins | None
@@ -169,14 +170,17 @@ class ReviewedRun:
 
 def open_reviewed(run: str | PathLike | Any) -> ReviewedRun:
     """The finished run in a folder, with its decisions; `UserError` where it has none."""
-    finished = open_finished(run)
-    if not files.exists(f"{finished.path}/tables/merges.parquet"):
-        raise UserError(f"{finished.path} has no table of merges: volseg segment {finished.path} writes it")
-    columns = finished.table("merges")
+    stored = open_stored(run)
+    try:
+        columns = stored.table("merges")
+    except DamagedFileError:
+        raise UserError(f"{stored.path} has no sound table of merges: volseg segment {stored.path} writes it") from None
     columns["picture"] = np.array([f"review/{i + 1:04d}.png" for i in range(columns["kind"].size)], object)
     decisions = tuple(Decision(*row) for row in zip(*(columns[name].tolist() for name in _COLUMNS), strict=True))
-    rows = finished.saddle_rows()
-    return ReviewedRun(finished, decisions, rows, None if rows is None else finished.basins())
+    layout, key = stored.layout, decision_key(stored.run)
+    if not layout.joins.exists(key):
+        return ReviewedRun(stored, decisions, None, None)
+    return ReviewedRun(stored, decisions, layout.joins.load(key).rows, layout.load_basins())
 
 
 # ---------------------------------------------------------------- one picture
@@ -184,7 +188,7 @@ def open_reviewed(run: str | PathLike | Any) -> ReviewedRun:
 
 def draw(reviewed: ReviewedRun, i: int) -> np.ndarray:
     """RGB of row ``i``: three panels side by side. The parts of a join are told apart only where ``work`` was kept."""
-    decision, run = reviewed.decisions[i], reviewed.finished
+    decision, run = reviewed.decisions[i], reviewed.stored
     z, ny, nx = decision.z, *(min(2 * HALF_WINDOW, n) for n in run.shape[1:])
     y0 = int(np.clip(decision.y - HALF_WINDOW, 0, run.shape[1] - ny))
     x0 = int(np.clip(decision.x - HALF_WINDOW, 0, run.shape[2] - nx))
@@ -199,7 +203,7 @@ def draw(reviewed: ReviewedRun, i: int) -> np.ndarray:
 
 def sides(reviewed: ReviewedRun, i: int, box: Box) -> np.ndarray:
     """1 and 2 on the two sides of row ``i`` in the one section of ``box``, 0 elsewhere."""
-    decision, run = reviewed.decisions[i], reviewed.finished
+    decision, run = reviewed.decisions[i], reviewed.stored
     if decision.kind == "border" or reviewed.basins is None or reviewed.rows is None:
         labels = run.labels.read(box)[0]
         return np.where(labels == decision.label_a, 1, np.where(labels == decision.label_b, 2, 0))
@@ -208,7 +212,7 @@ def sides(reviewed: ReviewedRun, i: int, box: Box) -> np.ndarray:
     out = np.zeros(region.shape, np.int64)
     for j in run.grid.overlapping(box):
         part = run.grid[j].intersect(box).slices_within(box)
-        out[part] = np.r_[0, side[run.block_labels(j).basin]][region[part]]
+        out[part] = np.r_[0, side[run.layout.block_labels.load(j).basin]][region[part]]
     return out[0]
 
 

@@ -13,8 +13,8 @@ from math import comb, prod
 import numpy as np
 
 from volseg.box import Box
-from volseg.evaluation.finished import FinishedRun
 from volseg.evaluation.recheck import heights
+from volseg.evaluation.stored import StoredRun
 from volseg.segmentation.heights import OUTSIDE
 
 MEASURES = ("changes", "ends", "objects", "size")
@@ -66,7 +66,7 @@ class Seams:
         return {**asdict(self), "visible": self.visible}
 
 
-def measure_seams(run: FinishedRun, rng: np.random.Generator) -> Seams:
+def measure_seams(run: StoredRun, rng: np.random.Generator) -> Seams:
     """Up to `PLANES` planes of each kind and axis are measured, in a random window of at most `WINDOW` on a side.
 
     The p-values are those of a permutation test that exchanges faces and controls of one axis.
@@ -80,7 +80,7 @@ def measure_seams(run: FinishedRun, rng: np.random.Generator) -> Seams:
     return compare(values, rng)
 
 
-def _planes(run: FinishedRun, axis: int) -> tuple[list[int], list[int]]:
+def _planes(run: StoredRun, axis: int) -> tuple[list[int], list[int]]:
     """Where blocks meet along an axis, and the planes half a block further that are no such place."""
     length, block = run.shape[axis], run.run.block[axis]
     faces = {plane for size in (block, run.run.predict_block[axis]) for plane in range(size, length, size)}
@@ -88,9 +88,7 @@ def _planes(run: FinishedRun, axis: int) -> tuple[list[int], list[int]]:
     return (sorted(faces), controls) if faces and controls else ([], [])
 
 
-def measure_plane(
-    run: FinishedRun, axis: int, plane: int, rng: np.random.Generator
-) -> tuple[float, float, float, float]:
+def measure_plane(run: StoredRun, axis: int, plane: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """The `MEASURES` of labels on both sides of a plane, between voxels ``plane - 1`` and ``plane``; NaN where empty."""
     size = np.minimum(WINDOW, run.shape)
     start = rng.integers(0, run.shape - size + 1)

@@ -19,10 +19,10 @@ import numpy as np
 
 from volseg.box import Box, Triple
 from volseg.errors import UserError
-from volseg.evaluation.finished import FinishedRun, open_finished
 from volseg.evaluation.recheck import CHECKS, BoxCheck, check_box
 from volseg.evaluation.recompute import Rejoining, Relabeling, other_block, rejoin, relabel
 from volseg.evaluation.seams import MEASURES, Seams, measure_seams
+from volseg.evaluation.stored import StoredRun, open_stored
 from volseg.progress import format_table
 
 BOX = (64, 256, 256)  # voxels checked at once
@@ -122,31 +122,31 @@ def verify(run: str | PathLike | Any, *, boxes: int = 5, seed: int = 0) -> Verif
     """
     if boxes < 1:
         raise UserError(f"{boxes} boxes to verify; give 1 or more")
-    finished = open_finished(run)
+    stored = open_stored(run)
     rng = np.random.default_rng(seed)
-    checked = tuple(check_box(finished, box) for box in draw_boxes(finished, boxes, rng))
-    small = prod(finished.shape) <= MAX_RELABELED_VOXELS
-    relabeling = relabel(finished, other_block(finished)) if small else None
+    checked = tuple(check_box(stored, box) for box in draw_boxes(stored, boxes, rng))
+    small = prod(stored.shape) <= MAX_RELABELED_VOXELS
+    relabeling = relabel(stored, other_block(stored)) if small else None
     empty = (
         ""
         if any(box.masked for box in checked)
         else "no box held a voxel of the mask: give more --blocks or another --seed"
     )
     return Verification(
-        run=finished.path,
-        shape=finished.shape,
-        block=finished.grid.block,
-        objects=int(finished.objects["id"].size),
+        run=stored.path,
+        shape=stored.shape,
+        block=stored.grid.block,
+        objects=int(stored.objects["id"].size),
         seed=seed,
-        notes=tuple(note for note in (finished.missing, empty) if note),
+        notes=tuple(note for note in (stored.missing, empty) if note),
         boxes=checked,
-        rejoining=None if finished.missing else rejoin(finished),
+        rejoining=None if stored.missing else rejoin(stored),
         relabeling=relabeling,
-        seams=measure_seams(finished, rng),
+        seams=measure_seams(stored, rng),
     )
 
 
-def draw_boxes(run: FinishedRun, count: int, rng: np.random.Generator) -> list[Box]:
+def draw_boxes(run: StoredRun, count: int, rng: np.random.Generator) -> list[Box]:
     """Up to ``count`` different random boxes in the run's roi, every other one around a corner where blocks meet."""
     size, block, roi = np.minimum(BOX, run.shape), np.array(run.grid.block), run.roi
     lowest = np.minimum(roi.start, run.shape - size)

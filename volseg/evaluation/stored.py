@@ -1,9 +1,9 @@
-"""A finished run, opened to be read: what it was, its arrays, its tables, and its work folder where that was kept."""
+"""What a finished run stored, to compute from: probabilities, tables, and its work folder where that was kept."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike, fspath
 from typing import Any
@@ -13,20 +13,17 @@ import numpy as np
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
 from volseg.engine.finished import open_run
-from volseg.engine.keys import decision_key
-from volseg.engine.layout import BlockLabels, Layout, StoredArray, Tables
+from volseg.engine.layout import Layout, StoredArray, Tables
 from volseg.engine.run import Run
 from volseg.errors import UserError
 from volseg.io import volume
-from volseg.segmentation import holes, stitch
-from volseg.segmentation.basins import BlockBasins
 from volseg.segmentation.heights import height_halo
 from volseg.segmentation.rules import Rules
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """A finished run to read from.
+class StoredRun:
+    """A finished run, and what its labels follow from.
 
     Attributes
     ----------
@@ -44,6 +41,10 @@ class FinishedRun:
     run: Run
     labels: volume.Volume
     missing: str = ""
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.path)
 
     @property
     def config(self) -> Config:
@@ -80,8 +81,6 @@ class FinishedRun:
         """Voxels around a box that its heights need."""
         return height_halo(self.config.fragments, self.voxel_size_nm)
 
-    # ---- results
-
     def probability(self, box: Box) -> np.ndarray:
         """Stored probabilities (uint8; channels, z, y, x) of ``box`` and the halo that heights need, cut to the volume."""
         return self._voxels("probabilities", box.grow(self.halo).clip(self.shape))
@@ -98,43 +97,9 @@ class FinishedRun:
         stored = parquet.read_table(io.BytesIO(self.layout.read_table(name)))
         return {column: stored[column].to_numpy() for column in stored.column_names}
 
-    # ---- the work folder
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.path)
-
     def regions(self, box: Box) -> np.ndarray:
         """The region of each voxel of ``box``, numbered within its block."""
         return self._voxels("regions", box)
-
-    def block_basins(self, block: int) -> BlockBasins:
-        return self.layout.block_basins.load(block)
-
-    def links(self, block: int) -> stitch.Links:
-        return self.layout.links.load(block)
-
-    def block_labels(self, block: int) -> BlockLabels:
-        """What was decided on a block."""
-        return self.layout.block_labels.load(block)
-
-    def block_holes(self, block: int) -> holes.BlockHoles:
-        return self.layout.block_holes.load(block)
-
-    def hole_contacts(self, block: int) -> np.ndarray:
-        return self.layout.hole_contacts.load(block).pairs
-
-    def basins(self) -> stitch.Basins | None:
-        """The volume's basins; None where they were cleaned, or never were in one place because a tree stitched."""
-        return self.layout.load_basins()
-
-    def volume_holes(self) -> holes.Holes:
-        return self.layout.volume_holes.load()
-
-    def saddle_rows(self) -> np.ndarray | None:
-        """What the rows of the table of merges are made of, `saddles.ROW`; None where that was cleaned."""
-        key = decision_key(self.run)
-        return self.layout.joins.load(key).rows if self.layout.joins.exists(key) else None
 
     def _voxels(self, name: str, box: Box) -> np.ndarray:
         """Voxels of ``box`` of an array of the run, all channels."""
@@ -153,7 +118,7 @@ def run_path(run: str | PathLike | Any) -> str:
     return fspath(getattr(run, "path", run)).rstrip("/")
 
 
-def open_finished(run: str | PathLike | Any) -> FinishedRun:
+def open_stored(run: str | PathLike | Any) -> StoredRun:
     """The finished run in a folder, or in that of an object with a ``path``.
 
     Raises
@@ -162,16 +127,13 @@ def open_finished(run: str | PathLike | Any) -> FinishedRun:
         There is no finished run, or another version of volseg made it.
     """
     finished = open_run(run_path(run))
-    path, description = finished.path, finished.run
-    labels = volume.open(path, dataset="labels/instances/0")
-    return FinishedRun(
-        path, description, labels, _missing(path, len(Blocks(labels.shape, description.block)), description.fills_holes)
-    )
+    labels = volume.open(finished.path, dataset="labels/instances/0")
+    stored = StoredRun(finished.path, finished.run, labels)
+    return replace(stored, missing=_missing(stored.layout, len(stored.grid), stored.fills))
 
 
-def _missing(path: str, blocks: int, fills: bool) -> str:
+def _missing(layout: Layout, blocks: int, fills: bool) -> str:
     """What keeps the basins of a run from being read; ``""`` for nothing."""
-    layout = Layout(path)
     if not layout.regions.exists():
         return "the run's work folder was cleaned: stored basins and id maps cannot be checked, the rest is"
     needed: list[Tables] = [layout.block_basins, layout.links, layout.block_labels]
