@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from volseg import api
 from volseg.box import Blocks, Box
-from volseg.config import Config, load
+from volseg.config import Config, load, resolve
 from volseg.engine import cluster, finish, folder, pipeline, schedule
 from volseg.engine.layout import Layout
 from volseg.engine.receipts import RunStatistics
@@ -165,6 +165,10 @@ def segment_here(path, out, config):
     run = begin_run(path, out, config)
     do_stages(run, *(stage.name for stage in stages_of(run).values() if stage.group != "tree"))  # one process stitches
     return finish.finish(run, run.out, RunStatistics(), 0.0, 0.0)
+
+
+def config_of(tables, out, **changes) -> Config:
+    return resolve(("test", {"train": {**tables, "out": str(out), **changes}}))
 
 
 SMALL = (16, 16, 8, 8, 8)

@@ -393,7 +393,8 @@ def quantize(
         raise UserError("--truth and --held-out belong together: labels, and the sections of them to measure on")
     from volseg.training import quantize as form
 
-    typer.echo(form.table(form.quantize(model, image, sections=_parts(sections), truth=truth, held=_parts(held))))
+    facts = form.quantize(model, image, sections=_parts(sections), truth=truth, held_out=_parts(held))
+    typer.echo(form.format_facts(facts))
 
 
 def _parts(text: str) -> tuple[str, ...]:

@@ -4,18 +4,29 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import zarr
 
-from tests.helpers import config_of
-from volseg.training import decoding
+from tests.helpers import Quiet, config_of, segment_here
+from tests.training.conftest import Known
+from volseg import api
+from volseg.box import Box
+from volseg.config import Fragments, resolve
+from volseg.evaluation.contingency import Contingency
+from volseg.evaluation.metrics import score_instances
+from volseg.inference import model
+from volseg.segmentation.heights import OUTSIDE, block_heights, mask_level
 from volseg.training.decoding import (
+    THRESHOLDS,
     ValidationSlab,
     best_mask,
     calibrate,
-    overlaps,
+    foreground,
     score_objects,
-    smooth,
+    threshold_overlaps,
     validation_slabs,
 )
+from volseg.training.sources import load_sources
 from volseg.training.targets import UNLABELED
 
 
@@ -36,7 +47,7 @@ def test_without_held_out_sections_the_settings_stay(known):
 
 def test_slabs_are_runs_of_consecutive_sections(known):
     config, source, network = known
-    found = list(validation_slabs(network, replace(source, validation_sections=(1, 2, 5, 7)), 3, config.train))
+    found = list(validation_slabs(network, replace(source, validation_sections=(1, 2, 5, 7)), 3, config))
     assert [slab.probability.shape for slab in found] == [(2, 2, 96, 96), (2, 1, 96, 96), (2, 1, 96, 96)]
     np.testing.assert_array_equal(found[0].labels, source.labels[1:3])
     assert found[0].source == 3
@@ -89,18 +100,64 @@ def test_smoothing_is_dropped_where_it_harms(tables, tmp_path):
 
 
 def test_overlaps_are_those_of_each_threshold():
-    both, either = overlaps(
-        np.array([0.1, 0.5, 0.9, 0.9, 0.9], np.float32), np.array([0, 1, 1, 0, UNLABELED], np.uint32)
-    )
+    level = np.array([mask_level(t) for t in (0.1, 0.5, 0.9, 0.9, 0.9)], np.uint16)
+    both, either = threshold_overlaps(level, np.array([0, 1, 1, 0, UNLABELED], np.uint32))
     assert both[0] / either[0] == pytest.approx(2 / 3)
     assert both[-1] / either[-1] == pytest.approx(1 / 3)
-    at_half = int(np.argmin(abs(decoding.THRESHOLDS - 0.5)))
+    at_half = int(np.argmin(abs(THRESHOLDS - 0.5)))
     assert both[at_half] == 2
     assert both[at_half + 1] == 1
 
 
-def test_smoothing_keeps_constants_and_spreads_a_point():
-    np.testing.assert_allclose(smooth(np.full((3, 4, 5), 0.25, np.float32), (2, 2, 2)), 0.25, rtol=1e-6)
-    point = np.zeros((5, 5, 5))
-    point[2, 2, 2] = 1
-    np.testing.assert_allclose(smooth(point, (1, 0, 0))[:, 2, 2], [0, 0.25, 0.5, 0.25, 0])
+@pytest.mark.parametrize("smooth", [(0, 0, 0), (2, 2, 2), (0, 1, 3), (3, 0, 1)])
+@pytest.mark.parametrize("threshold", [0.0, 0.31, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(5, 40, 50), (1, 33, 16), (2, 3, 1)])
+def test_the_foreground_is_where_a_run_has_heights(smooth, threshold, shape):
+    rng = np.random.default_rng(sum(shape))
+    probability = rng.integers(0, 256, (2, *shape), np.uint8) * (rng.random(shape) < 0.8).astype(np.uint8)
+    settings = Fragments(smooth=smooth, threshold=threshold)
+    height = block_heights(probability, Box.from_shape(shape), shape, settings)[1:-1, 1:-1, 1:-1]
+    np.testing.assert_array_equal(foreground(probability, settings), height != OUTSIDE)
+
+
+def test_a_slab_holds_the_probabilities_that_a_run_stores(whole_run, tables, tmp_path):
+    """In several tiles: both cut, standardize, blend and round alike."""
+    path, out = whole_run[0] / "model.safetensors", str(tmp_path / "run.volseg.zarr")
+    predict = {"model": str(path), "backend": "torch", "precision": "fp32", "tile": 64, "overlap": 32}
+    tables = {"predict": predict, "train": {**tables, "precision": "fp32"}, "blocks": {"shape": [3, 40, 96]}}
+    config = resolve(("test", {**tables, "cluster": {"workers": 1, "dashboard": ""}}))
+    api.infer(config.train.data[0].image, out, config=config, progress=Quiet())
+    network = model.load(path)[0].to(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    (slab,) = validation_slabs(network, *load_sources(config.train), 0, config)
+    torch.set_num_threads(threads)
+    stored = zarr.open_array(f"{out}/0", mode="r")[:, 6:8]
+    assert len(np.unique(stored)) > 50
+    np.testing.assert_array_equal(slab.probability, stored)
+
+
+def test_scores_of_a_decoding_are_those_of_a_run_with_it(known, tmp_path):
+    """Calibration decides as runs do: a run of the held-out sections has the very foreground and objects."""
+    config, source, _ = known
+    network = Known(source)
+    network.forward = lambda images: Known.forward(network, images) + 3
+    chosen = calibrate(network, [source], config)
+    (slab,) = validation_slabs(network, source, 0, config)
+    path = str(tmp_path / "probability.zarr")
+    zarr.create_array(path, data=slab.probability)
+    channels = {"probabilities": {"mask_channel": 0, "contour_channel": 1}, "blocks": {"shape": [1, 40, 50]}}
+    truth = slab.labels
+
+    def run(name, **stitch):
+        tables = chosen.tables()
+        decided = resolve(("test", {**channels, **tables, "stitch": {**tables["stitch"], **stitch}}))
+        segment_here(path, str(tmp_path / name), decided)
+        return zarr.open_array(str(tmp_path / name / "labels/instances/0"), mode="r")[:]
+
+    labels = run("objects.volseg.zarr")
+    assert chosen.pq == score_instances(Contingency.from_labels(truth, labels)).pq > 0
+    every = run("foreground.volseg.zarr", keep_unseeded=True, min_voxels=0) > 0
+    assert chosen.iou == (every & (truth > 0)).sum() / (every | (truth > 0)).sum()
+    fragments = config.fragments.model_copy(update={"threshold": chosen.threshold, "smooth": chosen.smooth})
+    np.testing.assert_array_equal(every, foreground(slab.probability, fragments))

@@ -23,16 +23,15 @@ def quantized(image, tmp_path_factory):
     """The shipped model with an INT8 form calibrated on a few synthetic sections."""
     path = tmp_path_factory.mktemp("int8") / "model.safetensors"
     shutil.copy(model.shipped(), path)
-    quantize.quantize(path, image, sections=("0:3",), truth=f"{image}/labels/truth/0", held=("8:12",))
+    quantize.quantize(path, image, sections=("0:3",), truth=f"{image}/labels/truth/0", held_out=("8:12",))
     return path
 
 
 @pytest.fixture(scope="module")
 def tile(image):
     source = volume.open(image)
-    whole = quantize._tile(
-        source, 15, quantize._grid(source, CARD).place((0, 0)), 3, normalization(source.shape, source.read)
-    )
+    statistics = normalization(source.shape, source.read)
+    (whole,) = quantize._calibration_tiles(source, [15], CARD, statistics)
     return np.ascontiguousarray(whole[..., :96, :128])
 
 
@@ -48,7 +47,7 @@ def test_the_card_says_what_int8_costs(quantized):
     assert held["iou_fp32"] > 0.6
     assert abs(held["iou_fp32"] - held["iou_int8"]) < 0.03
     assert held["mean_difference"] < 2 / 255
-    assert "8:12" in quantize.table(facts)
+    assert "8:12" in quantize.format_facts(facts)
 
 
 def test_the_weights_are_left_as_they_are(quantized):
@@ -118,13 +117,13 @@ def test_auto_may_take_what_loses_little(loss, allowed):
 
 def test_sections_to_calibrate_on_are_not_held_out(image, quantized):
     with pytest.raises(UserError, match="section 8 is both"):
-        quantize.quantize(quantized, image, sections=("0:9",), truth=image, held=("8:12",))
+        quantize.quantize(quantized, image, sections=("0:9",), truth=image, held_out=("8:12",))
 
 
 @pytest.mark.parametrize("held", [(), ("8", "10")])
 def test_what_is_held_out_is_one_range_and_that_is_said_at_once(image, quantized, held):
     with pytest.raises(UserError, match="give one range without gaps"):
-        quantize.quantize(quantized, image, sections=("0:3",), truth=f"{image}/labels/truth/0", held=held)
+        quantize.quantize(quantized, image, sections=("0:3",), truth=f"{image}/labels/truth/0", held_out=held)
 
 
 @pytest.mark.parametrize("decode", [{"height": "distance", "distance_nm": 100.0}, {"height": "head"}, {"contour": 0.3}])
@@ -133,5 +132,5 @@ def test_the_foreground_is_the_same_whatever_objects_are_cut_by(decode):
     probability[:, :, :8] = 0
     real = np.zeros((3, 16, 16), bool)
     real[:, 8:] = True
-    found = quantize._iou(probability, real, CARD.changed(decode={"fragments": decode}))
-    assert found == quantize._iou(probability, real, CARD.changed(decode={})) > 0.8
+    found = quantize.foreground_iou(probability, real, CARD.changed(decode={"fragments": decode}))
+    assert found == quantize.foreground_iou(probability, real, CARD.changed(decode={})) > 0.8

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +20,7 @@ from volseg.inference import backends, tiles
 from volseg.inference.backends import Engine
 from volseg.inference.device import Call, out_of_memory_as
 from volseg.inference.normalization import scale
+from volseg.inference.sections import blend_sections, varying_tiles
 from volseg.system import trim_memory
 
 DEVICE_LOCK = threading.Lock()  # held by the task of this process that infers, while others read and write
@@ -106,32 +105,21 @@ def _infer(run: Run, plane: str, box: Box, mask: np.ndarray | None, out: np.ndar
         with out_of_memory_as(f"{source.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
             on_device = replace(source, voxels=device.put(source.voxels))
 
-    def batches() -> Iterator[tuple[list, Any]]:
-        varied = ((z, tile) for z, tile in todo if not tiles.is_constant(source.sections(z, grid.place(tile))))
-        while keys := list(islice(varied, run.batch)):
-            batch = device.zeros((run.batch, run.sections, *grid.size))
-            for row, (z, tile) in zip(batch, keys, strict=False):
-                on_device.cut(z, grid.place(tile), row, scale(run.mean, run.std), device)
-            yield keys, batch
-
-    section, count = None, 0
     at_once = f"{run.batch} tile{'s' * (run.batch > 1)} of {grid.size[0]} x {grid.size[1]} at once"
     advice = "" if run.batch > 1 else "; a smaller predict.tile takes less"
     with _device_held(timings), out_of_memory_as(at_once, advice), timings.phase("infer"), device.stream():
         with timings.phase("load"):
             network = backends.TimedCall(device.synchronized(_network(run, grid.size)))
         probabilities, blend = device.empty_output(out), tiles.Blend(len(run.heads), grid, y, x, device)
-        cut = timings.phase_of_each("cut", batches())
-        for keys, batch in backends.imap(network, cut, threads=_threads(run)):
+        count, varying = 0, varying_tiles(source, grid, todo)
+        for z, added in blend_sections(
+            network, on_device, varying, blend, scale=scale(run.mean, run.std), batch=run.batch, threads=_threads(run),
+            timed=timings.phase,
+        ):  # fmt: skip
             with timings.phase("blend"):
-                for (z, tile), one in zip(keys, batch, strict=False):
-                    if section not in (None, z):
-                        blend.quantize(probabilities[:, section - sections.start])
-                    section, count = z, count + 1
-                    blend.add(tile, one)
+                blend.quantize(probabilities[:, z - sections.start])
+            count += added
         with timings.phase("blend"):
-            if count:
-                blend.quantize(probabilities[:, section - sections.start])
             device.copy_to_host(probabilities, out)
     return {
         "inferred_voxels": run.config.predict.tta * count * prod(grid.size),

@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
 
 from volseg.engine.layout import Layout
 from volseg.io import tables
-
-T = TypeVar("T")
-
 
 # ---------------------------------------------------------------- one block
 
@@ -34,17 +30,6 @@ class Timings:
         finally:
             others = sum(self.seconds.values()) - before
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start - others
-
-    def phase_of_each(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """The items; the time that each takes to come is added to the phase."""
-        source = iter(items)
-        while True:
-            with self.phase(name):
-                try:
-                    item = next(source)
-                except StopIteration:
-                    return
-            yield item
 
 
 @dataclass(frozen=True)

@@ -303,6 +303,12 @@ class Blend:
         """``out``, uint8, holds the blended probabilities, 255 for 1, halves round up; the next section begins at 0."""
         self.device.quantize(self.total, self.weight, out)
 
+    def mean(self) -> Any:
+        """The blended probabilities, float32 (channels, y, x); the next section begins at 0."""
+        blended = self.total / self.weight
+        self.total[...] = 0
+        return blended
+
 
 # ---------------------------------------------------------------- several looks at one voxel
 

@@ -107,6 +107,30 @@ def mask_level(threshold: float) -> int:
     return ceil(threshold * MAX_LEVEL)
 
 
+def smooth_mask(probability: np.ndarray, passes: Triple) -> np.ndarray:
+    """Return the smoothed mask probability of a whole volume, as `block_heights` holds it against `mask_level`.
+
+    Parameters
+    ----------
+    probability
+        uint8 (z, y, x), 255 for 1.
+    passes
+        Passes of the filter [1 2 1] / 4 along z, y, x. Beyond the volume the last voxel is repeated.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint16 (z, y, x), `MAX_LEVEL` for 1.
+
+    Examples
+    --------
+    >>> smooth_mask(np.array([[[0, 0, 255, 0, 0]]], np.uint8), (0, 0, 1))[0, 0].tolist()
+    [0, 4080, 8160, 4080, 0]
+    """
+    padded = np.pad(probability, [(n, n) for n in passes], mode="edge")
+    return _smooth(padded, passes, _reachable(padded, passes, 0))
+
+
 def seed_height(seed: float, settings: Fragments, voxel_size_nm: VoxelSize | None = None) -> int:
     """The greatest height at which a voxel is a seed: what ``settings.height`` names is at least ``seed``.
 

@@ -8,20 +8,20 @@ from itertools import product
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 from volseg.box import Box, Triple
-from volseg.config import Config, Fragments, Train
+from volseg.config import Config, Fragments
 from volseg.evaluation.contingency import Contingency
 from volseg.evaluation.metrics import score_instances
+from volseg.inference.sections import predict_sections_uint8
 from volseg.segmentation import stitch
 from volseg.segmentation.basins import watershed_block
 from volseg.segmentation.edges import EDGE
-from volseg.segmentation.heights import block_heights
+from volseg.segmentation.heights import block_heights, mask_level, smooth_mask
 from volseg.segmentation.rules import Rules, label_basins
 from volseg.training.sources import Source
 from volseg.training.targets import UNLABELED
-from volseg.training.validate import plane_logits
+from volseg.training.validate import numpy_forward, source_tiles
 
 THRESHOLDS = np.arange(20, 81, 2) / 100  # of the mask
 SMOOTHING_PASSES = (0, 1, 2)  # along z, and in the plane
@@ -109,31 +109,47 @@ def calibrate(network: torch.nn.Module, sources: list[Source], config: Config) -
     default = Decoding(
         config.fragments.threshold, config.fragments.smooth, config.stitch.seed, config.stitch.min_voxels
     )
-    slabs = [slab for i, source in enumerate(sources) for slab in validation_slabs(network, source, i, config.train)]
+    slabs = [slab for i, source in enumerate(sources) for slab in validation_slabs(network, source, i, config)]
     if not slabs:
         return default
-    smooth_, threshold, curve = best_mask(slabs, config.fragments)
+    smooth, threshold, curve = best_mask(slabs, config.fragments)
     if not curve.any():
         return default
-    chosen = config.fragments.model_copy(update={"smooth": smooth_, "threshold": threshold})
+    chosen = config.fragments.model_copy(update={"smooth": smooth, "threshold": threshold})
     candidates = score_objects(slabs, config.model_copy(update={"fragments": chosen}))
     best = candidates[0]
     return Decoding(
-        threshold, smooth_, best["seed"], best["min_voxels"], iou=float(curve.max()), pq=best["pq"],
+        threshold, smooth, best["seed"], best["min_voxels"], iou=float(curve.max()), pq=best["pq"],
         iou_curve=tuple(curve.tolist()), candidates=tuple(candidates),
     )  # fmt: skip
 
 
-def validation_slabs(
-    network: torch.nn.Module, source: Source, number: int, settings: Train
-) -> Iterator[ValidationSlab]:
+def validation_slabs(network: torch.nn.Module, source: Source, number: int, config: Config) -> Iterator[ValidationSlab]:
     """Yield the held-out sections of a source in runs of consecutive ones; ``number`` is its index among all sources."""
     sections = np.array(source.validation_sections, int)
-    for run in np.split(sections, np.flatnonzero(np.diff(sections) > 1) + 1) if sections.size else []:
-        logits = torch.stack([plane_logits(network, source, z, settings) for z in run.tolist()], dim=1)
-        chance = np.floor(logits.sigmoid().numpy() * np.float32(255) + np.float32(0.5)).astype(np.uint8)
-        size = source.voxel_size_nm or (1.0, 1.0, 1.0)
-        yield ValidationSlab(chance, source.labels[run], number, source.share, size)
+    size = source.voxel_size_nm or (1.0, 1.0, 1.0)
+    with numpy_forward(network, config.train.precision) as forward:
+        for run in np.split(sections, np.flatnonzero(np.diff(sections) > 1) + 1) if sections.size else []:
+            probability = predict_sections_uint8(forward, sections=run.tolist(), **source_tiles(source, config))
+            yield ValidationSlab(probability, source.labels[run], number, source.share, size)
+
+
+def foreground(probability: np.ndarray, settings: Fragments) -> np.ndarray:
+    """Return the voxels that a run takes for foreground before it decides on objects.
+
+    Parameters
+    ----------
+    probability
+        uint8 (heads, z, y, x), as a run stores them.
+    settings
+        Their ``smooth`` and ``threshold`` count.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool (z, y, x).
+    """
+    return smooth_mask(probability[0], settings.smooth) >= mask_level(settings.threshold)
 
 
 def best_mask(slabs: list[ValidationSlab], base: Fragments) -> tuple[Triple, float, np.ndarray]:
@@ -158,27 +174,34 @@ def _iou_curve(slabs: list[ValidationSlab], passes: Triple) -> np.ndarray:
     total, weight = np.zeros(len(THRESHOLDS)), 0.0
     for number in sorted({slab.source for slab in slabs}):
         own = [slab for slab in slabs if slab.source == number]
-        chances = (smooth(slab.probability[0].astype(np.float32) / 255, passes) for slab in own)
-        pooled = sum(overlaps(chance, slab.labels) for chance, slab in zip(chances, own, strict=True))
-        total, weight = total + own[0].share * pooled[0] / np.maximum(1, pooled[1]), weight + own[0].share
+        levels = (smooth_mask(slab.probability[0], passes) for slab in own)
+        overlaps = (threshold_overlaps(level, slab.labels) for level, slab in zip(levels, own, strict=True))
+        both, either = sum(overlaps)
+        total, weight = total + own[0].share * both / np.maximum(1, either), weight + own[0].share
     return total / weight
 
 
-def smooth(chance: np.ndarray, passes: Triple) -> np.ndarray:
-    """``chance`` (z, y, x) after that many passes of the [1 2 1] / 4 filter along each axis."""
-    for axis, count in enumerate(passes):
-        for _ in range(count):
-            chance = ndimage.convolve1d(chance, [0.25, 0.5, 0.25], axis=axis, mode="nearest")
-    return chance
+def threshold_overlaps(level: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return how the foreground overlaps the truth at each of `THRESHOLDS`.
 
+    Parameters
+    ----------
+    level
+        uint16, what `heights.smooth_mask` gives.
+    labels
+        The truth uint32 of the same shape; voxels that nobody annotated do not count.
 
-def overlaps(chance: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Voxels in both and in either of truth and ``chance >= t``, for each t of `THRESHOLDS`: (2, n); unlabeled ones not."""
+    Returns
+    -------
+    numpy.ndarray
+        int64 (2, thresholds): voxels in both, and in either.
+    """
     valid = labels != UNLABELED
-    truth, level = labels[valid] != 0, np.searchsorted(THRESHOLDS, chance[valid] + 1e-6, side="right")
-    true, false = (np.bincount(level[side], minlength=len(THRESHOLDS) + 1) for side in (truth, ~truth))
-    reached_true, reached_false = (n[::-1].cumsum()[::-1][1:] for n in (true, false))
-    return np.stack([reached_true, truth.sum() + reached_false])
+    levels = [mask_level(threshold) for threshold in THRESHOLDS]
+    truth, reached = labels[valid] != 0, np.searchsorted(levels, level[valid], side="right")
+    true, false = (np.bincount(reached[side], minlength=len(levels) + 1) for side in (truth, ~truth))
+    true_positives, false_positives = (n[::-1].cumsum()[::-1][1:] for n in (true, false))
+    return np.stack([true_positives, truth.sum() + false_positives])
 
 
 def score_objects(slabs: list[ValidationSlab], config: Config) -> list[dict]:

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from volseg.config import Train
+from volseg.config import Config
 from volseg.inference import model
 from volseg.inference.model_card import ModelCard
 from volseg.io.pictures import grayscale
 from volseg.progress import format_table
-from volseg.training.decoding import THRESHOLDS, Decoding, ValidationSlab, smooth, validation_slabs
+from volseg.training.decoding import THRESHOLDS, Decoding, ValidationSlab, foreground, validation_slabs
 from volseg.training.sources import Source
 from volseg.training.targets import UNLABELED, describe_annotation
 
@@ -83,7 +83,7 @@ class Picture:
     png: bytes
 
 
-def write_report(report: Report, network: torch.nn.Module, settings: Train, out: Path) -> None:
+def write_report(report: Report, network: torch.nn.Module, config: Config, out: Path) -> None:
     """Write ``report.html`` into the folder ``out``, and beside it its pictures as PNGs, and ``curves.csv``.
 
     ``network`` predicts the sections that are pictured. Raises `UserError` where a file cannot be written.
@@ -91,7 +91,7 @@ def write_report(report: Report, network: torch.nn.Module, settings: Train, out:
     figures = {"curves": plot_curves(report.history, report.validation_interval)}
     if report.decoding.iou_curve:
         figures["threshold"] = plot_threshold(report.decoding)
-    pictures = section_pictures(network, report, settings)
+    pictures = section_pictures(network, report, config)
     for name, png in {**figures, **{picture.name: picture.png for picture in pictures}}.items():
         model.write_whole(out / f"{name}.png", png)
     model.write_whole(out / "curves.csv", _csv(report.history))
@@ -202,20 +202,21 @@ def _png(figure: Figure) -> bytes:
 # ---------------------------------------------------------------- sections
 
 
-def section_pictures(network: torch.nn.Module, report: Report, settings: Train) -> list[Picture]:
+def section_pictures(network: torch.nn.Module, report: Report, config: Config) -> list[Picture]:
     """Return pictures of some sections of each volume: original, truth, prediction, differences.
 
     Held-out sections where a volume has some, else sections that it taught, and the caption says so.
     """
-    pictures = []
+    decoded = {"threshold": report.decoding.threshold, "smooth": report.decoding.smooth}
+    fragments, pictures = config.fragments.model_copy(update=decoded), []
     for i, source in enumerate(report.sources):
         held_out = bool(source.validation_sections)
         shown = source if held_out else replace(source, validation_sections=_spread(source.train_sections))
-        slab_of = {z: (slab, k) for slab, run in _slabs(network, shown, i, settings) for k, z in enumerate(run)}
+        slab_of = {z: (slab, k) for slab, run in _slabs(network, shown, i, config) for k, z in enumerate(run)}
         for z in _spread(shown.validation_sections):
             slab, k = slab_of[z]
-            chance = smooth(slab.probability[0].astype(np.float32) / 255, report.decoding.smooth)[k]
-            png = draw_panels(source.image[z], source.labels[z], chance >= report.decoding.threshold)
+            prediction = foreground(slab.probability, fragments)[k]
+            png = draw_panels(source.image[z], source.labels[z], prediction)
             number = source.first_section + z
             note = "held out" if held_out else "learnt from, so better than on new ones"
             caption = f"{Path(source.name).name}, section {number} ({note})"
@@ -230,11 +231,11 @@ def _spread(sections: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _slabs(
-    network: torch.nn.Module, source: Source, number: int, settings: Train
+    network: torch.nn.Module, source: Source, number: int, config: Config
 ) -> Iterator[tuple[ValidationSlab, tuple[int, ...]]]:
     """Each slab of held-out sections, with the sections that it holds."""
     start = 0
-    for slab in validation_slabs(network, source, number, settings):
+    for slab in validation_slabs(network, source, number, config):
         yield slab, source.validation_sections[start : start + len(slab.labels)]
         start += len(slab.labels)
 

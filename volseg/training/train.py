@@ -97,7 +97,7 @@ def _lead(state: State, sources: list[Source], config: Config, show: Callable[[d
         for row in train_steps(state, sources, settings, log):
             show({**row, "left": _format_time_left(state, settings)})
             if state.step % settings.every == 0:
-                scores = validate(state.averaged, sources, settings)
+                scores = validate(state.averaged, sources, config)
                 state.history += _validation_row(state, scores)
                 log(_format_progress(state, settings))
                 model.save(out / MODEL_NAME, state.averaged.module, model_card(config, sources, state, scores))
@@ -147,14 +147,14 @@ def finish(state: State, sources: list[Source], config: Config, log: Log) -> Pat
     network = state.averaged.module
     update_batchnorm(network, sources, settings, state.micro_batches)
     _round_to_half(network)
-    scores = validate(network, sources, settings)
+    scores = validate(network, sources, config)
     decoding = calibrate(network, sources, config)
     card = model_card(config, sources, state, scores, decoding)
     path = out / MODEL_NAME
     model.save(path, network, card)
     last = _validation_row(state, scores) if state.step % settings.every else []
     result = report.Report(card, state.history + last, decoding, tuple(sources), data_wait_share(state), settings.every)
-    report.write_report(result, network, settings, out)
+    report.write_report(result, network, config, out)
     for line in closing_lines(scores, decoding, state):
         log(line)
     log(f"report {out / 'report.html'}")

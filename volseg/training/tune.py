@@ -175,7 +175,7 @@ def _short_run(
             raise optuna.TrialPruned
         before, now = (VALIDATIONS * n // settings.steps for n in (state.step - 1, state.step))
         if now > before:
-            iou = validate(state.averaged, sources, settings)["all"]["iou"]
+            iou = validate(state.averaged, sources, config)["all"]["iou"]
             trial.report(iou, now)
             if now < VALIDATIONS and trial.should_prune():
                 raise optuna.TrialPruned

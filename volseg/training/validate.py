@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from volseg.config import Train
+from volseg.config import Config, Train
 from volseg.errors import UserError
-from volseg.inference.tiles import MULTIPLE
+from volseg.inference.backends import Forward
+from volseg.inference.normalization import scale
+from volseg.inference.sections import predict_sections
+from volseg.inference.tiles import Slab
+from volseg.inference.tiles import grid as tile_grid
 from volseg.training import losses
 from volseg.training.precision import autocast
-from volseg.training.samples import context_sections
 from volseg.training.sources import Source
 from volseg.training.targets import UNLABELED, mask_and_contour
 
-TILE, MARGIN = 1280, 64  # a longer plane is predicted in parts of TILE that see MARGIN voxels more on each side
+MIN_PROBABILITY = 1e-6  # and 1 less that is the greatest, of which a loss is taken
 
 
-def plane_logits(network: torch.nn.Module, source: Source, z: int, settings: Train) -> torch.Tensor:
-    """(heads, Y, X) float32 logits on the CPU for a whole section."""
-    raw = source.image[context_sections(z, settings.sections, len(source.image))]
-    height, width = plane = raw.shape[1:]
-    out = torch.empty(len(settings.heads), height, width)
+# ---------------------------------------------------------------- predictions
+
+
+@contextmanager
+def numpy_forward(network: torch.nn.Module, precision: str) -> Iterator[Forward]:
+    """Give a network as a function of arrays within the block, in eval mode.
+
+    It takes standardized tiles (B, sections, Y, X) float32 to probabilities (B, heads, Y, X) float32.
+    """
+    device = next(network.parameters()).device
+
+    def forward(tiles: np.ndarray) -> np.ndarray:
+        with torch.inference_mode(), autocast(device, precision):
+            logits = network(torch.from_numpy(tiles).to(device, memory_format=torch.channels_last))
+            return logits.float().sigmoid().cpu().numpy()
+
     was_training = network.training
     network.eval()
-    for y, x in product(range(0, height, TILE), range(0, width, TILE)):
-        core = slice(y, min(y + TILE, height)), slice(x, min(x + TILE, width))
-        seen = tuple(slice(max(0, s.start - MARGIN), min(n, s.stop + MARGIN)) for s, n in zip(core, plane, strict=True))
-        inner = tuple(slice(c.start - s.start, c.stop - s.start) for c, s in zip(core, seen, strict=True))
-        out[:, *core] = _logits(network, (raw[:, *seen] - source.mean) / source.std, settings)[:, *inner]
-    network.train(was_training)
-    return out
+    try:
+        yield forward
+    finally:
+        network.train(was_training)
 
 
-def _logits(network: torch.nn.Module, image: np.ndarray, settings: Train) -> torch.Tensor:
-    """(heads, Y, X) for a standardized image (sections, Y, X), its edges mirrored to a multiple that the network takes."""
-    device = next(network.parameters()).device
-    (height, width), multiple = image.shape[1:], MULTIPLE * settings.binning
-    padded = np.pad(
-        image.astype(np.float32), ((0, 0), (0, -height % multiple), (0, -width % multiple)), mode="symmetric"
-    )
-    with torch.inference_mode(), autocast(device, settings.precision):
-        logits = network(torch.from_numpy(padded)[None].to(device, memory_format=torch.channels_last))
-    return logits[0, :, :height, :width].float().cpu()
+def source_tiles(source: Source, config: Config) -> dict:
+    """Return what `sections.predict_sections` is told of a source: slab, grid, heads and scale, those of a run."""
+    settings, predict = config.train, config.predict
+    return {
+        "slab": Slab(source.image, (0, 0, 0), settings.sections // 2, len(source.image)),
+        "grid": tile_grid(source.image.shape[1:], predict.tile, predict.overlap, settings.binning),
+        "heads": len(settings.heads),
+        "scale": scale(source.mean, source.std),
+    }
+
+
+# ---------------------------------------------------------------- scores
 
 
 def section_targets(source: Source, z: int, settings: Train) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,8 +72,17 @@ def section_targets(source: Source, z: int, settings: Train) -> tuple[torch.Tens
     return torch.from_numpy(np.stack(targets)).float(), torch.from_numpy(valid).float().expand(len(targets), -1, -1)
 
 
-def validate(network: torch.nn.Module, sources: list[Source], settings: Train) -> dict:
-    """Return the scores of a network on whole held-out sections.
+def validate(network: torch.nn.Module, sources: list[Source], config: Config) -> dict:
+    """Return the scores of a network on whole held-out sections, predicted as a run predicts them.
+
+    Parameters
+    ----------
+    network
+        On any device; left in the mode in which it was.
+    sources
+        Volumes, of which some hold sections out.
+    config
+        All settings; those of ``predict`` say how sections are cut into tiles.
 
     Returns
     -------
@@ -68,21 +91,25 @@ def validate(network: torch.nn.Module, sources: list[Source], settings: Train) -
         sections out.
     """
     scores, all_losses, all_counts = {}, [], []
-    for source in (s for s in sources if s.validation_sections):
-        rows = [_score_section(network, source, z, settings) for z in source.validation_sections]
-        values, counts = [row[0] for row in rows], [row[1] for row in rows]
-        scores[source.name] = {"loss": float(np.mean(values)), **losses.foreground_scores(sum(counts))}
-        all_losses, all_counts = all_losses + values, all_counts + counts
+    with numpy_forward(network, config.train.precision) as forward:
+        for source in (s for s in sources if s.validation_sections):
+            rows = [_score_section(forward, source, z, config) for z in source.validation_sections]
+            values, counts = [row[0] for row in rows], [row[1] for row in rows]
+            scores[source.name] = {"loss": float(np.mean(values)), **losses.foreground_scores(sum(counts))}
+            all_losses, all_counts = all_losses + values, all_counts + counts
     if not all_losses:
         return {}
     return {"all": {"loss": float(np.mean(all_losses)), **losses.foreground_scores(sum(all_counts))}, **scores}
 
 
-def _score_section(network: torch.nn.Module, source: Source, z: int, settings: Train) -> tuple[float, torch.Tensor]:
+def _score_section(forward: Forward, source: Source, z: int, config: Config) -> tuple[float, torch.Tensor]:
     """Loss and confusion counts of one section."""
-    logits, (targets, weights) = plane_logits(network, source, z, settings), section_targets(source, z, settings)
-    loss = losses.segmentation_loss(logits[None], targets[None], weights[None], settings).item()
-    return loss, losses.confusion_counts(logits[0] >= 0, targets[0] > 0, weights[0] > 0)
+    blended = predict_sections(forward, sections=[z], **source_tiles(source, config))
+    probability = torch.from_numpy(blended[:, 0])
+    targets, weights = section_targets(source, z, config.train)
+    logits = torch.logit(probability, eps=MIN_PROBABILITY)
+    loss = losses.segmentation_loss(logits[None], targets[None], weights[None], config.train).item()
+    return loss, losses.confusion_counts(probability[0] >= 0.5, targets[0] > 0, weights[0] > 0)
 
 
 def require_validation_sections(sources: list[Source], command: str) -> None:

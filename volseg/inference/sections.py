@@ -1,0 +1,136 @@
+"""Sections through a network: tiles are cut from a slab, predicted, and blended section by section.
+
+Runs, validation in training and the comparison of a quantized form all predict with this, so that they see the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from volseg.inference.backends import Forward, imap
+from volseg.inference.device import Call
+from volseg.inference.tiles import Blend, Grid, Slab, is_constant
+
+TileKey = tuple[int, tuple[int, int]]  # section, and the tile's row and column in the grid
+Timer = Callable[[str], AbstractContextManager]
+
+
+def varying_tiles(slab: Slab, grid: Grid, tiles: Iterable[TileKey]) -> Iterator[TileKey]:
+    """Yield the tiles that are not constant in all sections that they see; ``slab`` holds an array.
+
+    A constant tile shows nothing, and counts as 0: whether it is constant depends on the volume alone.
+    """
+    return ((z, tile) for z, tile in tiles if not is_constant(slab.sections(z, grid.place(tile))))
+
+
+def blend_sections(
+    network: Call, slab: Slab, tiles: Iterable[TileKey], blend: Blend, *, scale: tuple[float, float], batch: int = 1,
+    threads: int = 1, timed: Timer = nullcontext,
+) -> Iterator[tuple[int, int]]:  # fmt: skip
+    """Yield the number of each section, and how many tiles it had, once ``blend`` holds them all.
+
+    The caller takes the sums of a section from ``blend`` before it asks for the next. A section without tiles is left out.
+
+    Parameters
+    ----------
+    network
+        Takes standardized tiles (batch, sections, y, x) float32 and gives probabilities (batch, heads, y, x) float32,
+        where the arrays of ``blend.device`` lie.
+    slab
+        The voxels under the tiles, on ``blend.device``.
+    tiles
+        By section and in raster order.
+    blend
+        Its grid says where tiles lie.
+    scale
+        What is taken from a voxel, and what it is multiplied by then, see `normalization.scale`.
+    batch
+        Tiles in one call; the last call is filled up with zeros.
+    threads
+        Calls under way at once.
+    timed
+        Gives the context in which work counts as "cut" or "blend".
+    """
+    grid, device = blend.grid, blend.device
+
+    def batches() -> Iterator[tuple[list[TileKey], Any]]:
+        remaining = iter(tiles)
+        while True:
+            with timed("cut"):
+                keys = list(islice(remaining, batch))
+                rows = device.zeros((batch, 2 * slab.around + 1, *grid.size)) if keys else ()
+                for row, (z, tile) in zip(rows, keys, strict=False):
+                    slab.cut(z, grid.place(tile), row, scale, device)
+            if not keys:
+                return
+            yield keys, rows
+
+    section, count = None, 0
+    for keys, probability in imap(network, batches(), threads):
+        for (z, tile), one in zip(keys, probability, strict=False):
+            if section is not None and section != z:
+                yield section, count
+                count = 0
+            with timed("blend"):
+                blend.add(tile, one)
+            section, count = z, count + 1
+    if section is not None:
+        yield section, count
+
+
+def predict_sections(
+    forward: Forward, slab: Slab, sections: Sequence[int], *, grid: Grid, heads: int, scale: tuple[float, float]
+) -> np.ndarray:
+    """Return the probabilities of whole sections.
+
+    Parameters
+    ----------
+    forward
+        Takes standardized tiles (1, sections, y, x) float32 and gives probabilities (1, heads, y, x) float32.
+    slab
+        Whole planes of the volume, in an array.
+    sections
+        Numbers of the sections, ascending.
+    grid
+        The tiles of a plane.
+    heads
+        Channels of the network.
+    scale
+        See `blend_sections`.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 (heads, sections, y, x).
+    """
+    out = np.zeros((heads, len(sections), *slab.voxels.shape[1:]), np.float32)
+    for i, blend in _blended(forward, slab, sections, grid, heads, scale):
+        out[:, i] = blend.mean()
+    return out
+
+
+def predict_sections_uint8(
+    forward: Forward, slab: Slab, sections: Sequence[int], *, grid: Grid, heads: int, scale: tuple[float, float]
+) -> np.ndarray:
+    """Return the probabilities of whole sections as a run stores them: as `predict_sections`, but uint8, 255 for 1."""
+    out = np.zeros((heads, len(sections), *slab.voxels.shape[1:]), np.uint8)
+    for i, blend in _blended(forward, slab, sections, grid, heads, scale):
+        blend.quantize(out[:, i])
+    return out
+
+
+def _blended(
+    forward: Forward, slab: Slab, sections: Sequence[int], grid: Grid, heads: int, scale: tuple[float, float]
+) -> Iterator[tuple[int, Blend]]:
+    """The index of each section that shows something, and the blend that holds its tiles."""
+    index = {z: i for i, z in enumerate(sections)}
+    plane = tuple(slice(0, n) for n in slab.voxels.shape[1:])
+    blend = Blend(heads, grid, *plane)
+    tiles = varying_tiles(slab, grid, ((z, tile) for z in sections for tile in grid.overlapping(*plane)))
+    for z, _ in blend_sections(forward, slab, tiles, blend, scale=scale):
+        yield index[z], blend
