@@ -50,11 +50,11 @@ def exact(
     from benchmarks import exact as bench
 
     if run:
-        bench.of_run(run)
+        bench.compare_blocks(run)
     elif vnc:
-        bench.of_vnc(vnc, sections)
+        bench.compare_foreign(vnc, sections)
     else:
-        bench.of_volume(volume, sections)
+        bench.compare_commands(volume, sections)
 
 
 @app.command()
@@ -214,13 +214,15 @@ def heights(
     truth: Annotated[str, typer.Argument(help="Its true labels.")],
     box: Annotated[str, typer.Option(help="Part that is scored.")] = "140:165,0:768,0:1024",
     calibrate: Annotated[str, typer.Option(help="Part on which seeds and sizes are chosen.")] = "120:140,0:768,0:1024",
-    of: Annotated[Pair | None, typer.Option(help="RUN TRUTH that --calibrate is a part of, if another.")] = None,
+    calibrate_on: Annotated[
+        Pair | None, typer.Option("--of", help="RUN TRUTH that --calibrate is a part of, if another.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Rows go to results/heights-NAME.json.")] = "epfl",
 ) -> None:
     """What the watershed should follow: fragments.height on stored probabilities, each calibrated on another part."""
     from benchmarks import heights as bench
 
-    bench.measure(run, truth, box, (*(of or (run, truth)), calibrate), name)
+    bench.measure(run, truth, box, (*(calibrate_on or (run, truth)), calibrate), name)
 
 
 @app.command()

@@ -43,7 +43,7 @@ from volseg.io import arrays, volume
 
 def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    exact.of_run(reference)
+    exact.compare_blocks(reference)
     assert "one answer" in capsys.readouterr().out
     kept = json.loads((tmp_path / "exact-run.json").read_text())
     assert len(kept["rows"]) == 7
