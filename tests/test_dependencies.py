@@ -76,9 +76,9 @@ def base(tmp_path_factory):
     return run
 
 
-def imported() -> set[str]:
-    """Top-level modules that any file here imports."""
-    trees = [ast.parse(p.read_text()) for f in ("volseg", "benchmarks", "tests") for p in (ROOT / f).rglob("*.py")]
+def imported(*folders: str) -> set[str]:
+    """Top-level modules that any file in these folders imports."""
+    trees = [ast.parse(path.read_text()) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     members = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
@@ -90,9 +90,16 @@ def imported() -> set[str]:
     return {name.partition(".")[0] for name in plain | members | skipped}
 
 
+def test_every_package_that_is_imported_is_asked_for():
+    asked = names(PROJECT["dependencies"]).union(*(names(lines) for extra, lines in EXTRAS.items() if extra != "test"))
+    held = makers()
+    unnamed = {module for module in imported("volseg", "benchmarks") if module in held and not held[module] & asked}
+    assert unnamed - {"volseg"} == set()
+
+
 def test_no_package_is_asked_for_that_nothing_uses():
     asked = names(PROJECT["dependencies"]).union(*map(names, EXTRAS.values()))
-    modules = imported()
+    modules = imported("volseg", "benchmarks", "tests")
     used = set().union(*(held for top, held in makers().items() if top in modules))
     assert asked - used - TOOLS - BEHIND.keys() == set()
 

@@ -2,4 +2,4 @@
 
 from volseg.system import require
 
-require("torch", "segmentation_models_pytorch", "optuna", "matplotlib", extra="train")
+require("torch", "segmentation_models_pytorch", "optuna", "matplotlib", "tomli_w", extra="train")
