@@ -183,8 +183,8 @@ def _sort_digit(column: np.ndarray, lowest: int, shift: int, rows: np.ndarray, o
     place = np.zeros(mask + 2, np.int64)
     for value in column:
         place[(((np.int64(value) - lowest) >> shift) & mask) + 1] += 1
-    for digit in range(mask):
-        place[digit + 1] += place[digit]
+    for k in range(mask):
+        place[k + 1] += place[k]
     for e in rows:
         digit = ((np.int64(column[e]) - lowest) >> shift) & mask
         out[place[digit]] = e

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
 from math import ceil, gcd
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -472,7 +473,7 @@ def _runs(background: np.ndarray, step: int, cap: int) -> np.ndarray:
             gap = cap
             for x in range(nx - 1, -1, -1):
                 gap = 0 if background[z, y, x] else min(gap + step, cap)
-                shorter = min(gap, np.int64(out[z, y, x]))
+                shorter: Any = min(gap, np.int64(out[z, y, x]))
                 out[z, y, x] = shorter * shorter
     return out
 

@@ -43,9 +43,8 @@ from volseg.segmentation.stitch import REGION_MASK, Links, min_by_group, sum_by_
 _SADDLE = [(field, EDGE[field]) for field in SADDLE_ORDER]
 INNER = np.dtype([("a", np.uint32), ("b", np.uint32), *_SADDLE])
 OUTER = np.dtype([("component", np.uint32), ("region", np.int64), ("neighbor", np.int64), *_SADDLE])
-ANSWER = np.dtype(
-    [("component", np.uint32), ("region", np.int64), ("neighbor", np.int64)]
-)  # of a second side, in `join`
+ANSWER_FIELDS = ["component", "region", "neighbor"]  # what `join` keeps of a second side
+ANSWER = np.dtype([(field, OUTER[field]) for field in ANSWER_FIELDS])
 DRAIN = -1  # `high` of what joins before all edges; heights are not negative
 SUMS = ("minimum", "voxels", "first", "probability_sum")
 
@@ -326,7 +325,7 @@ def join(below: Iterable[Graph], grid: Blocks, level: int, n: int) -> Graph:
             if sibling > child:
                 ahead[child, sibling] = rows[part == sibling]
             elif sibling < child:
-                answers[sibling, child] = rows[part == sibling][[*ANSWER.names]].astype(ANSWER)
+                answers[sibling, child] = rows[part == sibling][ANSWER_FIELDS].astype(ANSWER)
         del rows, part
     for pair in list(ahead):
         inner.append(_common_edges(ahead.pop(pair), answers.pop(pair)))

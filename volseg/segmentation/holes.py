@@ -179,7 +179,7 @@ def _number_pieces(region: np.ndarray, regions: int) -> tuple[np.ndarray, np.nda
                 else:
                     if runs == parent.size:
                         parent = _doubled(parent)
-                    n = runs
+                    n = np.int64(runs)
                     parent[n] = n
                     runs += 1
                 if touches_y:
@@ -190,12 +190,12 @@ def _number_pieces(region: np.ndarray, regions: int) -> tuple[np.ndarray, np.nda
                 in_run = True
     number = np.zeros(runs, np.uint32)
     count = 0
-    for n in range(runs):
-        if parent[n] == n:
+    for run in range(runs):
+        if parent[run] == run:
             count += 1
-            number[n] = count
+            number[run] = count
         else:
-            number[n] = number[find(parent, n)]
+            number[run] = number[find(parent, run)]
     voxels, first = np.zeros(count, np.int64), np.zeros(count, np.int64)
     flat_region, flat = region.ravel(), out.ravel()
     for v in range(flat.size):

@@ -31,6 +31,10 @@ ROW = np.dtype(
         ("stop", np.int64, 3),
     ]
 )
+REDUCTIONS = {
+    "voxels": np.add, "probability_sum": np.add, "min_probability": np.minimum, "faces": np.add, "sum": np.add,
+    "moment": np.add, "start": np.minimum, "stop": np.maximum,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -272,9 +276,8 @@ def merge(parts: Sequence[ObjectSums]) -> ObjectSums:
     rows = rows[np.argsort(rows["id"], kind="stable")]
     first = np.flatnonzero(np.r_[True, rows["id"][1:] != rows["id"][:-1]])
     merged = rows[first]
-    reductions = {"min_probability": np.minimum, "start": np.minimum, "stop": np.maximum}
-    for field in rows.dtype.names[1:]:
-        merged[field] = reductions.get(field, np.add).reduceat(rows[field], first, axis=0)
+    for field, reduce in REDUCTIONS.items():
+        merged[field] = reduce.reduceat(rows[field], first, axis=0)
     carry = merged["moment"][..., 1] >> WORD_BITS
     merged["moment"][..., 0] += carry
     merged["moment"][..., 1] -= carry << WORD_BITS
@@ -324,7 +327,8 @@ def objects_table(
     variance, axis0 = _principal(_covariance(rows, size))
     sd = np.sqrt(variance)
     columns = {"id": rows["id"], "voxels": rows["voxels"], "volume_um3": rows["voxels"] * (float(np.prod(size)) * 1e-9)}
-    columns["surface_area_um2"] = sum(rows["faces"][:, i] * (np.prod(np.delete(size, i)) * 1e-6) for i in range(3))
+    across_z, across_y, across_x = (rows["faces"][:, i] * (np.prod(np.delete(size, i)) * 1e-6) for i in range(3))
+    columns["surface_area_um2"] = across_z + across_y + across_x
     for i, axis in enumerate("zyx"):
         columns[f"{axis}0"], columns[f"{axis}1"] = rows["start"][:, i], rows["stop"][:, i]
     for i, axis in enumerate("zyx"):
