@@ -37,8 +37,9 @@ from volseg.config import Probabilities, load
 from volseg.errors import UserError
 from volseg.evaluation.verify import verify
 from volseg.io import arrays, files, pyramid, volume
-from volseg.io.probabilities import named_channels, notes, to_uint8
+from volseg.io.probabilities import named_channels, notes
 from volseg.segmentation import objects
+from volseg.segmentation.heights import to_uint8
 
 BOTH = {"probabilities": {"mask_channel": 0, "contour_channel": 1}}
 

@@ -17,8 +17,9 @@ from volseg.box import Blocks, Box
 from volseg.config import Fragments
 from volseg.errors import UserError
 from volseg.segmentation import hierarchy, holes
+from volseg.segmentation.distances import distance_unit
 from volseg.segmentation.edges import argsort_rows, argsort_saddles
-from volseg.segmentation.heights import OUTSIDE, block_heights, distance_unit, height_halo, seed_height
+from volseg.segmentation.heights import OUTSIDE, block_heights, height_halo, seed_height
 from volseg.segmentation.rules import Rules, label_basins
 from volseg.segmentation.stitch import gather
 

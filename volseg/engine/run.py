@@ -19,7 +19,7 @@ from volseg.inference import tiles
 from volseg.inference.backends import Engine
 from volseg.io import probabilities, pyramid, volume
 from volseg.io.roi import RegionOfInterest
-from volseg.segmentation.heights import DistanceUnit, distance_unit
+from volseg.segmentation.distances import DistanceUnit, distance_unit
 
 SAMPLED_BLOCKS = 64  # whose tiles are counted where a mask decides
 

@@ -10,13 +10,13 @@ import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numba import njit
 
 from volseg.box import Box
 from volseg.config import Probabilities
 from volseg.errors import UserError
 from volseg.io import volume
 from volseg.io.header import TripleNm
+from volseg.segmentation.heights import to_uint8
 
 CHANNEL_NAMES = ("mask", "contour", "distance")  # in the order in which a run stores them
 
@@ -47,45 +47,6 @@ class Channel:
         if self.source is None:
             return f"no {self.name}"
         return f"{self.name} from channel {self.source.channel} of {self.source.path}{', inverted' * self.inverted}"
-
-
-# ---------------------------------------------------------------- values
-
-
-def to_uint8(data: np.ndarray) -> np.ndarray:
-    """Probabilities (uint8 0..255, uint16 0..65535, floats 0..1) as uint8, to the nearest, halves up; uint8 stays.
-
-    A float counts as out of range when it would not round to 0..255: blended tiles may overshoot 1 by their rounding.
-    Raises ValueError that names the first such voxel (z y x in ``data``).
-
-    >>> to_uint8(np.array([[[0, 128, 129, 65535]]], np.uint16)).tolist()
-    [[[0, 0, 1, 255]]]
-    >>> to_uint8(np.array([[[0, 0.5, 1.001]]], np.float32)).tolist()
-    [[[0, 128, 255]]]
-    """
-    if data.dtype == np.uint8:
-        return data
-    if data.dtype == np.uint16:
-        return ((data.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    out = np.empty(data.shape, np.uint8)
-    floats = np.ascontiguousarray(data, np.float32 if data.dtype == np.float16 else data.dtype)
-    bad = _quantize(floats.ravel(), out.ravel())
-    if bad >= 0:
-        index = np.unravel_index(bad, data.shape)
-        place = ", ".join(map(str, index))
-        raise ValueError(f"voxel {place} of it is {data[index]:g}, and float probabilities lie in 0..1")
-    return out
-
-
-@njit(cache=True, nogil=True)
-def _quantize(values, out):
-    """Fills ``out``; returns the index of the first value that is no probability, or -1. In double: 255 * float32 is exact."""
-    for i in range(values.size):
-        scaled = np.floor(np.float64(values[i]) * 255 + 0.5)
-        if not 0 <= scaled <= 255:
-            return i
-        out[i] = np.uint8(scaled)
-    return -1
 
 
 # ---------------------------------------------------------------- which channel is what

@@ -7,90 +7,78 @@ integers, and a height depends only on voxels within the halo of its own, so blo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
-from math import ceil, gcd
-from typing import Any
+from math import ceil
 
 import numpy as np
 from numba import njit
 
 from volseg.box import Box, Slices, Triple, VoxelSize
 from volseg.config import Fragments
-from volseg.errors import UserError
+from volseg.segmentation.distances import DistanceUnit, distance_unit, squared_distance
 
 STEPS_PER_VALUE = 64  # steps of smoothed probability for each step of the stored uint8
 MAX_LEVEL = 255 * STEPS_PER_VALUE  # of smoothed probability: stands for 1
-MAX_CAP = 255  # of distances: its square fits uint16, and heights fit int32
 STRETCH_VOXELS = 16  # of a row, smoothed together or not at all; at least the filter's reach
 OUTSIDE = np.iinfo(np.int32).max  # height of what is not in the mask
 
 
-# ---------------------------------------------------------------- units
+# ---------------------------------------------------------------- probabilities
 
 
-@dataclass(frozen=True)
-class DistanceUnit:
-    """How distances are counted in whole numbers, so that they are exact.
-
-    Attributes
-    ----------
-    spacing
-        Distance between neighboring voxels along z y x, in units.
-    cap
-        Distance up to which is counted, in units; 0 where no distance counts.
-    """
-
-    spacing: Triple
-    cap: int
-
-    @property
-    def reach(self) -> Triple:
-        """Voxels within the cap, z y x."""
-        z, y, x = (-(-self.cap // step) for step in self.spacing)
-        return z, y, x
-
-
-def distance_unit(settings: Fragments, voxel_size_nm: VoxelSize | None = None) -> DistanceUnit:
-    """The `DistanceUnit` of ``settings.distance``, which is one voxel on every axis, or of ``settings.distance_nm``.
-
-    In nm the unit is 1/16 of the smallest edge of a voxel, or a multiple of it that divides all edges, or the next of 1/8,
-    1/4, 1/2 and 1 that keeps the cap within `MAX_CAP`. Longer edges are rounded to whole units: by less than 1/32 of the
-    smallest edge where the unit is 1/16.
+def to_uint8(probability: np.ndarray) -> np.ndarray:
+    """Probabilities as runs store them.
 
     Parameters
     ----------
-    settings
-        The section ``[fragments]``.
-    voxel_size_nm
-        Size of a voxel along z y x; may be None where ``distance_nm`` is 0.
+    probability
+        uint8 of 0..255, which stay; uint16 of 0..65535, floats of 0..1, or bool.
+
+    Returns
+    -------
+    uint8 of the same shape: 255 * probability to the nearest, halves up
 
     Raises
     ------
-    UserError
-        If the cap is more than `MAX_CAP` voxels.
     ValueError
-        If a distance in nm has no voxel size.
+        Where a float does not round to 0..255, with its place. Blended tiles may overshoot 1 by their rounding.
 
     Examples
     --------
-    >>> distance_unit(Fragments(distance_nm=40), (50, 4.6, 4.6)), distance_unit(Fragments(distance_nm=40), (8, 8, 8))
-    (DistanceUnit(spacing=(87, 8, 8), cap=70), DistanceUnit(spacing=(1, 1, 1), cap=5))
+    >>> to_uint8(np.array([[[0, 128, 129, 65535]]], np.uint16)).tolist()
+    [[[0, 0, 1, 255]]]
+    >>> to_uint8(np.array([[[0, 0.5, 1.001]]], np.float32)).tolist()
+    [[[0, 128, 255]]]
     """
-    if not settings.distance_nm:
-        return DistanceUnit((1, 1, 1), settings.distance)
-    if voxel_size_nm is None:
-        raise ValueError("fragments.distance_nm is not 0, so a voxel's size is needed; give voxel_size_nm")
-    smallest = min(voxel_size_nm)
-    for fraction in (16, 8, 4, 2, 1):
-        z, y, x = (round(fraction * edge / smallest) for edge in voxel_size_nm)
-        unit = gcd(z, y, x)
-        cap = max(1, round(settings.distance_nm * fraction / (smallest * unit)))
-        if cap <= MAX_CAP:
-            return DistanceUnit((z // unit, y // unit, x // unit), cap)
-    raise UserError(f"fragments.distance_nm = {settings.distance_nm:g} is more than {MAX_CAP} voxels of {smallest:g} nm; "
-                    f"give at most {MAX_CAP * smallest:g}")  # fmt: skip
+    if probability.dtype == np.uint8:
+        return probability
+    if probability.dtype == np.bool_:
+        return probability * np.uint8(255)
+    if probability.dtype == np.uint16:
+        return ((probability.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    out = np.empty(probability.shape, np.uint8)
+    dtype = np.float32 if probability.dtype == np.float16 else probability.dtype
+    bad = _quantize(np.ascontiguousarray(probability, dtype).ravel(), out.ravel())
+    if bad >= 0:
+        index = np.unravel_index(bad, probability.shape)
+        place = ", ".join(map(str, index))
+        raise ValueError(f"voxel {place} of it is {probability[index]:g}, and float probabilities lie in 0..1")
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _quantize(values: np.ndarray, out: np.ndarray) -> int:
+    """Fills ``out``; returns the index of the first value that is no probability, or -1. In double: 255 * float32 is exact."""
+    for i in range(values.size):
+        scaled = np.floor(np.float64(values[i]) * 255 + 0.5)
+        if not 0 <= scaled <= 255:
+            return i
+        out[i] = np.uint8(scaled)
+    return -1
+
+
+# ---------------------------------------------------------------- units
 
 
 def height_halo(settings: Fragments, voxel_size_nm: VoxelSize | None = None) -> Triple:
@@ -140,7 +128,7 @@ def seed_height(seed: float, settings: Fragments, voxel_size_nm: VoxelSize | Non
     seed
         A smoothed probability 0..1, or for heights of distance a share of its cap.
     settings, voxel_size_nm
-        As in `distance_unit`, which also says what is raised.
+        As in `distances.distance_unit`, which also says what is raised.
     """
     max_squared = distance_unit(settings, voxel_size_nm).cap ** 2
     if settings.height == "distance":
@@ -160,7 +148,7 @@ def height_to_probability(
     height
         Heights of voxels in the mask (integers), or means of them (floats).
     settings, voxel_size_nm
-        As in `distance_unit`, which also says what is raised.
+        As in `distances.distance_unit`, which also says what is raised.
 
     Returns
     -------
@@ -210,7 +198,7 @@ def block_heights(
     shape
         Shape of the volume, z y x.
     settings, voxel_size_nm
-        As in `distance_unit`, which also says what else is raised.
+        As in `distances.distance_unit`, which also says what else is raised.
 
     Returns
     -------
@@ -269,14 +257,14 @@ def _smoothed_heights(
 
     max_squared = unit.cap**2
     if settings.height == "contour":
-        return compose(smooth(255 - probability[1]), _squared_distance(mask, in_volume, unit), MAX_LEVEL, max_squared)
+        return compose(smooth(255 - probability[1]), squared_distance(mask, in_volume, unit), MAX_LEVEL, max_squared)
     if settings.height == "head":
-        return compose(smooth(probability[2]), _squared_distance(mask, in_volume, unit), MAX_LEVEL, max_squared)
+        return compose(smooth(probability[2]), squared_distance(mask, in_volume, unit), MAX_LEVEL, max_squared)
     inside = smooth(_less_contour(probability, round(settings.contour * 256))) if settings.contour else level
     if settings.height == "distance":
         body = mask & (inside >= least)
-        return compose(_squared_distance(body, in_volume, unit), inside, max_squared, MAX_LEVEL)
-    return compose(inside, _squared_distance(mask, in_volume, unit), MAX_LEVEL, max_squared)
+        return compose(squared_distance(body, in_volume, unit), inside, max_squared, MAX_LEVEL)
+    return compose(inside, squared_distance(mask, in_volume, unit), MAX_LEVEL, max_squared)
 
 
 def _less_contour(probability: np.ndarray, weight: int) -> np.ndarray:
@@ -433,69 +421,6 @@ def _filter(values: np.ndarray, start: int, step: int, passes: int, out: np.ndar
             k = i + x
             outer, inner = values[k + one] + values[k + five], values[k + two] + values[k + four]
             out[o + x] = values[k] + 6 * outer + 15 * inner + 20 * values[k + three] + values[k + six]
-
-
-# ---------------------------------------------------------------- distances
-
-
-def _squared_distance(body: np.ndarray, in_volume: Slices, unit: DistanceUnit) -> np.ndarray:
-    """Squared distance of each voxel of ``body`` to the nearest voxel of the volume outside it, at most cap**2; uint16.
-
-    It is exact where `DistanceUnit.reach` voxels lie around it. One axis after the other takes the lower envelope of
-    parabolas (Felzenszwalb and Huttenlocher, "Distance transforms of sampled functions", Theory of Computing 2012); within
-    a cap a window of candidates is enough.
-    """
-    if unit.cap == 0:
-        return np.zeros(body.shape, np.uint16)
-    background = np.zeros(body.shape, np.bool_)
-    background[in_volume] = ~body[in_volume]
-    (step_z, step_y, step_x), cap = unit.spacing, unit.cap
-    along_x = _runs(background, step_x, cap)
-    z, y, x = body.shape
-    along_y = np.empty(body.shape, np.uint16)
-    _envelope(along_x, body, along_y, step_y, cap)
-    along_z = np.empty((1, z, y * x), np.uint16)
-    _envelope(along_y.reshape(1, z, y * x), body.reshape(1, z, y * x), along_z, step_z, cap)
-    return along_z.reshape(body.shape)
-
-
-@njit(cache=True, nogil=True)
-def _runs(background: np.ndarray, step: int, cap: int) -> np.ndarray:
-    """Squared distance along x to the background, at most cap**2; 0 on the background."""
-    nz, ny, nx = background.shape
-    out = np.empty(background.shape, np.uint16)
-    for z in range(nz):
-        for y in range(ny):
-            gap = cap
-            for x in range(nx):
-                gap = 0 if background[z, y, x] else min(gap + step, cap)
-                out[z, y, x] = gap
-            gap = cap
-            for x in range(nx - 1, -1, -1):
-                gap = 0 if background[z, y, x] else min(gap + step, cap)
-                shorter: Any = min(gap, np.int64(out[z, y, x]))
-                out[z, y, x] = shorter * shorter
-    return out
-
-
-@njit(cache=True, nogil=True)
-def _envelope(field: np.ndarray, body: np.ndarray, out: np.ndarray, step: int, cap: int) -> None:
-    """In the body min over d of field[j + d] + (d * step)**2 along the middle axis, within the cap; else a copy."""
-    outer, length, stride = field.shape
-    for i in range(outer):
-        for j in range(length):
-            for k in range(stride):
-                best = np.int64(field[i, j, k])
-                if body[i, j, k]:
-                    d, distance = 1, step
-                    while distance < cap and distance * distance < best:
-                        if j >= d:
-                            best = min(best, np.int64(field[i, j - d, k]) + distance * distance)
-                        if j + d < length:
-                            best = min(best, np.int64(field[i, j + d, k]) + distance * distance)
-                        d += 1
-                        distance += step
-                out[i, j, k] = best
 
 
 @njit(cache=True, nogil=True)
