@@ -13,13 +13,10 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from tests.helpers import all_rules, basins_of, cut, fields, row
-from volseg.box import Blocks, Box
-from volseg.config import Fragments
-from volseg.errors import UserError
+from volseg.box import Blocks
 from volseg.segmentation import hierarchy, holes
-from volseg.segmentation.distances import distance_unit
 from volseg.segmentation.edges import argsort_rows, argsort_saddles
-from volseg.segmentation.heights import OUTSIDE, block_heights, height_halo, seed_height
+from volseg.segmentation.heights import OUTSIDE
 from volseg.segmentation.rules import Rules, label_basins
 from volseg.segmentation.stitch import gather
 
@@ -32,25 +29,25 @@ def paint(grid, regions, ids):
     return out
 
 
-def blockwise(height, rules, block, **how):
+def blockwise(height, rules, block, **options):
     """Labels by one union-find over the tables of all blocks; where holes are filled, of their voids too."""
-    grid, regions, tables, links = cut(height, block, **how)
+    grid, regions, tables, links = cut(height, block, **options)
     basins, basin_of = gather(tables, links)
     if not rules.fill_voxels:
         label = label_basins(basins, rules)
         return paint(grid, regions, [label[basin] for basin in basin_of])
     parts = [holes.block_holes(region, box, height.shape) for region, box in zip(regions, grid, strict=True)]
-    meets = [holes.face_contacts(i, parts.__getitem__, grid) for i in range(len(grid))]
-    whole, void_of = holes.gather(parts, meets, basin_of)
-    label, count = label_basins(basins, rules, whole), basins.minimum.size
-    places = [np.r_[basin, count + void] for basin, void in zip(basin_of, void_of, strict=True)]
+    contacts_over_faces = [holes.face_contacts(i, parts.__getitem__, grid) for i in range(len(grid))]
+    full, hole_of = holes.gather(parts, contacts_over_faces, basin_of)
+    label, count = label_basins(basins, rules, full), basins.minimum.size
+    places = [np.r_[basin, count + hole] for basin, hole in zip(basin_of, hole_of, strict=True)]
     return paint(grid, map(holes.number_holes, regions), [label[place] for place in places])
 
 
-def treewise(height, rules, block, *, connectivity=6, shuffle=None, **how):
+def treewise(height, rules, block, *, connectivity=6, shuffle=None, **options):
     """Labels by `tree`, the parts of each level in any order and some of them twice."""
-    grid, regions, tables, links = cut(height, block, connectivity=connectivity, **how)
-    graphs, done, fates = {}, {}, {}
+    grid, regions, tables, links = cut(height, block, connectivity=connectivity, **options)
+    graphs, done, destinations = {}, {}, {}
     for step in range(hierarchy.top_level(grid) + 1):
         parts = list(range(len(hierarchy.parts(grid, step))))
         for n in [*shuffle.permutation(parts), *shuffle.choice(parts, 2)] if shuffle else parts:
@@ -60,12 +57,12 @@ def treewise(height, rules, block, *, connectivity=6, shuffle=None, **how):
                 )
             else:
                 graph = hierarchy.join([graphs[step - 1, c] for c in hierarchy.children(grid, step, n)], grid, step, n)
-            graphs[step, n], done[step, n], fates[step, n] = hierarchy.contract(graph, rules.seed_height)
+            graphs[step, n], done[step, n], destinations[step, n] = hierarchy.contract(graph, rules.seed_height)
     assert graphs[hierarchy.top_level(grid), 0].minimum.size == 0
-    return paint(grid, regions, handed_down(grid, rules, graphs, done, fates))
+    return paint(grid, regions, labels_of_blocks(grid, rules, graphs, done, destinations))
 
 
-def handed_down(grid, rules, graphs, done, fates):
+def labels_of_blocks(grid, rules, graphs, done, destinations):
     """The labels of each block's regions."""
     keep = {part: hierarchy.labeled(finished, rules) for part, finished in done.items()}
     ranks = dict(zip(done, hierarchy.ranks([done[part].first[keep[part]] for part in done]), strict=True))
@@ -74,7 +71,7 @@ def handed_down(grid, rules, graphs, done, fates):
         for n in range(len(hierarchy.parts(grid, step))):
             finished = np.zeros(keep[step, n].size, np.int64)
             finished[keep[step, n]] = ranks[step, n] + 1
-            label = hierarchy.assign(fates[step, n], above.pop((step, n)), finished)
+            label = hierarchy.assign(destinations[step, n], above.pop((step, n)), finished)
             below = hierarchy.children(grid, step, n) if step else [n]
             sizes = [graphs[step - 1, c].minimum.size for c in below] if step else [label.size]
             above.update(
@@ -124,11 +121,11 @@ def contacts(height, connectivity=6):
 
 def borders(object_of, faces, flat):
     """Mean height of the higher ends over all faces of each pair of objects, the earlier object first."""
-    found = {}
+    result = {}
     for u, v in faces:
         pair = tuple(sorted({min(object_of[u]), min(object_of[v])}))
-        found.setdefault(pair, []).append(max(int(flat[u]), int(flat[v])))
-    return [(Fraction(sum(h), len(h)), object_of[p[0]], object_of[p[1]]) for p, h in found.items() if len(p) == 2]
+        result.setdefault(pair, []).append(max(int(flat[u]), int(flat[v])))
+    return [(Fraction(sum(h), len(h)), object_of[p[0]], object_of[p[1]]) for p, h in result.items() if len(p) == 2]
 
 
 def dropped_and_filled(height, object_of, edges, rules):
@@ -162,16 +159,16 @@ def fill(object_of, empty, edges, most, open_voxels=frozenset()):
         left -= hole
         around = {min(object_of[v]) for v in rim}
         if len(around) == 1 and len(hole) <= most and not hole & open_voxels:
-            whole = object_of[around.pop()] | hole
-            object_of.update(dict.fromkeys(whole, whole))
+            full = object_of[around.pop()] | hole
+            object_of.update(dict.fromkeys(full, full))
             empty -= hole
 
 
 def border(shape):
     """Linear indices of the voxels on the border of a volume."""
     inner = np.ones([n - 2 for n in shape], bool) if min(shape) > 2 else np.zeros((0, 0, 0), bool)
-    whole = np.pad(inner, 1) if inner.size else np.zeros(shape, bool)
-    return set(np.flatnonzero(~whole).tolist())
+    full = np.pad(inner, 1) if inner.size else np.zeros(shape, bool)
+    return set(np.flatnonzero(~full).tolist())
 
 
 def numbered(flat, object_of, dropped):
@@ -188,12 +185,12 @@ def test_every_cutting_gives_the_brute_force_forest(field, connectivity, data):
     height, level = field
     block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
     count = len(Blocks(height.shape, block))
-    argsort_rows = data.draw(st.permutations(range(count)))
+    order = data.draw(st.permutations(range(count)))
     repeat = data.draw(st.lists(st.integers(0, count - 1), max_size=3))
     rules = data.draw(all_rules(level))
-    want = brute_force(height, rules, connectivity)
-    found = blockwise(height, rules, block, order=argsort_rows, repeat=repeat, connectivity=connectivity)
-    np.testing.assert_array_equal(found, want)
+    expected = brute_force(height, rules, connectivity)
+    result = blockwise(height, rules, block, order=order, repeat=repeat, connectivity=connectivity)
+    np.testing.assert_array_equal(result, expected)
 
 
 @settings(max_examples=250, deadline=None)
@@ -202,15 +199,15 @@ def test_a_tree_of_blocks_gives_what_one_union_find_does(field, data):
     height, level = field
     block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
     count = len(Blocks(height.shape, block))
-    how = {
+    options = {
         "order": data.draw(st.permutations(range(count))),
         "repeat": data.draw(st.lists(st.integers(0, count - 1), max_size=3)),
         "connectivity": data.draw(st.sampled_from([6, 26])),
     }
     rules = replace(data.draw(all_rules(level)), persistence=0, join_height=-1, fill_voxels=0, low_height=-1)
-    found = treewise(height, rules, block, shuffle=np.random.default_rng(data.draw(st.integers(0, 99))), **how)
-    np.testing.assert_array_equal(found, blockwise(height, rules, block, **how))
-    np.testing.assert_array_equal(found, brute_force(height, rules, how["connectivity"]))
+    result = treewise(height, rules, block, shuffle=np.random.default_rng(data.draw(st.integers(0, 99))), **options)
+    np.testing.assert_array_equal(result, blockwise(height, rules, block, **options))
+    np.testing.assert_array_equal(result, brute_force(height, rules, options["connectivity"]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -228,8 +225,8 @@ def test_what_scipy_calls_a_hole_is_filled(seed, shape, share, most, size, data)
     thin = data.draw(st.integers(0, 2))
     block = tuple(data.draw(st.integers(1 if axis == thin else 1 + n // 3, n)) for axis, n in enumerate(shape))
     height = np.where(mask, 0, OUTSIDE).astype(np.int32)
-    found = blockwise(height, Rules(0, min_voxels=size, fill_voxels=most), block)
-    np.testing.assert_array_equal(found, scipy_filled(mask, size, most))
+    result = blockwise(height, Rules(0, min_voxels=size, fill_voxels=most), block)
+    np.testing.assert_array_equal(result, scipy_filled(mask, size, most))
 
 
 def scipy_filled(mask, size, most):
@@ -261,9 +258,9 @@ def test_a_cavity_is_filled_only_inside_one_object():
     height[1, 1, 10] = OUTSIDE  # by a face
     height[1, 0, 12] = OUTSIDE  # by an edge: paths of background go through faces alone
     for block in ((3, 3, 15), (1, 2, 5)):
-        found = blockwise(height, Rules(0, fill_voxels=1), block)
-        assert found[1, 1, [1, 5, 9, 13]].tolist() == [1, 2, 0, 4]
-        assert found.max() == 4
+        result = blockwise(height, Rules(0, fill_voxels=1), block)
+        assert result[1, 1, [1, 5, 9, 13]].tolist() == [1, 2, 0, 4]
+        assert result.max() == 4
     assert not blockwise(height, Rules(0), (3, 3, 15))[1, 1, 1]
 
 
@@ -296,10 +293,10 @@ def test_orders_are_those_of_numpy(seed, size, high):
 def test_every_contact_face_is_counted_once_with_its_higher_end(connectivity, field, data):
     height, _ = field
     block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
-    whole, cut = (basins_of(height, b, connectivity).edges for b in (height.shape, block))
+    full, cut = (basins_of(height, b, connectivity).edges for b in (height.shape, block))
     for name in ("high_voxel", "low_voxel", "area", "height"):
-        np.testing.assert_array_equal(whole[name], cut[name])
-    assert (whole["height"] >= whole["area"] * whole["high"].astype(np.int64)).all()
+        np.testing.assert_array_equal(full[name], cut[name])
+    assert (full["height"] >= full["area"] * full["high"].astype(np.int64)).all()
 
 
 def test_the_border_of_two_valleys_adds_up_by_hand():
@@ -320,7 +317,7 @@ def test_two_valleys_meet_at_their_ridge():
 
 
 @pytest.mark.parametrize(
-    ("rules", "want"),
+    ("rules", "expected"),
     [
         (Rules(4), [1, 1, 2, 2, 2, 2, 3]),
         (Rules(0, low_height=5), [1, 1, 2, 2, 2, 2, 3]),
@@ -337,9 +334,9 @@ def test_two_valleys_meet_at_their_ridge():
         (Rules(-1, keep_unseeded=True), [1] * 7),
     ],
 )
-def test_each_rule_by_hand(rules, want):
+def test_each_rule_by_hand(rules, expected):
     for width in (1, 3, 7):
-        np.testing.assert_array_equal(blockwise(row(4, 6, 5, 1, 0, 9, 1), rules, (1, 1, width)), [[want]])
+        np.testing.assert_array_equal(blockwise(row(4, 6, 5, 1, 0, 9, 1), rules, (1, 1, width)), [[expected]])
 
 
 def test_voxels_that_touch_by_a_corner_are_one_object_on_a_grid_of_26():
@@ -371,166 +368,6 @@ def test_labels_follow_the_raster_order_of_first_voxels():
 
 def test_no_mask_means_no_objects():
     assert not blockwise(np.full((3, 4, 5), OUTSIDE, np.int32), Rules(5), (2, 2, 2)).any()
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    smooth=st.tuples(*[st.integers(0, 2)] * 3),
-    height=st.sampled_from(["probability", "contour", "distance", "head"]),
-    distance=st.sampled_from([{"distance": 1}, {"distance": 4}, {"distance_nm": 9}, {"distance_nm": 40}]),
-    contour=st.sampled_from([0.0, 0.5, 1.0]),
-    voxel_size_nm=st.sampled_from([(4.0, 4.0, 4.0), (30.0, 4.5, 5.0), (6.0, 17.0, 4.0)]),
-    data=st.data(),
-)
-def test_heights_do_not_see_the_blocks(seed, smooth, height, distance, contour, voxel_size_nm, data):
-    shape = data.draw(st.tuples(*[st.integers(1, 12)] * 3))
-    rng = np.random.default_rng(seed)
-    probability = rng.choice(np.array([0, 100, 130, 200, 255], np.uint8), (3, *shape), p=[0.3, 0.1, 0.2, 0.2, 0.2])
-    knobs = Fragments(smooth=smooth, contour=contour, threshold=0.4, height=height, **distance)
-    whole = block_heights(probability, Box.from_shape(shape), shape, knobs, voxel_size_nm)
-    block = tuple(data.draw(st.integers(1, n)) for n in shape)
-    for box in Blocks(shape, block):
-        have = box.grow(height_halo(knobs, voxel_size_nm)).clip(shape)
-        part = block_heights(probability[(slice(None), *have.slices)], box, shape, knobs, voxel_size_nm)
-        np.testing.assert_array_equal(part, whole[box.grow(1).shift((1, 1, 1)).slices])
-
-
-def test_heights_are_what_their_definition_says():
-    """Against scipy: the smoothed value rounded down, and the exact distance transform."""
-    rng = np.random.default_rng(5)
-    shape = (9, 14, 17)
-    smooth = ndimage.gaussian_filter(rng.random(shape), 2)
-    mask = np.uint8(255 * (smooth - smooth.min()) / np.ptp(smooth))
-    probability = np.stack([mask, np.zeros_like(mask)])
-    knobs = Fragments(smooth=(1, 2, 0), distance=4, threshold=0.4)
-    level = mask.astype(float)
-    for axis, passes in enumerate(knobs.smooth):
-        row = {0: [1.0], 1: [0.25, 0.5, 0.25], 2: np.array([1, 4, 6, 4, 1]) / 16}[passes]
-        level = ndimage.correlate1d(level, row, axis, mode="nearest")
-    level = np.floor(level * 64)
-    inside = level >= np.ceil(0.4 * 255 * 64)
-    squared = np.minimum(np.rint(ndimage.distance_transform_edt(inside) ** 2), 16)
-    want = np.where(inside, (255 * 64 - level) * 17 + 16 - squared, OUTSIDE)
-    got = block_heights(probability, Box.from_shape(shape), shape, knobs)[1:-1, 1:-1, 1:-1]
-    np.testing.assert_array_equal(got, want)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    smooth=st.tuples(*[st.integers(0, 3)] * 3),
-    contour=st.sampled_from([0.0, 0.5, 1.0]),
-    share=st.sampled_from([0.0, 0.01, 0.1, 0.6]),
-    data=st.data(),
-)
-def test_heights_of_long_rows_are_what_their_definition_says(seed, smooth, contour, share, data):
-    """Rows of several stretches, empty and not, whole and in blocks, against scipy: a stretch left out changes nothing."""
-    shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 90)))
-    rng = np.random.default_rng(seed)
-    probability = rng.integers(0, 256, (2, *shape)).astype(np.uint8)
-    probability[0][rng.random(shape) >= share] //= 4
-    knobs = Fragments(smooth=smooth, contour=contour, threshold=0.4)
-    less = np.maximum(0, probability[0].astype(int) - ((probability[1].astype(int) * round(contour * 256)) >> 8))
-    level, inside = (_smoothed(field, smooth) for field in (probability[0], less))
-    want = np.where(level >= np.ceil(0.4 * 255 * 64), 255 * 64 - inside, OUTSIDE)
-    block = tuple(data.draw(st.integers(1, n)) for n in shape)
-    for box in [Box.from_shape(shape), *Blocks(shape, block)]:
-        have = box.grow(height_halo(knobs)).clip(shape)
-        got = block_heights(probability[(slice(None), *have.slices)], box, shape, knobs)
-        np.testing.assert_array_equal(got[1:-1, 1:-1, 1:-1], want[box.slices])
-
-
-def _smoothed(field, passes):
-    """By whole numbers: the field, its ends repeated, after [1 2 1] as often as told, times 64, rounded down once."""
-    out, row = field.astype(np.int64), np.array([1, 2, 1])
-    out = np.pad(out, [(p, p) for p in passes], mode="edge")
-    for axis, count in enumerate(passes):
-        for _ in range(count):
-            out = ndimage.correlate1d(out, row, axis, mode="nearest")
-    core = out[tuple(slice(p, n - p) for p, n in zip(passes, out.shape, strict=True))]
-    return (core * 64) >> (2 * sum(passes))
-
-
-def blobs(seed, shape):
-    """A smooth random field, 0..255."""
-    field = ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), 2)
-    return np.uint8(255 * (field - field.min()) / np.ptp(field))
-
-
-@pytest.mark.parametrize("voxel_size_nm", [(5.0, 5.0, 5.0), (50.0, 4.6, 4.6), (4.0, 7.3, 11.0)])
-def test_distances_in_nm_are_those_of_scipy(voxel_size_nm):
-    mask = blobs(6, (9, 24, 27))
-    knobs = Fragments(smooth=(0, 0, 0), distance_nm=45, threshold=0.4)
-    around = distance_unit(knobs, voxel_size_nm)
-    inside = mask >= np.ceil(0.4 * 255)
-    got = block_heights(np.stack([mask] * 2), Box.from_shape(mask.shape), mask.shape, knobs, voxel_size_nm)[
-        1:-1, 1:-1, 1:-1
-    ]
-    assert (inside == (got != OUTSIDE)).all()
-    far = around.cap**2 - got[inside] % (around.cap**2 + 1)
-    exact = ndimage.distance_transform_edt(inside, sampling=around.spacing)[inside]
-    np.testing.assert_array_equal(far, np.minimum(np.rint(exact**2), around.cap**2))
-    nm = np.minimum(ndimage.distance_transform_edt(inside, sampling=voxel_size_nm)[inside], 45)
-    np.testing.assert_allclose(45 * np.sqrt(far) / around.cap, nm, rtol=1 / 32)
-    assert len(np.unique(far)) > 5
-
-
-def test_cubes_have_the_same_distance_in_nm_as_in_voxels():
-    mask = np.stack([blobs(7, (8, 13, 11))] * 2)
-    box, shape = Box.from_shape(mask.shape[1:]), mask.shape[1:]
-    for height in ("probability", "distance"):
-        voxels, nm = (Fragments(height=height, contour=0.3, **d) for d in ({"distance": 4}, {"distance_nm": 33}))
-        np.testing.assert_array_equal(
-            block_heights(mask, box, shape, voxels), block_heights(mask, box, shape, nm, (8, 8, 8))
-        )
-        assert seed_height(0.6, voxels) == seed_height(0.6, nm, (8, 8, 8))
-
-
-def test_a_distance_too_far_for_whole_numbers_is_refused():
-    assert distance_unit(Fragments(distance_nm=1275), (5, 5, 5)).cap == 255
-    with pytest.raises(UserError, match="give at most 1275"):
-        distance_unit(Fragments(distance_nm=1290), (5, 5, 5))
-    with pytest.raises(ValueError, match="voxel_size_nm"):
-        height_halo(Fragments(distance_nm=10))
-
-
-@pytest.mark.parametrize(
-    ("height", "first"),
-    [("probability", [150, 250]), ("contour", [205, 255]), ("distance", [1, 4]), ("head", [30, 60])],
-)
-def test_each_height_is_low_where_its_evidence_is_strong(height, first):
-    """Two voxels of a bar, at its end and one further in: their evidence, and what comes second where that is equal."""
-    mask = np.array([0, 200, 250, 250, 250, 200, 0], np.uint8)
-    probability = np.stack([mask, [0, 50, 0, 0, 0, 50, 0], [0, 30, 60, 90, 60, 30, 0]]).reshape(3, 1, 1, 7)
-    knobs = Fragments(smooth=(0, 0, 0), distance=2, height=height)
-    got = block_heights(probability.astype(np.uint8), Box.from_shape((1, 1, 7)), (1, 1, 7), knobs)[1, 1, 2:4]
-    if height == "distance":
-        assert got.tolist() == [(4 - first[0]) * 16321 + 64 * (255 - 150), (4 - first[1]) * 16321 + 64 * (255 - 250)]
-    else:
-        assert got.tolist() == [64 * (255 - first[0]) * 5 + 4 - 1, 64 * (255 - first[1]) * 5 + 4 - 4]
-
-
-@pytest.mark.parametrize(("height", "channel"), [("probability", 0), ("contour", 1), ("head", 2)])
-def test_a_seed_is_where_the_evidence_reaches_its_share(height, channel):
-    """At 0.6: 153 of 255."""
-    probability = np.zeros((3, 1, 1, 5), np.uint8)
-    probability[channel, 0, 0] = [100, 152, 153, 154, 255]
-    if height == "contour":
-        probability = 255 - probability
-        probability[0] = 255
-    knobs = Fragments(smooth=(0, 0, 0), distance=3, height=height, threshold=0.0)
-    got = block_heights(probability, Box.from_shape((1, 1, 5)), (1, 1, 5), knobs)[1, 1, 1:-1]
-    assert (got <= seed_height(0.6, knobs)).tolist() == [False, False, True, True, True]
-
-
-def test_a_seed_of_the_distance_is_a_share_of_its_cap():
-    """A bar of 23 voxels between background; at 0.6 of 10 voxels, what is at least 6 away from it."""
-    probability = np.full((2, 1, 1, 25), [[[[255]]], [[[0]]]], np.uint8)
-    probability[0, 0, 0, [0, -1]] = 0
-    knobs = Fragments(smooth=(0, 0, 0), distance=10, height="distance")
-    got = block_heights(probability, Box.from_shape((1, 1, 25)), (1, 1, 25), knobs)[1, 1, 1:-1]
-    assert np.flatnonzero(got <= seed_height(0.6, knobs)).tolist() == list(range(6, 19))
 
 
 @pytest.mark.parametrize("connected", [True, False])

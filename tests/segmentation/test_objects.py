@@ -10,7 +10,7 @@ from volseg.segmentation.objects import MAX_RUN_VOXELS, first_plane, measure, me
 SIZE = (40.0, 5.0, 4.0)
 
 
-def measured(labels, mass, block, at=(0, 0, 0)):
+def measured(labels, probability, block, at=(0, 0, 0)):
     """Sums of a label volume cut into blocks, each with region numbers of its own; ``at`` is where the volume begins."""
     parts = []
     for box in Blocks(labels.shape, block):
@@ -21,14 +21,14 @@ def measured(labels, mass, block, at=(0, 0, 0)):
             np.take(labels, stop, axis)[tuple(s for i, s in enumerate(box.slices) if i != axis)] if stop < n else None
             for axis, (stop, n) in enumerate(zip(box.stop, labels.shape, strict=True))
         ]
-        parts.append(measure(region, ids, mass[box.slices], box.shift(at), behind))
+        parts.append(measure(region, ids, probability[box.slices], box.shift(at), behind))
     return merge(parts)
 
 
 def rows_of(labels, size=(1.0, 1.0, 1.0), block=None):
     """The table of a label volume without background probability."""
-    mass = np.full(labels.shape, 255, np.uint8)
-    return objects_table(measured(labels.astype(np.uint32), mass, block or labels.shape), labels.shape, size)
+    probability = np.full(labels.shape, 255, np.uint8)
+    return objects_table(measured(labels.astype(np.uint32), probability, block or labels.shape), labels.shape, size)
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,13 +37,13 @@ def test_sums_and_table_do_not_see_the_blocks(seed, data):
     shape = data.draw(st.tuples(*[st.integers(1, 9)] * 3))
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, shape).astype(np.uint32)
-    mass = rng.integers(0, 256, shape).astype(np.uint8)
+    probability = rng.integers(0, 256, shape).astype(np.uint8)
     block = tuple(data.draw(st.integers(1, n)) for n in shape)
-    pieces, whole = measured(labels, mass, block), measured(labels, mass, shape)
-    np.testing.assert_array_equal(pieces.rows, whole.rows)
-    np.testing.assert_array_equal(pieces.contacts, whole.contacts)
-    got, want = objects_table(pieces, shape, SIZE), objects_table(whole, shape, SIZE)
-    assert all(got[name].tobytes() == want[name].tobytes() for name in want)
+    cut, full = measured(labels, probability, block), measured(labels, probability, shape)
+    np.testing.assert_array_equal(cut.rows, full.rows)
+    np.testing.assert_array_equal(cut.contacts, full.contacts)
+    result, expected = objects_table(cut, shape, SIZE), objects_table(full, shape, SIZE)
+    assert all(result[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
 @settings(max_examples=30, deadline=None)
@@ -58,39 +58,39 @@ def test_faces_and_neighbors_agree_with_counting_them_one_by_one(seed, data):
                 faces[side, axis] = faces.get((side, axis), 0) + 1
             if low and high and low != high:
                 touching.add((min(low, high), max(low, high)))
-    got = measured(labels.astype(np.uint32), np.zeros(shape, np.uint8), tuple(max(1, n // 2) for n in shape))
-    assert {tuple(pair) for pair in got.contacts.tolist()} == touching
-    for row in got.rows:
+    result = measured(labels.astype(np.uint32), np.zeros(shape, np.uint8), tuple(max(1, n // 2) for n in shape))
+    assert {tuple(pair) for pair in result.contacts.tolist()} == touching
+    for row in result.rows:
         assert row["faces"].tolist() == [faces.get((row["id"], axis), 0) for axis in range(3)]
 
 
 def test_the_table_agrees_with_scikit_image():
     rng = np.random.default_rng(1)
     labels = np.kron(rng.integers(0, 5, (4, 4, 4)), np.ones((3, 5, 4), int)).astype(np.uint32)
-    mass = rng.integers(5, 256, labels.shape).astype(np.uint8)
-    got = objects_table(measured(labels, mass, (5, 7, 6)), labels.shape, SIZE)
-    props = regionprops(labels, mass)
-    assert got["id"].tolist() == [p.label for p in props]
-    assert got["voxels"].tolist() == [p.area for p in props]
-    np.testing.assert_allclose(got["volume_um3"], [p.area * 800e-9 for p in props])
-    np.testing.assert_allclose(got["mean_probability"], [p.intensity_mean / 255 for p in props])
-    np.testing.assert_allclose(got["min_probability"], [p.intensity_min / 255 for p in props])
+    probability = rng.integers(5, 256, labels.shape).astype(np.uint8)
+    result = objects_table(measured(labels, probability, (5, 7, 6)), labels.shape, SIZE)
+    props = regionprops(labels, probability)
+    assert result["id"].tolist() == [p.label for p in props]
+    assert result["voxels"].tolist() == [p.area for p in props]
+    np.testing.assert_allclose(result["volume_um3"], [p.area * 800e-9 for p in props])
+    np.testing.assert_allclose(result["mean_probability"], [p.intensity_mean / 255 for p in props])
+    np.testing.assert_allclose(result["min_probability"], [p.intensity_min / 255 for p in props])
     for i, axis in enumerate("zyx"):
-        assert got[f"{axis}0"].tolist() == [p.bbox[i] for p in props]
-        assert got[f"{axis}1"].tolist() == [p.bbox[i + 3] for p in props]
-        np.testing.assert_allclose(got[f"centroid_{axis}_nm"], [p.centroid[i] * SIZE[i] for p in props])
+        assert result[f"{axis}0"].tolist() == [p.bbox[i] for p in props]
+        assert result[f"{axis}1"].tolist() == [p.bbox[i + 3] for p in props]
+        np.testing.assert_allclose(result[f"centroid_{axis}_nm"], [p.centroid[i] * SIZE[i] for p in props])
 
 
 def test_axes_agree_with_the_inertia_tensor_of_scikit_image():
     rng = np.random.default_rng(2)
     labels = np.kron(rng.integers(0, 5, (3, 4, 5)), np.ones((4, 4, 7), int)).astype(np.uint32)
-    got = rows_of(labels, SIZE, (5, 7, 6))
+    result = rows_of(labels, SIZE, (5, 7, 6))
     for k, p in enumerate(regionprops(labels, spacing=SIZE)):
         inertia = p.inertia_tensor
         covariance = np.eye(3) * np.trace(inertia) / 2 - inertia + np.diag(np.square(SIZE) / 12)
         variance, vector = np.linalg.eigh(covariance)
-        np.testing.assert_allclose([got[f"sd{i}_nm"][k] ** 2 for i in range(3)], variance[::-1])
-        axis0 = np.array([got[f"axis0_{axis}"][k] for axis in "zyx"])
+        np.testing.assert_allclose([result[f"sd{i}_nm"][k] ** 2 for i in range(3)], variance[::-1])
+        axis0 = np.array([result[f"axis0_{axis}"][k] for axis in "zyx"])
         assert abs(axis0 @ vector[:, -1]) == pytest.approx(1)
         assert axis0[np.abs(axis0).argmax()] > 0
 
@@ -98,21 +98,21 @@ def test_axes_agree_with_the_inertia_tensor_of_scikit_image():
 def test_the_length_is_the_longest_axis_of_an_ellipsoid():
     z, y, x = np.ogrid[-11:12, -41:42, -21:22]
     ball = (z / 10) ** 2 + (y / 40) ** 2 + (x / 20) ** 2 <= 1
-    got = rows_of(ball, (2.0, 1.0, 1.0))
+    result = rows_of(ball, (2.0, 1.0, 1.0))
     (p,) = regionprops(ball.astype(np.uint8), spacing=(2.0, 1.0, 1.0))
-    assert got["length_nm"][0] == pytest.approx(80, rel=0.01)
-    assert got["length_nm"][0] == pytest.approx(p.axis_major_length, rel=0.01)
-    assert [got[f"axis0_{axis}"][0] for axis in "zyx"] == pytest.approx([0, 1, 0])
+    assert result["length_nm"][0] == pytest.approx(80, rel=0.01)
+    assert result["length_nm"][0] == pytest.approx(p.axis_major_length, rel=0.01)
+    assert [result[f"axis0_{axis}"][0] for axis in "zyx"] == pytest.approx([0, 1, 0])
 
 
 def test_a_rod_has_its_standard_deviations_and_axis():
     labels = np.zeros((5, 5, 9), np.uint32)
     labels[1:3, 2, 1:8] = 1
-    got = rows_of(labels, (40.0, 5.0, 4.0))
-    assert got["sd0_nm"][0] * np.sqrt(12) == pytest.approx(2 * 40)
-    assert got["sd1_nm"][0] * np.sqrt(12) == pytest.approx(7 * 4)
-    assert got["sd2_nm"][0] * np.sqrt(12) == pytest.approx(5)
-    assert [got[f"axis0_{axis}"][0] for axis in "zyx"] == [1, 0, 0]
+    result = rows_of(labels, (40.0, 5.0, 4.0))
+    assert result["sd0_nm"][0] * np.sqrt(12) == pytest.approx(2 * 40)
+    assert result["sd1_nm"][0] * np.sqrt(12) == pytest.approx(7 * 4)
+    assert result["sd2_nm"][0] * np.sqrt(12) == pytest.approx(5)
+    assert [result[f"axis0_{axis}"][0] for axis in "zyx"] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("block", [(6, 7, 8), (2, 3, 4), (1, 1, 1)])
@@ -124,9 +124,9 @@ def test_the_surface_of_a_brick_is_that_of_its_six_sides(block):
 
 def test_contact_is_surface_and_the_end_of_the_volume_is_not():
     labels = np.array([[[1, 1, 2, 0, 2]]])
-    got = rows_of(labels, SIZE, (1, 1, 2))
-    np.testing.assert_allclose(got["surface_area_um2"], [200e-6, 600e-6])
-    assert got["neighbors"].tolist() == [1, 1]
+    result = rows_of(labels, SIZE, (1, 1, 2))
+    np.testing.assert_allclose(result["surface_area_um2"], [200e-6, 600e-6])
+    assert result["neighbors"].tolist() == [1, 1]
 
 
 def test_neighbors_share_a_face_and_count_once():
@@ -138,24 +138,24 @@ def test_neighbors_share_a_face_and_count_once():
 
 def test_the_lowest_probability_is_that_of_the_object_alone():
     labels = np.array([[[1, 1, 1, 0, 2, 2]]], np.uint32)
-    mass = np.array([[[255, 51, 102, 0, 204, 255]]], np.uint8)
-    got = objects_table(measured(labels, mass, (1, 1, 2)), labels.shape, SIZE)
-    np.testing.assert_allclose(got["min_probability"], [0.2, 0.8])
+    probability = np.array([[[255, 51, 102, 0, 204, 255]]], np.uint8)
+    result = objects_table(measured(labels, probability, (1, 1, 2)), labels.shape, SIZE)
+    np.testing.assert_allclose(result["min_probability"], [0.2, 0.8])
 
 
 def test_moments_stay_exact_far_from_the_origin():
     """Squares of these coordinates add up to more than 2**63."""
     labels = np.zeros((3, 4, 2 * MAX_RUN_VOXELS), np.uint32)
     labels[1, 1:3, 5:-5] = 1
-    mass = np.zeros(labels.shape, np.uint8)
+    probability = np.zeros(labels.shape, np.uint8)
     far = (1 << 24, 30_000_000, 1 << 25)
-    sums = [measured(labels, mass, block, at) for block, at in (((3, 4, 999), far), (labels.shape, far))]
-    sums.append(measured(labels, mass, labels.shape))
+    sums = [measured(labels, probability, block, at) for block, at in (((3, 4, 999), far), (labels.shape, far))]
+    sums.append(measured(labels, probability, labels.shape))
     assert np.all(sums[0].rows == sums[1].rows)
     assert sums[1].rows["moment"][0, 2, 0] >= 1 << 31
-    got, near, at_zero = (objects_table(s, labels.shape, SIZE) for s in sums)
+    result, near, at_zero = (objects_table(s, labels.shape, SIZE) for s in sums)
     for name in ("sd0_nm", "sd1_nm", "sd2_nm", "axis0_z", "axis0_y", "axis0_x"):
-        assert got[name] == near[name] == at_zero[name]
+        assert result[name] == near[name] == at_zero[name]
 
 
 def test_regions_of_one_label_are_one_object():
@@ -175,8 +175,8 @@ def test_the_near_face_of_a_block_is_found_among_its_face_voxels():
     face_voxel = face_voxel[[all(a <= p < b for a, p, b in zip(box.start, np.unravel_index(i, labels.shape), box.stop,
                                                          strict=True)) for i in face_voxel]]  # fmt: skip
     for axis in range(3):
-        got = first_plane(face_voxel, labels.flat[face_voxel], box, labels.shape, axis)
-        np.testing.assert_array_equal(got, np.take(labels[box.slices], 0, axis))
+        result = first_plane(face_voxel, labels.flat[face_voxel], box, labels.shape, axis)
+        np.testing.assert_array_equal(result, np.take(labels[box.slices], 0, axis))
 
 
 def test_an_object_at_the_border_says_so():
@@ -187,18 +187,6 @@ def test_an_object_at_the_border_says_so():
 
 
 def test_no_objects_make_an_empty_table():
-    got = objects_table(merge([]), (4, 4, 4), (1.0, 1.0, 1.0))
-    assert all(len(column) == 0 for column in got.values())
+    result = objects_table(merge([]), (4, 4, 4), (1.0, 1.0, 1.0))
+    assert all(len(column) == 0 for column in result.values())
     assert rows_of(np.zeros((2, 3, 4)))["id"].size == 0
-
-
-def test_blocks_and_boxes_are_consistent():
-    grid = Blocks((5, 7, 9), (2, 3, 4))
-    count = np.zeros(grid.shape, int)
-    for i, box in enumerate(grid):
-        count[box.slices] += 1
-        assert grid.index(grid.coords(i)) == i
-        assert i in grid.overlapping(box)
-        assert all(i in grid.neighbors(j) for j in grid.neighbors(i))
-    assert np.all(count == 1)
-    assert Box.parse(str(grid[3])) == grid[3]

@@ -27,7 +27,7 @@ from volseg.segmentation.stitch import gather
 VALLEYS = row(4, 6, 5, 1, 0, 9, 1)
 
 
-def told(height, rules, block):
+def ranked_saddles(height, rules, block):
     basins = basins_of(height, block)
     return saddles.rank_saddles(basins, rules, label_basins(basins, rules))
 
@@ -38,7 +38,7 @@ def test_the_table_does_not_see_the_blocks(field, data):
     height, level = field
     rules = data.draw(all_rules(level))
     block = tuple(data.draw(st.integers(1, n)) for n in height.shape)
-    np.testing.assert_array_equal(told(height, rules, block), told(height, rules, height.shape))
+    np.testing.assert_array_equal(ranked_saddles(height, rules, block), ranked_saddles(height, rules, height.shape))
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,7 +62,7 @@ def test_borders_and_confidence_need_no_basins_of_the_volume(connectivity, field
 
 
 @pytest.mark.parametrize(
-    ("rules", "want"),  # kind, rule, margin, height and place of the saddle, sizes
+    ("rules", "expected"),  # kind, rule, margin, height and place of the saddle, sizes
     [
         (Rules(4), [("border", "seed", 2, 6, 1, [2, 4]), ("border", "seed", 5, 9, 5, [4, 1])]),
         (Rules(6), [("join", "seed", 0, 6, 1, [4, 2]), ("border", "seed", 3, 9, 5, [6, 1])]),
@@ -74,11 +74,11 @@ def test_borders_and_confidence_need_no_basins_of_the_volume(connectivity, field
         (Rules(6, min_voxels=3), []),
     ],
 )
-def test_each_rule_tells_how_near_it_came(rules, want):
-    found = told(VALLEYS, rules, (1, 1, 2))
-    names = [(saddles.KINDS[r["kind"]], saddles.RULES[r["rule"]]) for r in found]
-    columns = [found[name].tolist() for name in ("margin", "saddle", "voxel", "voxels")]
-    assert [(*name, *rest) for name, *rest in zip(names, *columns, strict=True)] == want
+def test_each_rule_tells_how_near_it_came(rules, expected):
+    rows = ranked_saddles(VALLEYS, rules, (1, 1, 2))
+    names = [(saddles.KINDS[r["kind"]], saddles.RULES[r["rule"]]) for r in rows]
+    columns = [rows[name].tolist() for name in ("margin", "saddle", "voxel", "voxels")]
+    assert [(*name, *rest) for name, *rest in zip(names, *columns, strict=True)] == expected
 
 
 def test_confidence_is_the_depth_below_the_lowest_saddle():
@@ -106,13 +106,13 @@ def test_a_runs_table_holds_every_pair_of_objects_that_touch(reference):
     table = pandas.read_parquet(f"{reference}/tables/merges.parquet")
     labels = volume.open(reference, dataset="labels/instances/0")
     ids = labels.read(Box.from_shape(labels.shape)).astype(np.int64)
-    want = set()
+    expected = set()
     for axis in range(3):
         near, far = (np.delete(ids, end, axis).ravel() for end in (-1, 0))
         apart = (near != far) & (near > 0) & (far > 0)
-        want |= set(zip(*np.sort([near[apart], far[apart]], axis=0).tolist(), strict=True))
+        expected |= set(zip(*np.sort([near[apart], far[apart]], axis=0).tolist(), strict=True))
     borders = table[table["kind"] == "border"]
-    assert set(zip(borders["label_a"], borders["label_b"], strict=True)) == want
+    assert set(zip(borders["label_a"], borders["label_b"], strict=True)) == expected
     assert (table["margin"] >= 0).all()
     assert table["margin"].is_monotonic_increasing
     place = ids[table["z"], table["y"], table["x"]]
@@ -129,10 +129,10 @@ def test_review_draws_what_it_lists(reference, tmp_path):
     assert result.output.count(".png") == Path(run, "review/index.html").read_text().count("<img") == min(3, len(table))
     for path in Path(run, "review").glob("*.png"):
         assert np.asarray(Image.open(path)).std() > 0
-    found = review.open_reviewed(run)
-    for i in [i for i, decision in enumerate(found.decisions) if decision.kind == "join"][:5]:
-        z, y, x = found.decisions[i].z, found.decisions[i].y, found.decisions[i].x
-        part = review.sides(found, i, Box((z, 0, 0), (z + 1, *found.stored.shape[1:])))
+    rows = review.open_reviewed(run)
+    for i in [i for i, decision in enumerate(rows.decisions) if decision.kind == "join"][:5]:
+        z, y, x = rows.decisions[i].z, rows.decisions[i].y, rows.decisions[i].x
+        part = review.sides(rows, i, Box((z, 0, 0), (z + 1, *rows.stored.shape[1:])))
         assert part[y, x] > 0
         assert set(np.unique(part)) <= {0, 1, 2}
 
