@@ -236,7 +236,7 @@ def run(
     """
     call = partial(_each, partial(task, *args), final)
     queues = [_Queue(client, call, *queue, window=window) for queue in _queues(client, items, device)]
-    queue_of: dict[str, _Queue] = {}
+    queue_of: dict[Any, _Queue] = {}
     tried: dict[Item, int] = {}
     failures: list[Failure] = []
     ended: list[BaseException] = []

@@ -80,7 +80,7 @@ def _run_stages(client: Any, run: Run, progress: Progress) -> tuple[Run, RunStat
 def with_half_batch(run: Run) -> Run:
     """The run with half as many tiles in a forward pass: other bits, so nothing that was predicted can be kept."""
     why = run.engine.why.removesuffix(BATCH_LIMITED) + BATCH_LIMITED
-    return replace(run, engine=replace(run.engine, batch=run.batch // 2, why=why))
+    return replace(run, engine=replace(run.engine, batch=run.batch // 2, why=why))  # type: ignore[type-var]
 
 
 def _import_ahead() -> None:

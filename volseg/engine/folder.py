@@ -165,7 +165,7 @@ def changed(run: Run) -> str:
 
 
 def _flat(plain: dict, prefix: str = "") -> dict:
-    out = {}
+    out: dict = {}
     for key, value in plain.items():
         out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return out

@@ -70,8 +70,8 @@ def _predict(run: Run) -> list[Stage]:
     key = probability_key(run)
     passes = []
     for name, plane in run.passes.items():
-        grid, function = run.pass_grid(plane), partial(predict.predict_plane, stage=name)
-        passes.append(Stage(name, function, grid, digest(key, name, grid.block), "basins", on_device=True))
+        grid, pass_of_plane = run.pass_grid(plane), partial(predict.predict_plane, stage=name)
+        passes.append(Stage(name, pass_of_plane, grid, digest(key, name, grid.block), "basins", on_device=True))
     function = predict.average_planes if passes else predict.predict
     after = {stage.name: same for stage in passes}
     return [*passes, Stage("predict", function, run.predict_grid, key, "basins", after, on_device=not passes)]

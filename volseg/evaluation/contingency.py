@@ -69,7 +69,7 @@ class Contingency:
             return NotImplemented
         return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in ("truth", "pred", "counts"))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # not hashable
 
 
 def check_labels(labels: np.ndarray, name: str) -> np.ndarray:

@@ -220,7 +220,7 @@ def _check(opened: volume.Volume | ArrayVolume, name: str) -> None:
     above = isolated = 0
     for box in volume.patches(opened.shape):
         (plane,) = opened.read(box)
-        above, isolated = above + np.count_nonzero(plane), isolated + _isolated(plane)
+        above, isolated = above + int(np.count_nonzero(plane)), isolated + _isolated(plane)
     if isolated > MAX_ISOLATED_SHARE * above:
         raise UserError(
             f"{name} is neither labels nor a mask: {100 * isolated / above:.0f} % of its voxels above 0 differ from "

@@ -91,7 +91,7 @@ def _planes(run: StoredRun, axis: int) -> tuple[list[int], list[int]]:
 def measure_plane(run: StoredRun, axis: int, plane: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """The `MEASURES` of labels on both sides of a plane, between voxels ``plane - 1`` and ``plane``; NaN where empty."""
     size = np.minimum(WINDOW, run.shape)
-    start = rng.integers(0, run.shape - size + 1)
+    start = np.asarray(rng.integers(0, run.shape - size + 1))
     start[axis], size[axis] = plane - 1, 2
     box = Box(tuple(start.tolist()), tuple((start + size).tolist()))
     height = heights(run, run.probability(box), box)[1:-1, 1:-1, 1:-1]

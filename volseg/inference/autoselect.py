@@ -173,7 +173,7 @@ def measure(path: Path, wanted: list[tuple[str, str]], size: int, batch: np.ndar
     which makes the float32 form that all are held against.
     """
     require("torch", extra="torch")
-    end, found = time.monotonic() + SECONDS, []
+    end, found = time.monotonic() + SECONDS, list[Row]()
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "tiles.npy"), batch)
         while len(found) < len(wanted):

@@ -213,7 +213,8 @@ def _torch(blob: bytes, precision: str, shape: tuple[int, int, int, int], name: 
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
-    network = network.requires_grad_(False).to(name, kind if cuda else torch.float32, memory_format=last)
+    network = network.requires_grad_(False).to(device=name, dtype=kind if cuda else torch.float32)
+    network = network.to(memory_format=last)
 
     def forward(batch: torch.Tensor) -> torch.Tensor:
         if cuda:

@@ -47,9 +47,10 @@ def voxel_size_nm(image: dict, entry: dict, channel_axis: int | None) -> TripleN
         if step.get("type") == "scale" and len(step.get("scale", [])) == len(listed):
             size *= [step["scale"][i] for i in space]
             found = True
-    if not found or len(units) != 3 or None in units or not (size > 0).all():
+    known = [unit for unit in units if unit is not None]
+    if not found or len(units) != 3 or len(known) != 3 or not (size > 0).all():
         return None
-    return tuple(round(float(s * u), 6) for s, u in zip(size, units, strict=True))
+    return tuple(round(float(s * u), 6) for s, u in zip(size, known, strict=True))
 
 
 def axis_name(axis: dict) -> str:
@@ -61,7 +62,8 @@ def tiff_voxel_size_nm(pixels: Any) -> TripleNm | None:
     if None in sizes:
         return None
     units = [NM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").lower()) for axis in "ZYX"]
-    return None if None in units else tuple(round(float(s) * u, 6) for s, u in zip(sizes, units, strict=True))
+    known = [unit for unit in units if unit is not None]
+    return tuple(round(float(s) * u, 6) for s, u in zip(sizes, known, strict=True)) if len(known) == 3 else None
 
 
 def multiscales(

@@ -34,7 +34,7 @@ def levels(shape: Triple, voxel_size_nm: tuple[float, float, float] | None, coun
 
 def sizes(levels: list[tuple[Triple, Triple]], voxel_size_nm: tuple[float, float, float]) -> list[tuple[float, ...]]:
     """Voxel size z y x in nm of each level that :func:`levels` gave."""
-    out = []
+    out: list[tuple[float, ...]] = []
     for _, factor in levels:
         above = out[-1] if out else voxel_size_nm
         out.append(tuple(float(s) * f for s, f in zip(above, factor, strict=True)))

@@ -69,7 +69,7 @@ def _multiscales(path: str, dataset: str) -> tuple[dict, dict]:
     """The multiscales image that lists an array as one of its levels, and its entry; empty when none does."""
     keys = dataset.strip("/").split("/") if dataset else []
     above = [(files.join(path, *keys[:i]), "/".join(keys[i:])) for i in reversed(range(len(keys)))]
-    for root, name in above or [tuple(path.rsplit("/", 1))]:
+    for root, name in above or [path.rpartition("/")[::2]]:
         for image in _images(root):
             for entry in image.get("datasets", []):
                 if entry.get("path", "").strip("/") == name:

@@ -147,5 +147,6 @@ def _smaller(block: Triple, *, even: bool = False) -> Iterator[Triple]:
         if not longer:
             return
         axis = max(longer, key=lambda axis: block[axis]) if even else longer[0]
-        block = tuple(-(-n // 2) if k == axis else n for k, n in enumerate(block))
+        z, y, x = (-(-n // 2) if k == axis else n for k, n in enumerate(block))
+        block = z, y, x
         yield block

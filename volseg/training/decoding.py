@@ -176,7 +176,7 @@ def _iou_curve(slabs: list[ValidationSlab], passes: Triple) -> np.ndarray:
         own = [slab for slab in slabs if slab.source == number]
         levels = (smooth_mask(slab.probability[0], passes) for slab in own)
         overlaps = (threshold_overlaps(level, slab.labels) for level, slab in zip(levels, own, strict=True))
-        both, either = sum(overlaps)
+        both, either = np.sum(list(overlaps), axis=0)
         total, weight = total + own[0].share * both / np.maximum(1, either), weight + own[0].share
     return total / weight
 

@@ -149,7 +149,7 @@ def _load(data: TrainData, settings: Train, table: str) -> Source:
     first, stop = max(0, min(used) - margin), min(depth, max(used) + 1 + margin)
     annotated = np.isin(np.arange(first, stop), train + held_out)
     fields = (_synthesize if synthetic else _read)(data, first, annotated)
-    train, held_out, unlabeled = (tuple(z - first for z in sections) for sections in (train, held_out, unlabeled))
+    train, held_out, unlabeled = (tuple(z - first for z in sections) for sections in (train, held_out, unlabeled))  # type: ignore[assignment]
     positions = _object_positions(fields["labels"], train, place)
     size = fields["voxel_size_nm"]  # where nobody says, sections may lie far apart
     contacts = contact_mask(fields["labels"], settings.contour_width, size is not None and volume.isotropic(size))

@@ -44,7 +44,7 @@ def initial_state(settings: Train, device: torch.device) -> State:
     """
     torch.manual_seed(settings.seed)
     network = _load_start(settings) if settings.start else _build_network(settings)
-    network = network.to(device, memory_format=torch.channels_last).train()
+    network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch has it
     parameters = list(network.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},

@@ -58,8 +58,9 @@ def normalize_labels(array: np.ndarray, *, unlabeled: int | None = None) -> tupl
     missing = array == unlabeled if unlabeled is not None else None
     if missing is not None:
         array = np.where(missing, 0, array)
-    values = [_mask_value(section) for section in array]
-    if all(value is not None for value in values) and (set(values) - {0} <= MASK_VALUES or len(set(values) - {0}) == 1):
+    found = [_mask_value(section) for section in array]
+    values = [value for value in found if value is not None]
+    if len(values) == len(found) and (set(values) - {0} <= MASK_VALUES or len(set(values) - {0}) == 1):
         halves = np.array([max(1, (value + 1) // 2) for value in values], np.uint64)
         labels, objects = ndimage.label(array >= halves[:, None, None], np.ones((3, 3, 3), bool), output=np.uint32)
         note = {"kind": "mask", "values": {value: values.count(value) for value in sorted(set(values) - {0})}}

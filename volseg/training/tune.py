@@ -209,7 +209,7 @@ def _format_trial(trial: optuna.trial.FrozenTrial) -> str:
 
 def format_trials(rows: list[dict]) -> str:
     """Return trials as a table in plain text, in the order given."""
-    return format_table(COLUMNS, [{**row, "lr": f"{row['lr']:.2e}"}.values() for row in rows])
+    return format_table(COLUMNS, [[*{**row, "lr": f"{row['lr']:.2e}"}.values()] for row in rows])
 
 
 def _write_results(study: optuna.Study, config: Config, out: Path, log: Log) -> Path:

@@ -90,7 +90,9 @@ def validate(network: torch.nn.Module, sources: list[Source], config: Config) ->
         ``loss``, ``accuracy`` and foreground ``iou`` under "all" and under each source's name. Empty where no source holds
         sections out.
     """
-    scores, all_losses, all_counts = {}, [], []
+    scores: dict[str, dict] = {}
+    all_losses: list[float] = []
+    all_counts: list[torch.Tensor] = []
     with numpy_forward(network, config.train.precision) as forward:
         for source in (s for s in sources if s.validation_sections):
             rows = [_score_section(forward, source, z, config) for z in source.validation_sections]
