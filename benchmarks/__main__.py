@@ -263,11 +263,11 @@ def scaling(
     from benchmarks import scaling as bench
 
     if what == "volumes":
-        bench.volumes(out, most, reduce, along)
+        bench.measure_volumes(out, most, reduce, along)
     elif what == "workers":
-        bench.workers(out, tuple(int(n) for n in counts.split(",")))
+        bench.measure_workers(out, tuple(int(n) for n in counts.split(",")))
     elif what == "blocks":
-        bench.blocks(int(blocks))
+        bench.measure_blocks(int(blocks))
     else:
         raise typer.BadParameter(f"{what!r} is none of volumes, workers, blocks")
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report
-from benchmarks.repeat import side_by_side
+from benchmarks.repeat import time_in_turn
 from benchmarks.throughput import difference, last_sections, slide
 from volseg.box import Box
 from volseg.config import load
 from volseg.engine import cluster, folder, pipeline
+from volseg.engine.receipts import Receipt
 from volseg.engine.run import Run
 from volseg.inference import backends, export, model
 from volseg.inference.normalization import standardized
@@ -47,34 +48,34 @@ def measure(image: str, sections: int, repeats: int, out: str, sets: tuple[str, 
     def keep(way: str, call: Callable) -> None:
         results[way] = call()
 
-    bare = {("bare", p): _bare(run, _sum(receipts[p], "inferred")) for p, run in runs.items()}
+    bare = {("bare", p): _bare(run, _sum(receipts[p], "inferred_voxels")) for p, run in runs.items()}
     ours = {("volseg", p): partial(_predict, run) for p, run in runs.items()}
-    took = side_by_side({**bare, **ours, **{way: partial(keep, way, call) for way, call in peers.items()}}, repeats)
+    seconds = time_in_turn({**bare, **ours, **{way: partial(keep, way, call) for way, call in peers.items()}}, repeats)
     voxels, rows = prod(runs["fp32"].shape), []
     for p, run in runs.items():
-        work = voxels, _flops(run) * _sum(receipts[p], "inferred")
+        work = voxels, _flops(run) * _sum(receipts[p], "inferred_voxels")
         rows += [
-            {"way": f"bare model, {p}, tiles on the device", **_speed(took["bare", p], *work)},
-            {"way": f"volseg predict, {p}, end to end", **_speed(took["volseg", p], *work),
-             "of the bare model": round(took["bare", p] / took["volseg", p], 3),
-             **{f"bytes {way} / voxel": round(_sum(receipts[p], way) / voxels, 3) for way in ("sent", "fetched")},
+            {"way": f"bare model, {p}, tiles on the device", **_speed(seconds["bare", p], *work)},
+            {"way": f"volseg predict, {p}, end to end", **_speed(seconds["volseg", p], *work),
+             "of the bare model": round(seconds["bare", p] / seconds["volseg", p], 3),
+             **{f"bytes {way} / voxel": round(_sum(receipts[p], f"bytes_{way}") / voxels, 3) for way in ("sent", "fetched")},
              **difference(_stored(run), exact)},
         ]  # fmt: skip
-    rows += [{"way": way, **_speed(took[way], voxels), **difference(results[way], exact)} for way in peers]
+    rows += [{"way": way, **_speed(seconds[way], voxels), **difference(results[way], exact)} for way in peers]
     report.keep("gpu", [{**dict.fromkeys(COLUMNS, ""), **row} for row in rows])
 
 
 def _begun(path: Path, out: Path, precision: str, sets: tuple[str, ...]) -> Run:
     """A run by torch whose blocks `_predict` may do; what an earlier one left there is gone."""
     shutil.rmtree(out, ignore_errors=True)
-    told = ["predict.backend=torch", f"predict.batch={BATCH}", *sets, f"predict.precision={precision}"]
-    config = load(sets=told, base=model.load_card(model.shipped()).decode)
+    chosen = ["predict.backend=torch", f"predict.batch={BATCH}", *sets, f"predict.precision={precision}"]
+    config = load(sets=chosen, base=model.load_card(model.shipped()).decode)
     run = describe.from_image(volume.open(str(path)), config, str(out.resolve()))
     folder.begin(run, overwrite=False)
     return run
 
 
-def _predict(run: Run) -> list[dict]:
+def _predict(run: Run) -> list[Receipt]:
     """All blocks are read, predicted and stored, as many at once as on a worker with a GPU; the receipts."""
     with ThreadPoolExecutor(cluster.TASKS_PER_GPU) as pool:
         return list(pool.map(partial(pipeline.process_block, run.out, run.id, "predict"), range(len(run.predict_grid))))
@@ -109,8 +110,8 @@ def _flops(run: Run) -> float:
 
 
 def _speed(seconds: float, voxels: int, flops: float = 0.0) -> dict:
-    found = {"Mvoxel/s": round(voxels / seconds / 1e6, 2)}
-    return found | ({"TFLOP/s": round(flops / seconds / 1e12, 3)} if flops else {})
+    row = {"Mvoxel/s": round(voxels / seconds / 1e6, 2)}
+    return row | ({"TFLOP/s": round(flops / seconds / 1e12, 3)} if flops else {})
 
 
 def _monai(run: Run, device: str) -> dict[str, Callable[[], np.ndarray]]:
@@ -137,5 +138,5 @@ def _stored(run: Run) -> np.ndarray:
     return np.asarray(arrays.open_array(run.out, "0")).transpose(1, 0, 2, 3)
 
 
-def _sum(receipts: list[dict], name: str) -> int:
-    return sum(receipt.get(name, 0) for receipt in receipts)
+def _sum(receipts: list[Receipt], name: str) -> int:
+    return sum(getattr(receipt, name) for receipt in receipts)

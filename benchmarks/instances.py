@@ -20,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 
 from benchmarks import report
-from benchmarks.repeat import Alone, aside
+from benchmarks.repeat import Timed, time_isolated
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
 from volseg.evaluation.synthetic import synth
@@ -33,22 +33,22 @@ from volseg.segmentation.rules import Rules, label_basins
 from volseg.system import tune_malloc
 
 SIDES = (256, 128, 64, 32)  # of the blocks, voxels; cut to the volume
-TIMED = 128
+TIMED_SIDE = 128
 SHAPE, SEED = (128, 512, 512), 8  # of the synthetic volume: 5 % of it is foreground
-CROP = (32, 128, 128)  # for the first call
-SMALL = 500  # voxels; every method drops objects below
-WHOLE = "scikit-image watershed, whole volume"
+WARM_UP_SHAPE = (32, 128, 128)  # for the first call
+MIN_VOXELS = 500  # voxels; every method drops objects below
+WHOLE_VOLUME = "scikit-image watershed, whole volume"
 DASK = "dask-image label (no watershed)"  # is timed alone: in blocks of 32 it had not ended after minutes
 CONFIG = Config()
 
 
 def measure(run: str, sections: int, repeats: int) -> None:
-    """A row for each method: seconds, speed and memory in blocks of `TIMED`, and how many objects it finds at four block
+    """A row for each method: seconds, speed and memory in blocks of `TIMED_SIDE`, and how many objects it finds at four block
     sizes; those of the whole volume at once, and dask-image's, at one."""
     methods = {
-        "volseg": ours, WHOLE: whole, DASK: components,
-        "watershed per block, any contact joins": partial(per_block, shrink=False),
-        "watershed per block, cellpose's rule": partial(per_block, shrink=True),
+        "volseg": count_volseg, WHOLE_VOLUME: count_scikit_image, DASK: count_dask_image,
+        "watershed per block, any contact joins": partial(count_per_block, shrink=False),
+        "watershed per block, cellpose's rule": partial(count_per_block, shrink=True),
     }  # fmt: skip
     probability = _probability(run, sections)
     share, voxels = float((_landscape(probability)[0] != OUTSIDE).mean()), probability[0].size
@@ -57,15 +57,14 @@ def measure(run: str, sections: int, repeats: int) -> None:
         np.save(stored, probability)
         del probability
         calls = {name: partial(_load, stored, method) for name, method in methods.items()}
-        more = {
-            name: () if name in (WHOLE, DASK) else tuple(side for side in SIDES if side != TIMED) for name in methods
-        }
-        timed, counted = aside(calls, TIMED, repeats, more)
+        others = tuple(side for side in SIDES if side != TIMED_SIDE)
+        counted_at = {name: () if name in (WHOLE_VOLUME, DASK) else others for name in methods}
+        timed, counted = time_isolated(calls, TIMED_SIDE, repeats, counted_at)
     rows = [
         {"method": name, **_row(timed[name], voxels), **_objects(name, timed[name], counted[name])} for name in methods
     ]
     print(
-        f"{voxels / 1e6:.1f} million voxels, {100 * share:.1f} % in the mask; blocks of {TIMED}; medians of {repeats}"
+        f"{voxels / 1e6:.1f} million voxels, {100 * share:.1f} % in the mask; blocks of {TIMED_SIDE}; medians of {repeats}"
     )
     report.keep("instances-run" if run else "instances", rows)
     (own, own_heights), (other, other_heights) = ((row["s"], row["of it heights"]) for row in rows[:2])
@@ -73,7 +72,7 @@ def measure(run: str, sections: int, repeats: int) -> None:
           f"{(other - other_heights) / (own - own_heights):.2f}")  # fmt: skip
 
 
-def _row(timed: list[Alone], voxels: int) -> dict:
+def _row(timed: list[Timed], voxels: int) -> dict:
     seconds = median(done.seconds for done in timed)
     return {
         "s": round(seconds, 3),
@@ -83,26 +82,26 @@ def _row(timed: list[Alone], voxels: int) -> dict:
     }
 
 
-def _objects(name: str, timed: list[Alone], counted: dict[int, Found]) -> dict:
+def _objects(name: str, timed: list[Timed], counted: dict[int, Counted]) -> dict:
     """Objects at each block size; those of the whole volume are the same at all, what was not counted is a dash."""
-    found = {TIMED: timed[0].result, **counted}
-    once = found[TIMED].objects if name == WHOLE else "-"
-    return {f"objects at {side}": found[side].objects if side in found else once for side in SIDES}
+    results = {TIMED_SIDE: timed[0].result, **counted}
+    constant = results[TIMED_SIDE].objects if name == WHOLE_VOLUME else "-"
+    return {f"objects at {side}": results[side].objects if side in results else constant for side in SIDES}
 
 
-def _load(stored: Path, method: Callable) -> Callable[[int], Found]:
+def _load(stored: Path, method: Callable) -> Callable[[int], Counted]:
     """``method`` on stored probabilities, by the side of a block; it has been called once, on a crop of them.
 
     The process keeps the memory that it frees, as volseg's workers do.
     """
     tune_malloc()
     probability = np.load(stored)
-    method(np.ascontiguousarray(probability[(slice(None), *map(slice, CROP))]), CROP[1] // 2)
+    method(np.ascontiguousarray(probability[(slice(None), *map(slice, WARM_UP_SHAPE))]), WARM_UP_SHAPE[1] // 2)
     return partial(method, probability)
 
 
 @dataclass(frozen=True)
-class Found:
+class Counted:
     """How many objects, and the seconds that making the heights took."""
 
     objects: int
@@ -132,9 +131,9 @@ def _blocks(shape: Triple, side: int) -> Blocks:
     return Blocks(shape, tuple(min(n, side) for n in shape))
 
 
-def _counted(labels: np.ndarray) -> int:
-    """Objects of at least `SMALL` voxels."""
-    return int((np.bincount(labels.ravel())[1:] >= SMALL).sum())
+def _count_large(labels: np.ndarray) -> int:
+    """Objects of at least `MIN_VOXELS` voxels."""
+    return int((np.bincount(labels.ravel())[1:] >= MIN_VOXELS).sum())
 
 
 # ---------------------------------------------------------------- the methods: how many objects
@@ -146,78 +145,78 @@ class _Cut:
     table: BlockBasins
 
 
-def ours(probability: np.ndarray, side: int) -> Found:
+def count_volseg(probability: np.ndarray, side: int) -> Counted:
     """The stages of a run in memory: fragments, faces, stitch, relabel."""
-    shape, knobs, spent = probability.shape[1:], CONFIG.fragments, 0.0
+    shape, settings, seconds = probability.shape[1:], CONFIG.fragments, 0.0
     grid = _blocks(shape, side)
     cuts = []
     for box in grid:
-        have, start = box.grow(height_halo(knobs)).clip(shape), time.perf_counter()
-        height = block_heights(probability[(slice(None), *have.slices)], box, shape, knobs)
-        spent += time.perf_counter() - start
+        padded, start = box.grow(height_halo(settings)).clip(shape), time.perf_counter()
+        height = block_heights(probability[(slice(None), *padded.slices)], box, shape, settings)
+        seconds += time.perf_counter() - start
         cuts.append(_Cut(*watershed_block(height, probability[0][box.slices], box, shape)))
     tables = [cut.table for cut in cuts]
     basins, basin_of = stitch.gather(tables, [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))])
-    label = label_basins(basins, Rules(seed_height(CONFIG.stitch.seed, knobs), min_voxels=SMALL))
+    label = label_basins(basins, Rules(seed_height(CONFIG.stitch.seed, settings), min_voxels=MIN_VOXELS))
     out = np.empty(shape, np.uint32)
     for box, cut, basin in zip(grid, cuts, basin_of, strict=True):
         objects.paint(cut.region, np.r_[0, label[basin]].astype(np.uint32), out[box.slices])
-    return Found(int(out.max()), spent)
+    return Counted(int(out.max()), seconds)
 
 
-def whole(probability: np.ndarray, _: int) -> Found:
+def count_scikit_image(probability: np.ndarray, _: int) -> Counted:
     """Seeded watershed of the whole volume at once."""
     from skimage.segmentation import watershed
 
-    height, seed, spent = _landscape(probability)
+    height, seed, seconds = _landscape(probability)
     markers, _ = ndimage.label(height <= seed)
-    return Found(_counted(watershed(height, markers, mask=height != OUTSIDE, connectivity=1)), spent)
+    return Counted(_count_large(watershed(height, markers, mask=height != OUTSIDE, connectivity=1)), seconds)
 
 
-def components(probability: np.ndarray, side: int) -> Found:
+def count_dask_image(probability: np.ndarray, side: int) -> Counted:
     """Connected components of the mask, block by block."""
     import dask.array
     from dask_image import ndmeasure
 
-    height, _, spent = _landscape(probability)
+    height, _, seconds = _landscape(probability)
     mask = dask.array.from_array(height != OUTSIDE, chunks=_blocks(height.shape, side).block)
-    return Found(_counted(ndmeasure.label(mask)[0].compute(scheduler="single-threaded")), spent)
+    return Counted(_count_large(ndmeasure.label(mask)[0].compute(scheduler="single-threaded")), seconds)
 
 
-def per_block(probability: np.ndarray, side: int, *, shrink: bool) -> Found:
+def count_per_block(probability: np.ndarray, side: int, *, shrink: bool) -> Counted:
     """A watershed in each block by itself; labels that touch across a face are one.
 
     With ``shrink``, after each lost its outermost voxels in the face: the rule of cellpose's distributed segmentation.
     """
     from skimage.segmentation import watershed
 
-    height, seed, spent = _landscape(probability)
+    height, seed, seconds = _landscape(probability)
     grid = _blocks(height.shape, side)
     out, last = np.zeros(height.shape, np.int64), 0
     for box in grid:
-        here = height[box.slices]
-        markers, count = ndimage.label(here <= seed)
-        labels = watershed(here, markers, mask=here != OUTSIDE, connectivity=1)
+        block_height = height[box.slices]
+        markers, count = ndimage.label(block_height <= seed)
+        labels = watershed(block_height, markers, mask=block_height != OUTSIDE, connectivity=1)
         out[box.slices] = np.where(labels > 0, labels + last, 0)
         last += count
     parent = np.arange(last + 1)
-    for a, b in _touching(out, grid.block, shrink):
+    for a, b in _touching_labels(out, grid.block, shrink):
         p, q = find(parent, a), find(parent, b)
         parent[max(p, q)] = min(p, q)
-    return Found(_counted(np.array([find(parent, i) for i in range(last + 1)])[out]), spent)
+    return Counted(_count_large(np.array([find(parent, i) for i in range(last + 1)])[out]), seconds)
 
 
-def _touching(labels: np.ndarray, block: Triple, shrink: bool) -> Iterator[np.ndarray]:
+def _touching_labels(labels: np.ndarray, block: Triple, shrink: bool) -> Iterator[np.ndarray]:
     """Pairs of labels that meet at block faces."""
     for axis, (size, length) in enumerate(zip(block, labels.shape, strict=True)):
-        for at in range(size, length, size):
-            near, far = (
-                _shrunk(plane) if shrink else plane for plane in (labels.take(at - 1, axis), labels.take(at, axis))
+        for face in range(size, length, size):
+            low, high = (
+                _shrink(plane) if shrink else plane for plane in (labels.take(face - 1, axis), labels.take(face, axis))
             )
-            both = (near > 0) & (far > 0)
-            yield from np.unique(np.stack([near[both], far[both]], axis=1), axis=0)
+            both = (low > 0) & (high > 0)
+            yield from np.unique(np.stack([low[both], high[both]], axis=1), axis=0)
 
 
-def _shrunk(plane: np.ndarray) -> np.ndarray:
+def _shrink(plane: np.ndarray) -> np.ndarray:
     inner = (ndimage.minimum_filter(plane, 3) == plane) & (ndimage.maximum_filter(plane, 3) == plane)
     return np.where(inner, plane, 0)

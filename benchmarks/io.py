@@ -13,7 +13,7 @@ import zarr
 from zarr.storage import LocalStore, WrapperStore
 
 from benchmarks import report
-from benchmarks.repeat import side_by_side
+from benchmarks.repeat import time_in_turn
 from volseg.box import Box
 from volseg.config import Config
 from volseg.evaluation.synthetic import synth
@@ -49,7 +49,7 @@ def measure(repeats: int) -> None:
                 arrays = {name: _array(Path(folder, f"{what}-{where[0]}-{name}"), data, where) for name in pipelines}
                 for verb, act in (("write", _write), ("read", _read)):
                     calls = {n: partial(_with, pipelines[n], act, arrays[n], data) for n in pipelines}
-                    for name, seconds in side_by_side(calls, repeats).items():
+                    for name, seconds in time_in_turn(calls, repeats).items():
                         rows.append({"what": what, "store": where, "codecs": name, "verb": verb,
                                      "MB/s": round(data.nbytes / 1e6 / seconds, 1)})  # fmt: skip
     report.keep("io", rows)

@@ -15,7 +15,7 @@ from volseg import system as machine
 
 
 @dataclass(frozen=True)
-class Alone:
+class Timed:
     """What a function returned in a process of its own, its seconds there, and the memory it took on top, bytes."""
 
     result: Any
@@ -23,22 +23,22 @@ class Alone:
     peak_bytes: int
 
 
-def side_by_side(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def time_in_turn(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each candidate; every round calls each one once, so that what slows the machine slows all."""
-    took: dict[str, list[float]] = {name: [] for name in candidates}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, call in candidates.items():
             start = time.perf_counter()
             call()
-            took[name].append(time.perf_counter() - start)
-    return {name: median(times) for name, times in took.items()}
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(times) for name, times in seconds.items()}
 
 
-def aside(
-    makers: dict[str, Callable[[], Callable[[Any], Any]]], asked: Any, repeats: int, more: dict[str, tuple]
-) -> tuple[dict[str, list[Alone]], dict[str, dict]]:
-    """Each candidate in a fresh process of its own, one at a time, in turn: ``repeats`` calls with ``asked``, then one
-    with each of ``more``, whose results alone are kept.
+def time_isolated(
+    makers: dict[str, Callable[[], Callable[[Any], Any]]], argument: Any, repeats: int, more_arguments: dict[str, tuple]
+) -> tuple[dict[str, list[Timed]], dict[str, dict]]:
+    """Each candidate in a fresh process of its own, one at a time, in turn: ``repeats`` calls with ``argument``, then one
+    with each of ``more_arguments``, whose results alone are kept.
 
     A maker is called in its process and gives what is called there; it does not count, neither as time nor as memory.
     """
@@ -47,11 +47,14 @@ def aside(
         for name, make in makers.items():
             servers[name] = _Server(make)
             servers[name].ready()
-        timed: dict[str, list[Alone]] = {name: [] for name in makers}
+        timed: dict[str, list[Timed]] = {name: [] for name in makers}
         for _ in range(repeats):
             for name, server in servers.items():
-                timed[name].append(server.call(asked))
-        return timed, {name: {one: servers[name].call(one).result for one in asks} for name, asks in more.items()}
+                timed[name].append(server.call(argument))
+        return timed, {
+            name: {each: servers[name].call(each).result for each in arguments}
+            for name, arguments in more_arguments.items()
+        }
     finally:
         for server in servers.values():
             server.end()
@@ -70,8 +73,8 @@ class _Server:
     def ready(self) -> None:
         self._receive()
 
-    def call(self, asked: Any) -> Alone:
-        self.pipe.send(asked)
+    def call(self, argument: Any) -> Timed:
+        self.pipe.send(argument)
         return self._receive()
 
     def end(self) -> None:
@@ -95,13 +98,13 @@ def _serve(pipe: Any, make: Callable) -> None:
     pipe.send(None)
     while True:
         try:
-            asked = pipe.recv()
+            argument = pipe.recv()
         except EOFError:
             return
         start = time.perf_counter()
-        result = function(asked)
+        result = function(argument)
         seconds = time.perf_counter() - start
-        pipe.send(Alone(result, seconds, max(0, machine.resident("HWM") - before)))
+        pipe.send(Timed(result, seconds, max(0, machine.resident("HWM") - before)))
 
 
 def _forget_peak() -> None:

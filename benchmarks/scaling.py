@@ -34,10 +34,10 @@ GROWTH = {  # piece, blocks and tiles, and how often the piece is laid along z, 
 }
 SHAPE = (192, 768, 768)  # of the volume that several workers share, in blocks of whole planes
 SLABS = ("blocks.shape=[4, 768, 768]",)
-TOLD = 20  # memory is looked at that often
+MEMORY_SAMPLES = 20  # memory is looked at that often
 
 
-def volumes(out: str, most: int, reduce: str, along: str) -> None:
+def measure_volumes(out: str, max_copies: int, reduce: str, along: str) -> None:
     """A row for each volume size: one worker, blocks of one shape; peak memory must not grow, nor the cost of a voxel.
 
     The volumes are one synthetic piece, mirrored from copy to copy, so that no block of the larger ones holds more than
@@ -46,35 +46,35 @@ def volumes(out: str, most: int, reduce: str, along: str) -> None:
     piece, cut, copies = GROWTH[along]
     flags = (*cut, f"stitch.reduce={reduce}", "cluster.workers=1")
     cores, rows = _cores(), []
-    _infer(_laid(Path(out, "first"), piece, (1, 1, 1)), flags, cores)
-    _warm()
-    for times in (times for times in copies if prod(times) <= most):
-        facts = _infer(_laid(Path(out, f"{along}{prod(times)}"), piece, times), flags, cores)
-        shape = " x ".join(str(n) for n in facts["source"]["shape"])
-        rows.append({"volume": shape, "larger": prod(times), **_memory(facts), **_cost(facts)})
+    _infer(_mirror_copies(Path(out, "first"), piece, (1, 1, 1)), flags, cores)
+    _compile_kernels()
+    for times in (times for times in copies if prod(times) <= max_copies):
+        summary = _infer(_mirror_copies(Path(out, f"{along}{prod(times)}"), piece, times), flags, cores)
+        shape = " x ".join(str(n) for n in summary["source"]["shape"])
+        rows.append({"volume": shape, "larger": prod(times), **_memory(summary), **_cost(summary)})
     report.keep(f"scaling-volume-{along}", rows)
-    told = f"one worker, stitch.reduce={reduce}"
-    print(f"\n{told}: its memory grows by {100 * (rows[-1]['worker MB'] / rows[0]['worker MB'] - 1):.1f} %")
+    setting = f"one worker, stitch.reduce={reduce}"
+    print(f"\n{setting}: its memory grows by {100 * (rows[-1]['worker MB'] / rows[0]['worker MB'] - 1):.1f} %")
 
 
-def _warm() -> None:
+def _compile_kernels() -> None:
     """Kernels that sort long tables are compiled: only the larger volumes have any, and compiling takes 56 MB of a worker."""
     many = np.arange(1 << 16)
     for high in (many.astype(np.int32), many):
         argsort_rows(high, many)
 
 
-def workers(out: str, counts: tuple[int, ...]) -> None:
+def measure_workers(out: str, counts: tuple[int, ...]) -> None:
     """A row for each number of workers over one volume: each has a core of its own as far as there are any."""
     cores = _cores()
-    folder = _laid(Path(out, "workers"), SHAPE, (1, 1, 1))
+    folder = _mirror_copies(Path(out, "workers"), SHAPE, (1, 1, 1))
     _infer(folder, (*SLABS, "cluster.workers=1"), cores)
     rows = []
     for count in counts:
-        facts = _infer(folder, (*SLABS, f"cluster.workers={count}"), cores[:count])
-        spent = _spent(facts)
+        summary = _infer(folder, (*SLABS, f"cluster.workers={count}"), cores[:count])
+        spent = _seconds_spent(summary)
         rows.append({"workers": count, "cores": min(count, len(cores)), "s without start": round(spent, 1),
-                     "Mvoxel/s": round(prod(SHAPE) / 1e6 / spent, 2), **_memory(facts), **_cost(facts)})  # fmt: skip
+                     "Mvoxel/s": round(prod(SHAPE) / 1e6 / spent, 2), **_memory(summary), **_cost(summary)})  # fmt: skip
     for row in rows:
         row["faster"] = round(rows[0]["s without start"] / row["s without start"], 2)
     report.keep("scaling-workers", rows)
@@ -85,7 +85,7 @@ def _cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def _laid(folder: Path, piece: tuple[int, ...], times: tuple[int, ...]) -> Path:
+def _mirror_copies(folder: Path, piece: tuple[int, ...], times: tuple[int, ...]) -> Path:
     """``folder`` holds em.zarr: a synthetic piece of that shape laid so many times along z, y and x, each copy mirrored."""
     folder.mkdir(parents=True, exist_ok=True)
     image = folder / "em.zarr"
@@ -123,51 +123,51 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
-def _spent(facts: dict) -> float:
-    return facts["seconds"]["total"] - facts["seconds"]["start"]
+def _seconds_spent(summary: dict) -> float:
+    return summary["seconds"]["total"] - summary["seconds"]["start"]
 
 
-def _memory(facts: dict) -> dict:
-    return {f"{name} MB": round(facts["peak_bytes"][name] / 1e6) for name in ("worker", "client")}
+def _memory(summary: dict) -> dict:
+    return {f"{name} MB": round(summary["peak_bytes"][name] / 1e6) for name in ("worker", "client")}
 
 
-def _cost(facts: dict) -> dict:
+def _cost(summary: dict) -> dict:
     """Workers' time for each voxel: of the network's stage by what went through it, of all others by the volume.
 
     Where blocks are smaller than planes, tiles at their borders are inferred by each block that they meet.
     """
-    busy = {stage: sum(phases.values()) for stage, phases in facts["worker_seconds"].items()}
-    load = facts["worker_seconds"]["predict"].get("load", 0.0)
-    voxels, inferred = prod(facts["source"]["shape"]), facts["actual"]["inferred_voxels"]
+    busy = {stage: sum(phases.values()) for stage, phases in summary["worker_seconds"].items()}
+    load = summary["worker_seconds"]["predict"].get("load", 0.0)
+    voxels, inferred = prod(summary["source"]["shape"]), summary["actual"]["inferred_voxels"]
     predict = busy.pop("predict") - load
     return {
         "inferred for each voxel": round(inferred / voxels, 2),
         "network, µs per voxel inferred": round(1e6 * predict / inferred, 3),
         "rest, µs per voxel": round(1e6 * sum(busy.values()) / voxels, 3),
-        "objects": facts["objects"],
+        "objects": summary["objects"],
     }
 
 
-def nothing(item: int) -> int:
+def null_block(item: int) -> int:
     """A block with nothing to do."""
     return item
 
 
-def blocks(count: int) -> None:
+def measure_blocks(count: int) -> None:
     """Rows along one run of so many null blocks: how fast they go, and the memory of scheduler and client together.
 
-    As in a run, up to `cluster.MOST` blocks that take no time share a task.
+    As in a run, up to `cluster.MAX_BATCHED_ITEMS` blocks that take no time share a task.
     """
     rows = []
     with cluster.connect(config.Cluster(workers=2, dashboard="")) as client:
         start, state = time.perf_counter(), {"done": 0}
 
-        def done(_item: int, _result: int) -> None:
+        def count_done(_item: int, _result: int) -> None:
             state["done"] += 1
-            if state["done"] % max(1, count // TOLD) == 0:
-                took = time.perf_counter() - start
-                rows.append({"blocks": state["done"], "blocks/s": round(state["done"] / took),
+            if state["done"] % max(1, count // MEMORY_SAMPLES) == 0:
+                seconds = time.perf_counter() - start
+                rows.append({"blocks": state["done"], "blocks/s": round(state["done"] / seconds),
                              "client + scheduler MB": round(psutil.Process().memory_info().rss / 1e6)})  # fmt: skip
 
-        cluster.run(client, nothing, range(count), window=64, done=done)
+        cluster.run(client, null_block, range(count), window=64, done=count_done)
     report.keep("scaling-blocks", rows)

@@ -10,25 +10,23 @@ ones, and a part of the tree that lies whole periods from another is the same pa
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from math import ceil, prod
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks import report
 from volseg.box import Blocks, Box, Triple
-from volseg.config import Config, Fragments
-from volseg.engine import cluster
+from volseg.config import Fragments
+from volseg.engine.finished import open_run
+from volseg.engine.receipts import peak_bytes
 from volseg.errors import UserError
-from volseg.io import arrays, files
 from volseg.segmentation import hierarchy, stitch
 from volseg.segmentation.basins import BlockBasins, watershed_block
 from volseg.segmentation.heights import block_heights, height_halo
@@ -61,28 +59,26 @@ class Pattern:
         """The part of the period that part ``i`` of that level is a moved copy of, and by how many blocks."""
         parts = hierarchy.parts(self.grid, level)
         coords, start = parts.coords(i), self.origin >> level
-        there = [start + (c - start) % max(1, n >> level) for c, n in zip(coords, self.counts, strict=True)]
-        return parts.index(tuple(there)), tuple((c - b) << level for c, b in zip(coords, there, strict=True))
+        base = [start + (c - start) % max(1, n >> level) for c, n in zip(coords, self.counts, strict=True)]
+        return parts.index(tuple(base)), tuple((c - b) << level for c, b in zip(coords, base, strict=True))
 
 
-def cut(run: str, block: Triple, most: Triple) -> Pattern:
-    """The pattern of a finished run's probabilities in blocks of that shape, of at most ``most`` voxels before mirroring."""
-    if not files.exists(f"{run}/run.json"):
-        raise UserError(f"{run} is not a finished run; make one with: python -m benchmarks epfl --out {run}")
-    facts = json.loads(Path(run, "run.json").read_text())
-    config, stored = Config(**facts["config"]), arrays.open_array(run, "0")
-    nm = tuple(facts["voxel_size_nm"])
-    counts = tuple(_blocks(min(n, m), b) for n, m, b in zip(stored.shape[1:], most, block, strict=True))
+def cut_pattern(run: str, block: Triple, max_shape: Triple) -> Pattern:
+    """The pattern of a run's probabilities in blocks of that shape, of at most ``max_shape`` voxels before mirroring."""
+    finished = open_run(run)
+    config, shape, voxel_size_nm = finished.config, finished.shape, finished.voxel_size_nm
+    counts = tuple(_blocks(min(n, m), b) for n, m, b in zip(shape, max_shape, block, strict=True))
     half = [c * b // 2 for c, b in zip(counts, block, strict=True)]
-    period = np.asarray(stored[(slice(None), *(slice(n - h, n) for n, h in zip(stored.shape[1:], half, strict=True)))])
+    corner = (slice(n - h, n) for n, h in zip(shape, half, strict=True))
+    period = np.asarray(finished.probabilities[(slice(None), *corner)])
     for axis in (1, 2, 3):
         period = np.concatenate([period, np.flip(period, axis)], axis)
     origin = 2 << LEVELS
     grid = Blocks(tuple(2 * origin * b for b in block), block)
-    pattern = Pattern(grid, counts, origin, {}, {}, Rules.from_config(config, nm))
+    pattern = Pattern(grid, counts, origin, {}, {}, Rules.from_config(config, voxel_size_nm))
     places = [grid.index(tuple(origin + c for c in coords)) for coords in product(*map(range, counts))]
     for i in places:
-        pattern.tables[i] = _table(period, grid[i], grid.shape, config.fragments, nm)
+        pattern.tables[i] = _table(period, grid[i], grid.shape, config.fragments, voxel_size_nm)
     table_of = lru_cache(64)(lambda j: _moved_table(pattern, j))
     for i in places:
         pattern.links[i] = stitch.link(i, table_of, grid)
@@ -96,70 +92,73 @@ def _blocks(length: int, block: int) -> int:
     return 1 << (2 * length // block).bit_length() - 1
 
 
-def _table(period: np.ndarray, box: Box, shape: Triple, knobs: Fragments, nm: tuple) -> BlockBasins:
-    around = box.grow(height_halo(knobs, nm))
-    at = [np.arange(a, b) % n for a, b, n in zip(around.start, around.stop, period.shape[1:], strict=True)]
-    probability = period[np.ix_(range(len(period)), *at)]
-    height = block_heights(probability, box, shape, knobs, nm)
-    mass = np.ascontiguousarray(probability[0][box.slices_within(around)])
-    return watershed_block(height, mass, box, shape, knobs.connectivity)[1]
+def _table(period: np.ndarray, box: Box, shape: Triple, settings: Fragments, voxel_size_nm: tuple) -> BlockBasins:
+    padded = box.grow(height_halo(settings, voxel_size_nm))
+    index = [np.arange(a, b) % n for a, b, n in zip(padded.start, padded.stop, period.shape[1:], strict=True)]
+    probability = period[np.ix_(range(len(period)), *index)]
+    height = block_heights(probability, box, shape, settings, voxel_size_nm)
+    mass = np.ascontiguousarray(probability[0][box.slices_within(padded)])
+    return watershed_block(height, mass, box, shape, settings.connectivity)[1]
 
 
 # ---------------------------------------------------------------- moving
 
 
-def _voxels(pattern: Pattern, by: Triple) -> int:
+def _voxels(pattern: Pattern, move: Triple) -> int:
     """How far in linear index a move by so many blocks goes."""
-    (_, ny, nx), (z, y, x) = pattern.grid.shape, (n * b for n, b in zip(by, pattern.grid.block, strict=True))
+    (_, ny, nx), (z, y, x) = pattern.grid.shape, (n * b for n, b in zip(move, pattern.grid.block, strict=True))
     return (z * ny + y) * nx + x
 
 
-def _shifted(rows: np.ndarray, far: int, names: int, fields: tuple[str, ...]) -> np.ndarray:
+def _shifted(rows: np.ndarray, offset: int, names: int, fields: tuple[str, ...]) -> np.ndarray:
     out = rows.copy()
     for field in ("high_voxel", "low_voxel"):
-        out[field] += far
+        out[field] += offset
     for field in fields:
         out[field] += names
     return out
 
 
 def _moved_table(pattern: Pattern, i: int) -> BlockBasins:
-    base, by = pattern.base(i)
-    table, far = pattern.tables[base], _voxels(pattern, by)
-    moved = {name: getattr(table, name) + far for name in ("root", "first", "face_voxel")}
-    crossing = _shifted(table.crossing_edges, far, 0, ())
-    crossing["b"] += far
-    return replace(table, **moved, edges=_shifted(table.edges, far, 0, ()), crossing_edges=crossing)
+    base, move = pattern.base(i)
+    table, offset = pattern.tables[base], _voxels(pattern, move)
+    moved = {name: getattr(table, name) + offset for name in ("root", "first", "face_voxel")}
+    crossing = _shifted(table.crossing_edges, offset, 0, ())
+    crossing["b"] += offset
+    return replace(table, **moved, edges=_shifted(table.edges, offset, 0, ()), crossing_edges=crossing)
 
 
 def _moved_links(pattern: Pattern, i: int) -> stitch.Links:
-    base, by = pattern.base(i)
+    base, move = pattern.base(i)
     names = (i - base) << 32
     links = pattern.links[base]
-    return stitch.Links(links.drains + names, _shifted(links.edges, _voxels(pattern, by), names, ("a", "b")))
+    return stitch.Links(links.drains + names, _shifted(links.edges, _voxels(pattern, move), names, ("a", "b")))
 
 
-def _moved_graph(pattern: Pattern, graph: hierarchy.Graph, by: Triple) -> hierarchy.Graph:
-    far = _voxels(pattern, by)
+def _moved_graph(pattern: Pattern, graph: hierarchy.Graph, move: Triple) -> hierarchy.Graph:
+    offset = _voxels(pattern, move)
     _, ny, nx = pattern.grid.counts
-    names = ((by[0] * ny + by[1]) * nx + by[2]) << 32
-    inner = _shifted(graph.inner, far, 0, ())
+    names = ((move[0] * ny + move[1]) * nx + move[2]) << 32
+    inner = _shifted(graph.inner, offset, 0, ())
     return replace(
-        graph, first=graph.first + far, inner=inner, outer=_shifted(graph.outer, far, names, ("here", "there"))
+        graph,
+        first=graph.first + offset,
+        inner=inner,
+        outer=_shifted(graph.outer, offset, names, ("region", "neighbor")),
     )
 
 
 # ---------------------------------------------------------------- flat
 
 
-def times(pattern: Pattern, edges: int) -> Triple:
+def periods_for(pattern: Pattern, edges: int) -> Triple:
     """Periods along each axis of a volume with at least so many edges."""
     periods = ceil(edges / pattern.edges)
     side = max(1, round(periods ** (1 / 3)))
     return side, side, ceil(periods / side**2)
 
 
-def blocks_of(pattern: Pattern, repeats: Triple) -> Iterator[tuple[BlockBasins, stitch.Links]]:
+def repeat_blocks(pattern: Pattern, repeats: Triple) -> Iterator[tuple[BlockBasins, stitch.Links]]:
     """Tables and links of a volume of so many periods: blocks are numbered one period after another.
 
     What leads out of the volume is left out.
@@ -171,17 +170,17 @@ def blocks_of(pattern: Pattern, repeats: Triple) -> Iterator[tuple[BlockBasins, 
     edges, edge_cuts = _stacked([l.edges for l in links])
     drains, drain_cuts = _stacked([l.drains for l in links])
     a, start = (_relative(pattern, names, number)[1] for names in (edges["a"], drains[:, 0]))
-    (b_way, b), (end_way, end) = (_relative(pattern, names, number) for names in (edges["b"], drains[:, 1]))
-    for at in product(*map(range, repeats)):
-        far = _voxels(pattern, tuple(n * c for n, c in zip(at, pattern.counts, strict=True)))
-        near = _periods_around(at, repeats)
-        block = near * len(tables) << 32
-        own = block[13]
-        rows = _shifted(edges, far, 0, ())
-        rows["a"], rows["b"] = a + own, b + block[b_way]
-        pairs = np.stack([start + own, end + block[end_way]], axis=1)
-        inside = np.split(near[b_way] >= 0, edge_cuts), np.split(near[end_way] >= 0, drain_cuts)
-        parts = (np.split(first + far, first_cuts), np.split(_shifted(inner, far, 0, ()), inner_cuts),
+    (b_side, b), (end_side, end) = (_relative(pattern, names, number) for names in (edges["b"], drains[:, 1]))
+    for period in product(*map(range, repeats)):
+        offset = _voxels(pattern, tuple(n * c for n, c in zip(period, pattern.counts, strict=True)))
+        periods = _periods_around(period, repeats)
+        block = periods * len(tables) << 32
+        own_block = block[13]
+        rows = _shifted(edges, offset, 0, ())
+        rows["a"], rows["b"] = a + own_block, b + block[b_side]
+        pairs = np.stack([start + own_block, end + block[end_side]], axis=1)
+        inside = np.split(periods[b_side] >= 0, edge_cuts), np.split(periods[end_side] >= 0, drain_cuts)
+        parts = (np.split(first + offset, first_cuts), np.split(_shifted(inner, offset, 0, ()), inner_cuts),
                  np.split(rows, edge_cuts), np.split(pairs, drain_cuts), *inside)  # fmt: skip
         for table, begin, within, over, drain, stays, flows in zip(tables, *parts, strict=True):
             yield replace(table, first=begin, edges=within), stitch.Links(drain[flows], over[stays])
@@ -194,30 +193,32 @@ def _stacked(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def _relative(pattern: Pattern, names: np.ndarray, number: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """For each name the period that it lies in (0..26, 13 is the pattern's own), and its name within a period."""
-    blocks, place = np.unique(names >> 32, return_inverse=True)
-    found = [pattern.base(int(block)) for block in blocks]
-    ways = [sum((n // c + 1) * 3**k for n, c, k in zip(by, pattern.counts, (2, 1, 0), strict=True)) for _, by in found]
-    own = np.array([number[base] for base, _ in found], np.int64)
-    return np.array(ways, np.int64)[place], (own[place] << 32) | (names & stitch.REGION_MASK)
+    blocks, row = np.unique(names >> 32, return_inverse=True)
+    bases = [pattern.base(int(block)) for block in blocks]
+    sides = [
+        sum((n // c + 1) * 3**k for n, c, k in zip(move, pattern.counts, (2, 1, 0), strict=True)) for _, move in bases
+    ]
+    own_number = np.array([number[base] for base, _ in bases], np.int64)
+    return np.array(sides, np.int64)[row], (own_number[row] << 32) | (names & stitch.REGION_MASK)
 
 
-def _periods_around(at: Triple, repeats: Triple) -> np.ndarray:
+def _periods_around(period: Triple, repeats: Triple) -> np.ndarray:
     """The numbers of a period and its neighbors in a volume of so many periods, below 0 for those outside it."""
     out = np.full(27, -1, np.int64)
-    for k, way in enumerate(product((-1, 0, 1), repeat=3)):
-        z, y, x = (a + w for a, w in zip(at, way, strict=True))
+    for k, side in enumerate(product((-1, 0, 1), repeat=3)):
+        z, y, x = (a + step for a, step in zip(period, side, strict=True))
         if 0 <= z < repeats[0] and 0 <= y < repeats[1] and 0 <= x < repeats[2]:
             out[k] = (z * repeats[1] + y) * repeats[2] + x
     return out
 
 
-def flat(pattern: Pattern, repeats: Triple) -> dict:
+def measure_flat(pattern: Pattern, repeats: Triple) -> dict:
     """One row: what `gather` and `label_basins` take for a volume of so many periods, all in this process.
 
     The time to draw the tables is left out, as is that to read them where they are stored.
     """
     clock, drawing, counts = _Clock(), _Clock(), np.zeros(2, np.int64)
-    tables, links = _unzipped(_counted(blocks_of(pattern, repeats), drawing, counts))
+    tables, links = _unzipped(_counted(repeat_blocks(pattern, repeats), drawing, counts))
     basins, _ = stitch.gather(tables, links)
     gathered = clock.lap()
     label = label_basins(basins, pattern.rules)
@@ -226,7 +227,7 @@ def flat(pattern: Pattern, repeats: Triple) -> dict:
         "edges": int(counts[1]), "regions": int(counts[0]), "basins": label.size, "objects": int(label.max(initial=0)),
         "gather s": round(gathered[0] - drawing.total[0], 1), "decide s": round(decided[0], 1),
         "cpu s of both": round(gathered[1] - drawing.total[1] + decided[1], 1), "drawing s": round(drawing.total[0], 1),
-        "peak GB": round(cluster.peak_bytes() / 1e9, 2), "bytes per edge": round(cluster.peak_bytes() / max(1, counts[1])),
+        "peak GB": round(peak_bytes() / 1e9, 2), "bytes per edge": round(peak_bytes() / max(1, counts[1])),
     }  # fmt: skip
 
 
@@ -276,7 +277,7 @@ class _Clock:
 # ---------------------------------------------------------------- tree
 
 
-def levels(pattern: Pattern, voxels: float) -> list[dict]:
+def measure_levels(pattern: Pattern, voxels: float) -> list[dict]:
     """A row for each level of the tree over a volume of so many voxels: every kind of part is contracted once.
 
     Seconds are of one process and without storage. The volume's outer faces are taken for inner ones, except at the top.
@@ -311,17 +312,11 @@ def _level(
         n = parts.index(tuple(start + c for c in coords))
         if level == 0:
             links = {j: _moved_links(pattern, j) for j in hierarchy.linked_blocks(pattern.grid, n, 26)}
-            build = lambda n=n, links=links: hierarchy.block_graph(n, pattern.tables[n], links)  # noqa: E731
+            build = partial(hierarchy.block_graph, n, pattern.tables[n], links)
             size = pattern.tables[n].edges.nbytes + sum(l.edges.nbytes for l in links.values())
         else:
-
-            def opened(c: int, n: int = n) -> hierarchy.Graph:
-                graph = _at(pattern, below, c, level - 1)
-                return _alone(pattern, graph, level, n) if last else graph
-
-            each = hierarchy.children(pattern.grid, level, n)
-            build = lambda n=n, each=each: hierarchy.join(map(opened, each), pattern.grid, level, n)  # noqa: E731
-            graphs = [opened(c) for c in each]
+            build = partial(_join_children, pattern, below, level, n, last)
+            graphs = list(_children(pattern, below, level, n, last))
             size = sum(_bytes(g) for g in graphs)
         clock = _Clock()
         graph = build() if level == 0 else hierarchy.join(graphs, pattern.grid, level, n)
@@ -338,14 +333,25 @@ def _level(
     }  # fmt: skip
 
 
-def _at(pattern: Pattern, graphs: dict[int, hierarchy.Graph], n: int, level: int) -> hierarchy.Graph:
-    base, by = pattern.base(n, level)
-    return _moved_graph(pattern, graphs[base], by)
+def _join_children(
+    pattern: Pattern, below: dict[int, hierarchy.Graph], level: int, n: int, last: bool
+) -> hierarchy.Graph:
+    return hierarchy.join(_children(pattern, below, level, n, last), pattern.grid, level, n)
 
 
-def _alone(pattern: Pattern, graph: hierarchy.Graph, level: int, n: int) -> hierarchy.Graph:
+def _children(
+    pattern: Pattern, below: dict[int, hierarchy.Graph], level: int, n: int, last: bool
+) -> Iterator[hierarchy.Graph]:
+    """The graphs of the parts that make up part ``n``; where it is the ``last``, nothing leads out of it."""
+    for child in hierarchy.children(pattern.grid, level, n):
+        base, move = pattern.base(child, level - 1)
+        graph = _moved_graph(pattern, below[base], move)
+        yield _without_outside(pattern, graph, level, n) if last else graph
+
+
+def _without_outside(pattern: Pattern, graph: hierarchy.Graph, level: int, n: int) -> hierarchy.Graph:
     """The graph if the volume ended where part ``n`` does."""
-    place = np.unravel_index(graph.outer["there"] >> 32, pattern.grid.counts)
+    place = np.unravel_index(graph.outer["neighbor"] >> 32, pattern.grid.counts)
     coords = hierarchy.parts(pattern.grid, level).coords(n)
     inside = np.all([p >> level == c for p, c in zip(place, coords, strict=True)], axis=0)
     return replace(graph, outer=graph.outer[inside])
@@ -367,14 +373,15 @@ def _peak(build: object, pattern: Pattern) -> int:
 # ---------------------------------------------------------------- command
 
 
-def measure(edges: float, simulate: float, run: str, block: Triple, most: Triple) -> None:
+def measure(edges: float, simulate: float, run: str, block: Triple, max_shape: Triple) -> None:
     """Seconds and memory of stitching edge tables with the statistics of real blocks, in one process and in a tree."""
     begin = time.perf_counter()
-    pattern = cut(run, block, most)
+    pattern = cut_pattern(run, block, max_shape)
     print(f"pattern of {len(pattern.tables)} blocks, {pattern.edges} edges, cut in {time.perf_counter() - begin:.0f} s")
     if simulate:
-        report.keep("stitch-tree", levels(pattern, simulate))
+        report.keep("stitch-tree", measure_levels(pattern, simulate))
     if edges:
+        repeats = periods_for(pattern, int(edges))
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own: its peak is that of the work
-            pool.apply(flat, (pattern, (1, 1, 1)))
-            report.keep("stitch-flat", [pool.apply(flat, (pattern, times(pattern, int(edges))))])
+            pool.apply(measure_flat, (pattern, (1, 1, 1)))
+            report.keep("stitch-flat", [pool.apply(measure_flat, (pattern, repeats))])

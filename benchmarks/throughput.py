@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 
 from benchmarks import report
-from benchmarks.repeat import side_by_side
+from benchmarks.repeat import time_in_turn
 from volseg.box import Box
 from volseg.config import Config
 from volseg.engine import cluster
@@ -43,12 +43,12 @@ def measure(image: str, sections: int, few: int, repeats: int, standard: str, ou
     for _ in range(repeats):
         for name, changes in runs.items():
             predicted[name].append(_predict(path, folder / f"{name}.volseg.zarr", changes))
-    told = {name: json.loads((folder / f"{name}.volseg.zarr/run.json").read_text()) for name in runs}
-    slab = standardized(tifffile.imread(path), told["auto"]["mean"], told["auto"]["std"])
-    own = Path(told["auto"]["config"]["predict"]["model"] or model.shipped())
-    network, _ = model.load(Path(standard) if standard else own)
+    summaries = {name: json.loads((folder / f"{name}.volseg.zarr/run.json").read_text()) for name in runs}
+    slab = standardized(tifffile.imread(path), summaries["auto"]["mean"], summaries["auto"]["std"])
+    model_path = Path(summaries["auto"]["config"]["predict"]["model"] or model.shipped())
+    network, _ = model.load(Path(standard) if standard else model_path)
     candidates = {
-        **{_bare_name(run): _bare(slab, run, own) for run in told.values()},
+        **{_bare_name(run): _bare(slab, run, model_path) for run in summaries.values()},
         **{f"MONAI sliding_window_inference, {name}": call for name, call in _monai(network, slab[: few + 2]).items()},
         "dask map_overlap + torch fp32": partial(_map_overlap, network, slab[: few + 2]),
     }
@@ -57,11 +57,11 @@ def measure(image: str, sections: int, few: int, repeats: int, standard: str, ou
     def keep(name: str, call: Callable) -> None:
         results[name] = call()
 
-    took = side_by_side({name: partial(keep, name, call) for name, call in candidates.items()}, repeats)
+    seconds_in_turn = time_in_turn({name: partial(keep, name, call) for name, call in candidates.items()}, repeats)
     exact = results["MONAI sliding_window_inference, fp32, whole planes"]
-    ours = {name: f"volseg predict, end to end, {run['engine']['precision']}" for name, run in told.items()}
+    ours = {name: f"volseg predict, end to end, {run['engine']['precision']}" for name, run in summaries.items()}
     speed = {ours[name]: depth / median(predicted[name]) for name in runs}
-    speed.update({name: len(results[name]) / seconds for name, seconds in took.items()})
+    speed.update({name: len(results[name]) / seconds for name, seconds in seconds_in_turn.items()})
     for name, row in ours.items():
         stored = np.asarray(arrays.open_array(str((folder / f"{name}.volseg.zarr").resolve()), "0"))
         results[row] = stored.transpose(1, 0, 2, 3)[1:-1]
@@ -108,9 +108,9 @@ def _bare(slab: np.ndarray, run: dict, path: Path) -> Callable[[], np.ndarray]:
     """The backend alone over tiles that lie in memory, on all cores, once it is loaded."""
     threads = cluster.CPU_COUNT
     grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP, model.load_card(path).binning)
-    blob = export.export_model(path, run["engine"]["backend"], run["engine"]["precision"])
+    exported = export.export_model(path, run["engine"]["backend"], run["engine"]["precision"])
     shape = (1, 3, *grid.size)
-    network = backends.load(blob, run["engine"]["backend"], run["engine"]["precision"], shape, threads)
+    network = backends.load(exported, run["engine"]["backend"], run["engine"]["precision"], shape, threads)
     batches = [(z, np.ascontiguousarray(window)[None]) for z, window in enumerate(_windows(slab))]
     return lambda: np.stack([done[0] for _, done in backends.imap(network, batches, threads)])
 
@@ -144,19 +144,19 @@ def as_it_comes() -> Iterator[None]:
 
 @as_it_comes()
 def slide(
-    network: object, slab: np.ndarray, roi: tuple[int, int], kind: object, device: str = "cpu", together: int = 1
+    network: object, slab: np.ndarray, roi: tuple[int, int], kind: object, device: str = "cpu", batch: int = 1
 ) -> np.ndarray:
-    """Probabilities by MONAI, of some sections ``together`` after the other."""
+    """Probabilities by MONAI, of some sections ``batch`` after the other."""
     import torch
     from monai.inferers import sliding_window_inference
 
-    done, windows = [], _windows(slab)
+    batches, windows = [], _windows(slab)
     with torch.inference_mode(), torch.autocast(device.partition(":")[0], kind, enabled=kind != torch.float32):
-        for k in range(0, len(windows), together):
-            tile = torch.from_numpy(np.array(windows[k : k + together])).to(device)
-            found = sliding_window_inference(tile, roi, max(4, together), network, overlap=0.25, mode="gaussian")
-            done.append(found.float().cpu().numpy())
-    return np.concatenate(done)
+        for k in range(0, len(windows), batch):
+            tile = torch.from_numpy(np.array(windows[k : k + batch])).to(device)
+            probability = sliding_window_inference(tile, roi, max(4, batch), network, overlap=0.25, mode="gaussian")
+            batches.append(probability.float().cpu().numpy())
+    return np.concatenate(batches)
 
 
 @as_it_comes()
@@ -170,22 +170,22 @@ def _map_overlap(network: object, slab: np.ndarray) -> np.ndarray:
             block[None], ((0, 0), (0, 0), (0, -block.shape[1] % 64), (0, -block.shape[2] % 64)), mode="symmetric"
         )
         with torch.inference_mode():
-            found = torch.sigmoid(network(torch.from_numpy(padded)))[0].numpy()
-        return found[:, : block.shape[1], : block.shape[2]]
+            probability = torch.sigmoid(network(torch.from_numpy(padded)))[0].numpy()
+        return probability[:, : block.shape[1], : block.shape[2]]
 
     def section(window: np.ndarray) -> np.ndarray:
         lazy = dask.array.from_array(window, chunks=(3, 512, 512))
         grown = dask.array.overlap.overlap(lazy, {0: 0, 1: OVERLAP, 2: OVERLAP}, "reflect")
-        done = grown.map_blocks(infer, chunks=(2, *grown.chunks[1:]), dtype=np.float32)
+        mapped = grown.map_blocks(infer, chunks=(2, *grown.chunks[1:]), dtype=np.float32)
         depth, edge = {0: 0, 1: OVERLAP, 2: OVERLAP}, "reflect"  # so that what the reflection added is trimmed too
-        return dask.array.overlap.trim_internal(done, depth, edge).compute(scheduler="threads")
+        return dask.array.overlap.trim_internal(mapped, depth, edge).compute(scheduler="threads")
 
     return np.stack([section(np.ascontiguousarray(window)) for window in _windows(slab)])
 
 
-def difference(found: np.ndarray, exact: np.ndarray) -> dict:
+def difference(probability: np.ndarray, exact: np.ndarray) -> dict:
     """Mean difference of the mask probability in steps of 1/255, and the share of voxels on another side of 0.5."""
-    found, exact = (array[: len(exact), 0].astype(np.float32) for array in (found, exact))
-    found = found / (255 if found.max() > 1 else 1)
-    return {"mean diff /255": round(float(np.abs(found - exact).mean()) * 255, 3),
-            "other side %": round(100 * float(((found >= 0.5) != (exact >= 0.5)).mean()), 3)}  # fmt: skip
+    probability, exact = (array[: len(exact), 0].astype(np.float32) for array in (probability, exact))
+    probability = probability / (255 if probability.max() > 1 else 1)
+    return {"mean diff /255": round(float(np.abs(probability - exact).mean()) * 255, 3),
+            "other side %": round(100 * float(((probability >= 0.5) != (exact >= 0.5)).mean()), 3)}  # fmt: skip

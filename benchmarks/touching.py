@@ -13,7 +13,7 @@ from volseg.evaluation.contingency import Contingency
 from volseg.evaluation.metrics import score_instances, score_touching, touching_pairs
 from volseg.io import volume
 
-SMALL = 2000  # voxels; an object of fewer is a sliver that the volume's border cuts off
+MIN_WHOLE_VOXELS = 2000  # voxels; an object of fewer is a sliver that the volume's border cuts off
 SUMS = ("pairs", "separated", "whole pairs", "separated whole", "objects", "split", "merged", "missed", "spurious")
 
 
@@ -39,8 +39,8 @@ def _row(seed: int, shape: str, config: str, model: str, sets: tuple[str, ...], 
         *(part for text in sets for part in ("--set", text)),
     ]
     volseg("infer", str(image), "--out", str(run), "--overwrite", *options)
-    truth, found = (_labels(path, name) for path, name in ((image, "labels/truth"), (run, "labels/instances/0")))
-    return {"seed": seed, **_counts(truth, found)}
+    truth, pred = (_labels(path, name) for path, name in ((image, "labels/truth"), (run, "labels/instances/0")))
+    return {"seed": seed, **_counts(truth, pred)}
 
 
 def _labels(path: Path, name: str) -> np.ndarray:
@@ -48,13 +48,13 @@ def _labels(path: Path, name: str) -> np.ndarray:
     return stored.read(Box.from_shape(stored.shape))
 
 
-def _counts(truth: np.ndarray, found: np.ndarray) -> dict:
-    """What `SUMS` names, of one volume; a pair is whole where both objects have `SMALL` voxels."""
-    table, near = Contingency.from_labels(truth, found), touching_pairs(truth)
+def _counts(truth: np.ndarray, pred: np.ndarray) -> dict:
+    """What `SUMS` names, of one volume; a pair is whole where both objects have `MIN_WHOLE_VOXELS` voxels."""
+    table, touching = Contingency.from_labels(truth, pred), touching_pairs(truth)
     ids, sizes = np.unique(truth, return_counts=True)
-    whole = near[(sizes[np.searchsorted(ids, near)] >= SMALL).all(axis=1)]
-    told, scores = [score_touching(table, some) for some in (near, whole)], score_instances(table)
-    values = [n for one in told for n in (one.pairs, one.separated)]
+    whole = touching[(sizes[np.searchsorted(ids, touching)] >= MIN_WHOLE_VOXELS).all(axis=1)]
+    pairs, scores = [score_touching(table, chosen) for chosen in (touching, whole)], score_instances(table)
+    values = [n for scored in pairs for n in (scored.pairs, scored.separated)]
     values += [getattr(scores, name) for name in ("truth_objects", "split", "merged", "missed", "spurious")]
     return dict(zip(SUMS, values, strict=True))
 

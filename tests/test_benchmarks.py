@@ -138,16 +138,16 @@ def test_an_ablation_changes_one_thing(image, monkeypatch, tmp_path):
 
 def test_volseg_finds_as_many_objects_at_every_block_size_as_one_watershed_of_the_whole(reference):
     probability = np.asarray(arrays.open_array(reference, "0"))
-    counts = {side: instances.ours(probability, side).objects for side in (170, 64, 24)}
-    found = instances.whole(probability, 0)
+    counts = {side: instances.count_volseg(probability, side).objects for side in (170, 64, 24)}
+    found = instances.count_scikit_image(probability, 0)
     assert set(counts.values()) == {found.objects}
-    assert instances.per_block(probability, 170, shrink=True).objects == found.objects
-    assert instances.per_block(probability, 24, shrink=False).objects > 0
+    assert instances.count_per_block(probability, 170, shrink=True).objects == found.objects
+    assert instances.count_per_block(probability, 24, shrink=False).objects > 0
 
 
 def test_candidates_are_called_in_turn_each_in_a_process_of_its_own():
     makers = {"here": partial(partial, pow, 2), "there": partial(partial, pow, 3)}
-    timed, counted = repeat.aside(makers, 3, 2, {"here": (5,), "there": ()})
+    timed, counted = repeat.time_isolated(makers, 3, 2, {"here": (5,), "there": ()})
     assert [done.result for done in timed["here"] + timed["there"]] == [8, 8, 27, 27]
     assert all(done.seconds >= 0 and done.peak_bytes >= 0 for done in timed["here"])
     assert counted == {"here": {5: 32}, "there": {}}
@@ -155,7 +155,7 @@ def test_candidates_are_called_in_turn_each_in_a_process_of_its_own():
 
 def test_a_candidate_whose_process_ends_is_told():
     with pytest.raises(RuntimeError, match="ended without a result"):
-        repeat.aside({"gone": partial(os._exit, 3)}, 1, 1, {"gone": ()})
+        repeat.time_isolated({"gone": partial(os._exit, 3)}, 1, 1, {"gone": ()})
 
 
 def test_each_method_is_timed_in_a_process_of_its_own(reference, monkeypatch, tmp_path):
@@ -198,7 +198,7 @@ def test_stores_are_compared(monkeypatch, tmp_path):
 
 
 def test_a_volume_grows_by_mirrored_copies(tmp_path):
-    folder = scaling._laid(tmp_path / "grown", (4, 32, 48), (2, 1, 3))
+    folder = scaling._mirror_copies(tmp_path / "grown", (4, 32, 48), (2, 1, 3))
     voxels = volume.open(str(folder / "em.zarr")).read(Box.from_shape((8, 32, 144)))
     piece = volume.open(str(folder / "piece.zarr")).read(Box.from_shape((4, 32, 48)))
     assert (voxels[4:, :, 48:96] == piece[::-1, :, ::-1]).all()
@@ -209,7 +209,7 @@ def test_memory_and_cost_are_told_for_each_size(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     cut = ("blocks.shape=[2, 64, 64]",)
     monkeypatch.setitem(scaling.GROWTH, "z", ((4, 64, 64), cut, ((2, 1, 1), (64, 1, 1))))
-    scaling.volumes(str(tmp_path / "runs"), 8, "tree", "z")
+    scaling.measure_volumes(str(tmp_path / "runs"), 8, "tree", "z")
     rows = json.loads((tmp_path / "scaling-volume-z.json").read_text())["rows"]
     assert [(row["volume"], row["larger"], row["inferred for each voxel"]) for row in rows] == [("8 x 64 x 64", 2, 1)]
     assert rows[0]["worker MB"] > 50
@@ -218,7 +218,7 @@ def test_memory_and_cost_are_told_for_each_size(monkeypatch, tmp_path, capsys):
 
 def test_many_empty_blocks_are_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    scaling.blocks(500)
+    scaling.measure_blocks(500)
     rows = json.loads((tmp_path / "scaling-blocks.json").read_text())["rows"]
     assert rows[-1]["blocks"] == 500
 
@@ -301,11 +301,11 @@ def test_every_benchmark_explains_itself(name):
 
 
 def test_a_volume_made_of_moved_tables_is_stitched_flat_and_in_a_tree(reference):
-    pattern = stitch.cut(reference, (8, 16, 16), (16, 32, 64))
+    pattern = stitch.cut_pattern(reference, (8, 16, 16), (16, 32, 64))
     assert pattern.counts == (4, 4, 8)
-    row = stitch.flat(pattern, stitch.times(pattern, 3 * pattern.edges))
+    row = stitch.measure_flat(pattern, stitch.periods_for(pattern, 3 * pattern.edges))
     assert 3 * pattern.edges > row["edges"] > 2 * pattern.edges
     assert row["objects"] > 0
-    rows = stitch.levels(pattern, 64 * 8 * 16 * 16)
+    rows = stitch.measure_levels(pattern, 64 * 8 * 16 * 16)
     assert [r["parts"] for r in rows] == [64, 8, 1]
     assert rows[-1]["go up"] == 0 < rows[-1]["finished"]
