@@ -1,10 +1,27 @@
-"""A network that knows what is in its volume."""
+"""What tests of training share: one thread, and a network that knows what is in its volume."""
+
+import csv
 
 import pytest
 import torch
 
 from tests.helpers import config_of
 from volseg.training.sources import load_sources
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """One thread for torch: sums come in the same order every time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def read_curves(out):
+    """The rows of a run's curves."""
+    with (out / "curves.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 class Known(torch.nn.Module):

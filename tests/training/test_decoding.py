@@ -128,10 +128,7 @@ def test_a_slab_holds_the_probabilities_that_a_run_stores(whole_run, tables, tmp
     config = resolve(("test", {**tables, "cluster": {"workers": 1, "dashboard": ""}}))
     api.infer(config.train.data[0].image, out, config=config, progress=Quiet())
     network = model.load(path)[0].to(memory_format=torch.channels_last)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     (slab,) = validation_slabs(network, *load_sources(config.train), 0, config)
-    torch.set_num_threads(threads)
     stored = zarr.open_array(f"{out}/0", mode="r")[:, 6:8]
     assert len(np.unique(stored)) > 50
     np.testing.assert_array_equal(slab.probability, stored)

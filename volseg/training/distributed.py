@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from volseg.engine import forkserver as prefork
+from volseg.engine import forkserver
 from volseg.errors import UserError
 
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # elsewhere gloo finds it by itself
@@ -77,7 +77,7 @@ def process_group(count: int, work: Callable[..., Any], *args: Any) -> Iterator[
         context.Process(target=_run_other, args=(r, count, backend, port, work, args), daemon=True)
         for r in range(1, count)
     ]
-    with prefork.deaf_to_interrupts():  # number 0 alone hears Ctrl-C
+    with forkserver.deaf_to_interrupts():  # number 0 alone hears Ctrl-C
         for process in others:
             process.start()
     try:
