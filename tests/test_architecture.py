@@ -8,6 +8,7 @@ import sys
 import pytest
 from importlinter.cli import lint_imports
 
+import volseg
 from tests.helpers import ROOT
 
 
@@ -41,3 +42,8 @@ def test_paths_in_a_runs_folder_are_known_to_its_layout_alone():
     folder = re.compile(r"(.*/)?work/\S*")
     modules = [path for path in (ROOT / "volseg").rglob("*.py") if path.name != "layout.py"]
     assert [(path.name, text) for path in modules for text in strings(path) if folder.fullmatch(text)] == []
+
+
+def test_every_public_name_is_there_and_described():
+    for name in volseg.__all__:
+        assert getattr(volseg, name).__doc__, name

@@ -36,6 +36,8 @@ Planes = Annotated[tuple[Literal["xy", "xz", "yz"], ...], AfterValidator(_each_o
 
 
 class Section(BaseModel):
+    """A table of settings: frozen, and unknown names are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -247,6 +249,8 @@ class Tune(Section):
 
 
 class Config(Section):
+    """Every setting, by the tables of a config file; `load` reads one, and ``configs/default.toml`` explains each."""
+
     input: Input = Input()
     predict: Predict = Predict()
     probabilities: Probabilities = Probabilities()
