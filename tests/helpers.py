@@ -14,8 +14,8 @@ from volseg.box import Blocks, Box
 from volseg.config import Config, load, resolve
 from volseg.engine import cluster, finish, folder, pipeline, schedule
 from volseg.engine.layout import Layout
-from volseg.engine.receipts import RunStatistics
-from volseg.engine.stages import stages_of
+from volseg.engine.receipts import Markers, Receipt, RunStatistics
+from volseg.engine.stages import keys, stages_of
 from volseg.inference import model
 from volseg.inference.model_card import ModelCard
 from volseg.io import arrays, ome, probabilities, volume
@@ -128,7 +128,7 @@ def run_stages(em, out, **sections):
     run = describe.from_image(volume.open(em), settings(**{**RUN_STAGES_SETTINGS, **sections}), str(out))
     folder.begin(run, overwrite=False)
     with cluster.connect(run.config.cluster, light=True) as client:
-        return run, schedule.run_stages(client, run, Quiet())
+        return run, schedule.run_stages(client, run, markers_of(run), Quiet())
 
 
 LIGHT = {"cluster": {"workers": 1, "dashboard": ""}}
@@ -150,14 +150,28 @@ def begin_run(path, out, config):
     return made
 
 
+def markers_of(run):
+    """The markers of a run, which do not wait for the disk."""
+    return Markers(run.out, keys(run), durable=False)
+
+
+def mark(run, stage, i, receipt=None):
+    """A block of a stage counts as done."""
+    markers = markers_of(run)
+    markers.add(stage, i, receipt or Receipt())
+    markers.flush()
+
+
 def do_stages(run, *names, some=None):
     """The stages of a run, block after block in this process; ``some`` of the blocks or all."""
     for name in names:
         stage = stages_of(run)[name]
+        markers = markers_of(run)
         if name == "relabel":
-            folder.create_labels(run)
+            folder.create_labels(run, markers)
         for i in range(len(stage.grid)) if some is None else some:
-            pipeline.process_block(run.out, run.id, name, i)
+            markers.add(name, i, pipeline.process_block(run.out, run.id, name, i))
+        markers.flush()
 
 
 def segment_here(path, out, config):

@@ -22,6 +22,7 @@ from volseg.engine import cluster, finish, folder
 from volseg.engine.blocks import choose_blocks
 from volseg.engine.finished import FinishedRun, open_run
 from volseg.engine.layout import Layout
+from volseg.engine.lock import Lock
 from volseg.engine.run import Run
 from volseg.engine.stages import keys
 from volseg.errors import UserError
@@ -203,7 +204,13 @@ def infer(
         shown.message(prepare.headline(run))
         if idle := hardware.unused_gpu_reason():
             shown.message(idle)
-        return _execute(run, out, lambda: folder.begin(run, overwrite), shown, start)
+        return _execute(run, out, lambda: _begin(run, [source], out, overwrite, shown), shown, start)
+
+
+def _begin(run: Run, sources: list[volume.Volume], out: str, overwrite: bool, progress: Progress) -> None:
+    """The run has begun; its output, now that no other command writes it, was looked at once more."""
+    folder.check_output(sources, out, overwrite)
+    folder.begin(run, overwrite, progress.message)
 
 
 def segment(
@@ -266,12 +273,13 @@ def _segment_probabilities(
         channels = probabilities.named_channels(
             path, config.probabilities, dataset=input_.dataset, voxel_size_nm=input_.voxel_size_nm
         )
-        folder.check_output([channel.source for channel in channels if channel.source], out, overwrite)
+        sources = [channel.source for channel in channels if channel.source]
+        folder.check_output(sources, out, overwrite)
         for note in probabilities.notes(channels):
             shown.message(note)
         run = prepare.from_probabilities(channels, config, folder.partial_path(out))
         shown.message(prepare.headline(run))
-        return _execute(run, out, lambda: folder.begin(run, overwrite), shown, start)
+        return _execute(run, out, lambda: _begin(run, sources, out, overwrite, shown), shown, start)
 
 
 def _decide_anew(path: str, config: Any, settings: Settings, recompute: bool, progress: Progress | None) -> FinishedRun:
@@ -361,7 +369,8 @@ def open(path: str | os.PathLike) -> FinishedRun:
 def clean(path: str | os.PathLike | FinishedRun) -> int | None:
     """Remove a finished run's work folder; labels, table and probabilities stay. Returns the bytes freed, if known."""
     run = path if isinstance(path, FinishedRun) else open(path)
-    return Layout(run.path).remove_work()
+    with Lock(run.path):
+        return Layout(run.path).remove_work()
 
 
 def evaluate(

@@ -163,6 +163,9 @@ class Cluster(Section):
     tries: Size = 3  # how often a block is tried before it is given up
     window: Count = 0  # blocks in flight; 0 takes three per worker thread
     dashboard: str = ":8787"  # address of the Dask dashboard; "" for none
+    durable: bool = (
+        True  # wait until what is done is on the disk, so that a power cut loses none of it; false for scratch
+    )
 
 
 class TrainData(Section):

@@ -8,16 +8,19 @@ class UserError(ValueError):
 
 
 class DamagedFileError(UserError):
-    """A file of a run that is missing, cut short or otherwise not what was written."""
+    """Files of a run that are missing, cut short or otherwise not what was written; ``keys`` below its folder ``path``."""
 
-    def __init__(self, path: str, key: str, state: str) -> None:
+    def __init__(self, path: str, keys: str | tuple[str, ...], state: str) -> None:
+        self.path, self.state = path, state
+        self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
+        more = f" and {len(self.keys) - 1} more" if len(self.keys) > 1 else ""
         super().__init__(
-            f"{path}/{key} {state}; give the command that made the run again to make it anew, or begin again with --overwrite"
+            f"{path}/{self.keys[0]}{more} {state}; volseg repair makes it anew in a finished run, the command that began it in "
+            "an unfinished one, and --overwrite begins again"
         )
-        self.path, self.key = path, key
 
     def __reduce__(self) -> tuple:
-        return DamagedFileError, (self.path, self.key, "is damaged")
+        return DamagedFileError, (self.path, self.keys, self.state)
 
 
 class OutOfMemoryError(UserError):

@@ -20,14 +20,26 @@ import tifffile
 import zarr
 from distributed import Client, LocalCluster
 
-from tests.helpers import SHAPE, Quiet, Stops, command, decide, digest, settings, wait_for_markers, with_sets
+from tests.helpers import (
+    SHAPE,
+    Quiet,
+    Stops,
+    command,
+    decide,
+    digest,
+    mark,
+    markers_of,
+    settings,
+    wait_for_markers,
+    with_sets,
+)
 from volseg import api
 from volseg.box import Box
 from volseg.config import Cluster, load
-from volseg.engine import cluster, folder, pipeline, receipts, schedule
+from volseg.engine import cluster, folder, pipeline, schedule
 from volseg.engine.receipts import RunStatistics
 from volseg.engine.run import Run
-from volseg.engine.stages import keys, stages_of
+from volseg.engine.stages import stages_of
 from volseg.errors import IncompleteRunError, UserError
 from volseg.evaluation import calibrate, review
 from volseg.evaluation.synthetic import synth
@@ -103,24 +115,23 @@ def test_an_unfinished_run_of_other_settings_is_refused(image, tmp_path):
         api.infer(image, out, config=settings(predict={"backend": "onnx"}), progress=Quiet())
 
 
-def test_a_stopped_run_is_kept_even_with_overwrite(image, tmp_path):
+def test_a_stopped_run_is_kept_unless_it_is_to_be_overwritten(image, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     run = describe.from_image(volume.open(image), settings(), f"{out}.partial")
     folder.begin(run, overwrite=False)
-    files.write_bytes(run.out, "work/markers/predict/0-test.json", b"{}")
+    mark(run, "predict", 0)
+    folder.begin(run, overwrite=False)
+    assert markers_of(run).done("predict") == {0}
     folder.begin(run, overwrite=True)
-    assert files.exists(f"{run.out}/work/markers/predict/0-test.json")
-    other = describe.from_image(volume.open(image), settings(fragments={"threshold": 0.123}), f"{out}.partial")
-    folder.begin(other, overwrite=True)
-    assert not files.exists(f"{run.out}/work/markers/predict/0-test.json")
+    assert not markers_of(run).done("predict")
 
 
 def test_half_made_label_arrays_are_made_again(image, tmp_path):
     run = describe.from_image(volume.open(image), settings(), str(tmp_path / "run.partial"))
     folder.begin(run, overwrite=False)
     arrays.create_array(run.out, "labels/instances/0", shape=SHAPE, dtype="uint8", chunk=SHAPE, shard=SHAPE)
-    folder.create_labels(run)
-    folder.create_labels(run)
+    folder.create_labels(run, markers_of(run))
+    folder.create_labels(run, markers_of(run))
     made = zarr.open_group(run.out, mode="r")["labels/instances"]
     assert sorted(made.keys()) == [str(level) for level in range(len(run.levels))]
     assert made["0"].dtype == np.uint32
@@ -178,7 +189,7 @@ def test_a_block_that_cannot_be_read_leaves_a_run_that_can_go_on(image, referenc
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
     with cluster.connect(config.cluster) as client, pytest.raises(IncompleteRunError, match="block 0:11,0:150,0:170"):
-        schedule._run_together(client, run, [stages_of(run)["predict"]], Quiet(), RunStatistics())
+        schedule._run_together(client, run, [stages_of(run)["predict"]], markers_of(run), Quiet(), RunStatistics())
     shard.write_bytes(whole)
     api.infer(str(copy), str(out), config=config, progress=Quiet())
     assert digest(out) == digest(reference)
@@ -259,10 +270,10 @@ def test_a_run_that_has_come_far_is_kept_where_a_batch_does_not_fit(image, small
     run = describe.from_image(volume.open(image), config, folder.partial_path(out))
     folder.begin(run, overwrite=False)
     for i in range(2):  # of 11
-        receipts.mark(run.out, "predict", keys(run)["predict"], i, receipts.Receipt())
+        mark(run, "predict", i)
     with pytest.raises(IncompleteRunError, match=r"what is done is kept.* --set predict\.batch=512 --overwrite"):
         api.infer(image, out, config=config, progress=Quiet())
-    assert receipts.marked(run.out, "predict", keys(run)["predict"]) == {0, 1}
+    assert markers_of(run).done("predict") == {0, 1}
 
 
 def test_a_removal_that_was_stopped_leaves_nothing_that_counts(image, reference, tmp_path, monkeypatch):
@@ -358,9 +369,9 @@ def test_a_run_on_an_object_store_begins_again(bucket, image, reference):
     arrays.write(
         arrays.open_array(run.out, "0"), run.predict_grid[0], np.full((2, *run.predict_grid[0].shape), 9, np.uint8)
     )
-    receipts.mark(run.out, "predict", keys(run)["predict"], 0, receipts.Receipt())
+    mark(run, "predict", 0)
     folder.restart(run)
-    assert receipts.marked(run.out, "predict", keys(run)["predict"]) == set()
+    assert markers_of(run).done("predict") == set()
     assert not arrays.open_array(run.out, "0")[:].any()
     api.infer(image, out, config=config, progress=Quiet())
     assert digest(out) == digest(reference)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import SHAPE, Quiet, digest, settings
+from tests.helpers import SHAPE, Quiet, digest, markers_of, settings
 from volseg import cli, progress
 from volseg.engine import cluster, finish, folder, schedule
 from volseg.engine.receipts import RunStatistics
@@ -40,7 +40,7 @@ def beside(image, tmp_path_factory):
     run = begun(image, out, workers=1, cpu_workers=1)
     start = time.perf_counter()
     with cluster.connect(run.config.cluster, gpus=1) as client:
-        ledger = schedule.run_stages(client, run, Quiet())
+        ledger = schedule.run_stages(client, run, markers_of(run), Quiet())
         metrics = heartbeat(client)
         periodic = client.run(lambda dask_worker: set(dask_worker.periodic_callbacks))
     finished = finish.finish(run, out, ledger, start, start)
@@ -63,7 +63,7 @@ def heartbeat(client):
 def test_basins_are_cut_while_others_are_still_predicted(image, tmp_path):
     run = begun(image, str(tmp_path / "run.volseg.zarr"), workers=1)
     with cluster.connect(run.config.cluster, light=True) as client:  # one thread: what is handed out first ends first
-        schedule._run_together(client, run, group_of(run, "basins"), Quiet(), RunStatistics())
+        schedule._run_together(client, run, group_of(run, "basins"), markers_of(run), Quiet(), RunStatistics())
     assert marks(run.out, "fragments")[0][1] < max(stamp for _, stamp in marks(run.out, "predict").values())
 
 

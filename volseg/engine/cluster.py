@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import time
+import traceback
 import uuid
 import warnings
 from collections import deque
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from math import inf
 from typing import Any
 
 import dask.config
@@ -28,6 +31,7 @@ from volseg.errors import UserError
 THREADS = "VOLSEG_THREADS"  # environment of a worker: how many tiles it runs at once
 SHORT_TASK_S = 0.05  # seconds; items that take less share a task
 MAX_BATCHED_ITEMS = 64  # items of one task
+RETRY_PAUSE_S = 0.5  # before an item that failed is tried again; four times as long each further time
 DEVICE, HOST = "GPU", "CPU"  # resources of workers: tasks for the device, tasks beside it
 TASKS_PER_GPU = 2  # one computes while the other reads or writes
 MEMORY_SHARE = 0.9  # share of a worker's memory limit that it may use: at 0.95 Dask ends it
@@ -205,10 +209,13 @@ Item = Hashable  # what names a block's task: its number, or (stage, number)
 
 @dataclass(frozen=True)
 class Failure:
-    """A block that was given up, and why."""
+    """A block that failed, and why; ``worker`` is where, ``error`` what was raised if it is one of volseg's own."""
 
     item: Any
     reason: str
+    traceback: str = ""
+    worker: str = ""
+    error: UserError | None = None
 
 
 def run(
@@ -220,7 +227,7 @@ def run(
     tries: int = 3,
     window: int = 0,
     done: Callable[[Any, Any], None] = lambda item, result: None,
-    final: type[Exception] | tuple[()] = (),
+    stop: Callable[[UserError], bool] = lambda error: False,
 ) -> list[Failure]:
     """Calls ``task(*args, item)`` on the workers for every item; ``done(item, result)`` here as each one ends.
 
@@ -230,51 +237,58 @@ def run(
     items or workers, all go to all, ``items`` first.
 
     At most ``window`` tasks of either kind are known to the scheduler at once, so its memory does not grow with the number
-    of items. A task is one item, or several of one stage where they take less than `SHORT_TASK_S`, since a message costs more
-    than an empty block. An item that fails is tried ``tries`` times; what still fails is returned, and the rest goes on. An
-    error of the kind ``final`` fails all: nothing more is handed out, what is under way ends, and the error is raised here.
+    of items. A task is one item, or several of one stage where they take less than `SHORT_TASK_S`, since a message costs
+    more than an empty block. An item that fails is tried ``tries`` times, each time after a longer pause and on another
+    worker if there is one; what still fails is returned, and the rest goes on. An error for which ``stop`` is true ends
+    all: nothing more is handed out, what is under way ends, and the error is raised here.
     """
-    call = partial(_each, partial(task, *args), final)
+    call = partial(_each, partial(task, *args))
     queues = [_Queue(client, call, *queue, window=window) for queue in _queues(client, items, device)]
     queue_of: dict[Any, _Queue] = {}
-    tried: dict[Item, int] = {}
+    attempts: dict[Item, int] = {}
     failures: list[Failure] = []
-    ended: list[BaseException] = []
+    stopped: list[BaseException] = []
     loop = as_completed([], loop=client.loop, raise_errors=False)
 
     def refill() -> None:
-        for queue in [] if ended else queues:
-            futures = queue.refill()
-            queue_of.update((future.key, queue) for future in futures)
-            loop.update(futures)
+        while not stopped:
+            for queue in queues:
+                futures = queue.refill()
+                queue_of.update((future.key, queue) for future in futures)
+                loop.update(futures)
+            pause = min((queue.pause() for queue in queues), default=None) if not queue_of else None
+            if not pause or pause == inf:
+                return
+            time.sleep(pause)
 
-    def failed(queue: _Queue, item: Item, reason: str) -> None:
-        tried[item] = tried.get(item, 0) + 1
-        if tried[item] < tries:
-            queue.retries.appendleft(item)
+    def failed(queue: _Queue, failure: Failure) -> None:
+        if failure.error is not None and stop(failure.error):
+            stopped.append(failure.error)
+            return
+        attempts[failure.item] = attempts.get(failure.item, 0) + 1
+        if attempts[failure.item] < tries:
+            queue.retry(failure, RETRY_PAUSE_S * 4 ** (attempts[failure.item] - 1))
         else:
-            failures.append(Failure(item, reason))
+            failures.append(failure)
 
     refill()
     for batch in loop.batches():
-        whole = [future for future in batch if future.status == "finished"]
-        for future, (seconds, outcomes) in zip(whole, client.gather(whole), strict=True):
+        finished = [future for future in batch if future.status == "finished"]
+        for future, (seconds, outcomes) in zip(finished, client.gather(finished), strict=True):
             queue = queue_of.pop(future.key)
-            for item, (result, reason) in zip(queue.complete(future.key, seconds), outcomes, strict=True):
-                if reason:
-                    failed(queue, item, reason)
+            for item, outcome in zip(queue.complete(future.key, seconds), outcomes, strict=True):
+                if isinstance(outcome, Failure):
+                    failed(queue, outcome)
                 else:
-                    tried.pop(item, None)
-                    done(item, result)
+                    attempts.pop(item, None)
+                    done(item, outcome)
         for future in (future for future in batch if future.status != "finished"):
             error, queue = future.exception(), queue_of.pop(future.key)
-            if isinstance(error, final):
-                ended.append(error)
             for item in queue.in_flight.pop(future.key):
-                failed(queue, item, _reason(error))
+                failed(queue, Failure(item, _reason(error)))
         refill()
-    if ended:
-        raise ended[0]
+    if stopped:
+        raise stopped[0]
     return sorted(failures, key=lambda failure: failure.item)
 
 
@@ -307,12 +321,38 @@ class _Queue:
     ) -> None:
         self.client, self.call, self.items, self.resources = client, call, items, resources
         self.window = window or 3 * max(1, slots)
-        self.retries: deque[Item] = deque()
+        self.retries: deque[Item] = deque()  # at once
+        self.later: list[tuple[float, Failure]] = []  # at a time, on another worker
         self.in_flight: dict[str, list[Item]] = {}
         self.sizers: dict[str, _BatchSizer] = {}
 
     def refill(self) -> list[Future]:
-        """Futures of new tasks, once half the window is empty."""
+        """Futures of new tasks, once half the window is empty, and of those to be tried again by now."""
+        due = [failure for when, failure in self.later if when <= time.monotonic()]
+        self.later = [(when, failure) for when, failure in self.later if failure not in due]
+        return [*map(self._again, due), *self._more()]
+
+    def retry(self, failure: Failure, pause: float) -> None:
+        """The item of ``failure`` is tried again after ``pause`` seconds."""
+        self.later.append((time.monotonic() + pause, failure))
+
+    def pause(self) -> float:
+        """Seconds until something is to be tried again; infinite where nothing is."""
+        return max(0.001, min((when for when, _ in self.later), default=inf) - time.monotonic())
+
+    def _again(self, failure: Failure) -> Future:
+        """The future of an item that failed, by itself, on another worker if there is one."""
+        workers = [
+            address for address in self.client.scheduler_info(n_workers=-1)["workers"] if address != failure.worker
+        ]
+        key = f"{_key(failure.item)}-{uuid.uuid4().hex[:8]}"
+        self.in_flight[key] = [failure.item]
+        return self.client.submit(
+            self.call, [failure.item], key=key, pure=False, resources=self.resources or None, workers=workers or None,
+            allow_other_workers=bool(workers),
+        )  # fmt: skip
+
+    def _more(self) -> list[Future]:
         if len(self.in_flight) > self.window // 2:
             return []
         bundles = list(takewhile(len, (self._bundle() for _ in range(self.window - len(self.in_flight)))))
@@ -359,20 +399,25 @@ class _BatchSizer:
         return max(1, int(SHORT_TASK_S / self.seconds))
 
 
-def _each(
-    call: Callable[..., Any], final: type[Exception] | tuple[()], items: list[Item]
-) -> tuple[float, list[tuple[Any, str]]]:
-    """On a worker: seconds, and for each item what ``call`` returned or why it failed; raises what is ``final``."""
+def _each(call: Callable[..., Any], items: list[Item]) -> tuple[float, list[Any]]:
+    """On a worker: seconds, and for each item what ``call`` returned, or its `Failure`."""
     start = time.perf_counter()
     outcomes = []
     for item in items:
         try:
-            outcomes.append((call(*item) if isinstance(item, tuple) else call(item), ""))
+            outcomes.append(call(*item) if isinstance(item, tuple) else call(item))
         except Exception as error:
-            if isinstance(error, final):
-                raise
-            outcomes.append((None, _reason(error)))
+            own = error if isinstance(error, UserError) else None
+            outcomes.append(Failure(item, _reason(error), traceback.format_exc(), _address(), own))
     return time.perf_counter() - start, outcomes
+
+
+def _address() -> str:
+    """Of this worker; where this is none, this machine's name and process."""
+    try:
+        return get_worker().address
+    except ValueError:
+        return f"{platform.node()}, process {os.getpid()}"
 
 
 def _reason(error: BaseException) -> str:

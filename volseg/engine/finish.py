@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from volseg.engine import cluster, folder, schedule
 from volseg.engine.finished import FinishedRun
 from volseg.engine.keys import decision_key
 from volseg.engine.layout import Joins, Layout
-from volseg.engine.receipts import RunStatistics, peak_bytes
+from volseg.engine.lock import Lock, wait_for_writers
+from volseg.engine.receipts import Markers, RunStatistics, peak_bytes
 from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
-from volseg.errors import IncompleteRunError, OutOfMemoryError
+from volseg.errors import IncompleteRunError, OutOfMemoryError, UserError
 from volseg.inference import hardware
 from volseg.io import files, ome, volume
 from volseg.progress import Progress
@@ -41,13 +43,37 @@ def execute(
     The command was given at ``start``; ``light`` work needs no processes; ``plan`` is stored beside what the run took.
     """
     gpus = 0 if light else gpus_of(run)
-    with cluster.connect(run.config.cluster, gpus, light=light) as client:
+    with Lock(out) as lock, cluster.connect(run.config.cluster, gpus, light=light) as client:
+        wait_for_writers(run.layout.begun_path)
         prepare()
         if (link := cluster.dashboard(client)) and not light:
             progress.message(f"dashboard {link}")
         threading.Thread(target=_import_ahead, daemon=True).start()
-        run, statistics, stages_start = _run_stages(client, run, progress)
-    return finish(run, out, statistics, start, stages_start, plan)
+        markers = _checked_markers(run, lock, progress)
+        run, statistics, stages_start = _run_stages(client, run, markers, lock, progress)
+        return finish(run, out, statistics, start, stages_start, plan)
+
+
+def _markers(run: Run, lock: Lock) -> Markers:
+    return Markers(run.out, keys(run), durable=run.config.cluster.durable, check=lock.check)
+
+
+def _checked_markers(run: Run, lock: Lock, progress: Progress) -> Markers:
+    """The markers of what is done and still as it was written: a restart does not build on damaged files."""
+    markers = _markers(run, lock)
+    sizes = [mark[0] for stage in markers.keys for r in markers.receipts(stage).values() for mark in r.files.values()]
+    if not sizes:
+        return markers
+    damaged = markers.damaged(progress.stage("check", sum(sizes), 0))
+    if damaged:
+        makers = markers.makers(damaged)
+        for stage, blocks in makers.items():
+            markers.remove(stage, blocks)
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        progress.message(
+            f"{run.out}/{damaged[0]}{more} not as it was written: doing {sum(map(len, makers.values()))} block(s) again"
+        )
+    return markers
 
 
 def gpus_of(run: Run) -> int:
@@ -55,7 +81,9 @@ def gpus_of(run: Run) -> int:
     return hardware.gpu_count() if run.engine and run.engine.device == "cuda" else 0
 
 
-def _run_stages(client: Any, run: Run, progress: Progress) -> tuple[Run, RunStatistics, float]:
+def _run_stages(
+    client: Any, run: Run, markers: Markers, lock: Lock, progress: Progress
+) -> tuple[Run, RunStatistics, float]:
     """Every stage is done, in batches that the workers' memory holds; the run as it was done, and when it began.
 
     A run whose batch is too large begins again with half of it, as long as little is done: too large a batch shows in the
@@ -64,17 +92,17 @@ def _run_stages(client: Any, run: Run, progress: Progress) -> tuple[Run, RunStat
     while True:
         start = time.perf_counter()
         try:
-            return run, schedule.run_stages(client, run, progress), start
+            return run, schedule.run_stages(client, run, markers, progress), start
         except OutOfMemoryError as error:
             smaller = with_half_batch(run)
-            if schedule.predicted_share(run) > RESTART_SHARE:
+            if schedule.predicted_share(run, markers) > RESTART_SHARE:
                 raise IncompleteRunError(
                     f"{error}; what is done is kept: make room and give the same command again, or begin again with --set "
                     f"predict.batch={smaller.batch} --overwrite"
                 ) from None
             progress.message(f"{error}: beginning again, {smaller.batch} at once")
             folder.restart(smaller)
-            run = smaller
+            run, markers = smaller, _markers(smaller, lock)
 
 
 def with_half_batch(run: Run) -> Run:
@@ -112,12 +140,32 @@ def finish(
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
     facts = _facts(run, statistics, seconds, int(columns["id"].size), plan)
     layout.save_summary({**run.to_json(), "out": out, "keys": keys(run), **facts})
+    durable = run.config.cluster.durable
+    if durable:
+        files.sync_filesystem(run.out)
     if run.out != out:
-        files.remove(out)
-        files.move(run.out, out)
+        _take_final_name(run.out, out)
+        if durable:
+            files.sync_files(str(Path(out).parent), [Path(out).name])
     if not run.config.output.keep_work:
         Layout(out).remove_work()
     return FinishedRun(out)
+
+
+def _take_final_name(partial: str, out: str) -> None:
+    """The run lies at its final name; what it replaces is gone only after that."""
+    if not files.exists(out):
+        files.move(partial, out)
+        return
+    if not (Layout(out).finished or Layout(out).begun):
+        raise UserError(
+            f"output {out} appeared meanwhile and is not a volseg run, so it is left alone; the result is {partial}"
+        )
+    replaced = f"{out}.replaced"
+    files.remove(replaced)
+    files.move(out, replaced)
+    files.move(partial, out)
+    files.remove(replaced)
 
 
 def _facts(run: Run, statistics: RunStatistics, seconds: dict[str, float], objects: int, plan: dict | None) -> dict:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from volseg.engine.blocks import fit, shard_shape
-from volseg.engine.layout import Layout
-from volseg.engine.receipts import Receipt, mark, receipts
+from volseg.engine.layout import Layout, StoredArray
+from volseg.engine.receipts import Markers, Receipt
 from volseg.engine.run import Run
 from volseg.engine.stages import keys, stages_of
-from volseg.errors import UserError
+from volseg.errors import DamagedFileError, UserError
 from volseg.inference import export, model
 from volseg.io import files, ome, pyramid, volume
 from volseg.segmentation.rules import label_dtype
@@ -66,16 +67,26 @@ def _refuse_existing(source: str, out: str, overwrite: bool) -> None:
 # ---------------------------------------------------------------- a new run
 
 
-def begin(run: Run, overwrite: bool) -> None:
-    """The run's folder holds its description, the model and empty arrays. A stopped run of this description is kept."""
-    if run.layout.described:
-        difference = changed(run)
-        if not difference:
+def begin(run: Run, overwrite: bool, message: Callable[[str], None] = lambda text: None) -> None:
+    """The run's folder holds its description, the model and empty arrays.
+
+    A stopped run of this description is kept unless ``overwrite`` says to begin anew. One whose description or model
+    nobody can read begins anew too, which ``message`` tells.
+    """
+    if run.layout.described and not overwrite:
+        try:
+            difference = changed(run)
+            _check_model(run)
+        except DamagedFileError as error:
+            message(f"{error.path}/{error.keys[0]} {error.state}: beginning anew")
+            _create(run, None)
             return
-        if not overwrite:
-            raise UserError(
-                f"an unfinished run at {run.out} {difference}; finish it with its own settings, or start again with --overwrite"
-            )
+        if not difference:
+            create_missing_arrays(run)
+            return
+        raise UserError(
+            f"an unfinished run at {run.out} {difference}; finish it with its own settings, or start again with --overwrite"
+        )
     _create(run, None)
 
 
@@ -86,48 +97,70 @@ def restart(run: Run) -> None:
 
 def _create(run: Run, network: bytes | None) -> None:
     """The run's folder holds its description, empty arrays, and the network: this one, or what its model file gives."""
-    layout, lead = run.layout, len(run.heads)
+    layout = run.layout
     layout.clear()
     layout.mark_begun()
     layout.create_group()
-    chunk = run.config.output.chunk
-    layout.probabilities.create(
-        shape=(lead, *run.shape), dtype="uint8", chunk=(1, *chunk),
-        shard=(lead, *shard_shape(run.predict_block, run.shape, chunk)), axes="czyx",
-    )  # fmt: skip
-    for stage, plane in run.passes.items():
-        small_chunk = fit(chunk, run.predict_block)
-        layout.plane_probabilities(stage).create(
-            shape=(lead, *run.shape), dtype="uint8", chunk=(1, *small_chunk),
-            shard=(lead, *shard_shape(run.pass_grid(plane).block, run.shape, small_chunk)), axes="czyx",
-        )  # fmt: skip
-    _create_regions(run)
+    for array, form in _arrays(run).items():
+        array.create(**form)
     if not run.channels:
         path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
         layout.save_model(network or export.export_model(path, run.engine.backend, run.engine.precision))
+    if run.config.cluster.durable:
+        files.sync_filesystem(run.out)
     describe(run)
+
+
+def _arrays(run: Run) -> dict[StoredArray, dict]:
+    """The arrays that a run begins with, and how each is created."""
+    layout, lead, chunk = run.layout, len(run.heads), run.config.output.chunk
+    shard = shard_shape(run.predict_block, run.shape, chunk)
+    probabilities = {"shape": (lead, *run.shape), "dtype": "uint8", "axes": "czyx"}
+    arrays = {layout.probabilities: {**probabilities, "chunk": (1, *chunk), "shard": (lead, *shard)}}
+    for stage, plane in run.passes.items():
+        small_chunk = fit(chunk, run.predict_block)
+        shard = shard_shape(run.pass_grid(plane).block, run.shape, small_chunk)
+        arrays[layout.plane_probabilities(stage)] = {
+            **probabilities,
+            "chunk": (1, *small_chunk),
+            "shard": (lead, *shard),
+        }
+    shard = shard_shape(run.block, run.shape, chunk)
+    return {**arrays, layout.regions: {"shape": run.shape, "dtype": "uint32", "chunk": chunk, "shard": shard}}
+
+
+def create_missing_arrays(run: Run) -> None:
+    """Every array that a run begins with can be opened; the shards of one that could not be are kept."""
+    run.layout.create_group()
+    for array, form in _arrays(run).items():
+        if array.name.startswith("work/predict-") and not array.exists():
+            continue  # its mean is in place
+        array.restore(**form)
+
+
+def _check_model(run: Run) -> None:
+    """Raises `DamagedFileError` where the network that the run began with is not what was stored."""
+    mark = run.layout.load_description().get("model_mark")
+    if mark and not run.layout.fits(run.layout.MODEL, mark):
+        raise DamagedFileError(run.out, run.layout.MODEL, "is damaged")
 
 
 def describe(run: Run) -> None:
     """The folder's description is that of ``run``: the last thing that is written when a run begins."""
-    run.layout.save_description({**run.to_json(), "keys": keys(run)})
+    run.layout.save_description({**run.to_json(), "keys": keys(run), "model_mark": run.layout.model_mark()})
 
 
 def _create_regions(run: Run) -> None:
-    chunk = run.config.output.chunk
-    run.layout.regions.create(
-        shape=run.shape, dtype="uint32", chunk=chunk, shard=shard_shape(run.block, run.shape, chunk)
-    )
+    run.layout.regions.create(**_arrays(run)[run.layout.regions])
 
 
-def create_labels(run: Run) -> None:
+def create_labels(run: Run, markers: Markers) -> None:
     """The label arrays exist, wide enough for the number of objects; those that are so already are kept as they are."""
-    layout, stitch = run.layout, stages_of(run)["stitch"]
-    objects = max((receipt.objects for receipt in receipts(run.out, "stitch", stitch.key)), default=0)
-    dtype = label_dtype(objects)
-    if layout.labels_dtype() == dtype:
+    layout = run.layout
+    dtype = label_dtype(max((receipt.objects for receipt in markers.receipts("stitch").values()), default=0))
+    if layout.labels_dtype() == dtype and all(layout.labels(k).opens() for k in range(len(run.levels))):
         return
-    _remove_labels(run)
+    _remove_labels(run, markers)
     chunk = run.config.output.chunk
     for level, (shape, _) in enumerate(run.levels):
         shard = shard_shape(run.block, shape, chunk)
@@ -139,17 +172,18 @@ def create_labels(run: Run) -> None:
     layout.mark_labels(dtype)
 
 
-def _remove_labels(run: Run) -> None:
+def _remove_labels(run: Run, markers: Markers) -> None:
     """No labels are left, nor what says that there are some."""
     for stage in stages_of(run).values():
         if stage.group == "labels":
-            run.layout.remove_markers(stage.name)
+            markers.remove(stage.name)
     run.layout.remove_labels()
 
 
-def drop_passes(run: Run) -> None:
+def drop_passes(run: Run, markers: Markers) -> None:
     """What the passes stored is gone: its mean is in place."""
     for stage in run.passes:
+        markers.remove(stage)
         run.layout.plane_probabilities(stage).remove()
 
 
@@ -211,9 +245,10 @@ def _rebuild_work(out: str) -> None:
     """A cleaned run has a work folder again in which its probabilities count as done."""
     run = replace(Run.from_json(Layout(out).load_summary()), out=out)
     _create_regions(run)
-    stage = stages_of(run)[run.probability_stage]
+    stage, markers = stages_of(run)[run.probability_stage], Markers(out, keys(run))
     for i, box in enumerate(stage.grid):
-        mark(out, stage.name, stage.key, i, Receipt(voxels=box.voxels))
+        markers.add(stage.name, i, Receipt(voxels=box.voxels, files=run.layout.probabilities.fingerprints(box)))
+    markers.flush()
     run.layout.mark_begun()
     describe(run)
 
@@ -226,7 +261,7 @@ def apply_settings(run: Run) -> None:
         if old_keys.get(stage) != new_keys.get(stage):
             run.layout.remove_markers(stage)
     if (old_keys["fragments"], old.block, old.levels) != (new_keys["fragments"], run.block, run.levels):
-        _remove_labels(run)
+        _remove_labels(run, Markers(run.out, new_keys))
     if old.block != run.block:
         run.layout.regions.remove()
         _create_regions(run)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 
 from volseg.engine.keys import basins_key, decision_key
-from volseg.engine.layout import BlockLabels, Destinations, HoleContacts, Joins, Values
+from volseg.engine.layout import BlockLabels, Destinations, HoleContacts, Joins, Values, recording, side_by_side
 from volseg.engine.receipts import Timings
 from volseg.engine.run import Run
-from volseg.io import pyramid, tables
+from volseg.errors import DamagedFileError
+from volseg.io import pyramid
 from volseg.segmentation import hierarchy, holes, objects, saddles, stitch
 from volseg.segmentation.basins import BlockBasins, watershed_block
 from volseg.segmentation.heights import block_heights, height_halo
@@ -91,8 +91,7 @@ def stitch_all(run: Run, _: int, timings: Timings) -> dict:
             labels = np.r_[0, label[basin_of[i]], label_of_hole[hole_of[i]]].astype(dtype)
             layout.block_labels.save(BlockLabels(labels, basin_of[i], hole_of[i]), i)
 
-        with ThreadPoolExecutor(tables.IO_THREADS) as pool:
-            list(pool.map(save, range(len(run.grid))))
+        side_by_side(save, range(len(run.grid)))
         if not stored:
             layout.save_basins(basins, basins_key(run))
     return {"objects": count, "basins": int(label.size), "edges": int(basins.edges.size)}
@@ -100,11 +99,14 @@ def stitch_all(run: Run, _: int, timings: Timings) -> dict:
 
 def _stored_basins(run: Run) -> tuple[stitch.Basins, list[np.ndarray]] | None:
     """What `_gather_basins` gave when these basins were decided on before: a hundredth of the bytes of all tables."""
-    basins = run.layout.load_basins(basins_key(run))
-    if basins is None:
+    try:
+        basins = run.layout.load_basins(basins_key(run))
+        if basins is None:
+            return None
+        each = run.layout.block_labels.load_each(range(len(run.grid)), skip=("label", "hole"))
+        return basins, [labels.basin for labels in each]
+    except DamagedFileError:  # all tables have the same
         return None
-    each = run.layout.block_labels.load_each(range(len(run.grid)), skip=("label", "hole"))
-    return basins, [labels.basin for labels in each]
 
 
 def _gather_basins(run: Run) -> tuple[stitch.Basins, list[np.ndarray]]:
@@ -174,8 +176,8 @@ def rank(run: Run, layer: int, timings: Timings) -> dict:
         firsts = [first[slice(*np.searchsorted(first, (begin, end)))] for first in stored]
     with timings.phase("rank"):
         ranked = [(part, ranks) for part, ranks in zip(parts, hierarchy.ranks(firsts), strict=True) if ranks.size]
-    with timings.phase("write"), ThreadPoolExecutor(tables.IO_THREADS) as pool:
-        list(pool.map(lambda item: run.layout.ranks.save(Values(item[1]), *item[0], layer), ranked))
+    with timings.phase("write"):
+        side_by_side(lambda item: run.layout.ranks.save(Values(item[1]), *item[0], layer), ranked)
     return {"layer": layer, "objects": sum(ranks.size for _, ranks in ranked)}
 
 
@@ -253,7 +255,7 @@ def downsample(run: Run, i: int, timings: Timings, level: int) -> dict:
     box = run.level_grid(level)[i]
     parent = pyramid.parent_box(box, factor, above)
     finer_stage = f"pyramid{level - 1}" if level > 1 else "relabel"
-    stamps = [run.layout.read_stamp(finer_stage, j) for j in run.level_grid(level - 1).overlapping(parent)]
+    stamps = [run.layout.read_stamp(finer_stage, j, check=False) for j in run.level_grid(level - 1).overlapping(parent)]
 
     def make() -> None:
         with timings.phase("read"):
@@ -273,10 +275,14 @@ def _unless_kept(run: Run, stage: str, i: int, stamp: str, make: Callable[[], No
     An empty stamp is never the same.
     """
     kept = stamp != "" and run.layout.read_stamp(stage, i) == stamp
-    if not kept:
-        run.layout.write_stamp(stage, i, "")
-        make()
-        run.layout.write_stamp(stage, i, stamp)
+    if kept:
+        run.layout.record_stamped(stage, i)
+    else:
+        run.layout.write_stamp(stage, i, "", {})
+        with recording() as written:
+            make()
+        run.layout.write_stamp(stage, i, stamp, written)
+        run.layout.record_stamped(stage, i)
     return {"kept": kept}
 
 

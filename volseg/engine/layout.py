@@ -15,10 +15,13 @@ for each block.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -30,6 +33,37 @@ from volseg.segmentation.basins import BlockBasins
 
 FORMAT = 1  # of a run's folder; raised when an older volseg could misread a newer folder, or the other way round
 T = TypeVar("T")
+
+
+# ---------------------------------------------------------------- what a block writes
+
+_RECORD: ContextVar[dict[str, list] | None] = ContextVar("record", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, list]]:
+    """The fingerprint of each file of a run that is written inside, by its key: see `files.fingerprint`."""
+    record: dict[str, list] = {}
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)
+
+
+def side_by_side(function: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """``function`` of each item in threads whose writes are recorded with the caller's."""
+    with ThreadPoolExecutor(tables.IO_THREADS, initializer=_RECORD.set, initargs=(_RECORD.get(),)) as pool:
+        list(pool.map(function, items))
+
+
+def _written(path: str, keys: Iterable[str]) -> None:
+    record = _RECORD.get()
+    for key in keys if record is not None else ():
+        try:
+            record[key] = files.fingerprint(path, key)
+        except FileNotFoundError:
+            record.pop(key, None)  # a shard that holds nothing is not stored
 
 
 # ---------------------------------------------------------------- what small tables hold
@@ -98,6 +132,7 @@ class Tables(Generic[T]):
 
     def save(self, value: T, *index: int | str) -> None:
         tables.save(self.path, self.key(*index), **vars(value))
+        _written(self.path, [self.key(*index)])
 
     def load(self, *index: int | str, skip: tuple[str, ...] = ()) -> T:
         """One table; the arrays to ``skip`` come empty. Raises `DamagedFileError`."""
@@ -146,16 +181,57 @@ class StoredArray:
 
     def read(self, box: Box, channel: int | None = None) -> np.ndarray:
         """The voxels of ``box``: of one ``channel`` where there are several, else of all."""
-        array = arrays.open_array(self.path, self.name)
-        lead = () if array.ndim == 3 else (slice(None) if channel is None else channel,)
-        return np.asarray(array[(*lead, *box.slices)])
+        with self._readable(box):
+            array = arrays.open_array(self.path, self.name)
+            lead = () if array.ndim == 3 else (slice(None) if channel is None else channel,)
+            return np.asarray(array[(*lead, *box.slices)])
+
+    @contextmanager
+    def _readable(self, box: Box) -> Iterator[None]:
+        """Raises `DamagedFileError` that names the shards under ``box`` where one of them cannot be read."""
+        try:
+            yield
+        except (RuntimeError, ValueError, OSError, UserError) as error:
+            if isinstance(error, PermissionError | DamagedFileError):
+                raise
+            state = f"cannot be read ({' '.join(str(error).split())[:200]})"
+            raise DamagedFileError(self.path, self.keys_of(box) or (f"{self.name}/zarr.json",), state) from None
+
+    def keys_of(self, box: Box) -> tuple[str, ...]:
+        """Keys of the shards under ``box``; none where the array itself cannot be opened."""
+        try:
+            array = arrays.open_array(self.path, self.name)
+        except (UserError, OSError, ValueError, RuntimeError):
+            return ()
+        return tuple(f"{self.name}/{key}" for key in arrays.shard_keys(array, box))
 
     def write(self, box: Box, data: np.ndarray) -> None:
         """The voxels of ``box``, which covers whole shards, are these."""
         arrays.write(arrays.open_array(self.path, self.name), box, data)
+        _written(self.path, self.keys_of(box))
 
     def create(self, **layout: Any) -> None:
         arrays.create_array(self.path, self.name, **layout)
+
+    def opens(self) -> bool:
+        """Whether there is an array whose description can be read."""
+        try:
+            arrays.open_array(self.path, self.name)
+        except (UserError, OSError, ValueError, RuntimeError, KeyError, TypeError):
+            return False
+        return True
+
+    def restore(self, **form: Any) -> None:
+        """The array can be opened; shards that there are stay."""
+        if not self.opens():
+            files.remove(f"{self.path}/{self.name}/zarr.json")
+            self.create(**form)
+
+    def fingerprints(self, box: Box) -> dict[str, list]:
+        """Of the shards under ``box`` that are stored, by key."""
+        with recording() as record:
+            _written(self.path, self.keys_of(box))
+        return record
 
     def exists(self) -> bool:
         return files.exists(f"{self.path}/{self.name}")
@@ -238,6 +314,7 @@ class Layout:
     def save_basins(self, basins: stitch.Basins, key: str) -> None:
         """The volume's basins, and the key of the tables that they were gathered from."""
         tables.save(self.path, "work/basins.npz", **vars(basins), made_from=np.array(key))
+        _written(self.path, ["work/basins.npz"])
 
     def load_basins(self, key: str | None = None) -> stitch.Basins | None:
         """The volume's basins; None where there are none, or none gathered from tables of that ``key``."""
@@ -289,15 +366,30 @@ class Layout:
 
     # ---- stamps: what each block of labels was made from
 
-    def read_stamp(self, stage: str, i: int) -> str:
-        """``""`` where there is none, or the block was being written."""
+    def read_stamp(self, stage: str, i: int, *, check: bool = True) -> str:
+        """What the block was made from; ``""`` where nobody knows or, to ``check``, a file is not what was written then."""
         try:
-            return files.read_bytes(self.path, f"work/stamps/{stage}/{i}").decode()
-        except FileNotFoundError:
+            made_from, written = json.loads(files.read_bytes(self.path, f"work/stamps/{stage}/{i}"))
+            return "" if check and not all(self.fits(*item) for item in written.items()) else made_from
+        except (OSError, ValueError, TypeError, AttributeError):
             return ""
 
-    def write_stamp(self, stage: str, i: int, stamp: str) -> None:
-        files.write_bytes(self.path, f"work/stamps/{stage}/{i}", stamp.encode())
+    def write_stamp(self, stage: str, i: int, made_from: str, written: dict[str, list]) -> None:
+        """What the block was made from, and the fingerprints of its files."""
+        files.write_bytes(self.path, f"work/stamps/{stage}/{i}", json.dumps([made_from, written]).encode())
+
+    def record_stamped(self, stage: str, i: int) -> None:
+        """The files of the block, as its stamp has them, count as written in `recording`."""
+        record = _RECORD.get()
+        if record is not None:
+            record.update(json.loads(files.read_bytes(self.path, f"work/stamps/{stage}/{i}"))[1])
+
+    def fits(self, key: str, mark: list) -> bool:
+        """Whether the file still has that fingerprint."""
+        try:
+            return files.fingerprint(self.path, key) == mark
+        except OSError:
+            return False
 
     # ---- markers
 
@@ -315,8 +407,22 @@ class Layout:
     def write_marker(self, stage: str, name: str, receipt: dict) -> None:
         files.write_bytes(self.path, self.marker_key(stage, name), json.dumps(receipt).encode())
 
+    def remove_marker(self, stage: str, name: str) -> None:
+        files.remove(f"{self.path}/{self.marker_key(stage, name)}")
+
     def remove_markers(self, stage: str) -> None:
         files.remove(f"{self.path}/work/markers/{stage}")
+
+    @property
+    def failures_path(self) -> str:
+        return f"{self.path}/work/failed.json"
+
+    def save_failures(self, failures: list[dict]) -> None:
+        """The blocks that were given up: stage, block, box, worker, reason and traceback of each."""
+        files.write_bytes(self.path, "work/failed.json", _json({"failed": failures}))
+
+    def remove_failures(self) -> None:
+        files.remove(self.failures_path)
 
     # ---- descriptions
 
@@ -324,6 +430,10 @@ class Layout:
     def begun(self) -> bool:
         """Whether a run was begun here: what lies here is a run's, and may be replaced by one."""
         return files.exists(f"{self.path}/work/begun")
+
+    @property
+    def begun_path(self) -> str:
+        return f"{self.path}/work/begun"
 
     def mark_begun(self) -> None:
         files.write_bytes(self.path, "work/begun", b"")
@@ -366,11 +476,20 @@ class Layout:
 
     # ---- the network
 
+    MODEL: ClassVar[str] = "work/model.bin"
+
     def load_model(self) -> bytes:
-        return files.read_bytes(self.path, "work/model.bin")
+        return files.read_bytes(self.path, self.MODEL)
 
     def save_model(self, blob: bytes) -> None:
-        files.write_bytes(self.path, "work/model.bin", blob)
+        files.write_bytes(self.path, self.MODEL, blob)
+
+    def model_mark(self) -> list | None:
+        """The fingerprint of the stored network; None where there is none."""
+        try:
+            return files.fingerprint(self.path, self.MODEL)
+        except FileNotFoundError:
+            return None
 
     # ---- labels and their description
 
@@ -382,9 +501,10 @@ class Layout:
 
     def labels_dtype(self) -> str | None:
         """Of the label arrays; None where not all of them were created."""
-        if not files.exists(f"{self.path}/work/labels.json"):
+        try:
+            return json.loads(files.read_bytes(self.path, "work/labels.json")).get("dtype")
+        except (FileNotFoundError, ValueError, AttributeError):
             return None
-        return json.loads(files.read_bytes(self.path, "work/labels.json")).get("dtype")
 
     def mark_labels(self, dtype: str) -> None:
         files.write_bytes(self.path, "work/labels.json", _json({"dtype": dtype}))

@@ -11,8 +11,9 @@
 
 Their functions stand in `predict` and `instances`; `stages` says which blocks each has, what it waits for, and its key: the
 hash of all that determines its results. Each reads what earlier ones stored in the run's folder (`layout`), writes whole
-shards, and then its marker, so a restart does only what no marker of that key covers. All of this runs on workers, which
-are told no more than where the run lies. `schedule` says which block goes when, `finish` makes a whole run of the parts.
+shards and returns a receipt, which becomes its marker once all is on the disk (`receipts`); a restart does only what no
+marker of that key covers. All of this runs on workers, which are told no more than where the run lies. `schedule` says
+which block goes when, `finish` makes a whole run of the parts.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import time
 from functools import lru_cache
 
 from volseg.engine import cluster
+from volseg.engine.layout import recording
+from volseg.engine.lock import writing
 from volseg.engine.predict import release_network
-from volseg.engine.receipts import Receipt, Timings, mark
+from volseg.engine.receipts import Receipt, Timings
 from volseg.engine.run import Run, stored_run
 from volseg.engine.stages import Stage, stages_of
 from volseg.errors import OutOfMemoryError
+from volseg.io import files
 
 
 def process_block(path: str, run_id: str, stage_name: str, i: int) -> Receipt:
@@ -34,18 +38,18 @@ def process_block(path: str, run_id: str, stage_name: str, i: int) -> Receipt:
     stage, timings, start = stages[stage_name], Timings(), time.perf_counter()
     facts, out_of_memory = None, ""
     try:
-        facts = stage.function(run, i, timings)
+        with writing(run.layout.begun_path), recording() as written:
+            facts = stage.function(run, i, timings)
     except OutOfMemoryError as error:
         out_of_memory = str(error)
-    if (
-        out_of_memory
-    ):  # the run may begin again with a smaller batch, which needs the room of all that the error refers to
+    if out_of_memory:  # beginning again with a smaller batch needs the room of all that the error refers to
         release_network()
         raise OutOfMemoryError(out_of_memory)
     seconds = {**timings.seconds, "other": time.perf_counter() - start - sum(timings.seconds.values())}
-    receipt = Receipt(voxels=stage.grid[i].voxels, seconds=seconds, **(facts or {}))
+    if run.config.cluster.scheduler and run.config.cluster.durable:  # else the process that holds the markers does it
+        files.sync_files(path, written)
+    receipt = Receipt(voxels=stage.grid[i].voxels, seconds=seconds, files=written, **(facts or {}))
     cluster.count(stage_name, receipt)
-    mark(path, stage_name, stage.key, i, receipt)
     return receipt
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import queue
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 
 from volseg.engine.layout import Layout
-from volseg.io import tables
+from volseg.errors import IncompleteRunError
+from volseg.io import files, tables
 
 # ---------------------------------------------------------------- one block
 
@@ -44,6 +48,7 @@ class Receipt:
     kept            whether the block was left as an earlier decision had made it
     edges, basins, objects, components, rows  how many the block, part or layer has
     layer           of blocks that was ranked
+    files           what the block wrote: fingerprints by key, see `files.fingerprint`
     """
 
     voxels: int = 0
@@ -61,10 +66,11 @@ class Receipt:
     components: int = 0
     rows: int = 0
     layer: int = 0
+    files: dict[str, list] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         """Without what has its default, but for what each marker tells."""
-        always = {"voxels", "seconds", "pid", "peak_bytes"}
+        always = {"voxels", "seconds", "pid", "peak_bytes", "files"}
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -90,24 +96,141 @@ def peak_bytes() -> int:
 # ---------------------------------------------------------------- markers
 
 
-def mark(path: str, stage: str, key: str, i: int, receipt: Receipt) -> None:
-    """Records that block ``i`` of a stage is done; written after the block's data."""
-    Layout(path).write_marker(stage, f"{i}-{key}", receipt.to_json())
+class Markers:
+    """What of a run is done: a marker for each block, with its receipt, under the key of its stage.
+
+    A marker is written when all that its block wrote is on the disk, so after a power cut there is no marker without its
+    files. That is waited for in a thread beside the run, for many blocks at once; what is lost with it is done again. One
+    process alone holds a run's markers: the one that holds its lock.
+
+    Parameters
+    ----------
+    path
+        The run's folder.
+    keys
+        The key of each stage.
+    durable
+        Whether to wait for the disk at all.
+    check
+        Called before markers are written; raises where this command may not write any more.
+    """
+
+    def __init__(
+        self, path: str, keys: dict[str, str], *, durable: bool = True, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.layout, self.keys, self.durable, self.check = Layout(path), keys, durable, check
+        self.known: dict[str, dict[int, Receipt]] = {}
+        self.pending: queue.SimpleQueue[tuple[str, int, Receipt] | None] = queue.SimpleQueue()
+        self.error: Exception | None = None
+        self.thread: threading.Thread | None = None
+
+    def receipts(self, stage: str) -> dict[int, Receipt]:
+        """The receipt of each block of a stage that is done."""
+        if stage not in self.known:
+            self.known[stage] = dict(_stored_receipts(self.layout, stage, self.keys[stage]))
+        return self.known[stage]
+
+    def done(self, stage: str) -> set[int]:
+        return set(self.receipts(stage))
+
+    def add(self, stage: str, i: int, receipt: Receipt) -> None:
+        """Block ``i`` of a stage is done; its marker follows when its files are on the disk. Raises what `flush` does."""
+        self.receipts(stage)[i] = receipt
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._write_all, daemon=True)
+            self.thread.start()
+        self.pending.put((stage, i, receipt))
+        if self.error:
+            self.flush()
+
+    def flush(self) -> None:
+        """Every marker is written. Raises `IncompleteRunError` where the disk is full or broken."""
+        if self.thread is not None:
+            self.pending.put(None)
+            self.thread.join()
+            self.thread = None
+        if self.error:
+            error, self.error = self.error, None
+            if isinstance(error, IncompleteRunError):
+                raise error
+            raise IncompleteRunError(
+                f"cannot write to {self.layout.path}: {getattr(error, 'strerror', None) or error}; what is done is kept: "
+                "mend that and give the same command again"
+            ) from None
+
+    def _write_all(self) -> None:
+        last = False
+        while not last and not self.error:
+            items = [self.pending.get()]
+            with suppress(queue.Empty):
+                while True:
+                    items.append(self.pending.get_nowait())
+            last = None in items
+            try:
+                self._write([item for item in items if item is not None])
+            except (OSError, IncompleteRunError) as error:
+                self.error = error
+
+    def _write(self, items: list[tuple[str, int, Receipt]]) -> None:
+        self.check()
+        if items and self.durable:
+            files.sync_filesystem(self.layout.path)
+        with ThreadPoolExecutor(tables.IO_THREADS) as pool:
+            list(pool.map(lambda item: self._write_one(*item), items))
+
+    def _write_one(self, stage: str, i: int, receipt: Receipt) -> None:
+        self.layout.write_marker(stage, f"{i}-{self.keys[stage]}", receipt.to_json())
+
+    def remove(self, stage: str, blocks: Iterable[int] | None = None) -> None:
+        """These blocks of a stage, or all, count as not done."""
+        if blocks is None:
+            self.layout.remove_markers(stage)
+            self.known.pop(stage, None)
+            return
+        for i in blocks:
+            self.layout.remove_marker(stage, f"{i}-{self.keys[stage]}")
+            self.receipts(stage).pop(i, None)
+
+    def marks(self, keys: Iterable[str]) -> dict[str, list]:
+        """The fingerprints of these files, of those that a block wrote."""
+        wanted = set(keys)
+        every = (receipt.files for stage in self.keys for receipt in self.receipts(stage).values())
+        return {key: mark for files_ in every for key, mark in files_.items() if key in wanted}
+
+    def makers(self, damaged: Iterable[str]) -> dict[str, list[int]]:
+        """By stage, the blocks that wrote any of these files."""
+        wanted = set(damaged)
+        made = {
+            stage: [i for i, r in self.receipts(stage).items() if not wanted.isdisjoint(r.files)] for stage in self.keys
+        }
+        return {stage: blocks for stage, blocks in made.items() if blocks}
+
+    def damaged(self, advance: Callable[[int], None] = lambda _: None) -> list[str]:
+        """Keys of all files that are not what their receipts say; ``advance`` is called with bytes as they are looked at."""
+        marks = {
+            key: mark for stage in self.keys for r in self.receipts(stage).values() for key, mark in r.files.items()
+        }
+
+        def look(item: tuple[str, list]) -> str:
+            fits = self.layout.fits(*item)
+            advance(item[1][0])
+            return "" if fits else item[0]
+
+        with ThreadPoolExecutor(tables.IO_THREADS) as pool:
+            return [key for key in pool.map(look, marks.items()) if key]
 
 
-def marked(path: str, stage: str, key: str) -> set[int]:
-    """Blocks of a stage that are done under that key (the hash of all that determines them)."""
-    names = (name.partition("-") for name in Layout(path).markers(stage))
-    return {int(i) for i, _, made_under in names if made_under == key}
+def _stored_receipts(layout: Layout, stage: str, key: str) -> Iterator[tuple[int, Receipt]]:
+    """The receipts of a stage's markers under that key; one that nobody can read is as good as none."""
 
+    def read(name: str) -> tuple[int, Receipt] | None:
+        try:
+            return int(name.partition("-")[0]), Receipt.from_json(layout.read_marker(stage, name))
+        except (ValueError, TypeError, AttributeError, FileNotFoundError):
+            return None
 
-def receipts(path: str, stage: str, key: str) -> Iterator[Receipt]:
-    """What the blocks of a stage reported that are done under that key."""
-    layout = Layout(path)
-    names = (name for name in layout.markers(stage) if name.endswith(f"-{key}"))
-    return (
-        Receipt.from_json(plain) for plain in tables.read_ahead(lambda name: layout.read_marker(stage, name), names)
-    )
+    names = [name for name in layout.markers(stage) if name.endswith(f"-{key}")]
+    return (item for item in tables.read_ahead(read, names) if item is not None)
 
 
 # ---------------------------------------------------------------- a run

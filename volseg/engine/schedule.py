@@ -5,66 +5,94 @@ Which may start is known from the markers when a run begins, and from the ends o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from volseg import system
+from volseg.box import Blocks
 from volseg.engine import cluster, folder
 from volseg.engine.layout import Values
 from volseg.engine.pipeline import process_block
 from volseg.engine.predict import release_network
 from volseg.engine.ready import Ready
-from volseg.engine.receipts import Receipt, RunStatistics, mark, marked, receipts
+from volseg.engine.receipts import Markers, Receipt, RunStatistics
 from volseg.engine.run import Run
 from volseg.engine.stages import Group, Stage, group_of, stages_of
-from volseg.errors import IncompleteRunError, OutOfMemoryError, UserError
+from volseg.errors import DamagedFileError, IncompleteRunError, OutOfMemoryError, UserError
 from volseg.progress import Progress
 
 FLAT_EDGES = 50_000_000  # that one process stitches unless it is told otherwise: about 4 GB
 EDGE_BYTES = 80  # that stitching takes in memory for each of them, as benchmarks/README.md measures
 
 
-def run_stages(client: Any, run: Run, progress: Progress) -> RunStatistics:
-    """Every stage is done over all blocks; what it took, over the blocks that no marker covered."""
+def run_stages(client: Any, run: Run, markers: Markers, progress: Progress) -> RunStatistics:
+    """Every stage is done over all blocks; what it took, over the blocks that no marker covered.
+
+    A file that turns out to be damaged is made again, by doing the blocks again that wrote it.
+    """
     statistics = RunStatistics(slots=cluster.threads(client), devices=cluster.devices(client))
+    mended: Counter[str] = Counter()
+    while True:
+        try:
+            _run_groups(client, run, markers, progress, statistics)
+            return statistics
+        except DamagedFileError as error:
+            mended.update(error.keys)
+            if max(mended.values()) >= run.config.cluster.tries or not mend(run, markers, error.keys):
+                raise IncompleteRunError(
+                    f"{error}; what else is done is kept, but this cannot be made again: begin again with --overwrite"
+                ) from None
+            progress.message(f"{run.out}/{error.keys[0]} {error.state}: making it again")
+
+
+def mend(run: Run, markers: Markers, keys: Iterable[str]) -> bool:
+    """The blocks that wrote these files count as not done, arrays can be opened again; whether there was such a block."""
+    folder.create_missing_arrays(run)
+    makers = markers.makers(keys)
+    for stage, blocks in makers.items():
+        markers.remove(stage, blocks)
+    return bool(makers) or all(key.endswith("zarr.json") for key in keys)
+
+
+def _run_groups(client: Any, run: Run, markers: Markers, progress: Progress, statistics: RunStatistics) -> None:
     basins = group_of(run, "basins")
-    if _is_done(run, stages_of(run)[run.probability_stage]):
+    if _is_done(markers, stages_of(run)[run.probability_stage]):
         basins = [stage for stage in basins if stage.name not in run.passes]  # what they stored may be gone
-    _run_together(client, run, basins, progress, statistics)
-    folder.drop_passes(run)
-    _stitch(client, run, progress, statistics)
-    folder.create_labels(run)
-    _run_together(client, run, group_of(run, "labels"), progress, statistics)
-    return statistics
+    _run_together(client, run, basins, markers, progress, statistics)
+    folder.drop_passes(run, markers)
+    _stitch(client, run, markers, progress, statistics)
+    folder.create_labels(run, markers)
+    _run_together(client, run, group_of(run, "labels"), markers, progress, statistics)
 
 
-def predicted_share(run: Run) -> float:
+def predicted_share(run: Run, markers: Markers) -> float:
     """Share of the blocks that have gone through the network, of all passes together."""
     stages = stages_of(run)
     inferring = [stages[name] for name in (run.passes or [run.probability_stage])]
-    done = sum(len(marked(run.out, stage.name, stage.key)) for stage in inferring)
-    return done / sum(len(stage.grid) for stage in inferring)
+    return sum(len(markers.done(stage.name)) for stage in inferring) / sum(len(stage.grid) for stage in inferring)
 
 
-def _is_done(run: Run, stage: Stage) -> bool:
-    return len(marked(run.out, stage.name, stage.key)) == len(stage.grid)
+def _is_done(markers: Markers, stage: Stage) -> bool:
+    return len(markers.done(stage.name)) == len(stage.grid)
 
 
-def _run_together(client: Any, run: Run, stages: list[Stage], progress: Progress, statistics: RunStatistics) -> None:
+def _run_together(
+    client: Any, run: Run, stages: list[Stage], markers: Markers, progress: Progress, statistics: RunStatistics
+) -> None:
     """Some stages are done over all their blocks, side by side.
 
-    Raises `IncompleteRunError` that names the blocks given up, and `OutOfMemoryError` as soon as a batch of several tiles
-    does not fit a worker's memory.
+    Raises `IncompleteRunError` that names the blocks given up, `OutOfMemoryError` as soon as a batch of several tiles does
+    not fit a worker's memory, and `DamagedFileError` for a file that is not what its block wrote.
     """
     by_name = {stage.name: stage for stage in stages}
     blocks: dict[str, Ready] = {}
     for stage in stages:
-        marked_blocks = marked(run.out, stage.name, stage.key)
         earlier = {name: (blocks[name], region) for name, region in stage.after.items() if name in blocks}
-        blocks[stage.name] = Ready(stage.grid, marked_blocks, earlier)
+        blocks[stage.name] = Ready(stage.grid, markers.done(stage.name), earlier)
     advance = {name: progress.stage(name, prod(state.grid.shape), state.voxels) for name, state in blocks.items()}
     followers = {name: [stage.name for stage in stages if name in stage.after] for name in blocks}
 
@@ -82,14 +110,22 @@ def _run_together(client: Any, run: Run, stages: list[Stage], progress: Progress
             blocks[follower].tell(name, i)
         statistics.end(by_name[name].title, receipt)
         advance[name](receipt.voxels)
+        markers.add(name, i, receipt)
+
+    def stop(error: UserError) -> bool:
+        if isinstance(error, DamagedFileError):  # a store that fails for a moment has damaged nothing
+            marks = markers.marks(error.keys)
+            return not marks or not all(markers.layout.fits(*item) for item in marks.items())
+        return isinstance(error, OutOfMemoryError) and run.batch > 1
 
     settings = run.config.cluster
     inferring = [stage.name for stage in stages if stage.on_device]
     failures = cluster.run(
         client, process_block, ready([stage.name for stage in reversed(stages) if not stage.on_device]), run.out, run.id,
         device=ready(inferring) if inferring else (), tries=settings.tries, window=settings.window, done=done,
-        final=OutOfMemoryError if run.batch > 1 else (),
+        stop=stop,
     )  # fmt: skip
+    markers.flush()
     _refuse(run, stages, failures)
 
 
@@ -100,53 +136,65 @@ def _refuse(run: Run, stages: list[Stage], failures: list[cluster.Failure]) -> N
     order = [stage.name for stage in stages]
     first = min(failures, key=lambda failure: (order.index(failure.item[0]), failure.item[1]))
     name, i = first.item
+    grids = {stage.name: stage.grid for stage in stages}
+    run.layout.save_failures([_failure(failure, grids) for failure in failures])
     count, grid = sum(failure.item[0] == name for failure in failures), stages[order.index(name)].grid
     more = f" ({count} of {len(grid)} blocks)" if count > 1 else ""
     raise IncompleteRunError(
         f"{name} failed in block {grid[i]}{more} after {run.config.cluster.tries} tries: {first.reason}; "
-        "what is done is kept: mend the cause and give the same command again"
+        f"what is done is kept: mend the cause ({run.layout.failures_path} has more) and give the same command again"
     )
+
+
+def _failure(failure: cluster.Failure, grids: dict[str, Blocks]) -> dict:
+    """What ``failed.json`` says of a block."""
+    stage, i = failure.item
+    facts = {"worker": failure.worker, "reason": failure.reason, "traceback": failure.traceback}
+    return {"stage": stage, "block": i, "box": str(grids[stage][i]), **facts}
 
 
 # ---------------------------------------------------------------- the decision
 
 
-def _stitch(client: Any, run: Run, progress: Progress, statistics: RunStatistics) -> None:
+def _stitch(client: Any, run: Run, markers: Markers, progress: Progress, statistics: RunStatistics) -> None:
     """Every block has its id map: by one process, or in a tree where that would not hold all edges."""
     stitch = stages_of(run)["stitch"]
     if run.config.stitch.reduce == "flat" and not run.layout.has_basins():
-        run.layout.remove_markers("stitch")  # a tree has made the labels, but not what is asked for
-    if _is_done(run, stitch):
+        markers.remove("stitch")  # a tree has made the labels, but not what is asked for
+    if _is_done(markers, stitch):
         return
     client.run(release_network)  # nothing is inferred from here on: the graph takes the room that the network had
-    group: Group = "flat" if _fits_one_process(run) else "tree"
+    group: Group = "flat" if _fits_one_process(run, markers) else "tree"
     if group == "tree":
         run.layout.remove_basins()
     for stage in group_of(run, group):
-        _run_together(client, run, [stage], progress, statistics)
+        _run_together(client, run, [stage], markers, progress, statistics)
         if stage.name == "rank":
-            _number_objects(run, stage)
+            _number_objects(run, markers.receipts(stage.name).values())
     if group == "tree":
         progress.message(
             "stitched as a tree: tables/merges lists borders only; joins need all edges in one process, stitch.reduce=flat"
         )
         objects = int(run.layout.layer_offsets.load().values[-1])
-        mark(run.out, stitch.name, stitch.key, 0, Receipt(objects=objects))
+        markers.add(stitch.name, 0, Receipt(objects=objects))
+        markers.flush()
+        for stage in group_of(run, group):
+            if stage.name not in ("assign0", "borders"):
+                markers.remove(stage.name)
         run.layout.remove_tree()
 
 
-def _number_objects(run: Run, rank: Stage) -> None:
-    """How many objects begin in all layers before each is stored."""
-    ranked = sorted(receipts(run.out, rank.name, rank.key), key=lambda receipt: receipt.layer)
+def _number_objects(run: Run, receipts: Iterable[Receipt]) -> None:
+    """How many objects begin in all layers before each is stored, from the receipts of their ranks."""
+    ranked = sorted(receipts, key=lambda receipt: receipt.layer)
     run.layout.layer_offsets.save(Values(np.cumsum([0, *(receipt.objects for receipt in ranked)])))
 
 
-def _fits_one_process(run: Run) -> bool:
+def _fits_one_process(run: Run, markers: Markers) -> bool:
     """Whether one process decides: as told, else by the number of edges."""
     if run.config.stitch.reduce != "auto":
         return run.config.stitch.reduce == "flat"
-    link = stages_of(run)["link"]
-    edges = sum(receipt.edges for receipt in receipts(run.out, link.name, link.key))
+    edges = sum(receipt.edges for receipt in markers.receipts("link").values())
     most = _most_edges(run)
     if edges > most and (needs := run.config.stitch.needs_all()):
         raise UserError(

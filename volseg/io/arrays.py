@@ -236,14 +236,18 @@ def write(array: zarr.Array, box: Box, data: np.ndarray) -> None:
         array[(slice(None),) * lead + box.slices] = data
 
 
+def shard_keys(array: zarr.Array, box: Box) -> list[str]:
+    """Keys, below the array, of the shards that hold a voxel of ``box``, whether they are stored or not."""
+    lead = array.ndim - 3
+    grid = Blocks(array.shape[lead:], (array.shards or array.chunks)[lead:])
+    return [array.metadata.encode_chunk_key((0,) * lead + grid.coords(i)) for i in grid.overlapping(box)]
+
+
 def _drop_shards(array: zarr.Array, box: Box) -> bool:
     """The local shards under ``box`` are gone; whether there were any. (One at the far end is read before written.)"""
     if not isinstance(array.store, LocalStore):
         return False
-    lead = array.ndim - 3
-    grid = Blocks(array.shape[lead:], (array.shards or array.chunks)[lead:])
-    keys = [array.metadata.encode_chunk_key((0,) * lead + grid.coords(i)) for i in grid.overlapping(box)]
-    files = [file for key in keys if (file := Path(array.store.root, array.path, key)).exists()]
+    files = [file for key in shard_keys(array, box) if (file := Path(array.store.root, array.path, key)).exists()]
     for file in files:
         file.unlink()
     return bool(files)

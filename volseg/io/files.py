@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import os
 import shutil
+import sys
 import uuid
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import google_crc32c
 
 from volseg.errors import UserError
 from volseg.io.header import decoding, reason
@@ -200,3 +205,66 @@ def names(path: str) -> list[str]:
 
 def _temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
+
+
+# ------------------------------------------------------------------------------------------------------- on the disk
+
+
+def fingerprint(path: str, key: str) -> list:
+    """What tells whether the object ``key`` under ``path`` is still what it is now: its size, and CRC-32C or ETag.
+
+    Raises FileNotFoundError where there is none.
+    """
+    where = join(path, key)
+    if is_remote(where):
+        fs, root = _remote(where)
+        entry = fs.info(root)
+        return [entry["size"], str(entry.get("ETag", entry.get("etag", ""))).strip('"')]
+    checksum, size = google_crc32c.Checksum(), 0
+    with Path(where).open("rb") as file:
+        while piece := file.read(1 << 20):
+            checksum.update(piece)
+            size += len(piece)
+    return [size, checksum.hexdigest().decode()]
+
+
+def sync_filesystem(path: str) -> None:
+    """All that was written so far on the file system of the local folder ``path`` is on its disk; nothing on object stores."""
+    if is_remote(path):
+        return
+    if sys.platform == "linux":
+        folder = os.open(absolute(path), os.O_RDONLY)
+        try:
+            if ctypes.CDLL(None, use_errno=True).syncfs(folder):
+                raise OSError(ctypes.get_errno(), "cannot write to the disk", path)
+        finally:
+            os.close(folder)
+    else:
+        os.sync()
+
+
+def sync_files(path: str, keys: Iterable[str]) -> None:
+    """These files under ``path``, and their names in their folders, are on the disk; nothing on object stores."""
+    if is_remote(path):
+        return
+    places = [join(path, key) for key in keys]
+    for place in [*places, *dict.fromkeys(map(os.path.dirname, places))]:
+        file = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def create_bytes(path: str, key: str, data: bytes) -> bool:
+    """The object ``key`` under the URL ``path`` is ``data`` if there was none; whether there was none."""
+    fs, root = _remote(join(path, key))
+    try:
+        fs.pipe_file(root, data, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
+            return False
+        raise
+    return True

@@ -1,0 +1,209 @@
+"""Damage, locks and restarts: nothing that is done is lost, nothing damaged is built on, no two commands write at once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import SHAPE, Quiet, digest, mark, markers_of, settings
+from volseg import api
+from volseg.engine import lock
+from volseg.engine.layout import Layout
+from volseg.engine.receipts import Markers, Receipt
+from volseg.engine.run import Run
+from volseg.errors import IncompleteRunError, UserError
+from volseg.io import files
+
+KINDS = {
+    "probabilities": "0/c",
+    "probabilities' description": "0/zarr.json",
+    "regions": "work/fragments/c",
+    "regions' description": "work/fragments/zarr.json",
+    "edge tables": "work/tables",
+    "links": "work/links",
+    "id maps": "work/labels",
+    "basins": "work/basins.npz",
+    "joins": "work/merges",
+    "sums": "work/objects",
+    "markers": "work/markers",
+    "stamps": "work/stamps",
+    "labels": "labels/instances/0/c",
+    "labels' description": "labels/instances/0/zarr.json",
+    "pyramid": "labels/instances/1/c",
+    "model": "work/model.bin",
+    "description": "work/run.json",
+    "labels.json": "work/labels.json",
+}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.fixture
+def unfinished(reference, tmp_path):
+    """A run of which everything but the end is done."""
+    out = tmp_path / "run.volseg.zarr"
+    shutil.copytree(reference, f"{out}.partial")
+    Path(f"{out}.partial/run.json").unlink()
+    return out
+
+
+def again(image, out, **options):
+    return api.infer(image, str(out), config=settings(cluster={"workers": 1}), **options)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, zero, os.unlink], ids=["cut", "flipped", "zeroed", "deleted"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_damaged_is_made_again(image, reference, unfinished, kind, damage):
+    place = Path(f"{unfinished}.partial", KINDS[kind])
+    files_there = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    damage(files_there[len(files_there) // 2])
+    run = again(image, unfinished, progress=Quiet())
+    assert digest(run.path) == digest(reference)
+    for level in range(3):
+        ours, theirs = (Path(run_path, f"labels/instances/{level}/c") for run_path in (run.path, reference))
+        assert contents(ours) == contents(theirs)
+    assert Path(run.path, "tables/objects.csv").read_bytes() == Path(reference, "tables/objects.csv").read_bytes()
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_file_is_told(image, unfinished):
+    cut(next(Path(f"{unfinished}.partial/work/tables").iterdir()))
+    show = Quiet()
+    again(image, unfinished, progress=show)
+    assert any("not as it was written: doing 1 block(s) again" in text for text in show.said)
+
+
+def test_an_unreadable_description_begins_anew_and_says_so(image, unfinished):
+    Path(f"{unfinished}.partial/work/run.json").write_text("{")
+    show = Quiet()
+    again(image, unfinished, progress=show)
+    assert any("work/run.json is damaged (no JSON): beginning anew" in text for text in show.said)
+    assert show.stages["predict"][0] == 0
+
+
+def test_overwrite_begins_anew_whatever_lies_there(image, reference, unfinished):
+    Path(f"{unfinished}.partial/work/run.json").write_text("[1]")
+    show = Quiet()
+    again(image, unfinished, overwrite=True, progress=show)
+    assert show.stages["predict"][0] == 0
+    assert digest(unfinished) == digest(reference)
+
+
+# ---------------------------------------------------------------- markers
+
+
+def test_a_marker_comes_after_its_files_are_on_the_disk(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(files, "sync_filesystem", lambda path: order.append("sync"))
+    write = Layout.write_marker
+    monkeypatch.setattr(Layout, "write_marker", lambda *args: (order.append("marker"), write(*args)))
+    markers = Markers(str(tmp_path), {"link": "abc"})
+    markers.add("link", 3, Receipt(voxels=5, edges=7))
+    markers.flush()
+    assert order == ["sync", "marker"]
+    assert Markers(str(tmp_path), {"link": "abc"}).receipts("link")[3].edges == 7
+    assert not Markers(str(tmp_path), {"link": "other"}).done("link")
+
+
+def test_a_full_disk_ends_with_a_line_and_what_is_done_is_kept(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "sync_filesystem", full)
+    markers = Markers(str(tmp_path), {"link": "abc"})
+    markers.add("link", 0, Receipt())
+    with pytest.raises(IncompleteRunError, match="No space left on device; what is done is kept"):
+        markers.flush()
+
+
+def test_the_blocks_that_wrote_a_file_are_known(reference):
+    run = Run.from_json(Layout(reference).load_summary())
+    markers = Markers(reference, Layout(reference).load_description()["keys"])
+    assert markers.makers(["work/tables/0.npz"]) == {"fragments": [0]}
+    assert markers.damaged() == []
+    assert run.shape == SHAPE
+
+
+# ---------------------------------------------------------------- locks
+
+
+def test_a_second_command_is_told_who_writes(image, tmp_path):
+    out = str(tmp_path / "run.volseg.zarr")
+    with (
+        lock.Lock(out),
+        pytest.raises(UserError, match=rf"is being written by another volseg \(process {os.getpid()} on"),
+    ):
+        again(image, out)
+    assert not Path(f"{out}.lock").exists()
+    assert not Path(f"{out}.partial").exists()
+
+
+def test_a_lock_ends_with_its_holder(tmp_path):
+    out = tmp_path / "run.volseg.zarr"
+    code = f"import os; from volseg.engine.lock import Lock; Lock({str(out)!r}).__enter__(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert Path(f"{out}.lock").exists()
+    with lock.Lock(str(out)):
+        assert json.loads(Path(f"{out}.lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_on_an_object_store_is_refused_taken_over_and_lost(bucket, monkeypatch):
+    out = f"{bucket}/locked/run.zarr"
+    first, second = lock.Lock(out), lock.Lock(out)
+    with first:
+        with pytest.raises(UserError, match="is being written by another volseg"):
+            second.__enter__()
+        monkeypatch.setattr(lock, "STALE_S", 0)  # as if the first had been suspended for long
+        second.__enter__()
+        with pytest.raises(IncompleteRunError, match="another took over"):
+            first.check()
+        monkeypatch.undo()
+        second.__exit__(None, None, None)
+    assert not files.exists(f"{out}.lock")
+
+
+def test_workers_of_a_command_that_is_gone_are_waited_for(tmp_path, monkeypatch):
+    begun = tmp_path / "begun"
+    begun.touch()
+    monkeypatch.setattr(lock, "WRITERS_WAIT_S", 0)
+    with lock.writing(str(begun)), pytest.raises(UserError, match="workers of an earlier command still write"):
+        lock.wait_for_writers(str(begun))
+    lock.wait_for_writers(str(begun))
+
+
+def test_a_result_that_is_no_run_is_not_replaced(image, unfinished):
+    """Something else has taken the final name while the run went on."""
+    unfinished.mkdir()
+    (unfinished / "precious").touch()
+    with pytest.raises(UserError, match="is not a volseg run, so it is left alone"):
+        again(image, unfinished)
+    assert (unfinished / "precious").exists()
+
+
+def test_markers_of_other_blocks_stay(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    run = Run.from_json({**Layout(reference).load_description(), "out": str(tmp_path / "run")})
+    mark(run, "link", 0)
+    markers = markers_of(run)
+    markers.remove("link", [0])
+    assert 0 not in markers.done("link")
+    assert 0 not in markers_of(run).done("link")
