@@ -14,7 +14,7 @@ import typer
 from volseg import __version__
 from volseg.config import layers, load, page
 from volseg.engine import forkserver
-from volseg.errors import UserError
+from volseg.errors import IncompleteRunError, UserError
 from volseg.progress import Progress, terminal_progress
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ EXIT_INTERRUPTED = 130  # after Ctrl-C
 
 
 def main() -> None:
-    """Runs the command line. A user's own mistake ends it with one line and exit code 2."""
+    """Runs the command line. A user's own mistake ends it with one line and exit code 2, blocks that failed with 1."""
     try:
         app()
     except UserError as error:
         typer.echo(f"volseg: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, IncompleteRunError) else 2)
     except OSError as error:
         typer.echo(
             f"volseg: {error.filename or 'the system'}: {error.strerror or error or type(error).__name__}", err=True

@@ -132,10 +132,10 @@ def _arrays(run: Run) -> dict[StoredArray, dict]:
 def create_missing_arrays(run: Run) -> None:
     """Every array that a run begins with can be opened; the shards of one that could not be are kept."""
     run.layout.create_group()
+    passes = {run.layout.plane_probabilities(stage) for stage in run.passes}
     for array, form in _arrays(run).items():
-        if array.name.startswith("work/predict-") and not array.exists():
-            continue  # its mean is in place
-        array.restore(**form)
+        if array not in passes or array.exists():  # where the mean of all passes is in place, they are gone
+            array.restore(**form)
 
 
 def _check_model(run: Run) -> None:
