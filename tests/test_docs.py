@@ -8,6 +8,7 @@ import pytest
 import typer
 
 import volseg
+from benchmarks import __main__ as benchmarks
 from tests.helpers import ROOT
 from volseg import cli
 from volseg.config import load
@@ -28,6 +29,20 @@ def commands() -> list[str]:
 def test_a_command_in_the_readme_is_one_the_command_line_takes(command):
     _, name, *rest = shlex.split(command, comments=True)
     typer.main.get_command(cli.app).commands[name].make_context(name, rest)
+
+
+def benchmark_commands() -> list[str]:
+    """Each `python -m benchmarks` command of benchmarks/README.md."""
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    python -m benchmarks ")]
+    spans = [" ".join(span.split()) for span in re.findall(r"`(python -m benchmarks [^`]+)`", text)]
+    return [command for command in (*lines, *spans) if not command.endswith(("NAME", "--help"))]
+
+
+@pytest.mark.parametrize("command", benchmark_commands())
+def test_a_command_among_the_figures_is_one_that_the_benchmarks_take(command):
+    name, *rest = shlex.split(command)[3:]
+    typer.main.get_command(benchmarks.app).commands[name].make_context(name, rest)
 
 
 def test_settings_in_the_readme_exist():
