@@ -18,12 +18,12 @@ from volseg.inference import model
 def test_a_candidates_score_is_the_score_of_its_labels(image, reference, tmp_path):
     """Each candidate, counted from tables alone, equals the evaluation of a run decided that way."""
     truth = f"{image}/labels/truth"
-    found = calibrate.calibrate(reference, truth)
-    assert sum(each.own for each in found.candidates) == sum(each.default for each in found.candidates) == 1
+    calibration = calibrate.calibrate(reference, truth)
+    assert sum(each.own for each in calibration.candidates) == sum(each.default for each in calibration.candidates) == 1
     run = str(tmp_path / "run.volseg.zarr")
     shutil.copytree(reference, run)
-    joined = next(c for c in found.candidates if c.persistence and c.join_mean and c.pq != found.best.pq)
-    for candidate in (found.best, joined, found.candidates[-1]):
+    joined = next(c for c in calibration.candidates if c.persistence and c.join_mean and c.pq != calibration.best.pq)
+    for candidate in (calibration.best, joined, calibration.candidates[-1]):
         decide(
             run,
             lambda c, sets=candidate.settings: load(sets=sets, base=c.model_dump(mode="json", exclude={"train"})),
@@ -35,11 +35,11 @@ def test_a_candidates_score_is_the_score_of_its_labels(image, reference, tmp_pat
 
 
 def test_candidates_come_best_first(image, reference):
-    found = calibrate.calibrate(reference, f"{image}/labels/truth")
-    pq = [candidate.pq for candidate in found.candidates]
+    calibration = calibrate.calibrate(reference, f"{image}/labels/truth")
+    pq = [candidate.pq for candidate in calibration.candidates]
     assert pq == sorted(pq, reverse=True)
-    assert "the run's own" in str(found)
-    assert json.loads(json.dumps(found.to_json()))["candidates"][0]["pq"] == found.best.pq
+    assert "the run's own" in str(calibration)
+    assert json.loads(json.dumps(calibration.to_json()))["candidates"][0]["pq"] == calibration.best.pq
 
 
 def test_renaming_is_counting_again():

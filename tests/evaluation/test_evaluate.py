@@ -55,31 +55,31 @@ def truth(tmp_path):
 
 
 def test_a_volume_against_itself_is_perfect(truth):
-    found = evaluate(truth, truth)
-    assert found.foreground.iou == found.instances.f1 == found.instances.pq == 1.0
-    assert found.instances.truth_objects == found.instances.pred_objects == 9
-    assert (found.pred_instances, found.truth_instances) == (STORED, STORED)
-    assert (str(found.box), found.box.voxels) == ("0:8,0:24,0:32", labels().size)
+    scores = evaluate(truth, truth)
+    assert scores.foreground.iou == scores.instances.f1 == scores.instances.pq == 1.0
+    assert scores.instances.truth_objects == scores.instances.pred_objects == 9
+    assert (scores.pred_instances, scores.truth_instances) == (STORED, STORED)
+    assert (str(scores.box), scores.box.voxels) == ("0:8,0:24,0:32", labels().size)
 
 
 @pytest.mark.parametrize("chunk", [SHAPE, (8, 8, 8), (3, 24, 5), (1, 7, 32)])
 def test_chunks_and_formats_do_not_change_the_scores(tmp_path, truth, chunk):
     pred = write_zarr(tmp_path / "pred.zarr", labels(5), chunk)
-    found = evaluate(pred, truth)
+    scores = evaluate(pred, truth)
     counts = Contingency.from_labels(labels(), labels(5))
-    assert found.foreground == score_foreground(counts)
-    assert found.instances == score_instances(counts)
+    assert scores.foreground == score_foreground(counts)
+    assert scores.instances == score_instances(counts)
 
 
 def test_touching_objects_of_an_instance_truth_are_scored_in_any_blocks(tmp_path, monkeypatch):
     both = labels()
     both[:, 6:8] = both[:, 5:6]  # those of the first row reach the ones below
     truth, pred = write_tif(tmp_path / "truth.tif", both), write_tif(tmp_path / "pred.tif", labels(5))
-    found = evaluate(pred, truth).touching
-    assert found == score_touching(Contingency.from_labels(both, labels(5)), touching_pairs(both))
-    assert found.pairs == 3
+    scores = evaluate(pred, truth).touching
+    assert scores == score_touching(Contingency.from_labels(both, labels(5)), touching_pairs(both))
+    assert scores.pairs == 3
     monkeypatch.setattr("volseg.evaluation.evaluate.BLOCK_VOXELS", 100)
-    assert evaluate(pred, truth).touching == found
+    assert evaluate(pred, truth).touching == scores
     assert evaluate(pred, write_zarr(tmp_path / "mask.zarr", both > 0, SHAPE)).touching is None
 
 
@@ -100,19 +100,19 @@ def test_a_block_keeps_to_its_voxels(voxels):
 def test_a_box_cuts_both_volumes(tmp_path, truth):
     pred = write_zarr(tmp_path / "pred.zarr", labels(5), (4, 8, 8))
     box = Box((2, 3, 5), (7, 20, 31))
-    found = evaluate(pred, truth, box=box, iou=0.25)
-    assert found.instances == score_instances(
+    scores = evaluate(pred, truth, box=box, iou=0.25)
+    assert scores.instances == score_instances(
         Contingency.from_labels(labels()[box.slices], labels(5)[box.slices]), 0.25
     )
-    assert found.box == box
+    assert scores.box == box
 
 
 def test_a_cut_out_lies_where_the_box_says(tmp_path, truth):
     box = Box((2, 3, 5), (7, 20, 31))
     part = write_tif(tmp_path / "part.tif", labels()[box.slices])
-    for found in (evaluate(part, truth, box=box), evaluate(truth, part, box=box)):
-        assert found.foreground.iou == found.instances.pq == 1.0
-        assert found.box.voxels == box.voxels
+    for scores in (evaluate(part, truth, box=box), evaluate(truth, part, box=box)):
+        assert scores.foreground.iou == scores.instances.pq == 1.0
+        assert scores.box.voxels == box.voxels
 
 
 @pytest.mark.parametrize("values", [(0, 255), (0, 1), (False, True), (0, 40_000)])
@@ -120,26 +120,26 @@ def test_the_objects_of_a_mask_are_its_components(tmp_path, truth, values):
     mask = np.asarray(values)[(labels() > 0).astype(int)]
     dtype = bool if mask.dtype == bool else np.min_scalar_type(mask.max())
     pred = write_zarr(tmp_path / "mask.zarr", mask.astype(dtype), (4, 8, 8))
-    found = evaluate(pred, truth)
-    assert found.pred_instances == COMPONENTS == "26-connected components of a binary volume"
-    assert found.truth_instances == STORED
-    assert found.instances.pred_objects == 9
-    assert found.instances.pq == 1.0
+    scores = evaluate(pred, truth)
+    assert scores.pred_instances == COMPONENTS == "26-connected components of a binary volume"
+    assert scores.truth_instances == STORED
+    assert scores.instances.pred_objects == 9
+    assert scores.instances.pq == 1.0
 
 
 def test_a_mask_of_mixed_files_and_a_soft_brush_is_one_mask(tmp_path, truth):
     mixed = np.where(np.arange(8)[:, None, None] % 3, 255, 1) * (labels() > 0)
     mixed[3, 2, 2:5] = 7, 100, 254  # inside the first object
-    found = evaluate(truth, write_zarr(tmp_path / "mixed.zarr", mixed.astype(np.uint8), SHAPE))
-    assert found.truth_instances == COMPONENTS
-    assert found.instances.pq == 1.0
+    scores = evaluate(truth, write_zarr(tmp_path / "mixed.zarr", mixed.astype(np.uint8), SHAPE))
+    assert scores.truth_instances == COMPONENTS
+    assert scores.instances.pq == 1.0
 
 
 def test_labels_up_to_255_stay_labels(tmp_path, truth):
     ids = np.where(labels() == 3, 255, np.where(labels() == 6, 1, labels())).astype(np.uint8)
-    found = evaluate(truth, write_zarr(tmp_path / "ids.zarr", ids, SHAPE))
-    assert found.truth_instances == STORED
-    assert found.instances.pq == 1.0
+    scores = evaluate(truth, write_zarr(tmp_path / "ids.zarr", ids, SHAPE))
+    assert scores.truth_instances == STORED
+    assert scores.instances.pq == 1.0
 
 
 def test_voxels_that_touch_at_a_corner_are_one_object(tmp_path):
@@ -151,23 +151,23 @@ def test_voxels_that_touch_at_a_corner_are_one_object(tmp_path):
 
 def test_a_mask_and_a_mask_both_give_objects(tmp_path):
     path = write_tif(tmp_path / "mask.tif", np.where(labels() > 0, 255, 0).astype(np.uint8))
-    found = evaluate(path, path)
-    assert found.pred_instances == found.truth_instances == COMPONENTS
-    assert found.instances.matched == 9
+    scores = evaluate(path, path)
+    assert scores.pred_instances == scores.truth_instances == COMPONENTS
+    assert scores.instances.matched == 9
 
 
 def test_of_a_run_its_instances_are_taken(tmp_path, truth):
-    found = evaluate(write_run(tmp_path / "x.volseg.zarr", labels()), truth)
-    assert found.instances.pq == 1.0
-    assert found.pred_instances == STORED
+    scores = evaluate(write_run(tmp_path / "x.volseg.zarr", labels()), truth)
+    assert scores.instances.pq == 1.0
+    assert scores.pred_instances == STORED
 
 
 def test_one_instance_in_two_pieces_stays_one(tmp_path, truth):
     run = write_run(tmp_path / "x.volseg.zarr", np.where(labels() > 0, 3, 0))
     for path in (run, run + "/labels/instances/0"):
-        found = evaluate(path, truth)
-        assert found.pred_instances == STORED
-        assert (found.instances.pred_objects, found.instances.merged) == (1, 1)
+        scores = evaluate(path, truth)
+        assert scores.pred_instances == STORED
+        assert (scores.instances.pred_objects, scores.instances.merged) == (1, 1)
 
 
 def test_a_mask_in_a_folder_called_labels_is_a_mask(tmp_path, truth):
@@ -177,8 +177,8 @@ def test_a_mask_in_a_folder_called_labels_is_a_mask(tmp_path, truth):
 
 
 def test_an_empty_pred_is_scored(tmp_path, truth):
-    found = evaluate(write_zarr(tmp_path / "none.zarr", np.zeros(SHAPE, np.uint8), SHAPE), truth)
-    assert (found.foreground.iou, found.instances.missed) == (0.0, 9)
+    scores = evaluate(write_zarr(tmp_path / "none.zarr", np.zeros(SHAPE, np.uint8), SHAPE), truth)
+    assert (scores.foreground.iou, scores.instances.missed) == (0.0, 9)
 
 
 # --- refusals
@@ -232,10 +232,10 @@ def test_a_wrong_threshold_is_refused_before_anything_is_read(tmp_path):
 
 
 def test_the_report_is_two_columns_and_its_json_is_plain(truth):
-    found = evaluate(truth, truth)
-    plain = found.to_json()
+    scores = evaluate(truth, truth)
+    plain = scores.to_json()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-    lines = str(found).splitlines()
+    lines = str(scores).splitlines()
     assert len(lines) == 6 + sum(1 + len(plain[part]) for part in ("foreground", "instances", "touching"))
     columns = [line.split(maxsplit=1) for line in lines]
     for row in (["truth", truth], ["iou", "1.0000"], ["truth_objects", "9"], ["foreground"], ["instances"]):
@@ -260,19 +260,19 @@ def test_boxes_are_given_as_text_too_and_volumes_as_objects_or_arrays(tmp_path, 
 def test_the_published_truth_is_a_mask(shared_data):
     path = str(shared_data / "epfl" / "training_groundtruth.tif")
     box = Box((60, 100, 0), (76, 768, 1024))
-    found = evaluate(path, path, box=box)
+    scores = evaluate(path, path, box=box)
     part = tifffile.imread(path, key=range(60, 76))[:, 100:]
-    assert found.truth_instances == COMPONENTS
-    assert found.instances.truth_objects == ndimage.label(part, np.ones((3, 3, 3)))[1] > 1
-    assert found.foreground.true_positive_voxels == np.count_nonzero(part)
-    assert found.instances.pq == found.foreground.iou == 1.0
+    assert scores.truth_instances == COMPONENTS
+    assert scores.instances.truth_objects == ndimage.label(part, np.ones((3, 3, 3)))[1] > 1
+    assert scores.foreground.true_positive_voxels == np.count_nonzero(part)
+    assert scores.instances.pq == scores.foreground.iou == 1.0
 
 
 def test_slices_of_several_bit_depths_are_one_mask(shared_data):
     path = str(shared_data / "vnc" / "mitochondria")
-    found = evaluate(path, path, box=Box((0, 0, 0), (4, 1024, 1024)))
-    assert found.truth_instances == COMPONENTS
-    assert 10 < found.instances.truth_objects < 100
+    scores = evaluate(path, path, box=Box((0, 0, 0), (4, 1024, 1024)))
+    assert scores.truth_instances == COMPONENTS
+    assert 10 < scores.instances.truth_objects < 100
 
 
 def test_an_image_given_for_labels_is_refused(tmp_path):

@@ -76,9 +76,9 @@ def test_the_table_counts_every_pair(pair):
     truth, pred = pair
     table = Contingency.from_labels(truth, pred)
     expected = Counter(zip(truth.ravel().tolist(), pred.ravel().tolist(), strict=True))
-    found = list(zip(table.truth.tolist(), table.pred.tolist(), strict=True))
-    assert found == sorted(expected)
-    assert table.counts.tolist() == [expected[key] for key in found]
+    result = list(zip(table.truth.tolist(), table.pred.tolist(), strict=True))
+    assert result == sorted(expected)
+    assert table.counts.tolist() == [expected[key] for key in result]
 
 
 @unhurried
@@ -146,8 +146,8 @@ PRED = np.array([7, 7, 7, 7, 7, 0, 0, 0, 8, 8, 9, 9, 9, 0, 0, 0, 6, 6, 6, 0])
 
 def test_foreground_by_hand():
     # TP: 5 + 4 + 0 + 1 = 10. FP: voxels 12, 16, 18 = 3. FN: voxels 5, 14, 15 = 3. TN: 20 - 16 = 4.
-    found = score_foreground(Contingency.from_labels(TRUTH, PRED))
-    assert found.to_json() == {
+    result = score_foreground(Contingency.from_labels(TRUTH, PRED))
+    assert result.to_json() == {
         "iou": 10 / 16,
         "dice": 20 / 26,
         "accuracy": 14 / 20,
@@ -163,22 +163,22 @@ def test_foreground_by_hand():
 def test_instances_by_hand():
     # IoU: (1,7) 5/6; (2,8) 2/4, not above 0.5; (2,9) 2/5; (4,6) 1/3. One match: TP 1, FP 3, FN 3.
     # At 0.75 the same match, so SA50 = SA75 = 1/7. Truth 2 is split (8 and 9 hold half each); truth 3 is missed.
-    found = scores(TRUTH, PRED)
-    assert {key: getattr(found, key) for key in ("matched", "truth_objects", "pred_objects")} == {
+    result = scores(TRUTH, PRED)
+    assert {key: getattr(result, key) for key in ("matched", "truth_objects", "pred_objects")} == {
         "matched": 1,
         "truth_objects": 4,
         "pred_objects": 4,
     }
-    assert {key: getattr(found, key) for key in ("split", "merged", "missed", "spurious")} == {
+    assert {key: getattr(result, key) for key in ("split", "merged", "missed", "spurious")} == {
         "split": 1,
         "merged": 0,
         "missed": 1,
         "spurious": 0,
     }
-    assert found.precision == found.recall == found.f1 == found.rq == 1 / 4
-    assert found.sq == 5 / 6
-    assert found.pq == pytest.approx(5 / 24)
-    assert found.sa50 == found.sa75 == 1 / 7
+    assert result.precision == result.recall == result.f1 == result.rq == 1 / 4
+    assert result.sq == 5 / 6
+    assert result.pq == pytest.approx(5 / 24)
+    assert result.sa50 == result.sa75 == 1 / 7
 
 
 def test_partitions_by_hand():
@@ -186,31 +186,31 @@ def test_partitions_by_hand():
     # Truth parts 6, 4, 2, 1; pred parts 7: 5, 0: 3, 8: 2, 9: 2, 6: 1.
     # H(pred|truth) = [5 log 6/5 + log 6 + 2 log 2 + 2 log 2] / 13; H(truth|pred) = [log 3 + 2 log 3/2] / 13.
     # Ordered pairs of voxels: together 20 + 2 + 2 + 2 = 26; truth 30 + 12 + 2 = 44; pred 20 + 6 + 2 + 2 = 30.
-    found = scores(TRUTH, PRED)
-    assert found.voi_split == pytest.approx((5 * log2(6 / 5) + log2(6) + 4) / 13)
-    assert found.voi_merge == pytest.approx((log2(3) + 2 * log2(3 / 2)) / 13)
-    assert found.rand_precision == pytest.approx(26 / 30)
-    assert found.rand_recall == pytest.approx(26 / 44)
-    assert found.rand_error == pytest.approx(1 - 2 * 26 / 74)
+    result = scores(TRUTH, PRED)
+    assert result.voi_split == pytest.approx((5 * log2(6 / 5) + log2(6) + 4) / 13)
+    assert result.voi_merge == pytest.approx((log2(3) + 2 * log2(3 / 2)) / 13)
+    assert result.rand_precision == pytest.approx(26 / 30)
+    assert result.rand_recall == pytest.approx(26 / 44)
+    assert result.rand_error == pytest.approx(1 - 2 * 26 / 74)
 
 
 def test_a_merger_and_a_spurious_object_are_counted():
     # Pred 5 holds all of truth 1 and half of truth 2; pred 6 lies in the background.
-    found = scores([1, 1, 2, 2, 0, 0, 0], [5, 5, 5, 0, 0, 6, 6])
-    assert {key: getattr(found, key) for key in ("split", "merged", "missed", "spurious")} == {
+    result = scores([1, 1, 2, 2, 0, 0, 0], [5, 5, 5, 0, 0, 6, 6])
+    assert {key: getattr(result, key) for key in ("split", "merged", "missed", "spurious")} == {
         "split": 0,
         "merged": 1,
         "missed": 0,
         "spurious": 1,
     }
-    assert found.matched == 1  # (1, 5): 2/3
+    assert result.matched == 1  # (1, 5): 2/3
 
 
 def test_exactly_a_tenth_makes_no_split_no_merger_and_no_miss():
     truth = np.repeat([1, 2], 10)
     pred = np.repeat([5, 6, 5, 6], [9, 1, 1, 9])  # each holds 9 voxels of one object and 1 of the other
-    found = scores(truth, pred)
-    assert (found.split, found.merged) == (0, 0)
+    result = scores(truth, pred)
+    assert (result.split, result.merged) == (0, 0)
     only = scores(truth, np.repeat([5, 0, 6], [1, 18, 1]))
     assert (only.missed, only.spurious) == (0, 0)
     more = scores(truth, np.repeat([5, 6, 5, 6], [8, 2, 2, 8]))
@@ -219,8 +219,8 @@ def test_exactly_a_tenth_makes_no_split_no_merger_and_no_miss():
 
 def test_several_objects_together_can_cover_one():
     # Twenty preds of one voxel cover truth 1 wholly: none holds more than a tenth, yet it is not missed.
-    found = scores(np.ones(20, int), np.arange(1, 21))
-    assert (found.split, found.missed, found.spurious) == (0, 0, 0)
+    result = scores(np.ones(20, int), np.arange(1, 21))
+    assert (result.split, result.missed, result.spurious) == (0, 0, 0)
 
 
 # --- matching
@@ -234,25 +234,25 @@ def test_an_iou_of_exactly_the_threshold_is_no_match():
 def test_low_thresholds_match_as_many_objects_as_possible():
     # IoU: (1,7) 4/8, (1,8) 2/6, (2,7) 2/6. Taking the best pair first leaves one match; crossing over gives two.
     truth, pred = [1] * 6 + [2] * 2, [7] * 4 + [8] * 2 + [7] * 2
-    found = scores(truth, pred, iou=0.2)
-    assert found.matched == 2
-    assert found.sq == pytest.approx(2 / 6)
+    result = scores(truth, pred, iou=0.2)
+    assert result.matched == 2
+    assert result.sq == pytest.approx(2 / 6)
 
 
 @unhurried
 @given(label_pairs(top=5), st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.6]))
 def test_matching_is_the_best_assignment(pair, threshold):
     truth, pred = pair
-    found = scores(truth, pred, iou=threshold)
+    result = scores(truth, pred, iou=threshold)
     iou = dense_iou(truth, pred)
     if not iou.size:
-        assert found.matched == 0
+        assert result.matched == 0
         return
     gain = np.where(iou > threshold, 100 + iou, 0.0)
     rows, columns = linear_sum_assignment(gain, maximize=True)
     best = iou[rows, columns][iou[rows, columns] > threshold]
-    assert found.matched == best.size
-    assert found.sq * found.matched == pytest.approx(best.sum())
+    assert result.matched == best.size
+    assert result.sq * result.matched == pytest.approx(best.sum())
 
 
 @pytest.mark.parametrize("iou", [-0.1, 1.0, 50])
@@ -267,19 +267,19 @@ def test_a_threshold_that_nothing_can_pass_is_refused(iou):
 @pytest.mark.parametrize("seed", range(6))
 def test_partitions_agree_with_skimage(seed):
     truth, pred = random_pair(seed)
-    found = scores(truth, pred)
+    result = scores(truth, pred)
     split, merge = variation_of_information(truth, pred, ignore_labels=(0,))
     error, first, second = adapted_rand_error(truth, pred)
-    assert found.voi_split == pytest.approx(split, rel=1e-12)
-    assert found.voi_merge == pytest.approx(merge, rel=1e-12)
-    assert found.rand_error == pytest.approx(error, rel=1e-12)
-    assert (found.rand_recall, found.rand_precision) == pytest.approx((first, second), rel=1e-12)  # issue 6485
+    assert result.voi_split == pytest.approx(split, rel=1e-12)
+    assert result.voi_merge == pytest.approx(merge, rel=1e-12)
+    assert result.rand_error == pytest.approx(error, rel=1e-12)
+    assert (result.rand_recall, result.rand_precision) == pytest.approx((first, second), rel=1e-12)  # issue 6485
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_foreground_agrees_with_torchmetrics(seed):
     truth, pred = random_pair(seed, ids=3)
-    found = score_foreground(Contingency.from_labels(truth, pred))
+    result = score_foreground(Contingency.from_labels(truth, pred))
     measures = {
         "iou": BinaryJaccardIndex(),
         "dice": BinaryF1Score(),
@@ -288,7 +288,7 @@ def test_foreground_agrees_with_torchmetrics(seed):
         "recall": BinaryRecall(),
     }
     for name, measure in measures.items():
-        assert getattr(found, name) == pytest.approx(
+        assert getattr(result, name) == pytest.approx(
             measure(torch.tensor(pred > 0), torch.tensor(truth > 0)).item(), rel=1e-6
         )
 
@@ -303,9 +303,9 @@ def test_panoptic_quality_agrees_with_torchmetrics(seed):
     truth, pred = random_pair(seed, ids=30)
     measure = PanopticQuality(things={1}, stuffs={0}, return_sq_and_rq=True, return_per_class=True)
     expected = measure(colored(pred), colored(truth))[0].tolist()  # things first
-    found = scores(truth, pred)
-    assert 0 < found.matched < found.truth_objects
-    assert [found.pq, found.sq, found.rq] == pytest.approx(expected, rel=1e-6)  # float32
+    result = scores(truth, pred)
+    assert 0 < result.matched < result.truth_objects
+    assert [result.pq, result.sq, result.rq] == pytest.approx(expected, rel=1e-6)  # float32
 
 
 # --- what is true of every pair
@@ -315,12 +315,12 @@ def test_panoptic_quality_agrees_with_torchmetrics(seed):
 @given(label_pairs())
 def test_a_volume_against_itself_is_perfect(pair):
     labels, _ = pair
-    found, voxels = scores(labels, labels), score_foreground(Contingency.from_labels(labels, labels))
+    result, voxels = scores(labels, labels), score_foreground(Contingency.from_labels(labels, labels))
     for name in ("precision", "recall", "f1", "pq", "sq", "rq", "sa50", "sa75", "rand_precision", "rand_recall"):
-        assert getattr(found, name) == 1.0
+        assert getattr(result, name) == 1.0
     for name in ("voi_split", "voi_merge", "rand_error", "split", "merged", "missed", "spurious"):
-        assert getattr(found, name) == 0
-    assert found.matched == found.truth_objects == np.unique(labels[labels > 0]).size
+        assert getattr(result, name) == 0
+    assert result.matched == result.truth_objects == np.unique(labels[labels > 0]).size
     assert all(getattr(voxels, name) == 1.0 for name in ("iou", "dice", "accuracy", "precision", "recall"))
 
 
@@ -336,9 +336,9 @@ def test_names_of_objects_do_not_matter(pair):
 @given(label_pairs())
 def test_scores_are_plain_python_and_finite(pair):
     table = Contingency.from_labels(*pair)
-    found = {**score_foreground(table).to_json(), **score_instances(table).to_json()}
-    assert {type(value) for value in found.values()} <= {int, float}
-    json.dumps(found, allow_nan=False)
+    result = {**score_foreground(table).to_json(), **score_instances(table).to_json()}
+    assert {type(value) for value in result.values()} <= {int, float}
+    json.dumps(result, allow_nan=False)
 
 
 # --- nothing there
@@ -347,24 +347,24 @@ def test_scores_are_plain_python_and_finite(pair):
 def test_nothing_against_nothing_is_perfect():
     empty = np.zeros((2, 3, 4), np.uint8)
     assert score_foreground(Contingency.from_labels(empty, empty)).iou == 1.0
-    found = scores(empty, empty)
-    assert (found.f1, found.pq, found.sq, found.sa50, found.voi_split) == (1.0, 1.0, 1.0, 1.0, 0.0)
+    result = scores(empty, empty)
+    assert (result.f1, result.pq, result.sq, result.sa50, result.voi_split) == (1.0, 1.0, 1.0, 1.0, 0.0)
 
 
 def test_a_pred_without_objects_finds_nothing_but_claims_nothing_wrong():
     table = Contingency.from_labels(np.array([0, 1, 1]), np.array([0, 0, 0]))
-    voxels, found = score_foreground(table), score_instances(table)
+    voxels, result = score_foreground(table), score_instances(table)
     assert (voxels.iou, voxels.precision, voxels.recall) == (0.0, 1.0, 0.0)
-    assert (found.precision, found.recall, found.f1, found.pq, found.sq) == (1.0, 0.0, 0.0, 0.0, 0.0)
-    assert (found.missed, found.spurious) == (1, 0)
+    assert (result.precision, result.recall, result.f1, result.pq, result.sq) == (1.0, 0.0, 0.0, 0.0, 0.0)
+    assert (result.missed, result.spurious) == (1, 0)
 
 
 def test_objects_where_the_truth_has_none_are_all_wrong():
     table = Contingency.from_labels(np.array([0, 0, 0]), np.array([0, 1, 1]))
-    voxels, found = score_foreground(table), score_instances(table)
+    voxels, result = score_foreground(table), score_instances(table)
     assert (voxels.iou, voxels.precision, voxels.recall) == (0.0, 0.0, 1.0)
-    assert (found.precision, found.recall, found.f1, found.sa50) == (0.0, 1.0, 0.0, 0.0)
-    assert (found.missed, found.spurious, found.voi_merge, found.rand_error) == (0, 1, 0.0, 0.0)
+    assert (result.precision, result.recall, result.f1, result.sa50) == (0.0, 1.0, 0.0, 0.0)
+    assert (result.missed, result.spurious, result.voi_merge, result.rand_error) == (0, 1, 0.0, 0.0)
 
 
 def test_objects_touch_up_to_one_voxel_apart():
@@ -393,8 +393,14 @@ def test_pairs_told_apart_by_hand():
     truth = np.repeat([1, 2, 3, 4, 5, 6], 10)
     pred = np.repeat([1, 2, 3, 5, 6, 7], [10, 10, 20, 10, 5, 5])
     near = np.array([[1, 2], [2, 6], [3, 4], [5, 6]], np.uint64)
-    found = score_touching(Contingency.from_labels(truth, pred), near)
-    assert found.to_json() == {"pairs": 4, "separated": 1, "pair_recall": 0.25, "pairs_merged": 1, "split_share": 1 / 6}
+    result = score_touching(Contingency.from_labels(truth, pred), near)
+    assert result.to_json() == {
+        "pairs": 4,
+        "separated": 1,
+        "pair_recall": 0.25,
+        "pairs_merged": 1,
+        "split_share": 1 / 6,
+    }
     assert score_touching(Contingency.from_labels(truth, pred), near, 0.4).separated == 3  # then a half is a match
     assert (
         score_touching(Contingency.from_labels(truth[:25], pred[:25]), near).pairs == 1

@@ -140,13 +140,13 @@ def calibrate(run: str | PathLike | Any, truth: str | PathLike | Any, *, box: Bo
         raise UserError(f"box {box} is empty or leaves the run of shape {stored.shape} (z y x); give one inside it")
     own = stored.config.stitch
     overlap = _overlap(stored, truth, box, basins.minimum.size)
-    found = _candidates(stored, basins, overlap, settings_to_try(own))
+    candidates = _candidates(stored, basins, overlap, settings_to_try(own))
 
     def order(candidate: Candidate) -> tuple:
         distances = (abs(getattr(candidate, name) - getattr(own, name)) for name in SEARCHED)
         return -candidate.pq, candidate.voi_split + candidate.voi_merge, *distances
 
-    return Calibration(stored.path, tuple(sorted(found, key=order)))
+    return Calibration(stored.path, tuple(sorted(candidates, key=order)))
 
 
 def settings_to_try(own: Stitch) -> list[Stitch]:

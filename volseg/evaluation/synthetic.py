@@ -14,7 +14,8 @@ Why any box gives the same bytes: all randomness is an integer hash of lattice c
 own coordinates in one order of operations; what voxels share (the candidates around them) belongs to *bricks* aligned
 to the whole space; and only + - * / sqrt floor are used, without libm or fastmath, so that IEEE 754 fixes every bit.
 
-Lengths are in voxels, gray in levels of 0 to 255.
+Lengths are in voxels, gray in levels of 0 to 255. All kernels stand in this one file: numba's cache of one does not notice
+changes of another file.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SLACK = 16.0  # between a mitochondrion and the lattice planes beyond which bric
 SLIMMEST = 13.0  # no mitochondrion has a lesser radius
 OWNERS = (1, 3, 3)  # sites further than this from their cell's seed, along u v w in lattice steps, own nothing
 TABLE = 3 * 7 * 7  # sites within that
-NEAREST = 27  # candidates in a list, at most
+MAX_CANDIDATES = 27  # candidates in a list, at most
 UNKNOWN, EMPTY, OWNER = 0, 1, 2
 SINGLE, END_TO_END, SIDE_BY_SIDE = 0, 1, 2
 
@@ -59,7 +60,14 @@ SEARCH = np.int64(100)
 ZERO, ONE, TWO = (np.int64(n) for n in (0, 1, 2))
 
 CELLS = np.dtype(
-    [("index", "i8", 3), ("at", "f8", 3), ("frame", "f8", (3, 3)), ("step", "f8", 3), ("stretch", "f8"), ("key", "u8")]
+    [
+        ("index", "i8", 3),
+        ("seed", "f8", 3),
+        ("frame", "f8", (3, 3)),
+        ("step", "f8", 3),
+        ("stretch", "f8"),
+        ("key", "u8"),
+    ]
 )
 TUBE = np.dtype([("points", "f8", (3, 3)), ("radius", "f8"), ("taper", "f8")])
 SITES = np.dtype(
@@ -73,7 +81,7 @@ SITES = np.dtype(
         ("contrast", "f8"),
     ]
 )
-NEAR = np.dtype(  # a candidate: squared distance, position, a neurite's looks, lattice position
+CANDIDATE = np.dtype(  # a candidate: squared distance, position, a neurite's looks, lattice position
     [(name, "f8") for name in ("distance", "a", "b", "c", "shade", "crowd")] + [(name, "i8") for name in "ijk"]
 )
 BRICKS = np.dtype(  # what a brick's voxels share
@@ -81,14 +89,14 @@ BRICKS = np.dtype(  # what a brick's voxels share
         ("place", "i8", 3),  # in the world's nodes
         ("origin", "i8", 3),
         (
-            "near",
-            NEAR,
-            (1 + NEAREST, NEAREST),
+            "candidates",
+            CANDIDATE,
+            (1 + MAX_CANDIDATES, MAX_CANDIDATES),
         ),  # list 0: cells, i the row in their table; list 1 + n: sites of the n-th
-        ("counts", "i8", 1 + NEAREST),
-        ("slopes", "f8", (1 + NEAREST, NEAREST, NEAREST)),
-        ("owners", "i8", (NEAREST, NEAREST)),  # rows of the n-th cell's sites
-        ("owner_counts", "i8", NEAREST),
+        ("counts", "i8", 1 + MAX_CANDIDATES),
+        ("slopes", "f8", (1 + MAX_CANDIDATES, MAX_CANDIDATES, MAX_CANDIDATES)),
+        ("owners", "i8", (MAX_CANDIDATES, MAX_CANDIDATES)),  # rows of the n-th cell's sites
+        ("owner_counts", "i8", MAX_CANDIDATES),
         ("vesicles", "f8", (64, 4)),
         ("vesicle_count", "i8"),  # -1: not yet listed
     ]
@@ -111,16 +119,31 @@ class World(NamedTuple):
 
 
 def synth(box: Box, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The voxels of ``box`` in the synthetic volume ``seed``: (image uint8, labels uint32) of shape ``box.shape``.
+    """A box of a synthetic volume, and its exact labels.
 
-    A voxel depends on its coordinates and the seed alone: a box cut out of a bigger one has the same bytes. Coordinates
-    may be negative, and as large as a few millions.
+    A voxel depends on its coordinates and the seed alone: a box cut out of a bigger one has the same bytes.
 
     A label is its object's own number in the whole field: 7 bits of the z and 8 bits each of the y and x position of
     the cell in its lattice (spacing 320 voxels), 8 bits for the site in the cell and 1 for the part of a pair. Two
     objects share a number only if their cells lie a multiple of 128 lattice steps apart along z and of 256 along y and
     x, so labels are unique in any box up to 39,000 voxels deep and 80,000 high and wide. 0 is background.
 
+    Parameters
+    ----------
+    box
+        Which voxels, z y x; coordinates may be negative, and as large as a few millions.
+    seed
+        Which volume.
+
+    Returns
+    -------
+    image
+        uint8, of shape ``box.shape``.
+    labels
+        uint32, of the same shape.
+
+    Examples
+    --------
     >>> image, labels = synth(Box((0, 0, 0), (1, 2, 3)), seed=1)
     >>> image.shape, str(image.dtype), str(labels.dtype)
     ((1, 2, 3), 'uint8', 'uint32')
@@ -251,7 +274,7 @@ def _soft_min(a, b, width):
 
 
 @inner
-def _cell_at(key, z, y, x):
+def _cell_seed(key, z, y, x):
     """Position of a cell's seed, z y x."""
     h = _hash(key, z, y, x)
     return (
@@ -262,7 +285,7 @@ def _cell_at(key, z, y, x):
 
 
 @inner
-def _site_at(cell, i, j, k):
+def _site_seed(cell, i, j, k):
     """Position of a site's seed in its cell's frame, u v w."""
     h = _hash(cell.key, i, j, k)
     return (
@@ -273,7 +296,7 @@ def _site_at(cell, i, j, k):
 
 
 @inner
-def _turn(frame, z, y, x):
+def _rotate(frame, z, y, x):
     """The components u v w of a vector in a frame."""
     return (
         z * frame[0, 0] + y * frame[0, 1] + x * frame[0, 2],
@@ -285,7 +308,7 @@ def _turn(frame, z, y, x):
 @inner
 def _local(cell, z, y, x):
     """A point of warped space in a cell's frame, u v w."""
-    return _turn(cell.frame, z - cell.at[0], y - cell.at[1], x - cell.at[2])
+    return _rotate(cell.frame, z - cell.seed[0], y - cell.seed[1], x - cell.seed[2])
 
 
 @inner
@@ -308,7 +331,7 @@ def _cell(key, z, y, x, out):
     h = _hash(key, z, y, x)
     out.key = h
     out.index[0], out.index[1], out.index[2] = z, y, x
-    out.at[0], out.at[1], out.at[2] = _cell_at(key, z, y, x)
+    out.seed[0], out.seed[1], out.seed[2] = _cell_seed(key, z, y, x)
     _frame(h, out.frame)
     across = _pick(h, ACROSS)
     across = 58.0 + 60.0 * across + 60.0 * across * across * across
@@ -331,11 +354,11 @@ def _add_wall(walls, count, u, v, w, offset):
 def _site_walls(cell, i, j, k, walls, count):
     """Append the half spaces that bound a site, in its cell's frame; the new count."""
     s = 1.0 / cell.stretch
-    u, v, w = _site_at(cell, i, j, k)
+    u, v, w = _site_seed(cell, i, j, k)
     for n in range(125):
         a, b, c = i + n // 25 - 2, j + n // 5 % 5 - 2, k + n % 5 - 2
         if a != i or b != j or c != k:
-            p, q, r = _site_at(cell, a, b, c)
+            p, q, r = _site_seed(cell, a, b, c)
             offset = 0.5 * ((p * p - u * u) * s * s + q * q - v * v + r * r - w * w)
             count = _add_wall(walls, count, (p - u) * s * s, q - v, r - w, offset)
     for a in range(3):
@@ -351,15 +374,15 @@ def _cell_walls(key, cell, walls, count):
     """Append the half spaces that bound a cell, in its frame; the new count."""
     for n in range(125):
         if n != 62:
-            z, y, x = _cell_at(
+            z, y, x = _cell_seed(
                 key, cell.index[0] + n // 25 - 2, cell.index[1] + n // 5 % 5 - 2, cell.index[2] + n % 5 - 2
             )
-            z, y, x = z - cell.at[0], y - cell.at[1], x - cell.at[2]
-            u, v, w = _turn(cell.frame, z, y, x)
+            z, y, x = z - cell.seed[0], y - cell.seed[1], x - cell.seed[2]
+            u, v, w = _rotate(cell.frame, z, y, x)
             count = _add_wall(walls, count, u, v, w, 0.5 * (z * z + y * y + x * x))
     for a in range(3):
         for sign in (-1.0, 1.0):
-            end = sign * ((cell.index[a] + 0.5 + sign * 1.5) * CELL - cell.at[a]) - SLACK
+            end = sign * ((cell.index[a] + 0.5 + sign * 1.5) * CELL - cell.seed[a]) - SLACK
             count = _add_wall(
                 walls, count, sign * cell.frame[0, a], sign * cell.frame[1, a], sign * cell.frame[2, a], end
             )
@@ -472,7 +495,7 @@ def _site(key, cell, i, j, k, site):
     walls = np.empty((260, 4))
     count = _cell_walls(key, cell, walls, _site_walls(cell, i, j, k, walls, ZERO))
     points = np.empty((3, 3))
-    half, radius = _fit(h, _site_at(cell, i, j, k), 0.5 * cell.step[1], walls[:count], longest, widest, points)
+    half, radius = _fit(h, _site_seed(cell, i, j, k), 0.5 * cell.step[1], walls[:count], longest, widest, points)
     radius /= spread
     if style == END_TO_END:
         radius = min(radius, half)
@@ -541,11 +564,11 @@ def _ball(nodes, place, origin):
 
 
 @inner
-def _prune(near, count, radius):
+def _prune(candidates, count, radius):
     """Keep the candidates that may be among a voxel's three nearest, ``radius`` around; how many."""
     first, second, third = 1e300, 1e300, 1e300
     for n in range(count):
-        d = near[n].distance
+        d = candidates[n].distance
         if d < first:
             first, second, third = d, first, second
         elif d < second:
@@ -555,61 +578,61 @@ def _prune(near, count, radius):
     limit = sqrt(third) + 2.0 * radius
     kept = 0
     for n in range(count):
-        if near[n].distance <= limit * limit:
-            near[kept] = near[n]
+        if candidates[n].distance <= limit * limit:
+            candidates[kept] = candidates[n]
             kept += 1
     return kept
 
 
 @inner
-def _near_cells(world, z, y, x, radius, near):
+def _near_cells(world, z, y, x, radius, candidates):
     """List the cells, by row in the table, that may hold or border voxels of the ball; how many."""
     i0 = int(floor(z / CELL)) - world.grid[0]
     j0 = int(floor(y / CELL)) - world.grid[1]
     k0 = int(floor(x / CELL)) - world.grid[2]
     for n in range(27):
         i, j, k = i0 + n // 9 - 1, j0 + n // 3 % 3 - 1, k0 + n % 3 - 1
-        near[n].i = (i * world.spans[1] + j) * world.spans[2] + k
-        at = world.cells[near[n].i].at
-        near[n].a, near[n].b, near[n].c = at[0], at[1], at[2]
-        p, q, r = z - at[0], y - at[1], x - at[2]
-        near[n].distance = p * p + q * q + r * r
-    return _prune(near, 27, radius)
+        candidates[n].i = (i * world.spans[1] + j) * world.spans[2] + k
+        seed = world.cells[candidates[n].i].seed
+        candidates[n].a, candidates[n].b, candidates[n].c = seed[0], seed[1], seed[2]
+        p, q, r = z - seed[0], y - seed[1], x - seed[2]
+        candidates[n].distance = p * p + q * q + r * r
+    return _prune(candidates, 27, radius)
 
 
 @inner
-def _near_sites(cell, u, v, w, radius, near):
+def _near_sites(cell, u, v, w, radius, candidates):
     """List the sites that may hold or border voxels of the ball; how many. Along u, ``stretch`` is one unit."""
     i0, j0, k0 = int(floor(u / cell.step[0])), int(floor(v / cell.step[1])), int(floor(w / cell.step[2]))
     for n in range(27):
         i, j, k = i0 + n // 9 - 1, j0 + n // 3 % 3 - 1, k0 + n % 3 - 1
-        p, q, r = _site_at(cell, i, j, k)
+        p, q, r = _site_seed(cell, i, j, k)
         h = _hash(cell.key, i, j, k)
-        near[n].a, near[n].b, near[n].c = p / cell.stretch, q, r
-        near[n].shade, near[n].crowd = _pick(h, SHADE), _pick(h, CROWD)
-        near[n].i, near[n].j, near[n].k = i, j, k
+        candidates[n].a, candidates[n].b, candidates[n].c = p / cell.stretch, q, r
+        candidates[n].shade, candidates[n].crowd = _pick(h, SHADE), _pick(h, CROWD)
+        candidates[n].i, candidates[n].j, candidates[n].k = i, j, k
         p, q, r = (u - p) / cell.stretch, v - q, w - r
-        near[n].distance = p * p + q * q + r * r
-    return _prune(near, 27, radius)
+        candidates[n].distance = p * p + q * q + r * r
+    return _prune(candidates, 27, radius)
 
 
 @inner
 def _near_owners(world, n, u, v, w, radius, brick):
     """List the sites of the ``n``-th cell whose objects the ball may meet, settling them on the way; how many."""
-    at = brick.near[0, n].i
-    found = 0
+    cell = brick.candidates[0, n].i
+    count = 0
     for m in range(brick.counts[1 + n]):
-        i, j, k = brick.near[1 + n, m].i, brick.near[1 + n, m].j, brick.near[1 + n, m].k
+        i, j, k = brick.candidates[1 + n, m].i, brick.candidates[1 + n, m].j, brick.candidates[1 + n, m].k
         if abs(i) > OWNERS[0] or abs(j) > OWNERS[1] or abs(k) > OWNERS[2]:
             continue
         row = ((i + 1) * 7 + j + 3) * 7 + k + 3
-        site = world.sites[at, row]
+        site = world.sites[cell, row]
         if site.state == UNKNOWN:
-            _site(world.cell_key, world.cells[at], i, j, k, site)
+            _site(world.cell_key, world.cells[cell], i, j, k, site)
         if site.state == OWNER and _site_depth(site, u, v, w)[0] < radius * 1.5 + 12.0:
-            brick.owners[n, found] = row
-            found += 1
-    return found
+            brick.owners[n, count] = row
+            count += 1
+    return count
 
 
 @inner
@@ -631,11 +654,12 @@ def _near_vesicles(key, origin, out):
 
 
 @inner
-def _slopes(near, count, squeeze, out):
+def _slopes(candidates, count, squeeze, out):
     """Fill in what turns the difference of two candidates' squared distances into distance from their wall."""
     for n in range(count):
         for m in range(count):
-            p, q, r = (near[n].a - near[m].a) * squeeze, near[n].b - near[m].b, near[n].c - near[m].c
+            p = (candidates[n].a - candidates[m].a) * squeeze
+            q, r = candidates[n].b - candidates[m].b, candidates[n].c - candidates[m].c
             out[n, m] = 0.5 / sqrt(p * p + q * q + r * r + 1e-9)
 
 
@@ -644,13 +668,13 @@ def _gather(world, brick):
     """Fill in a brick's lists."""
     z, y, x, radius = _ball(world.nodes, brick.place, brick.origin)
     brick.vesicle_count = -1
-    brick.counts[0] = _near_cells(world, z, y, x, radius, brick.near[0])
-    _slopes(brick.near[0], brick.counts[0], 1.0, brick.slopes[0])
+    brick.counts[0] = _near_cells(world, z, y, x, radius, brick.candidates[0])
+    _slopes(brick.candidates[0], brick.counts[0], 1.0, brick.slopes[0])
     for n in range(brick.counts[0]):
-        cell = world.cells[brick.near[0, n].i]
+        cell = world.cells[brick.candidates[0, n].i]
         u, v, w = _local(cell, z, y, x)
-        brick.counts[1 + n] = _near_sites(cell, u, v, w, radius, brick.near[1 + n])
-        _slopes(brick.near[1 + n], brick.counts[1 + n], 1.0 / cell.stretch, brick.slopes[1 + n])
+        brick.counts[1 + n] = _near_sites(cell, u, v, w, radius, brick.candidates[1 + n])
+        _slopes(brick.candidates[1 + n], brick.counts[1 + n], 1.0 / cell.stretch, brick.slopes[1 + n])
         brick.owner_counts[n] = _near_owners(world, n, u, v, w, radius, brick)
 
 
@@ -662,15 +686,15 @@ def _nearest(brick, which, a, b, c):
     """(distance from the walls in a list, negative in the gap at a rounded corner; the nearest candidate)."""
     best, n1 = 1e300, 0
     for n in range(brick.counts[which]):
-        near = brick.near[which, n]
-        p, q, r = a - near.a, b - near.b, c - near.c
-        near.distance = p * p + q * q + r * r
-        if near.distance < best:
-            best, n1 = near.distance, n
+        candidate = brick.candidates[which, n]
+        p, q, r = a - candidate.a, b - candidate.b, c - candidate.c
+        candidate.distance = p * p + q * q + r * r
+        if candidate.distance < best:
+            best, n1 = candidate.distance, n
     first, second = 1e300, 1e300
     for n in range(brick.counts[which]):
         if n != n1:
-            wall = (brick.near[which, n].distance - best) * brick.slopes[which, n1, n]
+            wall = (brick.candidates[which, n].distance - best) * brick.slopes[which, n1, n]
             if wall < first:
                 first, second = wall, first
             elif wall < second:
@@ -681,13 +705,13 @@ def _nearest(brick, which, a, b, c):
 @inner
 def _depth(world, brick, n, u, v, w):
     """(distance from the nearest object of the ``n``-th cell, negative inside; row of its site; which of a pair)."""
-    at = brick.near[0, n].i
-    depth, own, part = 1e9, ZERO, 0
+    cell = brick.candidates[0, n].i
+    depth, nearest, part = 1e9, ZERO, 0
     for m in range(brick.owner_counts[n]):
-        d, which = _site_depth(world.sites[at, brick.owners[n, m]], u, v, w)
+        d, which = _site_depth(world.sites[cell, brick.owners[n, m]], u, v, w)
         if d < depth:
-            depth, own, part = d, brick.owners[n, m], which
-    return depth, own, part
+            depth, nearest, part = d, brick.owners[n, m], which
+    return depth, nearest, part
 
 
 @inner
@@ -745,17 +769,17 @@ def _voxel(world, brick, field, z, y, x):
     """(gray, label) of a voxel from its coordinates and the fields there."""
     pz, py, px = z + field[0], y + field[1], x + field[2]
     wall, n = _nearest(brick, 0, pz, py, px)
-    cell = world.cells[brick.near[0, n].i]
+    cell = world.cells[brick.candidates[0, n].i]
     u, v, w = _local(cell, pz, py, px)
     within, m = _nearest(brick, 1 + n, u / cell.stretch, v, w)
     wall = _soft_min(wall, within, 0.6 * ROUND)
-    depth, own, part = _depth(world, brick, n, u, v, w)
+    depth, row, part = _depth(world, brick, n, u, v, w)
     if depth < 0.0:
-        site = world.sites[brick.near[0, n].i, own]
+        site = world.sites[brick.candidates[0, n].i, row]
         return _inside(site, -depth, u, v, w, 1.6 * field[4] + 1.6 * field[5]), site.label + np.uint32(part)
-    near = brick.near[1 + n, m]
-    gray = _cytoplasm(near.shade, field, wall)
-    if near.crowd < 0.42:
+    candidate = brick.candidates[1 + n, m]
+    gray = _cytoplasm(candidate.shade, field, wall)
+    if candidate.crowd < 0.42:
         cluster = _crowding(field, wall, depth)
         if cluster > 0.0:
             gray -= cluster * (14.0 + 50.0 * _vesicles(world, brick, z, y, x))
@@ -794,8 +818,8 @@ def _paint(world, brick, start, signal, labels):
                 share = (x - brick.origin[2]) / BRICK
                 for f in range(FIELDS):
                     field[f] = ends[0, f] + (ends[1, f] - ends[0, f]) * share
-                at = (z - start[0], y - start[1], x - start[2])
-                signal[at], labels[at] = _voxel(world, brick, field, z, y, x)
+                index = (z - start[0], y - start[1], x - start[2])
+                signal[index], labels[index] = _voxel(world, brick, field, z, y, x)
 
 
 @inner
@@ -822,9 +846,9 @@ def _draw(start, key, signal, labels):
     first = start // BRICK
     bricks = (start + np.array(signal.shape) - 1) // BRICK - first + 1
     world = _world(first, bricks, key)
-    desk = np.zeros(1, BRICKS)
+    record = np.zeros(1, BRICKS)
     for z, y, x in np.ndindex(bricks[0], bricks[1], bricks[2]):
-        brick = desk[0]  # taken anew each time: a record does not keep its array alive
+        brick = record[0]  # taken anew each time: a record does not keep its array alive
         brick.place[0], brick.place[1], brick.place[2] = z, y, x
         for a in range(3):
             brick.origin[a] = (first[a] + brick.place[a]) * BRICK
