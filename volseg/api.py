@@ -27,7 +27,7 @@ from volseg.engine.run import Run
 from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.inference import hardware, model
-from volseg.io import probabilities, volume
+from volseg.io import files, probabilities, volume
 from volseg.planning import plan as planning
 from volseg.planning import prepare
 from volseg.progress import Progress, default_progress
@@ -104,34 +104,60 @@ def _shown(progress: Progress | None) -> Iterator[Progress]:
 
 
 def open_volume(
-    path: VolumeLike, *, dataset: str = "", voxel_size_nm: tuple[float, float, float] | None = None
-) -> volume.Volume:
-    """A volume to read from, whatever its format.
+    source: VolumeLike,
+    *,
+    dataset: str = "",
+    voxel_size_nm: tuple[float, float, float] | None = None,
+    axes: str = "",
+    channel: int | None = None,
+) -> volume.Volume | volume.ArrayVolume:
+    """A volume to read from, whatever its format; only headers are read.
 
     Parameters
     ----------
-    path : path or array
-        zarr array, OME-Zarr group, multi-page TIFF, or folder of TIFF or PNG slices.
+    source : path or array
+        zarr array, OME-Zarr group, multi-page TIFF, or folder of TIFF or PNG slices; or an array of NumPy, zarr or dask.
     dataset : str
         The array inside a zarr group; by default the full-resolution level.
     voxel_size_nm : tuple of float, optional
         Size of a voxel along z, y, x in nm; overrides what the file says.
+    axes : str
+        Names of an array's axes, such as ``"czyx"``.
+    channel : int, optional
+        Which channel to take where there are several.
 
     Returns
     -------
-    Volume
+    Volume or ArrayVolume
         With ``shape`` (z, y, x), ``dtype``, ``voxel_size_nm`` and ``read(box)``.
 
     Raises
     ------
     UserError
         Where there is no such volume, or nothing can read it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> open_volume(np.zeros((8, 64, 64), np.uint8), voxel_size_nm=(50, 5, 5)).shape
+    (8, 64, 64)
     """
-    return volume.open(path, dataset=dataset, voxel_size_nm=voxel_size_nm)
+    return volume.open_volume(source, dataset=dataset, voxel_size_nm=voxel_size_nm, axes=axes, channel=channel)
 
 
-def _source(path: VolumeLike, config: Config) -> volume.Volume:
-    return open_volume(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+@contextmanager
+def _readable(source: VolumeLike, config: Config, out: str) -> Iterator[volume.Volume]:
+    """The volume as workers can read it: an array in memory is copied beside the output, and the copy removed at the end.
+
+    It stays where a run does not end, which goes on from it.
+    """
+    opened = volume.open_volume(source, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+    if isinstance(opened, volume.Volume):
+        yield opened
+        return
+    copy = f"{out}.input.zarr"
+    yield volume.materialize(opened, copy)
+    files.remove(copy)
 
 
 def _output(path: VolumeLike, out: str | os.PathLike | None) -> str:
@@ -198,13 +224,14 @@ def infer(
     with _shown(progress) as shown:
         if isinstance(path, (str, os.PathLike)):
             folder.refuse_run(str(path))
-        source = _source(path, chosen)
-        folder.check_output([source], out, overwrite)
-        run = prepare.from_image(source, chosen, folder.partial_path(out))
-        shown.message(prepare.headline(run))
-        if idle := hardware.unused_gpu_reason():
-            shown.message(idle)
-        return _execute(run, out, lambda: _begin(run, [source], out, overwrite, shown), shown, start)
+        with _readable(path, chosen, out) as source:
+            folder.check_output([source], out, overwrite)
+            run = prepare.from_image(source, chosen, folder.partial_path(out))
+            shown.message(prepare.headline(run))
+            for note in (*getattr(source, "notes", ()), hardware.unused_gpu_reason()):
+                if note:
+                    shown.message(note)
+            return _execute(run, out, lambda: _begin(run, [source], out, overwrite, shown), shown, start)
 
 
 def _begin(run: Run, sources: list[volume.Volume], out: str, overwrite: bool, progress: Progress) -> None:
@@ -268,6 +295,10 @@ def segment(
 def _segment_probabilities(
     path: VolumeLike, out: str | os.PathLike | None, config: Config, overwrite: bool, progress: Progress | None
 ) -> FinishedRun:
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(
+            "probabilities of a run are read by its workers: give a path, or label an array with volseg.watershed"
+        )
     start, out, input_ = time.perf_counter(), _output(path, out), config.input
     with _shown(progress) as shown:
         channels = probabilities.named_channels(
@@ -339,7 +370,13 @@ def plan(
     chosen = settings_of(config, settings, model_path=model)
     if isinstance(path, (str, os.PathLike)):
         folder.refuse_run(str(path))
-    run = prepare.from_image(_source(path, chosen), chosen, folder.partial_path(_output(path, out)))
+    out = _output(path, out)
+    with _readable(path, chosen, out) as source:
+        run = prepare.from_image(source, chosen, folder.partial_path(out))
+        return _plan(run)
+
+
+def _plan(run: Run) -> Plan:
     workers = prepare.workers_of(run)
     made = planning.make(run, workers, planning.probe(run, workers))
     try:
