@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """``text`` with its control characters written out: names of files must not steer a terminal.
+
+    >>> printable("a\\x1b[31m.zarr")
+    'a\\\\x1b[31m.zarr'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else ascii(character)[1:-1]
+        for character in text
+    )
+
 
 class UserError(ValueError):
     """A mistake that its user can mend: one line that says what was wanted, what came and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(str(message)))
 
 
 class DamagedFileError(UserError):
