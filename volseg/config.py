@@ -156,7 +156,10 @@ class Output(Section):
 class Cluster(Section):
     workers: Count = 0  # processes that infer; 0 takes one per GPU, else one per core up to 8
     cpu_workers: Count = 0  # processes beside those of GPUs, for all else; 0 takes one per other core up to 8
-    scheduler: str = ""  # tcp://host:port of a running Dask scheduler; "" starts a local cluster
+    scheduler: str = ""  # tcp://host:port or tls://host:port of a running Dask scheduler; "" starts a local cluster
+    tls_ca: str = ""  # certificate authority of a tls:// scheduler, a PEM file
+    tls_cert: str = ""  # this client's certificate for it
+    tls_key: str = ""  # its key; "" takes the certificate's file
     memory_limit: Annotated[float, Field(ge=0)] = (
         0.0  # GB that a worker may hold; 0 takes an even share of what is free
     )

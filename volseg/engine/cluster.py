@@ -22,6 +22,7 @@ from typing import Any
 import dask.config
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+from distributed.security import Security
 
 from volseg.config import Cluster
 from volseg.engine import forkserver
@@ -58,7 +59,7 @@ def worker_pool(config: Cluster, gpus: int = 0) -> WorkerPool:
         beside = (config.cpu_workers or min(8, max(1, CPU_COUNT - count))) if gpus else 0
         tasks = TASKS_PER_GPU if gpus else 1
         return WorkerPool(count, tasks if gpus else max(1, CPU_COUNT // count), tasks, beside)
-    with _existing(config.scheduler) as client:
+    with _existing(config) as client:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
         return WorkerPool(
@@ -76,7 +77,7 @@ def connect(config: Cluster, gpus: int = 0, *, light: bool = False) -> Iterator[
     without a dashboard.
     """
     if config.scheduler:
-        with _existing(config.scheduler) as client:
+        with _existing(config) as client:
             yield client
         return
     count = config.workers or gpus or min(8, CPU_COUNT)
@@ -125,6 +126,8 @@ def _processes(config: Cluster, count: int, gpu: bool) -> LocalCluster:
                 processes=True,
                 memory_limit=0,
                 dashboard_address=_local_address(config.dashboard),
+                protocol="tls",  # else every user of this machine could have the workers run code
+                security=Security.temporary(),
                 silence_logs=logging.CRITICAL,
                 env={
                     **os.environ,
@@ -154,11 +157,18 @@ def _local_address(address: str) -> str | None:
 
 
 @contextmanager
-def _existing(address: str) -> Iterator[Client]:
+def _existing(config: Cluster) -> Iterator[Client]:
+    """A client of the scheduler that the settings name."""
+    address, security = config.scheduler, None
+    if config.tls_ca or config.tls_cert or config.tls_key:
+        security = Security(
+            tls_ca_file=config.tls_ca, tls_client_cert=config.tls_cert, tls_client_key=config.tls_key or config.tls_cert,
+            require_encryption=True,
+        )  # fmt: skip
     if not re.fullmatch(r"(\w+://)?[^/:]+:\d+", address):
         raise UserError(f"scheduler {address!r} is not of the form tcp://host:port")
     try:
-        client = Client(address, timeout="10s", set_as_default=False)
+        client = Client(address, timeout="10s", set_as_default=False, security=security)
     except (OSError, ValueError, TimeoutError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -169,6 +179,17 @@ def _existing(address: str) -> Iterator[Client]:
         if not client.scheduler_info(n_workers=-1)["workers"]:
             raise UserError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
         yield client
+
+
+def exposure(config: Cluster) -> str:
+    """A warning where the scheduler's port is open to more than this machine and not encrypted; else ``""``."""
+    host = config.scheduler.rpartition("//")[2].rpartition(":")[0]
+    if not config.scheduler or config.scheduler.startswith("tls://") or host in ("127.0.0.1", "localhost"):
+        return ""
+    return (
+        f"warning: whoever reaches the scheduler at {config.scheduler} can run code as its user; on a network that others use, "
+        "give tls:// with cluster.tls_ca, tls_cert and tls_key"
+    )
 
 
 def dashboard(client: Client) -> str:

@@ -46,6 +46,8 @@ def execute(
     with Lock(out) as lock, cluster.connect(run.config.cluster, gpus, light=light) as client:
         wait_for_writers(run.layout.begun_path)
         prepare()
+        if warning := cluster.exposure(run.config.cluster):
+            progress.message(warning)
         if (link := cluster.dashboard(client)) and not light:
             progress.message(f"dashboard {link}")
         threading.Thread(target=_import_ahead, daemon=True).start()
