@@ -142,9 +142,7 @@ def segment_probabilities(path, out, *, show=None, **sections):
 
 def begin_run(path, out, config):
     """A run of the probabilities at ``path`` of which nothing is done."""
-    channels = probabilities.named_channels(
-        str(path), config.probabilities, dataset="", voxel_size_nm=config.input.voxel_size_nm
-    )
+    channels = probabilities.named_channels(str(path), config.probabilities, config.input)
     made = describe.from_probabilities(channels, config, str(out))
     folder.begin(made, overwrite=True)
     return made

@@ -151,7 +151,10 @@ def _readable(source: VolumeLike, config: Config, out: str) -> Iterator[volume.V
 
     It stays where a run does not end, which goes on from it.
     """
-    opened = volume.open_volume(source, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+    given = config.input
+    opened = volume.open_volume(
+        source, dataset=given.dataset, voxel_size_nm=given.voxel_size_nm, allow_gaps=given.allow_gaps
+    )
     if isinstance(opened, volume.Volume):
         yield opened
         return
@@ -299,11 +302,9 @@ def _segment_probabilities(
         raise UserError(
             "probabilities of a run are read by its workers: give a path, or label an array with volseg.watershed"
         )
-    start, out, input_ = time.perf_counter(), _output(path, out), config.input
+    start, out = time.perf_counter(), _output(path, out)
     with _shown(progress) as shown:
-        channels = probabilities.named_channels(
-            path, config.probabilities, dataset=input_.dataset, voxel_size_nm=input_.voxel_size_nm
-        )
+        channels = probabilities.named_channels(path, config.probabilities, config.input)
         sources = [channel.source for channel in channels if channel.source]
         folder.check_output(sources, out, overwrite)
         for note in probabilities.notes(channels):

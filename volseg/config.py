@@ -46,6 +46,7 @@ class Input(Section):
     voxel_size_nm: tuple[Nm, Nm, Nm] | None = None  # z y x; overrides what the file says
     mask: str = ""  # a volume that is 0 where nothing is wanted; may be coarser by whole factors
     roi: str = ""  # z0:z1,y0:y1,x0:x1 wanted alone; "" takes all
+    allow_gaps: bool = False  # whether a folder of slices may lack some, by its numbers
 
     @field_validator("roi")
     @classmethod

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
-
 
 def printable(text: str) -> str:
     """``text`` with its control characters written out: names of files must not steer a terminal.
@@ -11,12 +9,7 @@ def printable(text: str) -> str:
     >>> printable("a\\x1b[31m.zarr")
     'a\\\\x1b[31m.zarr'
     """
-    if text.isprintable():
-        return text
-    return "".join(
-        character if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else ascii(character)[1:-1]
-        for character in text
-    )
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class UserError(ValueError):

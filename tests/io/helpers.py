@@ -58,6 +58,18 @@ def refused(*words):
         assert str(word) in message, message
 
 
+@contextmanager
+def read_or_refused():
+    """Inside, nothing is raised, or a :class:`UserError` of one line."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    else:
+        return
+    assert message.isprintable(), message
+
+
 def cut_short(file, share=0.5):
     data = Path(file).read_bytes()
     Path(file).write_bytes(data[: int(len(data) * share)])

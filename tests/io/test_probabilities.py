@@ -33,7 +33,7 @@ from tests.helpers import (
 )
 from volseg import api
 from volseg.box import Box
-from volseg.config import Probabilities, load
+from volseg.config import Input, Probabilities, load
 from volseg.errors import UserError
 from volseg.evaluation.verify import verify
 from volseg.io import arrays, files, pyramid, volume
@@ -181,7 +181,7 @@ def test_what_is_no_probability_is_refused_before_anything_is_made(tmp_path, cas
 
 def test_a_mask_of_0_and_1_is_remarked_upon(tmp_path):
     zarr.create_array(tmp_path / "p.zarr", data=np.ones((3, 20, 20), np.uint8))
-    (note,) = notes(named_channels(str(tmp_path / "p.zarr"), Probabilities(), dataset="", voxel_size_nm=None))
+    (note,) = notes(named_channels(str(tmp_path / "p.zarr"), Probabilities(), Input()))
     assert "nothing above 1" in note
     assert "255 stands for probability 1" in note
 

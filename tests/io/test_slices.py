@@ -1,13 +1,17 @@
 """Folders of slices read back voxel for voxel; what is no volume, or damaged, is refused by name."""
 
+import struct
+import time
+import zlib
+
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
 
-from tests.io.helpers import CUTS, WHOLE, assert_reads, cut_short, refused, voxels, write_slices
+from tests.io.helpers import CUTS, WHOLE, assert_channels, assert_reads, cut_short, refused, voxels, write_slices
 from volseg.box import Box
-from volseg.io import volume
+from volseg.io import slices, volume
 
 
 @pytest.mark.parametrize(
@@ -106,3 +110,180 @@ def test_folders_that_are_no_volume_are_refused(tmp_path):
     }.items():
         with refused(name, *words):
             volume.open(tmp_path / name)
+
+
+# ----------------------------------------------------------------------------------- folders as other programs write them
+
+
+def write_each(folder, planes, **options):
+    folder.mkdir()
+    for i, plane in enumerate(planes):
+        tifffile.imwrite(folder / f"s{i:03}.tif", plane, **options)
+
+
+def test_where_white_is_zero_gray_values_are_as_meant(tmp_path):
+    data = voxels()
+    write_each(tmp_path / "v", 255 - data, photometric="miniswhite")
+    opened = volume.open(tmp_path / "v")
+    assert_reads(opened, data)
+    (note,) = opened.notes
+    assert "s000.tif says that white is zero: its contrast was turned" in note
+    assert "and so do 4 other slices" in note
+
+
+def colors():
+    """Sections with three samples a voxel, the second of them the volume."""
+    return np.stack([voxels(seed=1), voxels(), voxels(seed=2)], axis=-1)
+
+
+def write_png_colors(folder, data):
+    folder.mkdir()
+    for i, plane in enumerate(data):
+        Image.fromarray(plane).save(folder / f"s{i:03}.png")
+
+
+COLORS = {
+    "rgb": lambda folder, data: write_each(folder, data, photometric="rgb"),
+    "packed rgb": lambda folder, data: write_each(folder, data, photometric="rgb", compression="zlib", rowsperstrip=9),
+    "planar rgb": lambda folder, data: write_each(
+        folder, np.moveaxis(data, -1, 1), photometric="rgb", planarconfig="separate"
+    ),
+    "packed planar rgb": lambda folder, data: write_each(
+        folder, np.moveaxis(data, -1, 1), photometric="rgb", planarconfig="separate", compression="zlib", rowsperstrip=9
+    ),
+    "channels": lambda folder, data: write_each(
+        folder, np.moveaxis(data, -1, 1), photometric="minisblack", metadata={"axes": "CYX"}
+    ),
+    "imagej": lambda folder, data: write_each(folder, np.moveaxis(data, -1, 1), imagej=True, metadata={"axes": "CYX"}),
+    "png": write_png_colors,
+}
+
+
+@pytest.mark.parametrize("kind", COLORS)
+def test_colors_and_channels_of_slices_are_refused_unless_one_is_chosen(tmp_path, kind):
+    COLORS[kind](tmp_path / "v", colors())
+    with refused("s000", "convert it to gray" if kind not in ("channels", "imagej") else "3 channels"):
+        volume.open(tmp_path / "v")
+    assert_channels(tmp_path / "v", np.moveaxis(colors(), -1, 0))
+    assert_reads(volume.open(tmp_path / "v", channel=1), voxels())
+
+
+def test_links_to_nowhere_are_refused_by_name(tmp_path):
+    write_slices(tmp_path / "v", voxels(), suffix="tif")
+    (tmp_path / "v" / "s3.tif").unlink()
+    (tmp_path / "v" / "s3.tif").symlink_to("../annex/3")
+    (tmp_path / "stack.tif").symlink_to("nowhere/stack.tif")
+    (tmp_path / "image.zarr").symlink_to("nowhere/image.zarr")
+    with refused("s3.tif is a link to ../annex/3", "git annex get"):
+        volume.open(tmp_path / "v")
+    for name in ("stack.tif", "image.zarr"):
+        with refused(f"link to nowhere/{name}", "git annex get"):
+            volume.open(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "pointer", ["/annex/objects/SHA256E-s1--0.tif\n", "version https://git-lfs.github.com/spec/v1\n"]
+)
+def test_pointers_to_files_not_fetched_are_refused_by_name(tmp_path, pointer):
+    write_slices(tmp_path / "v", voxels(), suffix="tif")
+    (tmp_path / "v" / "s3.tif").write_text(pointer)
+    (tmp_path / "stack.tif").write_text(pointer)
+    for path, name in ((tmp_path / "v", "s3.tif"), (tmp_path / "stack.tif", "stack.tif")):
+        with refused(f"{name} is a pointer", "git lfs pull"):
+            volume.open(path)
+
+
+def test_a_gap_in_the_numbers_is_refused_unless_allowed_and_told(tmp_path):
+    data = voxels(shape=(12, 40, 33))
+    write_each(tmp_path / "v", data)
+    for i in (4, 5, 9):
+        (tmp_path / "v" / f"s{i:03}.tif").unlink()
+    with refused("no slice between s003.tif and s006.tif and 1 more gap", "input.allow_gaps=true"):
+        volume.open(tmp_path / "v")
+    opened = volume.open(tmp_path / "v", allow_gaps=True)
+    assert_reads(opened, np.delete(data, (4, 5, 9), axis=0))
+    assert "no slice between s003.tif and s006.tif" in opened.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "gap"),
+    [
+        (["s1", "s2", "s3", "s5"], "has no slice between s3.tif and s5.tif"),
+        (["x2_s1", "x2_s2", "x2_s3", "x2_s5"], "has no slice between x2_s3.tif and x2_s5.tif"),
+        (["s1_c0", "s2_c0", "s4_c0", "s5_c0"], "has no slice between s2_c0.tif and s4_c0.tif"),
+        (["s0", "s10", "s20", "s40"], "has no slice between s20.tif and s40.tif"),
+        (["s0", "s10", "s20", "s30"], ""),
+        (["s8", "s9", "s10", "s11"], ""),
+        (["s3", "s17", "s20", "s41"], ""),  # chosen sections, no count
+        (["s1_a2", "s2_a5", "s3_a9", "s5_a1"], ""),
+        (["left", "right"], ""),
+        (["s1"], ""),
+        (["s1", "s9"], ""),
+        (["s" + "9" * 5000, "s1", "s2", "s3"], ""),
+    ],
+)
+def test_gaps_are_told_from_other_numbers(names, gap):
+    assert slices.missing(sorted((f"{name}.tif" for name in names), key=slices._natural)) == gap
+
+
+def png(rows, width=33, height=40, *, level=6, cut=0, flip=None):
+    """A gray PNG of ``rows`` (each behind a zero), whose header says ``width`` x ``height``."""
+    packed = zlib.compress(b"".join(b"\0" + bytes(row) for row in rows), level)
+    packed = packed[: len(packed) - cut]
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    raw = bytearray(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)))
+    raw += chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    if flip:
+        raw[flip] ^= 1
+    return bytes(raw)
+
+
+EARLY = {
+    "half of the rows": lambda plane: png(plane[:20]),
+    "all but the last row": lambda plane: png(plane[:-1]),
+    "half of the stream": lambda plane: png(plane, cut=600),
+    "no checksum": lambda plane: png(plane, cut=4),
+    "a flipped bit": lambda plane: png(plane, level=0, flip=700),
+    "no row": lambda plane: png([]),
+}
+
+
+@pytest.mark.parametrize("kind", EARLY)
+def test_a_png_that_ends_early_is_refused_by_name(tmp_path, kind):
+    data = voxels()
+    write_slices(tmp_path / "v", data)
+    (tmp_path / "v" / "s2.png").write_bytes(png(data[2]))
+    assert_reads(volume.open(tmp_path / "v"), data)
+    (tmp_path / "v" / "s2.png").write_bytes(EARLY[kind](data[2]))
+    with refused("s2.png", "damaged"):
+        volume.open(tmp_path / "v").read(WHOLE)
+
+
+def test_a_plane_that_the_memory_does_not_hold_is_refused_before_it_is_decoded(tmp_path):
+    (tmp_path / "v").mkdir()
+    for i in range(2):
+        (tmp_path / "v" / f"s{i}.png").write_bytes(png([[0]], width=10**6, height=10**6))
+    opened = volume.open(tmp_path / "v")
+    assert opened.shape == (2, 10**6, 10**6)
+    start = time.monotonic()
+    with refused("s0.png decodes to 1e+03 GB", "memory are free", "zarr"):
+        opened.checksum()
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])
+@pytest.mark.parametrize("options", [{}, {"interlace": 1}, {"bits": 4}])
+def test_png_of_each_kind_read_as_pillow_has_them(tmp_path, mode, options):
+    data = voxels("uint16" if mode == "I;16" else "bool" if mode == "1" else "uint8", (2, 40, 33))
+    (tmp_path / "v").mkdir()
+    for i, plane in enumerate(data):
+        image = Image.fromarray(plane % 9 if mode == "P" else plane)
+        if mode == "P":
+            image = image.convert("P")
+        image.save(tmp_path / "v" / f"s{i}.png", **options)
+    for i, plane in enumerate(volume.open(tmp_path / "v").read(Box.from_shape((2, 40, 33)))):
+        with Image.open(tmp_path / "v" / f"s{i}.png") as image:
+            np.testing.assert_array_equal(plane, np.asarray(image))

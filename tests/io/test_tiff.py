@@ -2,13 +2,17 @@
 
 import struct
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tests.io.helpers import WHOLE, assert_channels, assert_reads, cut_short, laid_out, refused, voxels
+from tests.io.helpers import WHOLE, assert_channels, assert_reads, cut_short, laid_out, read_or_refused, refused, voxels
 from volseg.box import Box
 from volseg.io import volume
+from volseg.system import resident
 
 TIFFS = {
     "shaped": {},
@@ -197,7 +201,229 @@ def test_channels_of_tiffs_read_alone(tmp_path, kind):
 
 
 def test_tiff_channels_that_cannot_be_told_are_refused(tmp_path):
-    for name, axes in (("last", "ZYXC"), ("times", "TZYX")):
-        tifffile.imwrite(tmp_path / f"{name}.tif", laid_out("zyxc"), photometric="minisblack", metadata={"axes": axes})
+    tifffile.imwrite(tmp_path / "times.tif", laid_out("zyxc"), photometric="minisblack", metadata={"axes": "TZYX"})
+    tifffile.imwrite(tmp_path / "both.tif", np.zeros((3, 40, 33, 2), np.uint8), photometric="minisblack")
+    for name, axes in (("times", "TZYX"), ("both", "QQYX")):
         with refused(f"{name}.tif", "4-D", axes, "CZYX"):
             volume.open_channels(tmp_path / f"{name}.tif")
+
+
+ROWS = {
+    "named": {"metadata": {"axes": "ZYXC"}},
+    "without names": {},
+    "packed": {"metadata": {"axes": "ZYXC"}, "compression": "zlib"},
+    "packed strips": {"metadata": {"axes": "ZYXC"}, "compression": "zlib", "rowsperstrip": 9},
+    "tiles": {"metadata": {"axes": "ZYXC"}, "compression": "zlib", "tile": (16, 16)},
+    "pages apart": {"metadata": {"axes": "ZYXC"}, "contiguous": False},
+    "floats": {"dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_channels_behind_the_voxels_read_alone(tmp_path, kind):
+    """As cellpose and others write z y x c: a page is then a row of voxels."""
+    options = dict(ROWS[kind])
+    data = laid_out("zyxc")[..., :2].astype(options.pop("dtype", "uint8"))
+    tifffile.imwrite(tmp_path / "v.tif", data, photometric="minisblack", **options)
+    assert_channels(tmp_path / "v.tif", np.moveaxis(data, -1, 0))
+    with refused("v.tif", "2 channels"):
+        volume.open(tmp_path / "v.tif")
+    np.testing.assert_array_equal(volume.open(tmp_path / "v.tif", channel=1).read(WHOLE), data[..., 1])
+    with refused("v.tif", "2 channels", "no channel 2"):
+        volume.open(tmp_path / "v.tif", channel=2)
+
+
+# ----------------------------------------------------------------------------------- files as other programs write them
+
+
+def write_inverted(path, data, **options):
+    """The voxels of ``data`` in a file that says that white is zero."""
+    highest = 1 if data.dtype == bool else np.iinfo(data.dtype).max
+    tifffile.imwrite(path, (highest - data).astype(data.dtype), photometric="miniswhite", **options)
+
+
+INVERTED = {
+    "plain": {"metadata": None},
+    "shaped": {},
+    "packed": {"compression": "zlib", "rowsperstrip": 9},
+    "tiles": {"compression": "zlib", "tile": (16, 16)},
+    "imagej": {"imagej": True, "metadata": {"axes": "ZYX"}},
+    "ome": {"ome": True, "metadata": {"axes": "ZYX"}},
+    "pages": {"contiguous": False},
+}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("kind", INVERTED)
+def test_where_white_is_zero_gray_values_are_as_meant(tmp_path, kind, dtype):
+    data = voxels(dtype)
+    write_inverted(tmp_path / "v.tif", data, **INVERTED[kind])
+    opened = volume.open(tmp_path / "v.tif")
+    assert_reads(opened, data)
+    (note,) = opened.notes
+    assert "v.tif says that white is zero: its contrast was turned" in note
+    tifffile.imwrite(tmp_path / "plain.tif", data, photometric="minisblack")
+    assert opened.checksum() == volume.open(tmp_path / "plain.tif").checksum()
+
+
+def test_bits_are_turned_where_white_is_zero_but_for_those_of_tifffile(tmp_path):
+    """tifffile calls white zero in every file of bools, and means what it stores."""
+    data = voxels("bool")
+    tifffile.imwrite(tmp_path / "tifffile.tif", data)
+    tifffile.imwrite(tmp_path / "scanner.tif", ~data, photometric="miniswhite", software="a scanner")
+    for name, notes in (("tifffile.tif", 0), ("scanner.tif", 1)):
+        opened = volume.open(tmp_path / name)
+        assert_reads(opened, data.astype(np.uint8))
+        assert (len(opened.notes), opened.binary) == (notes, True)
+
+
+@pytest.mark.parametrize("dtype", ["uint32", "int16", "float32"])
+def test_labels_and_floats_are_not_turned_and_it_is_told(tmp_path, dtype):
+    data = voxels(dtype)
+    tifffile.imwrite(tmp_path / "v.tif", data, photometric="miniswhite")
+    opened = volume.open(tmp_path / "v.tif")
+    assert_reads(opened, data)
+    assert "white is zero, which is not applied" in opened.notes[0]
+
+
+def write_pages(path, data, **options):
+    with tifffile.TiffWriter(path) as writer:
+        for plane in data:
+            writer.write(plane, photometric="minisblack", **options)
+
+
+def append(path, parts):
+    for part in parts:
+        tifffile.imwrite(path, part, append=True, photometric="minisblack")
+
+
+def write_each_packed_otherwise(path, data):
+    with tifffile.TiffWriter(path) as writer:
+        for i, plane in enumerate(data):
+            writer.write(plane, photometric="minisblack", compression=(None, "zlib", "lzw")[i % 3])
+
+
+PAGE_BY_PAGE = {
+    "loop": write_pages,
+    "packed": lambda path, data: write_pages(path, data, compression="zlib"),
+    "packed strips": lambda path, data: write_pages(path, data, compression="zlib", rowsperstrip=9),
+    "packed otherwise": write_each_packed_otherwise,
+    "without metadata": lambda path, data: write_pages(path, data, metadata=None, compression="zlib"),
+    "appended": append,
+    "appended halves": lambda path, data: append(path, (data[:2], data[2:])),
+}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("kind", PAGE_BY_PAGE)
+def test_a_stack_written_page_by_page_is_one_stack(tmp_path, kind, dtype):
+    data = voxels(dtype)
+    PAGE_BY_PAGE[kind](tmp_path / "v.tif", data)
+    assert_reads(volume.open(tmp_path / "v.tif"), data)
+
+
+def test_pages_of_different_kinds_are_no_stack(tmp_path):
+    for name, other in {"type": voxels("uint16")[0], "shape": voxels()[0, 1:], "white": None}.items():
+        with tifffile.TiffWriter(tmp_path / f"{name}.tif") as writer:
+            writer.write(voxels()[0], photometric="minisblack")
+            writer.write(
+                voxels()[0] if other is None else other, photometric="miniswhite" if other is None else "minisblack"
+            )
+        with refused(f"{name}.tif", "2 kinds of pages"):
+            volume.open(tmp_path / f"{name}.tif")
+
+
+IMAGEJ_DEPTHS = {
+    "none": ({"unit": "micron"}, (1000.0, 4.0, 4.0), "1 micron, as ImageJ takes it"),
+    "given": ({"unit": "micron", "spacing": 0.03}, (30.0, 4.0, 4.0), None),
+    "negative": (
+        {"unit": "micron", "spacing": -0.03},
+        (30.0, 4.0, 4.0),
+        "-0.03 x 0.004 x 0.004 micron: taken",
+    ),
+    "zero": ({"unit": "micron", "spacing": 0.0}, None, "0 x 0.004 x 0.004 micron, which no voxel has"),
+    "words": ({"unit": "micron", "spacing": "thick"}, None, "not complete"),
+    "unknown unit": ({"unit": "furlong", "spacing": 1}, None, "in furlong: not used"),
+    "no unit": (
+        {"spacing": 8},
+        None,
+        "without a unit: not used; if these are nanometers, give input.voxel_size_nm=[8,",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGEJ_DEPTHS)
+def test_the_depth_of_imagej_voxels(tmp_path, kind):
+    facts, size, said = IMAGEJ_DEPTHS[kind]
+    tifffile.imwrite(
+        tmp_path / "v.tif", voxels(), imagej=True, resolution=(250.0, 250.0), metadata={"axes": "ZYX", **facts}
+    )
+    opened = volume.open(tmp_path / "v.tif")
+    assert opened.voxel_size_nm == size
+    assert [said in note for note in opened.notes] == ([True] if said else [])
+    given = volume.open(tmp_path / "v.tif", voxel_size_nm=(9, 9, 9))
+    assert (given.voxel_size_nm, given.notes) == ((9.0, 9.0, 9.0), ())
+
+
+OME_DEPTHS = {
+    -30.0: ((30.0, 4.0, 4.0), "-30 x 4 x 4 nm: taken without its sign"),
+    0.0: (None, "0 x 4 x 4 nm, which no voxel has"),
+    1e300: (None, "which no voxel has"),
+    "nan": (None, "not complete"),
+    "thick": (None, "not complete"),
+    "9" * 5000: (None, "not complete"),
+}
+
+
+@pytest.mark.parametrize("depth", OME_DEPTHS)
+def test_the_depth_of_ome_voxels(tmp_path, depth):
+    facts = {"PhysicalSizeX": 4.0, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 4.0, "PhysicalSizeYUnit": "nm"}
+    facts |= {"PhysicalSizeZ": 12345.0, "PhysicalSizeZUnit": "nm"}
+    tifffile.imwrite(tmp_path / "v.ome.tif", voxels(), photometric="minisblack", metadata={"axes": "ZYX", **facts})
+    xml = tifffile.tiffcomment(tmp_path / "v.ome.tif").replace("12345.0", str(depth))
+    tifffile.tiffcomment(tmp_path / "v.ome.tif", xml.encode())
+    opened = volume.open(tmp_path / "v.ome.tif")
+    size, said = OME_DEPTHS[depth]
+    assert opened.voxel_size_nm == size
+    assert [said in note for note in opened.notes] == [True]
+    assert_reads(opened, voxels())
+
+
+def test_ome_xml_that_is_none_is_left_out(tmp_path):
+    tifffile.imwrite(tmp_path / "v.ome.tif", voxels(), photometric="minisblack", metadata={"axes": "ZYX"})
+    xml = tifffile.tiffcomment(tmp_path / "v.ome.tif")
+    tifffile.tiffcomment(tmp_path / "v.ome.tif", xml.replace("</OME>", "<OME>").encode())
+    with read_or_refused():  # a stack of pages, or refused by name
+        assert_reads(volume.open(tmp_path / "v.ome.tif"), voxels())
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_a_strip_that_decodes_to_far_more_than_a_strip_is_refused(tmp_path, compression):
+    encode = {"zlib": imagecodecs.zlib_encode, "zstd": imagecodecs.zstd_encode}
+    bomb = encode[compression](bytes(1 << 26))
+    tifffile.imwrite(tmp_path / "v.tif", voxels(), photometric="minisblack", compression=compression)
+    opened = volume.open(tmp_path / "v.tif")
+    with tifffile.TiffFile(tmp_path / "v.tif", mode="r+") as tif:
+        offset = tif.filehandle.size
+        tif.filehandle.seek(offset)
+        tif.filehandle.write(bomb)
+        tif.pages[3].tags["StripOffsets"].overwrite([offset])
+        tif.pages[3].tags["StripByteCounts"].overwrite([len(bomb)])
+    before = resident("HWM")
+    with refused("page 3", "v.tif"):
+        opened.read(WHOLE)
+    assert resident("HWM") - before < 1 << 25
+
+
+@given(st.lists(st.tuples(st.integers(0, 699), st.integers(0, 255)), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_bytes_never_end_in_a_traceback(tmp_path, changes):
+    tifffile.imwrite(tmp_path / "v.tif", voxels(), photometric="minisblack", compression="zlib")
+    raw = bytearray((tmp_path / "v.tif").read_bytes())
+    for place, value in changes:
+        raw[place] = value
+    (tmp_path / "v.tif").write_bytes(raw)
+    with read_or_refused():
+        opened = volume.open(tmp_path / "v.tif")
+        if np.prod(opened.shape) < 1e7:
+            opened.read(Box.from_shape(opened.shape))

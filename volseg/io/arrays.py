@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from math import log as ln
 from pathlib import Path
@@ -14,39 +15,58 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import Store
+from zarr.abc.store import Store, SuffixByteRequest
 from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.core.array import AsyncArray
 from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
 from volseg.box import Blocks, Box
 from volseg.errors import UserError
-from volseg.io import files
+from volseg.io import files, frames
 from volseg.io.header import reason, shape_text
 
+BOMB = "it decodes to far more bytes than a chunk of this array has"
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 _OPENING = threading.Lock()  # zarr's configuration and warning filters belong to the whole process
 _PYTHON = "zarr.core.codec_pipeline.BatchedCodecPipeline"
 _RUST = "zarrs.ZarrsCodecPipeline"  # twice as fast; local stores, native byte order and C order only
 
 
-class _CompleteChunks(WrapperStore):
-    """A store that refuses chunks cut short, which zarr's own codecs read as fill value or as garbage."""
+class _CheckedStore(WrapperStore):
+    """A store that refuses chunks cut short, which zarr's own codecs read as fill value or as garbage, and those that would
+    decode to far more than a chunk."""
 
-    def __init__(self, store: Store, blosc: bool) -> None:
+    def __init__(self, store: Store, blosc: bool, compression: frames.Compression | None) -> None:
         super().__init__(store)
         self.blosc = blosc  # whether each whole object is one blosc frame, which states its own length
+        self.compression = compression
 
-    def _with_store(self, store: Store) -> _CompleteChunks:
-        return _CompleteChunks(store, self.blosc)
+    def _with_store(self, store: Store) -> _CheckedStore:
+        return _CheckedStore(store, self.blosc, self.compression)
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
         value = await self._store.get(key, prototype, byte_range)
-        if value is None or byte_range is not None or os.path.basename(key) in ZARR_FILES:
+        if os.path.basename(key) in ZARR_FILES:
             return value
-        stated = int.from_bytes(value[12:16].to_bytes(), "little") if self.blosc else len(value)
-        if len(value) == 0 or stated != len(value):
-            raise OSError(f"{key} is cut short: it holds {len(value)} bytes")
+        if value is None:
+            if isinstance(self._store, LocalStore):
+                refuse_dangling(Path(self._store.root, key), key)
+            return value
+        data = value.to_bytes() if self.compression or self.blosc else b""
+        if byte_range is None:
+            stated = int.from_bytes(data[12:16], "little") if self.blosc else len(value)
+            if len(value) == 0 or stated != len(value):
+                raise OSError(f"{key} is cut short: it holds {len(value)} bytes")
+        is_index = isinstance(byte_range, SuffixByteRequest) or getattr(byte_range, "start", None) == 0
+        if self.compression and not is_index and self.compression.too_large(data):
+            raise OSError(BOMB)
         return value
+
+
+def refuse_dangling(file: Path, key: str) -> None:
+    """A chunk that is a link to nowhere is damaged; zarr takes it for one that was never written."""
+    if file.is_symlink() and not file.exists():
+        raise OSError(f"it is a link to {os.readlink(file)}, where there is no file")
 
 
 def _store(path: str) -> Store:
@@ -119,9 +139,65 @@ def _cached_array(path: str, name: str, mode: str, stamp: Any) -> zarr.Array:
         raise UserError(f"{files.join(path, name)} is a zarr group, not an array{contents(files.join(path, name))}")
     if not files.is_remote(path) and array.dtype.isnative and array.order == "C":
         with _pipeline(_RUST):
-            return zarr.open_array(_store(path), path=name, mode=mode)
+            return _with_keys_found(zarr.open_array(_store(path), path=name, mode=mode), path, name)
     with _pipeline(_PYTHON):
-        return zarr.open_array(_CompleteChunks(_store(path), _blosc(array)), path=name, mode=mode)
+        store = _CheckedStore(_store(path), _blosc(array), frames.compression(array))
+        return _with_keys_found(zarr.open_array(store, path=name, mode=mode), path, name)
+
+
+def _with_keys_found(array: zarr.Array, path: str, name: str) -> zarr.Array:
+    """The array, its chunks in folders (0/0/0) where they are there and its metadata of zarr 2 do not say so (0.0.0)."""
+    metadata = array.metadata
+    if metadata.zarr_format != 2 or metadata.dimension_separator != "." or array.ndim < 2:
+        return array
+    first = ".".join("0" * array.ndim)
+    if files.is_remote(path):
+        nested = not files.exists(files.join(path, name, first)) and files.exists(files.join(path, name, "0"))
+    else:
+        with os.scandir(files.join(path, name)) as entries:
+            nested = next((entry.is_dir() for entry in entries if entry.name.replace(".", "").isdigit()), False)
+    if not nested:
+        return array
+    return zarr.Array(AsyncArray(replace(metadata, dimension_separator="/"), array.store_path))
+
+
+def stores_chunks(array: zarr.Array, path: str, name: str, keys: Iterable[str]) -> bool:
+    """Whether any chunk is stored; on an object store, which is slow to list, whether any of ``keys`` is."""
+    folder = files.join(path, name)
+    if files.is_remote(path):
+        return any(files.exists(f"{folder}/{key}") for key in keys)
+    walked = (file for _, _, found in os.walk(folder) for file in found)
+    return any(file not in ZARR_FILES and not file.startswith(".") for file in walked)
+
+
+def check_chunk(array: zarr.Array, folder: str, key: str, inner: Callable[[tuple[int, ...]], bool]) -> None:
+    """Refuses a chunk of the local array in ``folder``, or chunks of a shard, that would decode to far more than a chunk.
+
+    ``inner`` says of a chunk's place in its shard whether it is read. zarrs, which reads local arrays, has no such check.
+    """
+    file = Path(folder, key)
+    compression, shards = frames.compression(array), frames.sharding(array.metadata)
+    refuse_dangling(file, key)
+    if compression is None or not file.exists():
+        return
+    with file.open("rb") as opened:
+
+        def read(offset: int, length: int) -> bytes:
+            opened.seek(offset)
+            return opened.read(length)
+
+        size = os.fstat(opened.fileno()).st_size
+        ranges = [(0, size)]
+        if shards:
+            found = frames.shard_ranges(shards, array.shards, size, read)
+            ranges = [span for place, span in found.items() if inner(place)]
+        if any(compression.too_large(read(*span)) for span in ranges):
+            raise OSError(BOMB)
+
+
+def is_local(array: zarr.Array) -> bool:
+    """Whether zarrs reads the array, straight from local files."""
+    return isinstance(array.store, LocalStore)
 
 
 def location(node: Any) -> tuple[str, str] | None:

@@ -43,13 +43,27 @@ def join_keys(*keys: str) -> str:
     return "/".join(part for key in keys if (part := key.strip("/")))
 
 
+FETCH = "fetch the file (git annex get, git lfs pull), or copy it again"
+
+
 def suggestions(path: str) -> str:
     """`` (did you mean ...?)`` from the names beside a path that does not exist."""
     folder, name = os.path.split(path)
+    if os.path.islink(path):
+        return f"; it is a link to {os.readlink(path)}, which is not there: {FETCH}"
     if not os.path.isdir(folder):
         return f"; there is no folder {folder}"
     near = difflib.get_close_matches(name, os.listdir(folder), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else f"; {folder} holds nothing of that name"
+
+
+def refuse_pointer(path: str) -> None:
+    """Refuses the small text that git annex and git lfs leave where a file was not fetched."""
+    if os.path.getsize(path) < 1024:
+        with decoding(path), open_binary(path) as file:
+            start = file.read(64)
+        if start.startswith((b"/annex/objects/", b"version https://git-lfs")):
+            raise UserError(f"{path} is a pointer to a file that is not there; {FETCH}")
 
 
 def stamp(path: str) -> tuple[int, int, int]:

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 MODULES = {"zarr": zarr, "tiff": tiff, "slices": slices}  # by the kind of a volume
 
 
-def header(path: str, dataset: str, *, several: bool) -> Header:
+def header(path: str, dataset: str, *, several: bool, allow_gaps: bool = False) -> Header:
     """What the headers at an absolute path or URL say; :class:`UserError` for all that is not a volume."""
     if files.is_remote(path):
         return zarr.header(path, dataset, several=several)
     if not os.path.exists(path):
         raise UserError(f"no such file or folder: {path}{files.suggestions(path)}")
     if os.path.isdir(path):
-        return zarr.header(path, dataset, several=several) if zarr.is_zarr(path) else slices.header(path)
+        if zarr.is_zarr(path):
+            return zarr.header(path, dataset, several=several)
+        return slices.header(path, several=several, allow_gaps=allow_gaps)
     return _file_header(path, several=several)
 
 
@@ -33,6 +35,7 @@ def _file_header(path: str, *, several: bool) -> Header:
     suffix = os.path.splitext(path)[1].lower()
     if os.path.getsize(path) == 0:
         raise UserError(f"{path} is empty (0 bytes); copy it again")
+    files.refuse_pointer(path)
     if suffix in tiff.SUFFIXES:
         return tiff.header(path, several=several)
     if suffix in slices.SUFFIXES:

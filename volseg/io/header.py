@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from volseg.box import Box, Triple
 from volseg.errors import UserError
+from volseg.system import free_memory
 
 TripleNm = tuple[float, float, float]
 
@@ -32,6 +34,8 @@ class Header:
     channels: int = 1  # how many are stored
     channel_axis: int | None = None
     binary: bool = False
+    notes: tuple[str, ...] = ()  # what was decided on the way, a line each
+    size_notes: tuple[str, ...] = ()  # the same for the voxel size
 
 
 def voxel_dtype(dtype: np.dtype, where: str) -> str:
@@ -64,6 +68,25 @@ def reason(error: BaseException) -> str:
     """One line of what went wrong."""
     text = " ".join(str(error).split())
     return text[:300] or type(error).__name__
+
+
+_LARGE = threading.RLock()  # one large piece is decoded at a time
+
+
+@contextmanager
+def decoding_room(nbytes: int, where: str) -> Iterator[None]:
+    """Inside, a piece of a file that decodes to so many bytes may be decoded; refuses one that the memory does not hold."""
+    if nbytes <= CACHE_BYTES:
+        yield
+        return
+    with _LARGE:
+        free = free_memory()
+        if nbytes > free:
+            raise UserError(
+                f"{where} decodes to {nbytes / 1e9:.3g} GB at once, and {free / 1e9:.3g} GB of memory are free; "
+                "save the volume in smaller pieces, such as zarr chunks of 128 x 128 x 128 voxels"
+            )
+        yield
 
 
 @contextmanager

@@ -1,69 +1,238 @@
-"""OME metadata in and out: multiscales of OME-Zarr, and the XML in OME-TIFF files."""
+"""OME metadata in and out: multiscales of OME-Zarr, the XML in OME-TIFF files, and lengths in nanometers.
+
+Files are written by many programs. What they say is parsed here, once, into typed values: a field that is odd reads as
+absent, and a note says so.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from math import isfinite
+from typing import Annotated, Any
+from xml.etree import ElementTree
 
-import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, WrapValidator
 
-from volseg.io import axes
+from volseg.errors import printable
+from volseg.io import axes as array_axes
 from volseg.io.header import TripleNm
 
 NM_PER_UNIT = {
+    "pm": 1e-3,
+    "picometer": 1e-3,
+    "picometre": 1e-3,
+    "å": 0.1,
     "angstrom": 0.1,
+    "nm": 1.0,
     "nanometer": 1.0,
     "nanometre": 1.0,
-    "nm": 1.0,
-    "micrometer": 1e3,
-    "micrometre": 1e3,
-    "micron": 1e3,
-    "microns": 1e3,
     "um": 1e3,
     "µm": 1e3,
     "μm": 1e3,
     "\\u00b5m": 1e3,
+    "micron": 1e3,
+    "microns": 1e3,
+    "micrometer": 1e3,
+    "micrometre": 1e3,
+    "mm": 1e6,
     "millimeter": 1e6,
     "millimetre": 1e6,
-    "mm": 1e6,
+    "cm": 1e7,
+    "centimeter": 1e7,
+    "centimetre": 1e7,
+    "inch": 2.54e7,
+    "m": 1e9,
     "meter": 1e9,
     "metre": 1e9,
-    "å": 0.1,
-}  # how many nanometers one unit is
+}
+NO_UNIT = ("pixel", "pixels", "px", "voxel")  # what programs write where they know no unit
+SMALLEST_NM, LARGEST_NM = 1e-3, 1e9  # no voxel is shorter or longer
 
 
-def metadata(attributes: dict) -> dict:
-    """OME-Zarr metadata of a group: 0.5 keeps it under ``ome``, 0.4 at the top."""
-    return attributes.get("ome", attributes)
+def voxel_size_nm(
+    lengths: Sequence[float | None], units: Sequence[str], where: str
+) -> tuple[TripleNm | None, tuple[str, ...]]:
+    """Voxel size z y x in nanometers, and notes on what was decided; None where a length or its unit is not known.
+
+    A negative length counts as its absolute value.
+
+    >>> voxel_size_nm((-0.05, 0.005, 0.005), ("um", "um", "um"), "em.tif")
+    ((50.0, 5.0, 5.0), ('em.tif says voxel size -0.05 x 0.005 x 0.005 um: taken without its sign',))
+    >>> voxel_size_nm((8, 4, 4), ("", "", ""), "em.zarr")[0] is None
+    True
+    """
+    if all(length is None for length in lengths):
+        return None, ()
+    names = [unit.strip().lower() for unit in units]
+    unknown = sorted({unit for unit in names if unit not in NM_PER_UNIT})
+    said = f"{where} says voxel size {_shown(lengths, units)}"
+    if unknown:
+        if set(unknown) <= {"", *NO_UNIT} and all(length in (None, 1) for length in lengths):
+            return None, ()
+        why = "without a unit" if unknown == [""] else f"in {', '.join(unit or 'no unit' for unit in unknown)}"
+        numbers = ",".join("?" if length is None else f"{length:g}" for length in lengths)
+        note = f"{said}, {why}: not used; if these are nanometers, give input.voxel_size_nm=[{numbers}]"
+        return None, (printable(note),)
+    known = [float(length) for length in lengths if length is not None]
+    if len(known) < 3:
+        return None, (printable(f"{said}, which is not complete: not used; give input.voxel_size_nm"),)
+    z, y, x = (round(abs(length) * NM_PER_UNIT[name], 6) for length, name in zip(known, names, strict=True))
+    size = z, y, x
+    if not all(isfinite(n) and SMALLEST_NM <= n <= LARGEST_NM for n in size):
+        return None, (printable(f"{said}, which no voxel has: not used; give input.voxel_size_nm"),)
+    if min(known) < 0:
+        return size, (printable(f"{said}: taken without its sign"),)
+    return size, ()
 
 
-def voxel_size_nm(image: dict, entry: dict, channel_axis: int | None) -> TripleNm | None:
-    """Voxel size z y x in nm from coordinate transformations and axis units; None where either is absent."""
-    listed = image.get("axes", [])
-    space = axes.space(len(listed), channel_axis)
-    units = [NM_PER_UNIT.get(str(listed[i].get("unit", "")).lower()) for i in space if isinstance(listed[i], dict)]
-    size = np.ones(3)
-    found = False
-    for step in (*entry.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])):
-        if step.get("type") == "scale" and len(step.get("scale", [])) == len(listed):
-            size *= [step["scale"][i] for i in space]
-            found = True
-    known = [unit for unit in units if unit is not None]
-    if not found or len(units) != 3 or len(known) != 3 or not (size > 0).all():
+def _shown(lengths: Sequence[float | None], units: Sequence[str]) -> str:
+    numbers = ["?" if length is None else f"{length:g}" for length in lengths]
+    if len(set(units)) == 1:
+        return f"{' x '.join(numbers)} {units[0]}".rstrip()
+    return " x ".join(f"{number} {unit}".rstrip() for number, unit in zip(numbers, units, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------- OME-Zarr, read
+
+
+def _odd(value: Any, parse: Callable, info: ValidationInfo) -> Any:
+    """The field, or nothing where it cannot be parsed; ``info.context`` collects why."""
+    try:
+        return parse(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, (info.field_name, *first["loc"])))
+        if info.context is not None:
+            info.context.append(f"{place}: {first['msg']}")
+        return parse(None)
+
+
+def _text(value: Any) -> Any:
+    return "" if value is None else str(value) if type(value) is int else value
+
+
+def _many(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, dict) else value
+
+
+Text = Annotated[str, BeforeValidator(_text), WrapValidator(_odd)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_many), WrapValidator(_odd)]
+
+
+class _Parsed(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+def _axis(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value  # as OME-Zarr 0.3 has it
+
+
+class Axis(_Parsed):
+    """An axis of an image."""
+
+    name: Text = ""
+    type: Text = ""
+    unit: Text = ""
+
+
+class Transformation(_Parsed):
+    """A step from an array's indices to lengths; only scales count."""
+
+    type: Text = ""
+    scale: Numbers = ()
+
+
+Transformations = Annotated[tuple[Transformation, ...], BeforeValidator(_many), WrapValidator(_odd)]
+
+
+class Dataset(_Parsed):
+    """A resolution level of an image."""
+
+    path: Text = ""
+    coordinateTransformations: Transformations = ()  # noqa: N815
+
+
+class Image(_Parsed):
+    """An entry of multiscales."""
+
+    axes: Annotated[
+        tuple[Annotated[Axis, BeforeValidator(_axis)], ...], BeforeValidator(_many), WrapValidator(_odd)
+    ] = ()
+    datasets: Annotated[tuple[Dataset, ...], BeforeValidator(_many), WrapValidator(_odd)] = ()
+    coordinateTransformations: Transformations = ()  # noqa: N815
+
+    @property
+    def axis_names(self) -> list[str]:
+        return ["c" if axis.type == "channel" else axis.name for axis in self.axes]
+
+    def voxel_size_nm(
+        self, dataset: Dataset, channel_axis: int | None, where: str
+    ) -> tuple[TripleNm | None, tuple[str, ...]]:
+        """Voxel size z y x of a level, and notes on it; None where scale or unit is absent."""
+        ndim = len(self.axes)
+        space = array_axes.space(ndim, channel_axis)
+        steps = (*dataset.coordinateTransformations, *self.coordinateTransformations)
+        scales = [step.scale for step in steps if step.type == "scale" and len(step.scale) == ndim]
+        if not scales or len(space) != 3:
+            return None, ()
+        lengths = [1.0, 1.0, 1.0]
+        for scale in scales:
+            lengths = [length * scale[axis] for length, axis in zip(lengths, space, strict=True)]
+        return voxel_size_nm(lengths, [self.axes[axis].unit for axis in space], where)
+
+
+class _Multiscales(_Parsed):
+    multiscales: Annotated[tuple[Image, ...], BeforeValidator(_many), WrapValidator(_odd)] = ()
+
+
+def images(attributes: Any, where: str) -> tuple[tuple[Image, ...], tuple[str, ...]]:
+    """The multiscales images that a group's attributes list, and notes on what was odd in them.
+
+    OME-Zarr 0.5 keeps them under ``ome``, 0.4 at the top.
+
+    >>> found, notes = images({"multiscales": {"datasets": [{"path": 0}], "axes": None}}, "em.zarr")
+    >>> found[0].datasets[0].path, found[0].axes, notes
+    ('0', (), ())
+    """
+    inner = attributes.get("ome") if isinstance(attributes, dict) else None
+    listed = inner if isinstance(inner, dict) else attributes
+    odd: list[str] = []
+    try:
+        found = _Multiscales.model_validate(listed if isinstance(listed, dict) else {}, context=odd).multiscales
+    except (ValidationError, RecursionError) as error:
+        found, odd = (), [str(error)]
+    return found, tuple(printable(f"{where}: odd OME metadata are left out: {text}"[:300]) for text in odd[:3])
+
+
+# ------------------------------------------------------------------------------------------------------ OME-TIFF, read
+
+
+def tiff_voxel_size_nm(xml: str, where: str) -> tuple[TripleNm | None, tuple[str, ...]]:
+    """Voxel size z y x that the XML of an OME-TIFF file states, and notes on it."""
+    try:
+        pixels = ElementTree.fromstring(xml).find(".//{*}Pixels")
+    except (ElementTree.ParseError, ValueError) as error:
+        return None, (printable(f"{where}: its OME metadata are left out: {error}"[:300]),)
+    if pixels is None:
+        return None, ()
+    lengths = [number(pixels.get(f"PhysicalSize{axis}")) for axis in "ZYX"]
+    return voxel_size_nm(lengths, [pixels.get(f"PhysicalSize{axis}Unit", "µm") for axis in "ZYX"], where)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for all else.
+
+    >>> number("4.0"), number(None), number("many"), number("nan"), number("9" * 9999)
+    (4.0, None, None, None, None)
+    """
+    try:
+        parsed = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
-    return tuple(round(float(s * u), 6) for s, u in zip(size, known, strict=True))
+    return parsed if isfinite(parsed) else None
 
 
-def axis_name(axis: dict) -> str:
-    return "c" if axis.get("type") == "channel" else axis.get("name", "")
-
-
-def tiff_voxel_size_nm(pixels: Any) -> TripleNm | None:
-    sizes = [None if pixels is None else pixels.get(f"PhysicalSize{axis}") for axis in "ZYX"]
-    if None in sizes:
-        return None
-    units = [NM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").lower()) for axis in "ZYX"]
-    known = [unit for unit in units if unit is not None]
-    return tuple(round(float(s) * u, 6) for s, u in zip(sizes, known, strict=True)) if len(known) == 3 else None
+# ---------------------------------------------------------------------------------------------------- OME-Zarr, written
 
 
 def multiscales(
@@ -83,7 +252,7 @@ def multiscales(
     lead = [1.0] * (len(axes) - 3)
     image = {
         "name": name,
-        "axes": [_ome_axis(axis, unit) for axis in axes],
+        "axes": [_written_axis(axis, unit) for axis in axes],
         "datasets": [
             {
                 "path": dataset,
@@ -102,7 +271,7 @@ def multiscales(
     return {"ome": {"version": "0.5", "multiscales": [image], **label}}
 
 
-def _ome_axis(name: str, unit: str) -> dict:
+def _written_axis(name: str, unit: str) -> dict:
     if name in "zyx":
         return {"name": name, "type": "space", **({"unit": unit} if unit else {})}
     return {"name": name, "type": {"c": "channel", "t": "time"}.get(name, "")}

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from volseg.box import Box
-from volseg.config import Probabilities
+from volseg.config import Input, Probabilities
 from volseg.errors import UserError
 from volseg.io import volume
-from volseg.io.header import TripleNm
 from volseg.segmentation.heights import to_uint8
 
 CHANNEL_NAMES = ("mask", "contour", "distance")  # in the order in which a run stores them
@@ -52,9 +51,7 @@ class Channel:
 # ---------------------------------------------------------------- which channel is what
 
 
-def named_channels(
-    path: str, settings: Probabilities, *, dataset: str, voxel_size_nm: TripleNm | None
-) -> tuple[Channel, ...]:
+def named_channels(path: str, settings: Probabilities, source: Input) -> tuple[Channel, ...]:
     """The channels that ``settings`` name, as a run stores them: mask and contour, then a distance where one is given.
 
     Parameters
@@ -63,15 +60,17 @@ def named_channels(
         The volume that holds the mask, and all channels without a path of their own.
     settings
         Numbers of channels, paths of those that lie elsewhere, and which are inverted.
-    dataset, voxel_size_nm
-        As in `volseg.io.volume.open`, of the volume at ``path``.
+    source
+        Array, voxel size and gaps of the volume at ``path``.
 
     Raises
     ------
     UserError
         A channel is not there, the voxels of a volume are no probabilities, or shapes differ.
     """
-    volumes = volume.open_channels(path, dataset=dataset, voxel_size_nm=voxel_size_nm)
+    volumes = volume.open_channels(
+        path, dataset=source.dataset, voxel_size_nm=source.voxel_size_nm, allow_gaps=source.allow_gaps
+    )
     numbers = {
         "mask": settings.mask_channel,
         "contour": settings.contour_channel,
@@ -81,14 +80,16 @@ def named_channels(
     sources = {}
     for name in CHANNEL_NAMES:
         if paths[name]:
-            sources[name] = _select(volume.open_channels(paths[name]), numbers[name], name)
+            sources[name] = _select(
+                volume.open_channels(paths[name], allow_gaps=source.allow_gaps), numbers[name], name
+            )
         elif name == "mask" or numbers[name] is not None:
             sources[name] = _select(volumes, numbers[name], name)
     for name in settings.inverted:
         if name not in sources:
             raise UserError(f"no {name} to invert: give --{name}-channel, or leave out --inverted {name}")
-    for name, source in sources.items():
-        _check_source(name, source, sources["mask"])
+    for name, one in sources.items():
+        _check_source(name, one, sources["mask"])
     channels = [Channel(name, sources.get(name), name in settings.inverted) for name in CHANNEL_NAMES]
     return tuple(channel for channel in channels if channel.source or channel.name == "contour")
 

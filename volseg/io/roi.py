@@ -84,7 +84,8 @@ class RegionOfInterest:
         mask = f"mask {self.mask.path}" if self.mask else ""
         if self.mask and self.factor != (1, 1, 1):
             mask += f" (each voxel stands for {' x '.join(map(str, self.factor))})"
-        return f"wanted are {self.voxels} voxels of box {self.roi}{', ' * bool(mask)}{mask}"
+        nothing = "; nothing is left to segment" if self.voxels == 0 else ""
+        return f"wanted are {self.voxels} voxels of box {self.roi}{', ' * bool(mask)}{mask}{nothing}"
 
 
 def find(settings: Input, shape: Triple, voxel_size_nm: tuple[float, float, float] | None) -> RegionOfInterest | None:
@@ -101,7 +102,7 @@ def find(settings: Input, shape: Triple, voxel_size_nm: tuple[float, float, floa
         raise UserError(f"input.roi = {box} leaves the volume, whose shape is {shown} z y x; give a box inside it")
     if not settings.mask:
         return RegionOfInterest(box, voxels=box.voxels)
-    mask = volume.open(settings.mask)
+    mask = volume.open(settings.mask, allow_gaps=settings.allow_gaps)
     factor = tuple(
         _factor(n, m, size) for n, m, size in zip(shape, mask.shape, _ratio(mask, voxel_size_nm), strict=True)
     )

@@ -4,22 +4,94 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from volseg.box import Box
-from volseg.errors import UserError
+from volseg.errors import UserError, printable
 from volseg.io import files, tiff
-from volseg.io.header import CACHE_BYTES, READS, Header, decoding, reason, shape_text
+from volseg.io.header import CACHE_BYTES, READS, Header, check_shape, decoding, decoding_room, reason, shape_text
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
 
-
 SUFFIXES = (".tif", ".tiff", ".png")
+PNG_TYPES = {"1": "uint8", "L": "uint8", "P": "uint8", "I;16": "uint16", "I": "int32"}  # by Pillow's mode
+PNG_SAMPLES = {"LA": 2, "RGB": 3, "RGBA": 4}
+
+
+def header(path: str, *, several: bool = False, allow_gaps: bool = False) -> Header:
+    """What the headers of all slices in the folder at ``path`` say; refuses several channels unless they may be read."""
+    names = _slice_names(path)
+    if not names:
+        raise UserError(f"folder {path} is neither a zarr nor holds .tif or .png slices; {READS}")
+    kinds = sorted({os.path.splitext(name)[1].lower().replace("tiff", "tif") for name in names})
+    if len(kinds) > 1:
+        raise UserError(f"folder {path} mixes {' and '.join(kinds)} files; keep the slices of one volume alone")
+    gap = missing(names)
+    if gap and not allow_gaps:
+        raise UserError(
+            f"folder {path} {gap}: sections would lie beside each other that do not belong together; add the missing ones, "
+            "or read it so with input.allow_gaps=true"
+        )
+    slices = [_slice(os.path.join(path, name)) for name in names]
+    for name, one in zip(names, slices, strict=True):
+        if one.kind != slices[0].kind:
+            raise UserError(f"slice {os.path.join(path, name)} is {one}, but {names[0]} is {slices[0]}; all slices of a "
+                            "folder must agree")  # fmt: skip
+    first = slices[0]
+    if first.channels > 1 and not several:
+        raise UserError(f"slice {os.path.join(path, names[0])} {first.channels_text}")
+    shape = (len(names), *first.shape)
+    check_shape((*shape, first.channels), path)
+    notes = [f"folder {path} {gap}: its slices are read as neighbors"] if gap else []
+    notes += [f"{note} (and so do {n - 1} other slices)" if n > 1 else note for note, n in _notes(slices)]
+    return Header(
+        "slices",
+        shape,
+        first.dtype,
+        None,
+        (1, *first.shape),
+        channels=first.channels,
+        notes=tuple(printable(note) for note in notes),
+    )
+
+
+def _notes(slices: Sequence[_Slice]) -> list[tuple[str, int]]:
+    """What was decided in any slice, once, and in how many."""
+    said = {one.note.partition(" says ")[2]: one.note for one in reversed(slices) if one.note}
+    counts = Counter(one.note.partition(" says ")[2] for one in slices if one.note)
+    return [(said[text], n) for text, n in counts.items()]
+
+
+def missing(names: Sequence[str]) -> str:
+    """What is missing in the numbers of slices, in words; "" where they have no gap, or are no count of sections.
+
+    >>> missing(["s001.tif", "s002.tif", "s004.tif", "s005.tif"]), missing(["z000.tif", "z010.tif", "z020.tif"])
+    ('has no slice between s002.tif and s004.tif', '')
+    """
+    parts = [re.split(r"(\d+)", os.path.splitext(name)[0]) for name in names]
+    varying = [i for i in range(1, min(map(len, parts)), 2) if len({part[i] for part in parts}) > 1]
+    if len({tuple(part[::2]) for part in parts}) > 1 or len(varying) != 1:
+        return ""
+    numbers = [int(part[varying[0]]) if len(part[varying[0]]) < 20 else 0 for part in parts]
+    steps = [b - a for a, b in pairwise(numbers)]
+    step = min(steps, default=0)
+    gaps = [i for i, n in enumerate(steps) if n != step]
+    if step < 1 or not gaps or 2 * len(gaps) >= len(steps):
+        return ""
+    more = f" and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
+    return f"has no slice between {names[gaps[0]]} and {names[gaps[0] + 1]}{more}"
+
+
+# ------------------------------------------------------------------------------------------------------------- slices
 
 
 @dataclass(frozen=True)
@@ -28,6 +100,16 @@ class _Slice:
 
     shape: tuple[int, int]
     dtype: str
+    channels: int = 1
+    channels_text: str = ""  # why a slice of several channels is no section
+    note: str = ""
+
+    @property
+    def kind(self) -> tuple:
+        return self.shape, self.dtype, self.channels
+
+    def __str__(self) -> str:
+        return f"{shape_text(self.shape)} {self.dtype}" + f" of {self.channels} channels" * (self.channels > 1)
 
 
 class _Folder:
@@ -40,17 +122,17 @@ class _Folder:
         if self.files and self.files[0].lower().endswith(".png"):
             with decoding(os.path.join(path, self.files[0])):
                 first = _slice(os.path.join(path, self.files[0]))
-            nbytes = first.shape[0] * first.shape[1] * np.dtype(first.dtype).itemsize
+            nbytes = prod(first.shape) * first.channels * np.dtype(first.dtype).itemsize
             self._png = lru_cache(maxsize=max(1, CACHE_BYTES // nbytes))(_png)
 
-    def fill(self, plane: np.ndarray, z: int, window: tuple[slice, slice]) -> None:
+    def fill(self, plane: np.ndarray, z: int, window: tuple[slice, slice], channel: int) -> None:
         """``plane`` holds the voxels of slice ``z`` in ``window`` (y x)."""
         file = os.path.join(self.path, self.files[z])
         if not file.lower().endswith(".png"):
-            tiff.pages(file).fill(plane, 0, window)
+            tiff.open_stack(file).fill(plane, 0, window, channel)
             return
-        data = self._png(file)
-        plane[...] = data[window]
+        data = self._png(file, files.stamp(file))[window]
+        plane[...] = data[..., channel] if data.ndim == 3 else data
 
 
 @lru_cache(maxsize=8)
@@ -60,48 +142,41 @@ def _folder(path: str, stamp: Any) -> _Folder:
 
 def _natural(name: str) -> tuple:
     """Sort key by which s2.tif comes before s10.tif."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", name)], name
+    return [_number(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)], name
+
+
+def _number(digits: str) -> int:
+    """The number written so; of too many digits for one, those in front count."""
+    return int(digits[:4000])
 
 
 def _slice_names(path: str) -> list[str]:
+    """Names of the slices in a folder, in natural order; refuses links to nowhere, which are slices that are missing."""
     names = [n for n in os.listdir(path) if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+    for name in sorted(names, key=_natural):
+        file = os.path.join(path, name)
+        if os.path.islink(file) and not os.path.exists(file):
+            raise UserError(f"slice {file} is a link to {os.readlink(file)}, which is not there; {files.FETCH}")
     return sorted((n for n in names if os.path.isfile(os.path.join(path, n))), key=_natural)
 
 
-def header(path: str) -> Header:
-    """What the headers of all slices in the folder at ``path`` say."""
-    names = _slice_names(path)
-    if not names:
-        raise UserError(f"folder {path} is neither a zarr nor holds .tif or .png slices; {READS}")
-    kinds = sorted({os.path.splitext(name)[1].lower().replace("tiff", "tif") for name in names})
-    if len(kinds) > 1:
-        raise UserError(f"folder {path} mixes {' and '.join(kinds)} files; keep the slices of one volume alone")
-    slices = [_slice(os.path.join(path, name)) for name in names]
-    for name, one in zip(names, slices, strict=True):
-        if one != slices[0]:
-            raise UserError(
-                f"slice {os.path.join(path, name)} is {shape_text(one.shape)} {one.dtype}, but {names[0]} is "
-                f"{shape_text(slices[0].shape)} {slices[0].dtype}; all slices of a folder must agree"
-            )
-    shape = (len(names), *slices[0].shape)
-    return Header("slices", shape, slices[0].dtype, None, (1, *slices[0].shape))
-
-
 def _slice(file: str) -> _Slice:
-    """The header of one slice; refuses color and several pages."""
+    """The header of one slice; refuses several pages."""
     if os.path.getsize(file) == 0:
         raise UserError(f"slice {file} is empty (0 bytes); copy it again")
+    files.refuse_pointer(file)
     if not file.lower().endswith(".png"):
-        pages = tiff.pages(file)
-        if pages.shape[0] != 1:
-            raise UserError(f"slice {file} holds {pages.shape[0]} pages; a folder's files hold one section each")
-        return _Slice(pages.shape[1:], pages.dtype)
+        stack = tiff.open_stack(file)
+        if stack.shape[0] != 1:
+            raise UserError(f"slice {file} holds {stack.shape[0]} pages; a folder's files hold one section each")
+        return _Slice(stack.shape[1:], stack.dtype, stack.channels, stack.channels_text(), "".join(stack.notes))
     with decoding(file), files.open_binary(file) as opened:
         image = _png_image(opened)
-        types = {"1": "uint8", "L": "uint8", "P": "uint8", "I;16": "uint16", "I": "int32"}
-        if image.mode not in types:
+        channels = PNG_SAMPLES.get(image.mode, 1)
+        if channels == 1 and image.mode not in PNG_TYPES:
             raise UserError(f"slice {file} is a color image ({image.mode}); convert it to gray values")
-        return _Slice((image.height, image.width), types[image.mode])
+        text = f"is a color image ({image.mode}); convert it to gray values"
+        return _Slice((image.height, image.width), PNG_TYPES.get(image.mode, "uint8"), channels, text)
 
 
 def _png_image(opened: Any) -> Any:
@@ -114,9 +189,26 @@ def _png_image(opened: Any) -> Any:
         raise OSError(reason(error)) from None
 
 
-def _png(file: str) -> np.ndarray:
+def _png(file: str, stamp: Any) -> np.ndarray:
+    """The voxels of a PNG file, y x and samples; ``stamp`` tells a cache of them that the file has changed.
+
+    libpng refuses a file that ends early, of which Pillow gives what there is and zeros. Pillow gives a palette's indices
+    and bits as they are, which libpng turns into colors and 255.
+    """
+    import imagecodecs
+
     with files.open_binary(file) as opened:
-        return np.asarray(_png_image(opened))
+        image = _png_image(opened)
+        samples = PNG_SAMPLES.get(image.mode, 1)
+        nbytes = image.height * image.width * samples * np.dtype(PNG_TYPES.get(image.mode, "uint8")).itemsize
+        with decoding_room(nbytes, file):
+            opened.seek(0)
+            decoded = imagecodecs.png_decode(opened.read())
+            shape = (image.height, image.width, samples)[: 3 if samples > 1 else 2]
+            if image.mode not in ("1", "P") and decoded.shape == shape:
+                return decoded
+            opened.seek(0)
+            return np.asarray(_png_image(opened))
 
 
 def read(volume: Volume, box: Box) -> np.ndarray:
@@ -127,5 +219,5 @@ def read(volume: Volume, box: Box) -> np.ndarray:
         raise UserError(f"{volume.path} held {volume.shape[0]} slices and now holds {len(folder.files)}; start again")
     for z, plane in zip(range(box.start[0], box.stop[0]), out, strict=True):
         with decoding(f"slice {os.path.join(volume.path, folder.files[z])}", box):
-            folder.fill(plane, z, box.slices[1:])
+            folder.fill(plane, z, box.slices[1:], volume.channel)
     return out

@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
 import numpy as np
 
-from volseg.box import Blocks, Box, Triple
-from volseg.errors import UserError
+from volseg.box import Blocks, Box
+from volseg.errors import UserError, printable
 from volseg.io import files, ome
-from volseg.io.axes import MAX_UNNAMED_CHANNELS
 from volseg.io.header import (
     CACHE_BYTES,
     Header,
     TripleNm,
     decoding,
+    decoding_room,
     shape_text,
     voxel_dtype,
 )
+from volseg.io.tiff_layout import layout, logged
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
 
-
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
+WHITE_IS_ZERO = 0  # the photometric interpretation
 
 
 def header(path: str, *, several: bool) -> Header:
     """What the headers of the file at ``path`` say; refuses several channels unless they may be read."""
-    stack = pages(path)
+    stack = open_stack(path)
     if stack.channels > 1 and not several:
         raise UserError(f"{path} {stack.channels_text()}")
     if stack.shape[0] == 1:
@@ -46,120 +43,129 @@ def header(path: str, *, several: bool) -> Header:
         stack.shape,
         stack.dtype,
         stack.voxel_size_nm,
-        stack.chunk,
+        (1, *stack.shape[1:]),
         channels=stack.channels,
         binary=stack.binary,
+        notes=stack.notes,
+        size_notes=stack.size_notes,
     )
 
 
-class Pages:
+class Stack:
     """The sections of one TIFF file: where their bytes lie and how to decode them. Keeps no file open; thread-safe."""
 
     def __init__(self, path: str) -> None:
         import tifffile
 
         self.path = path
-        with decoding(path), tifffile.TiffFile(path) as tif:
-            with _LOGGING, _refusing_broken_chain(path):
-                len(tif.pages)
-            series = _only_series(tif, path)
-            key = series.keyframe
-            self.shape, self.channels, self.layout = _tiff_shape(series, tif, path)
+        with decoding(path), logged() as records, tifffile.TiffFile(path) as tif:
+            self.layout = layout(tif, path, records)
+            key = self.layout.keyframe
+            self.shape, self.channels = self.layout.shape, self.layout.channels
             self.dtype = voxel_dtype(key.dtype, path)
             self.binary = key.dtype.kind == "b"
             self.stored = key.dtype.newbyteorder(tif.byteorder)
-            self.voxel_size_nm = _tiff_nm(tif)
-            self.offset = series.dataoffset  # of all sections when they lie in one piece
-            self.pages = [] if self.offset is not None else list(series.pages)
-            self.final = key.is_final
-            self._check(key, series)
-        segment = max(1, key.nbytes // max(1, len(key.dataoffsets)))
-        self._cached = lru_cache(maxsize=max(1, CACHE_BYTES // segment))(self._decode)
+            self.highest, self.notes = _highest_of_inverted(key, path)
+            self.voxel_size_nm, self.size_notes = _voxel_size_nm(tif, path)
+            self.segment_bytes = _segment_bytes(key)
+            self._check()
+        if records:
+            self.notes = (*self.notes, printable(f"{path} is odd: {records[0].getMessage()[:200]}"))
+        self._cached = lru_cache(maxsize=max(1, CACHE_BYTES // self.segment_bytes))(self._decode)
 
-    @property
-    def chunk(self) -> Triple:
-        return (1, *self.shape[1:])
-
-    def _check(self, key: Any, series: Any) -> None:
+    def _check(self) -> None:
         """Refuses what cannot be decoded, or lies beyond the end of the file."""
         size = os.path.getsize(self.path)
-        if self.offset is not None:
-            if self.offset + int(np.prod(series.shape, dtype=np.int64)) * self.stored.itemsize > size:
+        if self.layout.offset is not None:
+            if self.layout.offset + prod(self.shape) * self.channels * self.stored.itemsize > size:
                 raise UserError(
-                    f"{self.path} is cut short: {size} bytes do not hold {shape_text(series.shape)} voxels; copy it again"
+                    f"{self.path} is cut short: {size} bytes do not hold {shape_text(self.shape)} voxels; copy it again"
                 )
             return
-        count = self.shape[0] * (1 if self.layout == "zs" else self.channels)
-        if len(self.pages) != count or len(key.shape) != 2 + (self.layout == "zs") or None in self.pages:
-            raise UserError(f"{self.path} is laid out in a way volseg does not read; save it as one page per section")
-        for page in self.pages:
-            end = max((a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
+        for page in self.layout.pages:
+            count = len(self._grid(page)) * (self.channels if self.layout.order == "sz" else 1)
+            if min(len(page.dataoffsets), len(page.databytecounts)) < count:
+                raise UserError(
+                    f"{self.path} is damaged: page {page.index} lists {len(page.dataoffsets)} of its {count} pieces; "
+                    "copy it again"
+                )
+            end = max((a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
             if end > size:
                 raise UserError(
                     f"{self.path} is cut short: page {page.index} ends at byte {end} of {size}; copy it again"
                 )
-        if not self.final:
-            self._refuse_unknown_codec(key)
+        if not self.layout.keyframe.is_final:
+            self._refuse_unknown_codec()
 
-    def _refuse_unknown_codec(self, key: Any) -> None:
+    def _refuse_unknown_codec(self) -> None:
         try:
             self._decode(0, 0)
         except Exception as error:  # tifffile has several ways to say that a codec is missing
             if not isinstance(error, ImportError) and not re.search(r"imagecodecs|COMPRESSION\.", str(error)):
                 raise
+            codec = self.layout.keyframe.compression
             raise UserError(
-                f"{self.path} is compressed with {getattr(key.compression, 'name', key.compression)}, which cannot be "
-                "decoded here: pip install imagecodecs, or save it with deflate or without compression"
+                f"{self.path} is compressed with {getattr(codec, 'name', codec)}, which cannot be decoded here: "
+                "pip install imagecodecs, or save it with deflate or without compression"
             ) from None
 
     def channels_text(self) -> str:
         """Why a file of several channels is no volume, and what to do."""
-        if self.layout == "zs":
+        if self.layout.order in ("zs", "sz"):
             return f"is a color image (RGB, {self.channels} samples per voxel); convert it to gray values"
         return f"has {self.channels} channels; save the wanted one alone"
 
     def fill(self, plane: np.ndarray, z: int, window: tuple[slice, slice], channel: int = 0) -> None:
-        """``plane`` holds the voxels of section ``z`` of a channel in ``window`` (y x)."""
-        page = {"zs": z, "zc": z * self.channels + channel, "cz": channel * self.shape[0] + z}[self.layout]
-        sample = channel if self.layout == "zs" else 0
-        if self.offset is not None:
-            step = int(np.prod(self._plane, dtype=np.int64)) * self.stored.itemsize
-            plane[...] = self._map(self.offset + page * step)[window][..., sample]
-        elif self.final and _in_one_piece(self.pages[page]):
-            plane[...] = self._map(self.pages[page].dataoffsets[0])[window][..., sample]
+        """``plane`` holds the voxels of section ``z`` of a channel in ``window`` (y x), as gray values are meant."""
+        sample = channel if self.layout.samples > 1 else 0
+        page = self.layout.page(z, channel)
+        if self.layout.offset is not None:
+            self._fill_from_map(plane, self.layout.offset, self.layout.plane(z, channel), window, sample)
+        elif self.layout.order == "rows":
+            for row, y in zip(plane, range(window[0].start, window[0].stop), strict=True):
+                self._fill_from_segments(row[None], page + y, (slice(0, 1), window[1]), sample)
+        elif (first := _start_of_one_piece(self.layout.pages[page])) is not None:
+            self._fill_from_map(plane, first, channel if self.layout.order == "sz" else 0, window, sample)
         else:
-            self._fill_from_segments(plane, page, window, sample)
+            self._fill_from_segments(plane, page, window, sample, channel if self.layout.order == "sz" else 0)
+        if self.highest is not None:
+            np.subtract(self.highest, plane, out=plane)
 
-    @property
-    def _plane(self) -> Triple:
-        """Shape of one page, y x and samples."""
-        return *self.shape[1:], self.channels if self.layout == "zs" else 1
+    def _fill_from_map(
+        self, plane: np.ndarray, offset: int, number: int, window: tuple[slice, slice], sample: int
+    ) -> None:
+        """From bytes as they lie in the file: plane ``number`` behind ``offset``."""
+        shape = (*self.shape[1:], self.layout.samples)
+        offset += number * prod(shape) * self.stored.itemsize
+        stored = np.memmap(self.path, self.stored, mode="r", offset=offset, shape=shape)
+        plane[...] = stored[window][..., sample]
 
-    def _map(self, offset: int) -> np.ndarray:
-        return np.memmap(self.path, self.stored, mode="r", offset=offset, shape=self._plane)
-
-    def _fill_from_segments(self, plane: np.ndarray, z: int, window: tuple[slice, slice], sample: int) -> None:
-        whole = plane.shape == self.shape[1:] and self.layout != "zs"
+    def _fill_from_segments(
+        self, plane: np.ndarray, page: int, window: tuple[slice, slice], sample: int, layer: int = 0
+    ) -> None:
+        """From the strips or tiles of a page; ``layer`` counts the samples that follow each other in it."""
+        grid = self._grid(self.layout.pages[page])
+        whole = plane.shape == self.shape[1:] and self.layout.samples == 1
         decode = self._decode if whole else self._cached
         want = Box((0, window[0].start, window[1].start), (1, window[0].stop, window[1].stop))
-        for i, have in self._segments(z):
+        for i in grid.overlapping(want):
+            have = grid[i]
             both = want.intersect(have)
-            if both.voxels:
-                data = decode(z, i)
-                plane[both.slices_within(want)[1:]] = (
-                    0 if data is None else data[both.slices_within(have)[1:]][..., sample]
-                )
+            data = decode(page, layer * len(grid) + i)
+            plane[both.slices_within(want)[1:]] = 0 if data is None else data[both.slices_within(have)[1:]][..., sample]
 
-    def _segments(self, z: int) -> Iterator[tuple[int, Box]]:
-        """Number and box of each strip or tile of page ``z``."""
-        key = self.pages[z].keyframe
+    def _grid(self, page: Any) -> Blocks:
+        """The strips or tiles of a page, y x; of a page that is a row of voxels, x alone."""
+        key = page.keyframe
         size = (1, key.tilelength, key.tilewidth) if key.is_tiled else (1, key.rowsperstrip, key.imagewidth)
-        return enumerate(Blocks((1, *self.shape[1:]), size))
+        if self.layout.order == "rows":
+            return Blocks((1, 1, self.shape[2]), (1, 1, size[1]))
+        return Blocks((1, *self.shape[1:]), size)
 
-    def _decode(self, z: int, i: int) -> np.ndarray | None:
-        """Strip or tile ``i`` of page ``z``, y x and samples; None where the file leaves it out (all zero)."""
-        page = self.pages[z]
-        offset, count = page.dataoffsets[i], page.databytecounts[i]
+    def _decode(self, page: int, i: int) -> np.ndarray | None:
+        """Strip or tile ``i`` of a page, y x and samples; None where the file leaves it out (all zero)."""
+        stored = self.layout.pages[page]
+        offset, count = stored.dataoffsets[i], stored.databytecounts[i]
         if not count:
             return None
         with files.open_binary(self.path) as file:
@@ -167,109 +173,83 @@ class Pages:
             raw = file.read(count)
         if len(raw) != count:
             raise OSError(f"strip {i} holds {len(raw)} of {count} bytes")
-        data, _, _ = page.keyframe.decode(raw, i, jpegtables=page.jpegtables)
-        return None if data is None else data[0]
+        with decoding_room(self.segment_bytes, f"a strip of {self.path}"):
+            data, _, _ = stored.keyframe.decode(raw, i, jpegtables=stored.jpegtables)
+        if data is None:
+            return None
+        return data[0].transpose(2, 0, 1) if self.layout.order == "rows" else data[0]
 
 
-def _in_one_piece(page: Any) -> bool:
-    ends = [a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
-    return all(page.databytecounts) and ends[:-1] == list(page.dataoffsets[1:])
+def _start_of_one_piece(page: Any) -> int | None:
+    """Where the voxels of a page begin, if they lie there one after the other as they are."""
+    ends = [a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
+    joined = all(page.databytecounts) and ends[:-1] == list(page.dataoffsets[1:])
+    return page.dataoffsets[0] if page.keyframe.is_final and joined else None
+
+
+def _segment_bytes(key: Any) -> int:
+    """Bytes that a strip or tile decodes to."""
+    shape = (
+        (key.tilelength, key.tilewidth) if key.is_tiled else (min(key.rowsperstrip, key.imagelength), key.imagewidth)
+    )
+    return max(1, prod(shape) * key.samplesperpixel * key.dtype.itemsize)
 
 
 @lru_cache(maxsize=64)
-def _cached_pages(path: str, stamp: Any) -> Pages:
-    return Pages(path)
+def _cached_stack(path: str, stamp: Any) -> Stack:
+    return Stack(path)
 
 
-def pages(path: str) -> Pages:
-    """The pages of the TIFF file at ``path``; their headers are read once, as long as the file does not change."""
-    return _cached_pages(path, files.stamp(path))
+def open_stack(path: str) -> Stack:
+    """The sections of the TIFF file at ``path``; its headers are read once, as long as the file does not change."""
+    return _cached_stack(path, files.stamp(path))
 
 
-_LOGGING = threading.Lock()  # tifffile's log belongs to the whole process
+# ------------------------------------------------------------------------------------------------------------ metadata
 
 
-class _Errors(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.messages: list[str] = []
+def _highest_of_inverted(key: Any, path: str) -> tuple[int | None, tuple[str, ...]]:
+    """The value that becomes 0 in a file in which white is zero, and a note on it; None where black is zero.
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-@contextmanager
-def _refusing_broken_chain(path: str) -> Iterator[None]:
-    """Refuses a file whose list of pages ends in the void: tifffile only logs it, and the volume would be short."""
-    log, errors = logging.getLogger("tifffile"), _Errors()
-    log.addHandler(errors)
-    try:
-        yield
-    finally:
-        log.removeHandler(errors)
-    if errors.messages:
-        raise UserError(f"{path} is cut short or corrupt: {errors.messages[0]}; copy it again")
+    tifffile says so of every bool array, and means True where it stores 1.
+    """
+    if key.photometric != WHITE_IS_ZERO or (key.dtype.kind == "b" and key.software.startswith("tifffile")):
+        return None, ()
+    if key.dtype.kind not in "bu" or key.dtype.itemsize > 2:
+        return None, (printable(f"{path} says that white is zero, which is not applied to {key.dtype} voxels"),)
+    highest = 1 if key.dtype.kind == "b" else 2**key.bitspersample - 1
+    return highest, (printable(f"{path} says that white is zero: its contrast was turned, so that black is"),)
 
 
-def _only_series(tif: Any, path: str) -> Any:
-    """The one stack of equal pages in a file."""
-    if not len(tif.series):
-        raise UserError(f"{path} has no pages; copy it again")
-    if tif.series[0].is_multifile:
-        raise UserError(f"{path} is one of several files of an image; save the sections in one file, or as slices")
-    if tif.pages[0].dtype is None:
-        raise UserError(f"{path} holds {tif.pages[0].bitspersample}-bit voxels; save them as uint8 or uint16")
-    if len(tif.series) > 1:
-        kinds = ", ".join(f"{shape_text(s.shape)} {s.dtype}" for s in tif.series[:3])
-        raise UserError(f"{path} holds {len(tif.series)} kinds of pages ({kinds}); save the sections alone")
-    return tif.series[0]
-
-
-def _tiff_shape(series: Any, tif: Any, path: str) -> tuple[Triple, int, str]:
-    """z y x of a stack of pages, whatever its stack axis is called; its number of channels; and how pages follow each
-    other: "zc" (channels change first), "cz", or "zs" (a page holds all channels of a section)."""
-    sizes = list(zip(series.get_axes(False), series.get_shape(False), strict=True))
-    stack = [(axis, n) for axis, n in sizes if axis not in "YX" and n > 1]
-    names = "".join(axis for axis, n in sizes if axis in "YX" or n > 1)
-    lead = _tiff_channels(stack)
-    depth = [n for i, (_, n) in enumerate(stack) if i != lead]
-    if len(depth) > 1 or not names.endswith("YXS" if "S" in names else "YX"):
-        raise UserError(
-            f"{path} is {len(stack) + 2}-D ({shape_text(series.shape)}, axes {series.axes}); save one z stack of gray pages, "
-            "or several channels with their axes named, such as CZYX"
-        )
-    sections, channels = (depth or [1])[0], 1 if lead is None else stack[lead][1]
-    promised = int((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
-    if promised > max(sections * channels, len(tif.pages)):
-        raise UserError(f"{path} is cut short: it promises {promised} pages and holds {len(tif.pages)}; copy it again")
-    layout = "zs" if "S" in names else "cz" if lead == 0 else "zc"
-    return (sections, dict(sizes)["Y"], dict(sizes)["X"]), channels, layout
-
-
-def _tiff_channels(stack: list[tuple[str, int]]) -> int | None:
-    """Which of the stack axes holds channels: that called C or S, else of two the only one that is short, if not T or Z."""
-    named = [i for i, (axis, _) in enumerate(stack) if axis in "CS"]
-    short = [i for i, (axis, n) in enumerate(stack) if axis not in "TZ" and n <= MAX_UNNAMED_CHANNELS]
-    found = named or (short if len(stack) == 2 else [])
-    return found[0] if len(found) == 1 else None
-
-
-def _tiff_nm(tif: Any) -> TripleNm | None:
-    """Voxel size z y x from OME or ImageJ metadata where all three lengths and their unit are given."""
+def _voxel_size_nm(tif: Any, path: str) -> tuple[TripleNm | None, tuple[str, ...]]:
+    """Voxel size z y x from OME or ImageJ metadata, and notes on it."""
     if tif.is_ome and tif.ome_metadata:
-        return ome.tiff_voxel_size_nm(ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels"))
-    meta = (tif.imagej_metadata or {}) if tif.is_imagej else {}
-    unit = ome.NM_PER_UNIT.get(str(meta.get("unit", "")).lower())
-    per = [tif.pages[0].tags.valueof(name) for name in ("YResolution", "XResolution")]
-    if not unit or not meta.get("spacing") or not all(per) or not all(n and d for n, d in per):
+        return ome.tiff_voxel_size_nm(tif.ome_metadata, path)
+    facts = (tif.imagej_metadata or {}) if tif.is_imagej else {}
+    if not facts:
+        return None, ()
+    unit = str(facts.get("unit", ""))
+    planar = [_length(tif.pages[0].tags.valueof(name)) for name in ("YResolution", "XResolution")]
+    depth = ome.number(facts["spacing"]) if "spacing" in facts else 1.0
+    size, notes = ome.voxel_size_nm((depth, *planar), [unit] * 3, path)
+    if size and "spacing" not in facts:
+        notes = (*notes, printable(f"{path} gives no distance between sections: 1 {unit}, as ImageJ takes it"))
+    return size, notes
+
+
+def _length(resolution: Any) -> float | None:
+    """Units for each voxel, from voxels for each unit as TIFF has it: numerator and denominator."""
+    try:
+        voxels, units = resolution
+        return units / voxels if voxels and units else None
+    except (TypeError, ValueError):
         return None
-    return tuple(round(float(n), 6) for n in (meta["spacing"] * unit, *(d / n * unit for n, d in per)))
 
 
 def read(volume: Volume, box: Box) -> np.ndarray:
     """The voxels of ``box``."""
     out = np.empty(box.shape, volume.dtype)
-    stack = pages(volume.path)
+    stack = open_stack(volume.path)
     for z, plane in zip(range(box.start[0], box.stop[0]), out, strict=True):
         with decoding(f"page {z} of {volume.path}", box):
             stack.fill(plane, z, box.slices[1:], volume.channel)

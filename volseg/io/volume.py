@@ -4,7 +4,7 @@ a folder of slices. Paths are local or fsspec URLs. Arrays from Python become vo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from os import PathLike
 from pathlib import Path
@@ -47,6 +47,7 @@ class Volume:
     channel: int = 0  # which one is read, where several are stored
     channel_axis: int | None = None  # the axis of a zarr array that holds them; TIFF files say it themselves
     binary: bool = False  # stored as bool: voxels are 0 and 1
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what was decided when it was opened, a line each
 
     def read(self, box: Box) -> np.ndarray:
         """The voxels of ``box``.
@@ -84,7 +85,12 @@ def isotropic(voxel_size_nm: TripleNm) -> bool:
 
 
 def open(
-    path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None = None, channel: int | None = None
+    path: str | Path,
+    *,
+    dataset: str = "",
+    voxel_size_nm: TripleNm | None = None,
+    channel: int | None = None,
+    allow_gaps: bool = False,
 ) -> Volume:
     """The volume at ``path``; reads headers only.
 
@@ -99,26 +105,30 @@ def open(
         z y x; overrides what the file says.
     channel
         Which of several channels, counted from 0; None refuses several.
+    allow_gaps
+        Whether a folder of slices may lack some, by its numbers; those there become neighbors.
 
     Raises
     ------
     UserError
         For all that is not a volume.
     """
-    volumes = _volumes(path, dataset, voxel_size_nm, several=channel is not None)
+    volumes = _volumes(path, dataset, voxel_size_nm, several=channel is not None, allow_gaps=allow_gaps)
     if not 0 <= (channel or 0) < len(volumes):
         raise UserError(f"{volumes[0].path} has {len(volumes)} channels, counted from 0; there is no channel {channel}")
     return volumes[channel or 0]
 
 
-def open_channels(path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None = None) -> tuple[Volume, ...]:
+def open_channels(
+    path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None = None, allow_gaps: bool = False
+) -> tuple[Volume, ...]:
     """One volume for each channel at ``path``, in the order stored; a volume without channels comes alone.
 
     The channels of a zarr array lie along the axis called c or channel; of four axes without such a name, along
     the first or the last, whichever has at most `MAX_UNNAMED_CHANNELS` entries. In a TIFF file they are its axis C, its
     samples, or the shorter of two unnamed stack axes. The rest is as in :func:`open`.
     """
-    return _volumes(path, dataset, voxel_size_nm, several=True)
+    return _volumes(path, dataset, voxel_size_nm, several=True, allow_gaps=allow_gaps)
 
 
 def open_volume(
@@ -128,6 +138,7 @@ def open_volume(
     voxel_size_nm: TripleNm | None = None,
     axes: str | Sequence[str] = "",
     channel: int | None = None,
+    allow_gaps: bool = False,
 ) -> Volume | ArrayVolume:
     """The volume in ``source``: a path, a `Volume`, or an array; reads headers only.
 
@@ -136,7 +147,7 @@ def open_volume(
     source
         What :func:`open` takes; or an array of numpy, zarr or dask, or anything with ``shape``, ``dtype`` and slices, with
         axes z y x. A zarr array in a folder or on an object store is opened by its path.
-    dataset, channel
+    dataset, channel, allow_gaps
         As in :func:`open`; an array has no ``dataset``.
     voxel_size_nm
         z y x; overrides what the source says.
@@ -160,7 +171,7 @@ def open_volume(
     ((8, 64, 64), 'uint8', (50.0, 5.0, 5.0))
     """
     if isinstance(source, (str, PathLike)):
-        return open(source, dataset=dataset, voxel_size_nm=voxel_size_nm, channel=channel)
+        return open(source, dataset=dataset, voxel_size_nm=voxel_size_nm, channel=channel, allow_gaps=allow_gaps)
     if isinstance(source, (Volume, ArrayVolume)):
         return replace(source, voxel_size_nm=_size_nm(voxel_size_nm)) if voxel_size_nm else source
     if (stored := arrays.location(source)) is not None:
@@ -214,9 +225,11 @@ def _size_nm(size: Sequence[float] | None) -> TripleNm | None:
     return z, y, x
 
 
-def _volumes(path: str | Path, dataset: str, voxel_size_nm: TripleNm | None, *, several: bool) -> tuple[Volume, ...]:
+def _volumes(
+    path: str | Path, dataset: str, voxel_size_nm: TripleNm | None, *, several: bool, allow_gaps: bool = False
+) -> tuple[Volume, ...]:
     path = files.absolute(path)
-    header = formats.header(path, dataset, several=several)
+    header = formats.header(path, dataset, several=several, allow_gaps=allow_gaps)
     size = _size_nm(voxel_size_nm) or header.voxel_size_nm
     return tuple(
         Volume(
@@ -230,6 +243,7 @@ def _volumes(path: str | Path, dataset: str, voxel_size_nm: TripleNm | None, *, 
             channel=channel,
             channel_axis=header.channel_axis,
             binary=header.binary,
+            notes=header.notes if voxel_size_nm else (*header.notes, *header.size_notes),
         )
         for channel in range(header.channels)
     )

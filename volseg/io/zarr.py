@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 import zarr
 
-from volseg.box import Blocks, Box
-from volseg.errors import UserError
+from volseg.box import Blocks, Box, Triple
+from volseg.errors import UserError, printable
 from volseg.io import arrays, axes, files, ome
-from volseg.io.header import Header, reason, voxel_dtype
+from volseg.io.header import Header, check_shape, decoding_room, reason, shape_text, voxel_dtype
+from volseg.io.voxels import patches
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -24,99 +28,149 @@ def is_zarr(path: str) -> bool:
 def header(path: str, dataset: str, *, several: bool) -> Header:
     """What the array or group at ``path`` says; channels are told only where ``several`` may be read."""
     node = arrays.node(path, dataset)
+    notes: tuple[str, ...] = ()
     if isinstance(node, zarr.Group):
-        dataset = _full_resolution(node, path, dataset)
+        dataset, notes = _full_resolution(node, path, dataset)
         node = arrays.node(path, dataset)
     where = files.join(path, dataset)
     if isinstance(node, zarr.Group):
         raise UserError(f"{where} is a zarr group, not an array{arrays.contents(where)}")
-    image, entry = _multiscales(path, dataset)
+    check_shape(node.shape, where)
+    check_shape(node.chunks, f"a chunk of {where}")
+    if 0 in node.chunks:
+        raise UserError(f"{where} has chunks of {shape_text(node.chunks)}: its metadata are damaged")
+    image, level, odd = _multiscales(path, dataset)
     names = _axis_names(image, node)
     lead = axes.channel_axis(node.shape, names, where) if several else None
     axes.check(node.shape, names, lead, where)
     space = axes.space(node.ndim, lead)
     shape, chunk = (tuple(sizes[axis] for axis in space) for sizes in (node.shape, node.chunks))
-    chunk = tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
+    size, size_notes = image.voxel_size_nm(level, lead, where)
     return Header(
         "zarr",
         shape,
         voxel_dtype(node.dtype, where),
-        ome.voxel_size_nm(image, entry, lead),
-        chunk,
+        size,
+        tuple(min(c, n) for c, n in zip(chunk, shape, strict=True)),
         dataset=dataset,
         channels=1 if lead is None else node.shape[lead],
         channel_axis=lead,
         binary=node.dtype.kind == "b",
+        notes=tuple(dict.fromkeys((*notes, *odd, *_nothing_stored(path, dataset, shape, lead)))),
+        size_notes=size_notes,
     )
 
 
-def _full_resolution(group: zarr.Group, path: str, dataset: str) -> str:
-    """Path of the first dataset of a multiscales group; for a volseg run, of its labels."""
-    if (
-        not dataset
-        and files.exists(files.join(path, "run.json"))
-        and files.exists(files.join(path, "labels/instances/0"))
-    ):
-        return "labels/instances/0"
-    images = ome.metadata(group.attrs.asdict()).get("multiscales") or [{}]
-    datasets = images[0].get("datasets") or []
-    if not datasets:
-        raise UserError(f"zarr group {files.join(path, dataset)} has no OME-Zarr multiscales{arrays.contents(path)}")
-    return "/".join(key for key in (dataset.strip("/"), datasets[0]["path"].strip("/")) if key)
+def _full_resolution(group: zarr.Group, path: str, dataset: str) -> tuple[str, tuple[str, ...]]:
+    """Path of the first dataset of a multiscales group, or of a volseg run's labels; and what was odd in its metadata."""
+    run, labels = files.join(path, "run.json"), files.join(path, "labels/instances/0")
+    if not dataset and files.exists(run) and files.exists(labels):
+        return "labels/instances/0", ()
+    where = files.join(path, dataset)
+    images, notes = ome.images(group.attrs.asdict(), where)
+    if not images or not images[0].datasets or not images[0].datasets[0].path.strip("/"):
+        odd = "".join(f"; {note}" for note in notes[:1])
+        raise UserError(f"zarr group {where} has no OME-Zarr multiscales{arrays.contents(path)}{odd}")
+    return files.join_keys(dataset, images[0].datasets[0].path), notes
 
 
-def _multiscales(path: str, dataset: str) -> tuple[dict, dict]:
-    """The multiscales image that lists an array as one of its levels, and its entry; empty when none does."""
+def _multiscales(path: str, dataset: str) -> tuple[ome.Image, ome.Dataset, tuple[str, ...]]:
+    """The multiscales image that lists an array as one of its levels, the level, and what was odd; empty when none does."""
     keys = dataset.strip("/").split("/") if dataset else []
     above = [(files.join(path, *keys[:i]), "/".join(keys[i:])) for i in reversed(range(len(keys)))]
     for root, name in above or [path.rpartition("/")[::2]]:
-        for image in _images(root):
-            for entry in image.get("datasets", []):
-                if entry.get("path", "").strip("/") == name:
-                    return image, entry
-    return {}, {}
+        images, notes = _images(root)
+        for image in images:
+            for level in image.datasets:
+                if level.path.strip("/") == name:
+                    return image, level, notes
+    return ome.Image(), ome.Dataset(), ()
 
 
-def _images(root: str) -> list[dict]:
+def _images(root: str) -> tuple[tuple[ome.Image, ...], tuple[str, ...]]:
     """The multiscales of the group at ``root``; none where there is no group."""
     if not root or root.endswith(":/"):
-        return []
+        return (), ()
     try:
-        return ome.metadata(arrays.node(root).attrs.asdict()).get("multiscales") or []
+        return ome.images(arrays.node(root).attrs.asdict(), root)
     except UserError:
-        return []
+        return (), ()
 
 
-def _axis_names(image: dict, array: zarr.Array) -> list[str]:
+def _axis_names(image: ome.Image, array: zarr.Array) -> list[str]:
     """Names of the array's axes: from OME metadata, else from zarr 3's own."""
-    names = [axis if isinstance(axis, str) else ome.axis_name(axis) for axis in image.get("axes", [])]
+    names = image.axis_names
     if not names and array.metadata.zarr_format == 3:
-        names = list(array.metadata.dimension_names or ())
+        names = [name if isinstance(name, str) else "" for name in array.metadata.dimension_names or ()]
     return axes.axis_names(names, array.ndim)
+
+
+def _nothing_stored(path: str, dataset: str, shape: Triple, channel_axis: int | None) -> list[str]:
+    """A note where not a single chunk is stored: a copy that took the metadata alone, or keys of another kind."""
+    array = arrays.cached_array(path, dataset)
+    stored = array.shards or array.chunks
+    grid = Blocks(shape, tuple(stored[axis] for axis in axes.space(array.ndim, channel_axis)))
+    places = {i for box in patches(shape) for i in grid.overlapping(box)}
+    keys = (array.metadata.encode_chunk_key(axes.index(array.ndim, grid.coords(i), channel_axis)) for i in places)
+    if arrays.stores_chunks(array, path, dataset, keys):
+        return []
+    value = array.metadata.fill_value
+    return [printable(f"{files.join(path, dataset)} stores no chunk: every voxel is its fill value, {value!s}")]
 
 
 def read(volume: Volume, box: Box) -> np.ndarray:
     """The voxels of ``box``; names the first chunk that cannot be read."""
     array = arrays.cached_array(volume.path, volume.dataset)
+    where = files.join(volume.path, volume.dataset)
     try:
-        data = np.asarray(array[axes.index(array.ndim, box.slices, volume.channel_axis, volume.channel)])
+        with decoding_room(prod(array.chunks) * array.dtype.itemsize, f"a chunk of {where}"):
+            data = _voxels(volume, array, box)
     except Exception as error:  # a damaged chunk raises whatever its codec raises
-        where = _damaged_chunk(volume, array, box) or f"box {box}"
+        if isinstance(error, UserError):
+            raise
+        chunk = _damaged_chunk(volume, array, box) or f"box {box}"
         raise UserError(
-            f"cannot read {files.join(volume.path, volume.dataset)} in box {box}: {where}: {reason(error)}; "
+            f"cannot read {where} in box {box}: {chunk}: {reason(error)}; "
             "the data is damaged or unreachable: copy it again or make it anew"
         ) from error
     return np.ascontiguousarray(data, dtype=volume.dtype)
 
 
-def _damaged_chunk(volume: Volume, array: zarr.Array, box: Box) -> str:
-    """The key of the first stored object under ``box`` that cannot be read; "" when each can, on its own."""
-    space, stored = axes.space(array.ndim, volume.channel_axis), array.shards or array.chunks
-    grid = Blocks(volume.shape, tuple(stored[axis] for axis in space))
+def _voxels(volume: Volume, array: zarr.Array, box: Box) -> np.ndarray:
+    index = axes.index(array.ndim, box.slices, volume.channel_axis, volume.channel)
+    if arrays.is_local(array):
+        folder = files.join(volume.path, volume.dataset)
+        for key, origin in _stored_objects(volume, array, box):
+            arrays.check_chunk(array, folder, key, partial(_meets, array, index, origin))
+    return np.asarray(array[index])
+
+
+def _stored_objects(volume: Volume, array: zarr.Array, box: Box) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Key and first index of each stored object (a chunk or a shard) that holds voxels of ``box``."""
+    stored = array.shards or array.chunks
+    grid = Blocks(volume.shape, tuple(stored[axis] for axis in axes.space(array.ndim, volume.channel_axis)))
     row = 0 if volume.channel_axis is None else volume.channel // stored[volume.channel_axis]
     for i in grid.overlapping(box):
+        coords = axes.index(array.ndim, grid.coords(i), volume.channel_axis, row)
+        yield array.metadata.encode_chunk_key(coords), tuple(c * n for c, n in zip(coords, stored, strict=True))
+
+
+def _meets(array: zarr.Array, index: tuple, origin: tuple[int, ...], place: tuple[int, ...]) -> bool:
+    """Whether a chunk, ``place`` chunks from the first index of its shard, holds voxels of ``index``."""
+    starts = [o + p * n for o, p, n in zip(origin, place, array.chunks, strict=True)]
+    spans = [(i.start, i.stop) if isinstance(i, slice) else (i, i + 1) for i in index]
+    return all(a < start + n and start < b for (a, b), start, n in zip(spans, starts, array.chunks, strict=True))
+
+
+def _damaged_chunk(volume: Volume, array: zarr.Array, box: Box) -> str:
+    """The key of the first stored object under ``box`` that cannot be read; "" when each can, on its own."""
+    space = axes.space(array.ndim, volume.channel_axis)
+    stored = array.shards or array.chunks
+    for key, origin in _stored_objects(volume, array, box):
+        start = tuple(origin[axis] for axis in space)
+        part = Box(start, tuple(origin[axis] + stored[axis] for axis in space)).intersect(box)
         try:
-            array[axes.index(array.ndim, grid[i].intersect(box).slices, volume.channel_axis, volume.channel)]
+            _voxels(volume, array, part)
         except Exception:  # the caller tells the cause
-            return array.metadata.encode_chunk_key(axes.index(array.ndim, grid.coords(i), volume.channel_axis, row))
+            return key
     return ""

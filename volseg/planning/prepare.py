@@ -176,7 +176,12 @@ def _begun_engine(out: str, config: Config, path: Path) -> Engine | None:
 def try_backends(path: str, config: Config) -> list[probe.Row]:
     """Speed and distance from float32 of every backend and precision that could run the volume at ``path`` here."""
     folder.refuse_run(path)
-    source = volume.open(path, dataset=config.input.dataset, voxel_size_nm=config.input.voxel_size_nm)
+    source = volume.open(
+        path,
+        dataset=config.input.dataset,
+        voxel_size_nm=config.input.voxel_size_nm,
+        allow_gaps=config.input.allow_gaps,
+    )
     file = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(file)
     batch = sample_tiles(source, card, config, normalization(source.shape, source.read))

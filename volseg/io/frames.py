@@ -1,0 +1,177 @@
+"""How large a compressed chunk becomes, before it is decoded: 61 kB of zstd may stand for 4 GB.
+
+Decoders make room for whatever a chunk's bytes say. Here that is held against the size of a chunk in the array's metadata.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import (
+    BloscCodec,
+    Crc32cCodec,
+    GzipCodec,
+    ShardingCodec,
+    ShardingCodecIndexLocation,
+    ZstdCodec,
+)
+
+BLOCK = 128 << 10  # bytes that a block of zstd decodes to, at most
+DEFLATE_RATIO = 1032  # bytes that deflate makes of one, at most
+SMALL = 256 << 20  # bytes that may be decoded in any case
+STEP = 1 << 20  # bytes decoded at once to count them
+ABSENT = 2**64 - 1  # the offset of a chunk that a shard does not hold
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How the chunks of an array are compressed."""
+
+    codec: str  # "zstd", "gzip", "zlib", "bz2", "lzma", "blosc" or "lz4"
+    trailer: int  # bytes of a checksum behind the frame
+    limit: int  # bytes that a chunk may decode to: filters, which run before the compressor, may have made it larger
+
+    def too_large(self, data: bytes) -> bool:
+        """Whether the chunk in ``data`` decodes to more than it may."""
+        frame = data[: len(data) - self.trailer]
+        return SIZES[self.codec](frame, self.limit) > self.limit
+
+
+def compression(array: zarr.Array) -> Compression | None:
+    """How the chunks of an array are compressed; None where that bounds their size, or is unknown."""
+    codec, trailer = _codec(array.metadata)
+    if codec not in SIZES:
+        return None
+    return Compression(codec, trailer, 8 * prod(array.chunks) * array.dtype.itemsize + (1 << 20))
+
+
+def sharding(metadata: Any) -> ShardingCodec | None:
+    """The codec that packs the chunks of a zarr 3 array into shards; None where each chunk is an object of its own."""
+    codecs = metadata.codecs if metadata.zarr_format == 3 else ()
+    return codecs[-1] if codecs and isinstance(codecs[-1], ShardingCodec) else None
+
+
+def _codec(metadata: Any) -> tuple[str, int]:
+    """Name of the last compressor, and bytes of the checksum behind it."""
+    if metadata.zarr_format == 2:
+        return getattr(metadata.compressor, "codec_id", ""), 0
+    shards = sharding(metadata)
+    codecs = list(shards.codecs if shards else metadata.codecs)
+    trailer = 0
+    while isinstance(codecs[-1], Crc32cCodec):
+        codecs.pop()
+        trailer += 4
+    for kind, name in ((ZstdCodec, "zstd"), (GzipCodec, "gzip"), (BloscCodec, "blosc")):
+        if isinstance(codecs[-1], kind):
+            return name, trailer
+    return getattr(codecs[-1], "codec_name", "").removeprefix("numcodecs."), trailer
+
+
+def _zstd_size(data: bytes, limit: int) -> int:
+    """An upper bound of what all frames in ``data`` decode to, from the headers of their blocks (RFC 8878)."""
+    total, at = 0, 0
+    while at + 6 <= len(data) and total <= limit:
+        magic = int.from_bytes(data[at : at + 4], "little")
+        if magic & 0xFFFFFFF0 == 0x184D2A50:  # a skippable frame
+            at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+            continue
+        if magic != 0xFD2FB528:
+            break  # the decoder refuses it
+        descriptor = data[at + 4]
+        single = descriptor >> 5 & 1
+        fields = (1 - single) + (0, 1, 2, 4)[descriptor & 3] + ((1 if single else 0), 2, 4, 8)[descriptor >> 6]
+        at += 5 + fields
+        last = False
+        while not last and at + 3 <= len(data) and total <= limit:
+            header = int.from_bytes(data[at : at + 3], "little")
+            last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+            total += BLOCK if kind == 2 else size
+            at += 3 + (1 if kind == 1 else size)
+        at += 4 * (descriptor >> 2 & 1)
+    return total if total <= limit else _zstd_size_counted(data, limit)
+
+
+def _zstd_size_counted(data: bytes, limit: int) -> int:
+    """The same for blocks that may be smaller than they could be: decoded, into as much room as they may fill."""
+    import imagecodecs
+
+    try:
+        return len(imagecodecs.zstd_decode(data, out=limit))
+    except imagecodecs.ZstdError:
+        return limit + 1
+
+
+def _deflate_size(data: bytes, limit: int) -> int:
+    if len(data) * DEFLATE_RATIO <= max(limit, SMALL):
+        return 0
+    total, rest = 0, data
+    while rest and total <= limit:
+        stream = zlib.decompressobj(47)  # gzip or zlib, whichever the header says
+        while not stream.eof and total <= limit:
+            try:
+                step = len(stream.decompress(rest, STEP))
+            except zlib.error:
+                return total  # the decoder refuses it
+            total, rest = total + step, stream.unconsumed_tail
+            if not step and not rest:
+                return total
+        rest = stream.unused_data
+    return total
+
+
+def _stream_size(stream: Any, data: bytes, limit: int) -> int:
+    total = len(stream.decompress(data, STEP))
+    while not stream.eof and not stream.needs_input and total <= limit:
+        total += len(stream.decompress(b"", STEP))
+    return total
+
+
+def _bz2_size(data: bytes, limit: int) -> int:
+    try:
+        return _stream_size(bz2.BZ2Decompressor(), data, limit)
+    except (OSError, EOFError):
+        return 0  # the decoder refuses it
+
+
+def _lzma_size(data: bytes, limit: int) -> int:
+    try:
+        return _stream_size(lzma.LZMADecompressor(), data, limit)
+    except lzma.LZMAError:
+        return 0  # the decoder refuses it, or its stream has no header
+
+
+SIZES = {
+    "zstd": _zstd_size,
+    "gzip": _deflate_size,
+    "zlib": _deflate_size,
+    "bz2": _bz2_size,
+    "lzma": _lzma_size,
+    "blosc": lambda data, limit: int.from_bytes(data[4:8], "little"),
+    "lz4": lambda data, limit: int.from_bytes(data[:4], "little"),
+}
+
+
+def shard_ranges(
+    shards: ShardingCodec, shard_shape: tuple[int, ...], size: int, read: Callable[[int, int], bytes]
+) -> dict[tuple[int, ...], tuple[int, int]]:
+    """Offset and length of each chunk that a shard of ``size`` bytes holds, by its place in the shard.
+
+    ``read(offset, length)`` gives bytes of the shard.
+    """
+    grid = tuple(n // c for n, c in zip(shard_shape, shards.chunk_shape, strict=True))
+    length = 16 * prod(grid) + 4 * sum(isinstance(codec, Crc32cCodec) for codec in shards.index_codecs)
+    at_end = shards.index_location == ShardingCodecIndexLocation.end
+    index = read(size - length if at_end else 0, length) if length <= size else b""
+    if len(index) != length:
+        return {}  # cut short: the decoder refuses it
+    numbers = np.frombuffer(index, "<u8", 2 * prod(grid)).reshape(*grid, 2)
+    ranges = {place: (int(numbers[place][0]), int(numbers[place][1])) for place in np.ndindex(*grid)}
+    return {place: span for place, span in ranges.items() if span[0] != ABSENT}
