@@ -37,15 +37,15 @@ def blockwise(height, rules, block, **options):
         label = label_basins(basins, rules)
         return paint(grid, regions, [label[basin] for basin in basin_of])
     parts = [holes.block_holes(region, box, height.shape) for region, box in zip(regions, grid, strict=True)]
-    contacts_over_faces = [holes.face_contacts(i, parts.__getitem__, grid) for i in range(len(grid))]
-    full, hole_of = holes.gather(parts, contacts_over_faces, basin_of)
+    contacts = [holes.face_contacts(i, parts.__getitem__, grid) for i in range(len(grid))]
+    full, hole_of = holes.gather(parts, contacts, basin_of)
     label, count = label_basins(basins, rules, full), basins.minimum.size
     places = [np.r_[basin, count + hole] for basin, hole in zip(basin_of, hole_of, strict=True)]
     return paint(grid, map(holes.number_holes, regions), [label[place] for place in places])
 
 
 def treewise(height, rules, block, *, connectivity=6, shuffle=None, **options):
-    """Labels by `tree`, the parts of each level in any order and some of them twice."""
+    """Labels by `hierarchy`, the parts of each level in any order and some of them twice."""
     grid, regions, tables, links = cut(height, block, connectivity=connectivity, **options)
     graphs, done, destinations = {}, {}, {}
     for step in range(hierarchy.top_level(grid) + 1):

@@ -44,7 +44,7 @@ def markers(out, stage):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run in blocks that cut cavities, none of them filled."""
-    folder = tmp_path_factory.mktemp("voids")
+    folder = tmp_path_factory.mktemp("holes")
     tifffile.imwrite(folder / "mask.tif", volume_with_cavities(), photometric="minisblack")
     out = str(folder / "run.volseg.zarr")
     config = load(sets=[*PLAIN, "blocks.shape=[8, 25, 33]"])

@@ -40,11 +40,11 @@ def rank_components(component: np.ndarray, first: np.ndarray) -> tuple[np.ndarra
     >>> rank_components(np.array([7, 3, 7]), np.array([5, 4, 2]))
     (array([0, 1, 0]), array([2, 4]))
     """
-    names, group = np.unique(component, return_inverse=True)
-    group_first = min_by_group(first, group, names.size)
+    ids, group = np.unique(component, return_inverse=True)
+    group_first = min_by_group(first, group, ids.size)
     order = np.argsort(group_first)
-    rank = np.empty(names.size, np.int64)
-    rank[order] = np.arange(names.size)
+    rank = np.empty(ids.size, np.int64)
+    rank[order] = np.arange(ids.size)
     return rank[group], group_first[order]
 
 
@@ -175,32 +175,32 @@ def agglomerate(
     >>> agglomerate(*ring, limit=8)
     [(0, 1, 2, 8, 0), (0, 2, 2, 15, 1)]
     """
-    near: dict[int, dict[int, tuple[int, int, int]]] = {}
+    neighbors: dict[int, dict[int, tuple[int, int, int]]] = {}
     for p, q, n, h, e in _within_reach(low, high, area, height, row, limit):
-        near.setdefault(p, {})[q] = near.setdefault(q, {})[p] = (n, h, e)
-    waiting = [
+        neighbors.setdefault(p, {})[q] = neighbors.setdefault(q, {})[p] = (n, h, e)
+    queue = [
         (_exact_mean(n, h), p, q)
-        for p, others in near.items()
+        for p, others in neighbors.items()
         for q, (n, h, _) in others.items()
         if p < q and _is_within(n, h, limit)
     ]
-    heapq.heapify(waiting)
+    heapq.heapify(queue)
     joins = []
-    while waiting:
-        mean, p, q = heapq.heappop(waiting)
-        border = near.get(p, {}).get(q)
+    while queue:
+        mean, p, q = heapq.heappop(queue)
+        border = neighbors.get(p, {}).get(q)
         if border is None or not border[0] or _exact_mean(*border[:2]) != mean:
             continue  # one side has joined another since
         joins.append((p, q, *border))
-        del near[p][q]
-        for r, (n, h, e) in near.pop(q).items():
+        del neighbors[p][q]
+        for r, (n, h, e) in neighbors.pop(q).items():
             if r == p:
                 continue
-            del near[r][q]
-            m, g, f = near[p].get(r, (0, 0, e))
-            near[p][r] = near[r][p] = (m + n, g + h, min(e, f))
+            del neighbors[r][q]
+            m, g, f = neighbors[p].get(r, (0, 0, e))
+            neighbors[p][r] = neighbors[r][p] = (m + n, g + h, min(e, f))
             if _is_within(m + n, g + h, limit):
-                heapq.heappush(waiting, (_exact_mean(m + n, g + h), min(p, r), max(p, r)))
+                heapq.heappush(queue, (_exact_mean(m + n, g + h), min(p, r), max(p, r)))
     return joins
 
 

@@ -121,7 +121,7 @@ def watershed_block(
     is_exit = raster.is_halo(roots)
     region.ravel()[roots[is_exit]] = 0  # so that only voxels of the block have a region
     core, voxels, first, probability_sum = _measure(region, probability, roots.size, spans)
-    ahead = steps[len(steps) // 2 :]
+    forward = steps[len(steps) // 2 :]
     has_block = [(start > 0, stop < n) for start, stop, n in zip(box.start, box.stop, shape, strict=True)]
     face = _face_voxels(region, np.array(has_block), spans)
     table = BlockBasins(
@@ -131,8 +131,8 @@ def watershed_block(
         voxels=voxels,
         first=raster.in_volume(first),
         probability_sum=probability_sum,
-        edges=_inner_edges(region, height, roots.size, raster, ahead, spans),
-        crossing_edges=_crossing_edges(region, height, raster, ahead, face),
+        edges=_inner_edges(region, height, roots.size, raster, forward, spans),
+        crossing_edges=_crossing_edges(region, height, raster, forward, face),
         face_voxel=raster.in_volume(face),
         face_region=region.ravel()[face],
     )
@@ -193,10 +193,10 @@ def _masked_spans(height: np.ndarray) -> np.ndarray:
     spans = np.zeros((nz, ny, 2), np.int32)
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
-            least = np.int32(OUTSIDE)
+            lowest_in_row = np.int32(OUTSIDE)
             for x in range(1, nx - 1):
-                least = min(least, height[z, y, x])
-            if least == OUTSIDE:
+                lowest_in_row = min(lowest_in_row, height[z, y, x])
+            if lowest_in_row == OUTSIDE:
                 continue
             first, last = 1, nx - 1
             while height[z, y, first] == OUTSIDE:
@@ -324,12 +324,12 @@ def _face_voxels(region: np.ndarray, has_block: np.ndarray, spans: np.ndarray) -
 
 
 def _inner_edges(
-    region: np.ndarray, height: np.ndarray, regions: int, raster: _Raster, ahead: tuple[int, ...], spans: np.ndarray
+    region: np.ndarray, height: np.ndarray, regions: int, raster: _Raster, forward: tuple[int, ...], spans: np.ndarray
 ) -> np.ndarray:
     """EDGE rows, one for each pair of regions that touch inside the block, sorted by pair."""
     capacity = max(1024, 1 << (8 * regions).bit_length())  # a basin has two or three neighbors: mostly enough at once
     while True:
-        used, pairs, saddles = _collect_pairs(region, height, ahead, spans, capacity)
+        used, pairs, saddles = _collect_pairs(region, height, forward, spans, capacity)
         if used <= capacity // 2:
             break
         capacity *= 4
@@ -347,11 +347,11 @@ def _inner_edges(
 # Invariant: row k is the k-th pair that was met, and complete for all voxels visited.
 @njit(cache=True, nogil=True)
 def _collect_pairs(
-    region: np.ndarray, height: np.ndarray, ahead: tuple[int, ...], spans: np.ndarray, capacity: int
+    region: np.ndarray, height: np.ndarray, forward: tuple[int, ...], spans: np.ndarray, capacity: int
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """Touching pairs in the order in which they are met: how many, ``a << 32 | b``, and `SADDLE_ORDER`, area, height.
 
-    ``ahead`` are the steps to the neighbors behind a voxel in linear order; only those along an axis share a face with it.
+    ``forward`` are the steps to the neighbors behind a voxel in linear order; only those along an axis share a face with it.
     Stops early once the table is more than half full: the caller tries again with a larger one.
     """
     nz, ny, nx = region.shape
@@ -367,8 +367,8 @@ def _collect_pairs(
                 p = regions[v]
                 if p == 0:
                     continue
-                for d in range(len(ahead)):
-                    u = v + ahead[d]
+                for d in range(len(forward)):
+                    u = v + forward[d]
                     q = regions[u]
                     if q == 0 or q == p:
                         continue
@@ -406,7 +406,7 @@ def _precedes(high: int, high_voxel: int, low: int, low_voxel: int, saddle: np.n
 
 
 def _crossing_edges(
-    region: np.ndarray, height: np.ndarray, raster: _Raster, ahead: tuple[int, ...], face: np.ndarray
+    region: np.ndarray, height: np.ndarray, raster: _Raster, forward: tuple[int, ...], face: np.ndarray
 ) -> np.ndarray:
     """EDGE rows from the masked voxels of ``face`` to the masked voxels ahead of them that lie outside the block.
 
@@ -415,7 +415,7 @@ def _crossing_edges(
     flat = height.ravel()
     _, ny, nx = height.shape
     rows = [np.empty(0, EDGE)]
-    for step in ahead:
+    for step in forward:
         inner = face[raster.is_halo(face + step) & (flat[face + step] != OUTSIDE)]
         outer = inner + step
         high = np.where(flat[inner] > flat[outer], inner, outer)

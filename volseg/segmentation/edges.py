@@ -281,9 +281,9 @@ def permute(rows: np.ndarray, positions: np.ndarray) -> None:
     for first in range(rows.size):
         if positions[first] == first:
             continue
-        spare, to = rows[first : first + 1].copy(), first
-        while positions[to] != first:
-            rows[to] = rows[positions[to]]
-            positions[to], to = to, positions[to]
-        rows[to] = spare[0]
-        positions[to] = to
+        spare, target = rows[first : first + 1].copy(), first
+        while positions[target] != first:
+            rows[target] = rows[positions[target]]
+            positions[target], target = target, positions[target]
+        rows[target] = spare[0]
+        positions[target] = target

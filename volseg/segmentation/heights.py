@@ -240,10 +240,10 @@ def _smoothed_heights(
     probability: np.ndarray, in_volume: Slices, settings: Fragments, unit: DistanceUnit
 ) -> np.ndarray:
     """Heights where the filter fits; ``in_volume`` cuts out the part of them that lies in the volume."""
-    mask_probability, least = np.ascontiguousarray(probability[0]), mask_level(settings.threshold)
-    near_mask = _reachable(mask_probability, settings.smooth, -(-least // STEPS_PER_VALUE))
+    mask_probability, min_level = np.ascontiguousarray(probability[0]), mask_level(settings.threshold)
+    near_mask = _reachable(mask_probability, settings.smooth, -(-min_level // STEPS_PER_VALUE))
     level = _smooth(mask_probability, settings.smooth, near_mask)
-    mask = level >= least
+    mask = level >= min_level
     in_mask = _stretches_with(mask.view(np.uint8), np.uint8(1))
 
     def smooth(field: np.ndarray) -> np.ndarray:
@@ -262,7 +262,7 @@ def _smoothed_heights(
         return compose(smooth(probability[2]), squared_distance(mask, in_volume, unit), MAX_LEVEL, max_squared)
     inside = smooth(_less_contour(probability, round(settings.contour * 256))) if settings.contour else level
     if settings.height == "distance":
-        body = mask & (inside >= least)
+        body = mask & (inside >= min_level)
         return compose(squared_distance(body, in_volume, unit), inside, max_squared, MAX_LEVEL)
     return compose(inside, squared_distance(mask, in_volume, unit), MAX_LEVEL, max_squared)
 
@@ -287,15 +287,15 @@ def _subtract(mask: np.ndarray, contour: np.ndarray, weight: int) -> np.ndarray:
 # the result may matter. A mean is at most the greatest of what it is a mean of: what is left out is below the threshold.
 
 
-def _reachable(field: np.ndarray, passes: Triple, least: int) -> np.ndarray:
-    """The stretches in which `_smooth` may give ``least`` or more; bool (z, y, stretches)."""
+def _reachable(field: np.ndarray, passes: Triple, min_value: int) -> np.ndarray:
+    """The stretches in which `_smooth` may give ``min_value`` or more; bool (z, y, stretches)."""
     z, y, x = (n - 2 * p for n, p in zip(field.shape, passes, strict=True))
-    return _dilate(_stretches_with(field, np.uint8(least)), z, y, -(-x // STRETCH_VOXELS))
+    return _dilate(_stretches_with(field, np.uint8(min_value)), z, y, -(-x // STRETCH_VOXELS))
 
 
 @njit(cache=True, nogil=True)
-def _stretches_with(field: np.ndarray, least: int) -> np.ndarray:
-    """The stretches that hold a voxel of ``least`` or more. A row is compared first, then read eight voxels at once."""
+def _stretches_with(field: np.ndarray, min_value: int) -> np.ndarray:
+    """The stretches that hold a voxel of ``min_value`` or more. A row is compared first, then read eight voxels at once."""
     nz, ny, nx = field.shape
     out = np.zeros((nz, ny, (nx + STRETCH_VOXELS - 1) // STRETCH_VOXELS), np.bool_)
     padded = np.zeros(out.shape[2] * STRETCH_VOXELS, np.uint8)
@@ -304,7 +304,7 @@ def _stretches_with(field: np.ndarray, least: int) -> np.ndarray:
         for y in range(ny):
             row, stretches = field[z, y], out[z, y]
             for x in range(row.size):
-                reached[x] = row[x] >= least
+                reached[x] = row[x] >= min_value
             for s in range(stretches.size):
                 word = words[s, 0]
                 for k in range(1, STRETCH_VOXELS // 8):
@@ -380,14 +380,14 @@ def _sum_columns(
     columns: int,
 ) -> None:
     """Row ``y`` of the plane holds the sums over z in all stretches from ``first`` to ``stop``."""
-    s, until = first // STRETCH_VOXELS, (stop - 1) // STRETCH_VOXELS + 1
+    s, end = first // STRETCH_VOXELS, (stop - 1) // STRETCH_VOXELS + 1
     row = y * columns
-    while s < until:
+    while s < end:
         if summed[y, s]:
             s += 1
             continue
         begin = row + s * STRETCH_VOXELS
-        while s < until and not summed[y, s]:
+        while s < end and not summed[y, s]:
             summed[y, s] = True
             s += 1
         _filter(

@@ -308,7 +308,7 @@ def join(below: Iterable[Graph], grid: Blocks, level: int, n: int) -> Graph:
     """
     sums: dict[str, list[np.ndarray]] = {field: [] for field in SUMS}
     inner, outer = [np.empty(0, INNER)], [np.empty(0, OUTER)]
-    ahead: dict[tuple[int, int], np.ndarray] = {}  # by pair of children: what the first lists of the second
+    claims: dict[tuple[int, int], np.ndarray] = {}  # by pair of children: what the first lists of the second
     answers: dict[tuple[int, int], np.ndarray] = {}  # and the second of the first
     siblings, graphs, count = children(grid, level, n), iter(below), 0
     for child in siblings:
@@ -323,12 +323,12 @@ def join(below: Iterable[Graph], grid: Blocks, level: int, n: int) -> Graph:
         outer.append(rows[~np.isin(part, siblings)])
         for sibling in siblings:
             if sibling > child:
-                ahead[child, sibling] = rows[part == sibling]
+                claims[child, sibling] = rows[part == sibling]
             elif sibling < child:
                 answers[sibling, child] = rows[part == sibling][ANSWER_FIELDS].astype(ANSWER)
         del rows, part
-    for pair in list(ahead):
-        inner.append(_common_edges(ahead.pop(pair), answers.pop(pair)))
+    for pair in list(claims):
+        inner.append(_common_edges(claims.pop(pair), answers.pop(pair)))
     columns = {field: np.concatenate(column) for field, column in sums.items()}
     return Graph(**columns, inner=_concatenate(inner), outer=_concatenate(outer))
 
@@ -353,30 +353,30 @@ def _parts_of(ids: np.ndarray, grid: Blocks, level: int) -> np.ndarray:
     return np.ravel_multi_index([place >> level for place in zyx], parts(grid, level).counts)
 
 
-def _common_edges(ahead: np.ndarray, answers: np.ndarray) -> np.ndarray:
+def _common_edges(claims: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """INNER rows of the pairs of regions that both sides list: OUTER rows of one, and ANSWER rows of the other.
 
     A contracted graph lists no pair twice.
     """
-    order = argsort_rows(ahead["region"], ahead["neighbor"])
+    order = argsort_rows(claims["region"], claims["neighbor"])
     answer_order = argsort_rows(answers["neighbor"], answers["region"])
-    rows, component = _match(ahead, answers, order, answer_order)
+    rows, component = _match(claims, answers, order, answer_order)
     out = np.empty(rows.size, INNER)
-    out["a"], out["b"] = ahead["component"][rows], component
+    out["a"], out["b"] = claims["component"][rows], component
     for field in SADDLE_ORDER:
-        out[field] = ahead[field][rows]
+        out[field] = claims[field][rows]
     return out
 
 
 @njit(cache=True, nogil=True)
 def _match(
-    ahead: np.ndarray, answers: np.ndarray, order: np.ndarray, answer_order: np.ndarray
+    claims: np.ndarray, answers: np.ndarray, order: np.ndarray, answer_order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows ahead that are answered, and the components of their answers, in the order of the pair; ``order`` is used up."""
+    """Claims that are answered, and the components of their answers, in the order of the pair; ``order`` is used up."""
     used = j = 0
-    component = np.empty(min(ahead.size, answers.size), np.uint32)
+    component = np.empty(min(claims.size, answers.size), np.uint32)
     for e in order:
-        region, neighbor = ahead[e].region, ahead[e].neighbor
+        region, neighbor = claims[e].region, claims[e].neighbor
         while j < answer_order.size and (
             answers[answer_order[j]].neighbor < region
             or (answers[answer_order[j]].neighbor == region and answers[answer_order[j]].region < neighbor)

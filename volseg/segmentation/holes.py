@@ -284,12 +284,12 @@ def face_contacts(i: int, table_of: Callable[[int], BlockHoles], grid: Blocks) -
         j = grid.next_along(i, axis)
         if j is None:
             continue
-        own, behind = table_of(i), table_of(j)
-        (start, piece), (start_behind, piece_behind) = _face_runs(own, 2 * axis + 1), _face_runs(behind, 2 * axis)
+        own, next_table = table_of(i), table_of(j)
+        (start, piece), (start_behind, piece_behind) = _face_runs(own, 2 * axis + 1), _face_runs(next_table, 2 * axis)
         starts = np.union1d(start, start_behind)
         a = piece[np.searchsorted(start, starts, "right") - 1]
         b = piece_behind[np.searchsorted(start_behind, starts, "right") - 1]
-        has_hole = (a > own.regions) | (b > behind.regions)
+        has_hole = (a > own.regions) | (b > next_table.regions)
         pairs.append(np.stack([global_id(i, a[has_hole]), global_id(j, b[has_hole])], axis=1))
     return np.unique(np.concatenate(pairs), axis=0)
 

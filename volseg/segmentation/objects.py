@@ -100,10 +100,10 @@ def measure(
         if plane_behind is None:
             border_faces += _count(last, ids.size)
         else:
-            near, far = ids[last], np.asarray(plane_behind, np.uint64).ravel()
-            same_faces[:, axis] += _count(last[near == far], ids.size)
-            unlike = (near != far) & (near > 0) & (far > 0)
-            contacts.append(np.stack([near[unlike], far[unlike]], axis=1))
+            own_label, next_label = ids[last], np.asarray(plane_behind, np.uint64).ravel()
+            same_faces[:, axis] += _count(last[own_label == next_label], ids.size)
+            unlike = (own_label != next_label) & (own_label > 0) & (next_label > 0)
+            contacts.append(np.stack([own_label[unlike], next_label[unlike]], axis=1))
         rows["faces"][:, axis] = 2 * (rows["voxels"] - same_faces[:, axis]) - border_faces
     return merge([ObjectSums(rows[(rows["voxels"] > 0) & (ids > 0)], np.concatenate(contacts))])
 
@@ -188,7 +188,7 @@ def _add(
     """
     nz, ny, nx = region.shape
     voxels, probability_sum = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    least = np.full(size, 255, np.uint8)
+    lowest = np.full(size, 255, np.uint8)
     sums, moment = np.zeros((size, 3), np.int64), np.zeros((size, 6, 2), np.int64)
     start, stop = np.full((size, 3), np.iinfo(np.int64).max), np.zeros((size, 3), np.int64)
     same_faces = np.zeros((size, 3), np.int64)
@@ -210,7 +210,7 @@ def _add(
                 if n == 0:
                     continue
                 voxels[n] += x - begin
-                least[n] = min(least[n], low)
+                lowest[n] = min(lowest[n], low)
                 probability_sum[n] += run_sum
                 same_faces[n, 2] += x - begin - 1
                 if x < nx:
@@ -224,7 +224,7 @@ def _add(
     codes = np.empty(len(pairs), np.int64)
     for i, pair in enumerate(pairs):
         codes[i] = pair
-    return voxels, probability_sum, least, sums, moment, start, stop, same_faces, codes[codes > 0]
+    return voxels, probability_sum, lowest, sums, moment, start, stop, same_faces, codes[codes > 0]
 
 
 @njit(cache=True, nogil=True)

@@ -214,11 +214,11 @@ def block_borders(i: int, table: BlockBasins, links: Links, label_of: Callable[[
         Gives int64 (regions,): the labels of regions 1, 2, and so on of a block; asked for ``i`` and blocks ahead.
     """
     edges = np.concatenate([table.edges, links.edges])
-    inner, ahead = slice(table.edges.size), links.edges["b"] >> 32
+    inner, block = slice(table.edges.size), links.edges["b"] >> 32
     edges["a"] = label_of(i)[(edges["a"] & REGION_MASK) - 1]
     edges["b"][inner] = label_of(i)[table.edges["b"] - 1]
-    for j in np.unique(ahead):
-        rows = table.edges.size + np.flatnonzero(ahead == j)
+    for j in np.unique(block):
+        rows = table.edges.size + np.flatnonzero(block == j)
         edges["b"][rows] = label_of(int(j))[(edges["b"][rows] & REGION_MASK) - 1]
     edges = edges[(edges["a"] != edges["b"]) & (edges["a"] > 0) & (edges["b"] > 0)]
     edges["a"], edges["b"] = np.minimum(edges["a"], edges["b"]), np.maximum(edges["a"], edges["b"])
