@@ -59,7 +59,9 @@ def side_by_side(function: Callable[[Any], None], items: Iterable[Any]) -> None:
 
 def _written(path: str, keys: Iterable[str]) -> None:
     record = _RECORD.get()
-    for key in keys if record is not None else ():
+    if record is None:
+        return
+    for key in keys:
         try:
             record[key] = files.fingerprint(path, key)
         except FileNotFoundError:

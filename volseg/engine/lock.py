@@ -20,7 +20,7 @@ from volseg.io import files
 try:
     import fcntl
 except ImportError:  # Windows: no lock
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 HEARTBEAT_S = 10  # on an object store, which cannot tell whether a holder still lives
 WRITERS_WAIT_S = 60
