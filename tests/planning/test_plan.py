@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from tests.helpers import Quiet, digest, run_stages, settings, write_volume
 from volseg import api, cli
-from volseg import system as machine
 from volseg.box import transpose_axes
 from volseg.config import Config
 from volseg.engine import cluster
@@ -239,24 +238,3 @@ def test_a_plan_that_does_not_fit_ends_in_one_line(image, tmp_path):
     with pytest.raises(UserError, match=r"may hold 0\.10 GB"):
         api.infer(image, str(tmp_path / "run"), config=settings(cluster={"memory_limit": 0.1}), progress=Quiet())
     assert not (tmp_path / "run.partial").exists()
-
-
-def test_a_container_limits_what_is_free(tmp_path):
-    """Both versions of control groups; a limit above this process's own group counts too."""
-    inner = tmp_path / "two/a/b"
-    inner.mkdir(parents=True)
-    (inner / "memory.max").write_text("max\n")
-    (inner.parent / "memory.max").write_text("1000\n")
-    (inner.parent / "memory.current").write_text("700\n")
-    (inner.parent / "memory.stat").write_text("anon 500\ninactive_file 200\n")
-    (tmp_path / "own2").write_text("0::/a/b\n")
-    assert machine.limits(tmp_path / "two", tmp_path / "own2") == [500]
-    one = tmp_path / "one/memory/c"
-    one.mkdir(parents=True)
-    (one / "memory.limit_in_bytes").write_text("900\n")
-    (one / "memory.usage_in_bytes").write_text("300\n")
-    (tmp_path / "own1").write_text("3:cpu,cpuacct:/c\n2:memory:/c\n")
-    assert machine.limits(tmp_path / "one", tmp_path / "own1") == [600]
-    assert machine.limits(tmp_path / "none", tmp_path / "none") == []
-    assert machine.free_memory() > 0
-    assert machine.free_disk(str(tmp_path / "not/there/yet")) > 0

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from volseg import system
 from volseg.engine.keys import basins_key, decision_key
 from volseg.engine.layout import BlockLabels, Destinations, HoleContacts, Joins, Values, recording, side_by_side
 from volseg.engine.receipts import Timings
@@ -42,8 +43,8 @@ def link(run: Run, i: int, timings: Timings) -> dict:
 
     @lru_cache
     def basins_of(j: int) -> BlockBasins:
-        with timings.phase("read"):
-            return run.layout.block_basins.load(j)
+        with timings.phase("read"):  # of a neighbor only its faces are looked at; edges are most of a table's bytes
+            return run.layout.block_basins.load(j, skip=() if j == i else ("edges", "crossing_edges"))
 
     with timings.phase("link"):
         links = stitch.link(i, basins_of, run.grid)
@@ -72,6 +73,11 @@ def link_holes(run: Run, i: int, timings: Timings) -> None:
 
 def stitch_all(run: Run, _: int, timings: Timings) -> dict:
     """The label of every region of every block is stored, and of its holes."""
+    with system.untuned_malloc():
+        return _stitch_all(run, timings)
+
+
+def _stitch_all(run: Run, timings: Timings) -> dict:
     layout = run.layout
     with timings.phase("gather"):
         stored = _stored_basins(run)

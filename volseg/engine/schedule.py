@@ -25,8 +25,8 @@ from volseg.engine.stages import Group, Stage, group_of, stages_of
 from volseg.errors import DamagedFileError, IncompleteRunError, OutOfMemoryError, UserError
 from volseg.progress import Progress
 
-FLAT_EDGES = 50_000_000  # that one process stitches unless it is told otherwise: about 4 GB
-EDGE_BYTES = 80  # that stitching takes in memory for each of them, as benchmarks/README.md measures
+FLAT_EDGES = 50_000_000  # that one process stitches unless it is told otherwise: about 6 GB
+EDGE_BYTES = 120  # that a process which stitches holds for each of them: measured on 0.5 to 10 million
 
 
 def run_stages(client: Any, run: Run, markers: Markers, progress: Progress) -> RunStatistics:

@@ -14,6 +14,7 @@ import numpy as np
 from volseg.io import files
 
 IO_THREADS = 16  # small objects read or written at once
+READ_AHEAD_BYTES = 1 << 27  # of tables that are read before they are asked for
 NPZ_LOCK = threading.Lock()  # numpy parses headers with ast, which in Python 3.11 sometimes fails in parallel threads
 
 
@@ -39,12 +40,24 @@ def load_each(
 
 
 def read_ahead(read: Callable[[Any], Any], keys: Iterable[Any], pending: int = 2 * IO_THREADS) -> Iterator[Any]:
-    """``read(key)`` for each key, in order, with up to ``pending`` calls ahead in threads: object stores answer slowly."""
+    """``read(key)`` for each key, in order, with up to ``pending`` calls ahead in threads: object stores answer slowly.
+
+    Fewer are ahead, but two, where what the last call returned says that they would hold more than `READ_AHEAD_BYTES`.
+    """
     waiting: deque[Future] = deque()
+    ahead = min(2, pending)
     with ThreadPoolExecutor(IO_THREADS) as pool:
         for key in keys:
             waiting.append(pool.submit(read, key))
-            if len(waiting) >= pending:
-                yield waiting.popleft().result()
+            while len(waiting) >= ahead:
+                value = waiting.popleft().result()
+                ahead = max(1, min(pending, max(2, READ_AHEAD_BYTES // max(1, _array_bytes(value)))))
+                yield value
         while waiting:
             yield waiting.popleft().result()
+
+
+def _array_bytes(value: Any) -> int:
+    """Bytes of the arrays in a dict or an object."""
+    columns = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return sum(column.nbytes for column in columns.values() if isinstance(column, np.ndarray))

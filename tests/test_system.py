@@ -1,0 +1,57 @@
+"""Memory of this machine and of this process."""
+
+import subprocess
+import sys
+
+import pytest
+
+from volseg import system
+
+HELD = """
+import sys
+import numpy as np
+from volseg.system import glibc, resident, tune_malloc, untuned_malloc
+
+def after_freeing():
+    array = np.ones(50_000_000)
+    del array
+    return resident() / 1e6
+
+if sys.argv[1] == "tuned":
+    tune_malloc()
+before = resident() / 1e6
+with untuned_malloc():
+    inside = after_freeing()
+outside = after_freeing()
+print(inside - before, outside - before)
+"""
+
+
+@pytest.mark.skipif(not system.glibc(), reason="of glibc alone")
+@pytest.mark.parametrize("start", ["tuned", "plain"])
+def test_a_tuned_process_keeps_what_it_frees_but_for_where_that_is_undone(start):
+    done = subprocess.run([sys.executable, "-c", HELD, start], capture_output=True, text=True, check=True)
+    inside, outside = map(float, done.stdout.split())
+    assert inside < 50
+    assert outside > 350 if start == "tuned" else outside < 50
+
+
+def test_a_container_limits_what_is_free(tmp_path):
+    """Both versions of control groups; a limit above this process's own group counts too."""
+    inner = tmp_path / "two/a/b"
+    inner.mkdir(parents=True)
+    (inner / "memory.max").write_text("max\n")
+    (inner.parent / "memory.max").write_text("1000\n")
+    (inner.parent / "memory.current").write_text("700\n")
+    (inner.parent / "memory.stat").write_text("anon 500\ninactive_file 200\n")
+    (tmp_path / "own2").write_text("0::/a/b\n")
+    assert system.limits(tmp_path / "two", tmp_path / "own2") == [500]
+    one = tmp_path / "one/memory/c"
+    one.mkdir(parents=True)
+    (one / "memory.limit_in_bytes").write_text("900\n")
+    (one / "memory.usage_in_bytes").write_text("300\n")
+    (tmp_path / "own1").write_text("3:cpu,cpuacct:/c\n2:memory:/c\n")
+    assert system.limits(tmp_path / "one", tmp_path / "own1") == [600]
+    assert system.limits(tmp_path / "none", tmp_path / "none") == []
+    assert system.free_memory() > 0
+    assert system.free_disk(str(tmp_path / "not/there/yet")) > 0
