@@ -26,7 +26,7 @@ from zarr.codecs import (
 
 BLOCK = 128 << 10  # bytes that a block of zstd decodes to, at most
 DEFLATE_RATIO = 1032  # bytes that deflate makes of one, at most
-SMALL = 256 << 20  # bytes that may be decoded in any case
+SMALL = 1 << 30  # bytes that deflate may decode to without being looked through, which takes as long as decoding
 STEP = 1 << 20  # bytes decoded at once to count them
 ABSENT = 2**64 - 1  # the offset of a chunk that a shard does not hold
 
@@ -39,9 +39,14 @@ class Compression:
     trailer: int  # bytes of a checksum behind the frame
     limit: int  # bytes that a chunk may decode to: filters, which run before the compressor, may have made it larger
 
+    @property
+    def header(self) -> int | None:
+        """Bytes at the start of a chunk that tell its size; None where all of them must be seen."""
+        return HEADERS.get(self.codec)
+
     def too_large(self, data: bytes) -> bool:
-        """Whether the chunk in ``data`` decodes to more than it may."""
-        frame = data[: len(data) - self.trailer]
+        """Whether the chunk in ``data``, of which the header may be enough, decodes to more than it may."""
+        frame = data[: len(data) - self.trailer] if self.header is None else data
         return SIZES[self.codec](frame, self.limit) > self.limit
 
 
@@ -109,6 +114,11 @@ def _zstd_size_counted(data: bytes, limit: int) -> int:
         return limit + 1
 
 
+def _gzip_size(data: bytes, limit: int) -> int:
+    """What the trailer says, modulo 4 GiB, or what comes out where a small trailer may hide more."""
+    return max(int.from_bytes(data[-4:], "little"), _deflate_size(data, limit))
+
+
 def _deflate_size(data: bytes, limit: int) -> int:
     if len(data) * DEFLATE_RATIO <= max(limit, SMALL):
         return 0
@@ -148,9 +158,10 @@ def _lzma_size(data: bytes, limit: int) -> int:
         return 0  # the decoder refuses it, or its stream has no header
 
 
+HEADERS = {"blosc": 8, "lz4": 4}
 SIZES = {
     "zstd": _zstd_size,
-    "gzip": _deflate_size,
+    "gzip": _gzip_size,
     "zlib": _deflate_size,
     "bz2": _bz2_size,
     "lzma": _lzma_size,
