@@ -39,6 +39,7 @@ def test_candidates_come_best_first(image, reference):
     pq = [candidate.pq for candidate in calibration.candidates]
     assert pq == sorted(pq, reverse=True)
     assert "the run's own" in str(calibration)
+    assert "the defaults" in calibration._repr_html_()
     assert json.loads(json.dumps(calibration.to_json()))["candidates"][0]["pq"] == calibration.best.pq
 
 

@@ -235,6 +235,7 @@ def test_the_report_is_two_columns_and_its_json_is_plain(truth):
     scores = evaluate(truth, truth)
     plain = scores.to_json()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert str(scores) in scores._repr_html_()
     lines = str(scores).splitlines()
     assert len(lines) == 6 + sum(1 + len(plain[part]) for part in ("foreground", "instances", "touching"))
     columns = [line.split(maxsplit=1) for line in lines]

@@ -65,6 +65,7 @@ def test_a_sound_run_is_equal_in_every_check(run):
     text = str(result)
     assert "every label equal" in text
     assert text.endswith("all that was checked is equal")
+    assert "every label equal" in result._repr_html_()
 
 
 def test_a_run_on_a_grid_of_26_neighbors_that_follows_distance_is_equal_in_every_check(copy):

@@ -1,23 +1,16 @@
 """The proofreading queue: every join and border that counts, with its margin, whatever the blocks."""
 
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from typer.testing import CliRunner
 
 from tests.helpers import all_rules, basins_of, cut, fields, row
-from volseg import cli
 from volseg.box import Box
 from volseg.config import Fragments
-from volseg.errors import UserError
-from volseg.evaluation import review
 from volseg.io import volume
 from volseg.segmentation import saddles
 from volseg.segmentation.heights import MAX_LEVEL, seed_height
@@ -119,32 +112,3 @@ def test_a_runs_table_holds_every_pair_of_objects_that_touch(reference):
     assert ((place == table["label_a"]) | (place == table["label_b"])).all()
     known = pandas.read_parquet(f"{reference}/tables/objects.parquet")["confidence"]
     assert known.between(0, 1).all()
-
-
-def test_review_draws_what_it_lists(reference, tmp_path):
-    run = str(shutil.copytree(reference, tmp_path / "run.volseg.zarr"))
-    result = CliRunner().invoke(cli.app, ["review", run, "--top", "3"])
-    assert result.exit_code == 0, result.output
-    table = pandas.read_parquet(f"{run}/tables/merges.parquet")
-    assert result.output.count(".png") == Path(run, "review/index.html").read_text().count("<img") == min(3, len(table))
-    for path in Path(run, "review").glob("*.png"):
-        assert np.asarray(Image.open(path)).std() > 0
-    rows = review.open_reviewed(run)
-    for i in [i for i, decision in enumerate(rows.decisions) if decision.kind == "join"][:5]:
-        z, y, x = rows.decisions[i].z, rows.decisions[i].y, rows.decisions[i].x
-        part = review.sides(rows, i, Box((z, 0, 0), (z + 1, *rows.stored.shape[1:])))
-        assert part[y, x] > 0
-        assert set(np.unique(part)) <= {0, 1, 2}
-
-
-def test_the_parts_of_a_join_have_the_sizes_that_are_told():
-    for rules in (Rules(6), Rules(4, persistence=3), Rules(4, join_height=6), Rules(3)):
-        basins = basins_of(VALLEYS, (1, 1, 7))
-        rows = saddles.rank_saddles(basins, rules, label_basins(basins, rules))
-        part = review.join_sides(basins, rules, rows[rows["kind"] == 0][0])
-        assert sorted(basins.voxels[part == side].sum() for side in (1, 2)) == [2, 4]
-
-
-def test_what_is_no_run_has_nothing_to_review(tmp_path):
-    with pytest.raises(UserError, match="not a finished volseg run"):
-        review.review(str(tmp_path))

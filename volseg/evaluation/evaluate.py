@@ -25,7 +25,6 @@ from volseg.evaluation.metrics import (
     score_touching,
     touching_pairs,
 )
-from volseg.evaluation.stored import run_path
 from volseg.io import files, volume
 from volseg.io.array_volume import ArrayVolume
 
@@ -198,7 +197,7 @@ def _open(source: Any) -> _Labels:
         name = opened.path if isinstance(opened, volume.Volume) else opened.name
         _check(opened, name)
         return _Labels(opened, name, named=False)
-    path = run_path(source)
+    path = files.path_of(source)
     is_run = files.exists(f"{path}/{RUN_LABELS}")
     if path.endswith(".volseg.zarr") and files.exists(path) and not is_run:
         raise UserError(f"run {path} has no {RUN_LABELS} yet; finish the run first, or give a volume of labels")

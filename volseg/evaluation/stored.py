@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, replace
 from functools import cached_property
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from volseg.engine.finished import open_run
 from volseg.engine.layout import Layout, StoredArray, Tables
 from volseg.engine.run import Run
 from volseg.errors import UserError
-from volseg.io import volume
+from volseg.io import files, volume
 from volseg.segmentation.heights import height_halo
 from volseg.segmentation.rules import Rules
 
@@ -113,11 +113,6 @@ class StoredRun:
             ) from None
 
 
-def run_path(run: str | PathLike | Any) -> str:
-    """The folder of a run, which is given as a path or as an object that has it as ``path``."""
-    return fspath(getattr(run, "path", run)).rstrip("/")
-
-
 def open_stored(run: str | PathLike | Any) -> StoredRun:
     """The finished run in a folder, or in that of an object with a ``path``.
 
@@ -126,7 +121,7 @@ def open_stored(run: str | PathLike | Any) -> StoredRun:
     UserError
         There is no finished run, or another version of volseg made it.
     """
-    finished = open_run(run_path(run))
+    finished = open_run(files.path_of(run))
     labels = volume.open(finished.path, dataset="labels/instances/0")
     stored = StoredRun(finished.path, finished.run, labels)
     return replace(stored, missing=_missing(stored.layout, len(stored.grid), stored.fills))

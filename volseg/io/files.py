@@ -31,6 +31,15 @@ def absolute(path: str | Path) -> str:
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
 
 
+def path_of(place: str | os.PathLike | Any) -> str:
+    """A path as text, or that of an object that has it as ``path``, such as a run.
+
+    >>> path_of(Path("em.volseg.zarr"))
+    'em.volseg.zarr'
+    """
+    return os.fspath(getattr(place, "path", place)).rstrip("/")
+
+
 def join(path: str | Path, *keys: str) -> str:
     return "/".join(part for part in (absolute(path), join_keys(*keys)) if part)
 
