@@ -33,6 +33,10 @@ from volseg.planning import prepare
 from volseg.progress import Progress, default_progress
 
 if TYPE_CHECKING:
+    from volseg.evaluation.calibrate import Calibration
+    from volseg.evaluation.evaluate import Evaluation
+    from volseg.evaluation.review import Review
+    from volseg.evaluation.verify import Verification
     from volseg.planning.plan import Plan
 
 LIGHT_VOXELS = 1 << 29  # up to which `segment` needs no worker processes
@@ -412,46 +416,121 @@ def clean(path: str | os.PathLike | FinishedRun) -> int | None:
 
 
 def evaluate(
-    run: str | os.PathLike | FinishedRun, truth: str | os.PathLike, *, box: str | Box | None = None, iou: float = 0.5
-) -> Any:
+    run: VolumeLike | FinishedRun, truth: VolumeLike, *, box: str | Box | None = None, iou: float = 0.5
+) -> Evaluation:
     """Score labels against the truth: foreground and instances.
 
     Parameters
     ----------
-    run : path or FinishedRun
-        A run, or a volume of labels.
-    truth : path
-        A volume of labels, or a 0/255 mask.
+    run : path, array or FinishedRun
+        A run, or labels (z, y, x) of whole numbers; 0 is background.
+    truth : path or array
+        Labels, or a 0/255 mask, whose objects are its 26-connected components.
     box : str or Box, optional
         The part to score, ``"z0:z1,y0:y1,x0:x1"``.
     iou : float
-        From which overlap on two objects match.
+        Objects match where their overlap is greater; 0 <= iou < 1.
+
+    Returns
+    -------
+    Evaluation
+        With ``foreground``, ``instances`` and ``touching``.
+
+    Raises
+    ------
+    UserError
+        Shapes do not fit, or a volume is neither labels nor a mask.
 
     See Also
     --------
-    volseg.evaluation.evaluate.evaluate : what each score is.
+    volseg.evaluation.metrics.InstanceScores : what each score is.
+
+    Examples
+    --------
+    >>> evaluate("em.volseg.zarr", "truth.tif", box="140:165,0:768,0:1024").instances.pq  # doctest: +SKIP
     """
     from volseg.evaluation.evaluate import evaluate
 
     return evaluate(run, truth, box=box, iou=iou)
 
 
-def verify(run: str | os.PathLike | FinishedRun, *, boxes: int = 5, seed: int = 0) -> Any:
-    """Recompute parts of a run with other blocks and compare them bit for bit."""
+def verify(run: str | os.PathLike | FinishedRun, *, boxes: int = 5, seed: int = 0) -> Verification:
+    """Recompute parts of a run with other blocks and compare them bit for bit.
+
+    Parameters
+    ----------
+    run : path or FinishedRun
+        A finished run.
+    boxes : int
+        How many random boxes to recompute; a small volume is recomputed whole too.
+    seed : int
+        By which they are drawn.
+
+    Returns
+    -------
+    Verification
+        With ``ok``, whether nothing differs, and what was compared.
+
+    Raises
+    ------
+    UserError
+        There is no finished run, or it cannot be read.
+    """
     from volseg.evaluation.verify import verify
 
     return verify(run, boxes=boxes, seed=seed)
 
 
-def calibrate(run: str | os.PathLike | FinishedRun, truth: str | os.PathLike, *, box: str | Box | None = None) -> Any:
-    """Score rules of ``[stitch]`` against annotated instances, best first; decide anew with `segment`."""
+def calibrate(run: str | os.PathLike | FinishedRun, truth: VolumeLike, *, box: str | Box | None = None) -> Calibration:
+    """Score rules of ``[stitch]`` against annotated instances; the run is left as it is.
+
+    Parameters
+    ----------
+    run : path or FinishedRun
+        A finished run with its work folder.
+    truth, box
+        As in `evaluate`.
+
+    Returns
+    -------
+    Calibration
+        With ``best``, whose ``settings`` `segment` takes, and all ``candidates``.
+
+    Raises
+    ------
+    UserError
+        There is no finished run with its work folder, or the truth does not fit.
+
+    Examples
+    --------
+    >>> best = calibrate("em.volseg.zarr", "truth.tif").best  # doctest: +SKIP
+    >>> segment("em.volseg.zarr", settings=best.settings)  # doctest: +SKIP
+    """
     from volseg.evaluation.calibrate import calibrate
 
     return calibrate(run, truth, box=box)
 
 
-def review(run: str | os.PathLike | FinishedRun, *, top: int = 50) -> Any:
-    """List the least certain joins and borders of a run, with a picture of each in its ``review`` folder."""
+def review(run: str | os.PathLike | FinishedRun, *, top: int = 50) -> Review:
+    """List the least certain joins and borders of a run, with a picture of each in its ``review`` folder.
+
+    Parameters
+    ----------
+    run : path or FinishedRun
+        A finished run.
+    top : int
+        How many of the least certain.
+
+    Returns
+    -------
+    Review
+        With ``decisions``, the least certain first, and the path of a ``page`` with all pictures.
+
+    Raises
+    ------
+    UserError
+        There is no finished run, or it has no table of merges.
+    """
     from volseg.evaluation.review import review
 
     return review(run, top)
