@@ -18,6 +18,7 @@ _MODULES = {
     "open": "api",
     "open_volume": "api",
     "plan": "api",
+    "repair": "api",
     "review": "api",
     "segment": "api",
     "train": "api",
@@ -35,7 +36,7 @@ _MODULES = {
 }
 __all__ = [
     "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
-    "calibrate", "evaluate", "infer", "open", "open_volume", "plan", "review", "segment", "train", "tune", "verify",
+    "calibrate", "evaluate", "infer", "open", "open_volume", "plan", "repair", "review", "segment", "train", "tune", "verify",
     "watershed",
 ]  # fmt: skip
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         open,
         open_volume,
         plan,
+        repair,
         review,
         segment,
         train,

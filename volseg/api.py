@@ -397,6 +397,29 @@ def _refuse(run: Run, made: Plan, workers: cluster.WorkerPool) -> None:
     planning.refuse(made, run, system.free_memory(), planning.room_on_disk(run))
 
 
+def repair(path: str | os.PathLike | FinishedRun, *, progress: Progress | None = None) -> FinishedRun:
+    """Make again what of a finished run is missing or not as it was written, and just that; see `verify`.
+
+    Raises
+    ------
+    UserError
+        Where there is no finished run, or its work folder was cleaned.
+    """
+    start = time.perf_counter()
+    out = folder.absolute((path.path if isinstance(path, FinishedRun) else os.fspath(path)).rstrip("/"))
+    layout = Layout(out)
+    if layout.finished and not layout.peek_description() and layout.begun:
+        folder.describe(replace(Run.from_json(layout.load_summary()), out=out))
+    run = replace(folder.load_run(out), out=folder.partial_path(out))
+
+    def reopen() -> None:
+        folder.reopen(out)
+        folder.create_missing_arrays(run)
+
+    with _shown(progress) as shown:
+        return finish.execute(run, out, reopen, shown, start=start, light=prod(run.shape) <= LIGHT_VOXELS)
+
+
 def open(path: str | os.PathLike) -> FinishedRun:
     """A finished run to read from.
 

@@ -251,6 +251,14 @@ def verify(
 
 
 @app.command()
+def repair(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
+    """Make again what of a run is missing or damaged, as volseg verify tells, and just that."""
+    from volseg import api
+
+    _run(lambda progress: api.repair(run, progress=progress))
+
+
+@app.command()
 def review(
     run: Annotated[str, typer.Argument(help="A finished run.")],
     top: Annotated[int, typer.Option("--top", min=1, help="How many of the least certain.")] = 50,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import volseg
 from tests.helpers import SHAPE, Quiet, digest, mark, markers_of, settings
 from volseg import api
 from volseg.engine import lock
@@ -106,6 +107,48 @@ def test_overwrite_begins_anew_whatever_lies_there(image, reference, unfinished)
     again(image, unfinished, overwrite=True, progress=show)
     assert show.stages["predict"][0] == 0
     assert digest(unfinished) == digest(reference)
+
+
+# ---------------------------------------------------------------- verify and repair
+
+FINISHED = {
+    **{kind: place for kind, place in KINDS.items() if kind not in ("markers", "stamps")},
+    "object table": "tables/objects.parquet",
+    "table as text": "tables/objects.csv",
+    "table of merges": "tables/merges.parquet",
+    "picture": "overlay.png",
+    "group": "zarr.json",
+    "labels' group": "labels/zarr.json",
+    "run.json": "run.json",
+    "manifest": "manifest.json",
+}
+
+
+@pytest.mark.parametrize("damage", [flip, os.unlink], ids=["flipped", "deleted"])
+@pytest.mark.parametrize("kind", FINISHED)
+def test_verify_names_what_is_damaged_and_repair_makes_it_again(image, reference, tmp_path, kind, damage):
+    out = tmp_path / "run.volseg.zarr"
+    shutil.copytree(reference, out)
+    place = out / FINISHED[kind]
+    some = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    damage(some[len(some) // 2])
+    if kind == "run.json" and damage is os.unlink:
+        with pytest.raises(UserError, match="is not a volseg run"):
+            volseg.verify(out)
+    else:
+        found = volseg.verify(out)
+        assert not found.ok
+        assert str(some[len(some) // 2].relative_to(out)) in found.damaged
+        assert "volseg repair" in str(found)
+    assert volseg.repair(out).object_count == volseg.open(reference).object_count
+    assert volseg.verify(out, boxes=1).ok
+    assert digest(out) == digest(reference)
+
+
+def test_a_cleaned_run_is_as_it_was_written(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/work")
+    assert volseg.verify(tmp_path / "run", boxes=1).ok
 
 
 # ---------------------------------------------------------------- markers

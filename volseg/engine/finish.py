@@ -16,6 +16,7 @@ import numpy as np
 
 from volseg.engine import cluster, folder, schedule
 from volseg.engine.finished import FinishedRun
+from volseg.engine.integrity import write_manifest
 from volseg.engine.keys import decision_key
 from volseg.engine.layout import Joins, Layout
 from volseg.engine.lock import Lock, wait_for_writers
@@ -141,6 +142,9 @@ def finish(
     now = time.perf_counter()
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
     facts = _facts(run, statistics, seconds, int(columns["id"].size), plan)
+    markers = Markers(run.out, keys(run))
+    written = (receipt.files for stage in markers.keys for receipt in markers.receipts(stage).values())
+    facts["manifest_mark"] = write_manifest(layout, {key: mark for record in written for key, mark in record.items()})
     layout.save_summary({**run.to_json(), "out": out, "keys": keys(run), **facts})
     durable = run.config.cluster.durable
     if durable:

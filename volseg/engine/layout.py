@@ -476,6 +476,34 @@ class Layout:
     def remove_summary(self) -> None:
         files.remove(f"{self.path}/run.json")
 
+    # ---- the manifest of a finished run
+
+    MANIFEST: ClassVar[str] = "manifest.json"
+
+    def in_work(self, key: str) -> bool:
+        return key.startswith("work/")
+
+    def in_manifest(self, key: str) -> bool:
+        """Not itself, what names it, nor what later commands write."""
+        apart = (
+            "run.json",
+            self.MANIFEST,
+            "review/",
+            "work/markers/",
+            "work/stamps/",
+            "work/failed.json",
+            "work/begun",
+        )
+        return not key.startswith(apart)
+
+    def save_manifest(self, marks: dict[str, list]) -> list:
+        """Returns its own fingerprint."""
+        files.write_bytes(self.path, self.MANIFEST, json.dumps(marks).encode())
+        return files.fingerprint(self.path, self.MANIFEST)
+
+    def load_manifest(self) -> dict[str, list]:
+        return json.loads(files.read_bytes(self.path, self.MANIFEST))
+
     # ---- the network
 
     MODEL: ClassVar[str] = "work/model.bin"
@@ -496,7 +524,13 @@ class Layout:
     # ---- labels and their description
 
     def create_group(self, name: str = "") -> None:
-        arrays.create_group(f"{self.path}/{name}" if name else self.path)
+        """The group is there; one whose description nobody can read is made anew, what lies in it stays."""
+        where = f"{self.path}/{name}" if name else self.path
+        try:
+            arrays.create_group(where)
+        except (UserError, ValueError, KeyError, TypeError):
+            files.remove(f"{where}/zarr.json")
+            arrays.create_group(where)
 
     def set_attributes(self, name: str, attributes: dict) -> None:
         arrays.set_group_attributes(self.path, name, attributes)

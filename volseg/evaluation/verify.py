@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import html
+import os
 from dataclasses import dataclass
 from math import prod
 from os import PathLike
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from volseg.box import Box, Triple
+from volseg.engine.integrity import damaged_files
 from volseg.errors import UserError
 from volseg.evaluation.recheck import CHECKS, BoxCheck, check_box
 from volseg.evaluation.recompute import Rejoining, Relabeling, other_block, rejoin, relabel
@@ -26,6 +28,7 @@ from volseg.evaluation.stored import StoredRun, open_stored
 from volseg.progress import format_table
 
 BOX = (64, 256, 256)  # voxels checked at once
+MAX_LISTED_FILES = 20
 MAX_RELABELED_VOXELS = 64 << 20
 
 
@@ -53,6 +56,8 @@ class Verification:
         The whole volume labeled again; None where it has more than `MAX_RELABELED_VOXELS`.
     seams
         Block faces beside other planes.
+    damaged
+        Keys of files that are missing or not as they were written; where there are any, nothing was recomputed.
     """
 
     run: str
@@ -64,11 +69,14 @@ class Verification:
     boxes: tuple[BoxCheck, ...]
     rejoining: Rejoining | None
     relabeling: Relabeling | None
-    seams: Seams
+    seams: Seams | None
+    damaged: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether nothing that was recomputed differs."""
+        """Whether every file is as it was written, and nothing that was recomputed differs."""
+        if self.damaged:
+            return False
         wholes = [part.wrong for part in (self.rejoining, self.relabeling) if part]
         return not any(wholes) and not any(count for box in self.boxes for count in box.wrong.values())
 
@@ -85,7 +93,8 @@ class Verification:
             "boxes": [box.to_json() for box in self.boxes],
             "joined": self.rejoining and self.rejoining.to_json(),
             "whole": self.relabeling and self.relabeling.to_json(),
-            "seams": self.seams.to_json(),
+            "seams": self.seams and self.seams.to_json(),
+            "damaged": list(self.damaged),
         }
 
     def __str__(self) -> str:
@@ -122,6 +131,9 @@ def verify(run: str | PathLike | Any, *, boxes: int = 5, seed: int = 0) -> Verif
     """
     if boxes < 1:
         raise UserError(f"{boxes} boxes to verify; give 1 or more")
+    path = os.fspath(getattr(run, "path", run)).rstrip("/")
+    if damaged := damaged_files(path):
+        return Verification(path, (0, 0, 0), (0, 0, 0), 0, seed, (), (), None, None, None, tuple(damaged))
     stored = open_stored(run)
     rng = np.random.default_rng(seed)
     checked = tuple(check_box(stored, box) for box in draw_boxes(stored, boxes, rng))
@@ -175,6 +187,11 @@ LEGEND = (
 
 def format_verification(result: Verification) -> str:
     """What was found, as lines of text."""
+    if result.damaged:
+        listed = [f"  {key}" for key in result.damaged[:MAX_LISTED_FILES]]
+        more = [f"  and {len(result.damaged) - len(listed)} more"] if len(result.damaged) > len(listed) else []
+        title = f"{result.run}: {len(result.damaged)} file(s) missing or not as written"
+        return "\n".join([title, *listed, *more, f"DAMAGED: volseg repair {result.run} makes them again"])
     title = f"{result.run}: {_by(result.shape)} voxels in blocks of {_by(result.block)}, {result.objects} objects"
     columns = ("box", "masked", "joins", "whole", *CHECKS)
     cells = [
