@@ -11,10 +11,9 @@ import numpy as np
 from benchmarks import report
 from volseg.config import Config, Predict
 from volseg.inference import autoselect as probe
-from volseg.inference import backends, export, model, tiles
+from volseg.inference import backends, export, model, sampling, tiles
 from volseg.inference.normalization import normalization
 from volseg.io import volume
-from volseg.planning import prepare as describe
 
 PLANES = 2  # whole planes that each pass computes
 
@@ -27,10 +26,8 @@ def measure(image: str, model_file: str, threads: tuple[int, ...], repeats: int)
     norm = normalization(source.shape, source.read)
     grid = tiles.grid(source.shape[1:], Config().predict.tile, Config().predict.overlap, card.binning)
     first = source.shape[0] - PLANES
-    batch = np.stack([
-        describe.normalized_tile(source, z, grid.place((0, 0)), card.sections, norm)
-        for z in range(first, source.shape[0])
-    ])  # fmt: skip
+    last = range(first, source.shape[0])
+    batch = sampling.read_tiles(source, grid.place((0, 0)), last, sections=card.sections, norm=norm)
     rows = [
         row
         for count in threads

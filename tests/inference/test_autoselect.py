@@ -7,12 +7,13 @@ import onnxruntime
 import pytest
 import torch
 
-from tests.helpers import settings
+from tests.helpers import CARD, settings
 from volseg.config import Predict
 from volseg.engine import folder
+from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
-from volseg.inference import backends, export, hardware, model
+from volseg.inference import backends, export, hardware, model, sampling
 from volseg.inference.autoselect import Row
 from volseg.inference.device import TorchDevice
 from volseg.io import volume
@@ -23,7 +24,7 @@ BOTH = [("openvino", "fp32"), ("onnx", "fp32")]
 
 @pytest.fixture(scope="module")
 def tiles(image):
-    return describe.sample_tiles(volume.open(image), {"sections": 3}, settings(), (128.0, 40.0))[:2, :, :64, :96]
+    return sampling.spread_tiles(volume.open(image), CARD, settings().predict, (128.0, 40.0))[:2, :, :64, :96]
 
 
 def test_the_fastest_that_is_close_is_taken():
@@ -147,4 +148,4 @@ def test_a_batch_that_is_chosen_is_part_of_what_decides_the_bits(image, tmp_path
         for n in (0, 1, 2)
     ]
     assert [run.batch for run in runs] == [1, 1, 2]
-    assert runs[1].keys["predict"] != runs[2].keys["predict"]
+    assert keys(runs[1])["predict"] != keys(runs[2])["predict"]

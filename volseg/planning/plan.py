@@ -25,14 +25,13 @@ from pathlib import Path
 import numpy as np
 
 from volseg import system as machine
-from volseg.box import Box, Triple, inverse_axes, transpose_axes
+from volseg.box import Box, Triple
 from volseg.config import Fragments
-from volseg.engine import cluster, predict
+from volseg.engine import cluster
 from volseg.engine import forkserver as prefork
 from volseg.engine.run import Run, redundancy
 from volseg.errors import UserError
-from volseg.inference import backends, cache, export, hardware, model, tiles
-from volseg.inference.normalization import scale
+from volseg.inference import backends, cache, export, hardware, model, sampling, tiles
 from volseg.io import files
 from volseg.planning import memory
 from volseg.planning import prepare as describe
@@ -353,21 +352,16 @@ def _sample(run: Run) -> np.ndarray:
     """A tile of consecutive sections from the middle of what is wanted, as the network takes it: (n, sections, Y, X)."""
     plane = run.config.predict.planes[0]
     axes, grid = tiles.PLANES[plane], run.tile_grid(plane)
-    depth, rows, columns = transpose_axes(run.shape, axes)
-    want = run.wanted_part(Box.from_shape(run.shape)).transpose(axes)
-    z, y, x = ((a + b) // 2 for a, b in zip(want.start, want.stop, strict=True))
+    depth = run.shape[axes[0]]
+    wanted = run.wanted_part(Box.from_shape(run.shape)).transpose(axes)
+    z, y, x = ((a + b) // 2 for a, b in zip(wanted.start, wanted.stop, strict=True))
     tile = grid.overlapping(slice(y, y + 1), slice(x, x + 1))[0]
-    place = grid.place(tile)
     count = min(max(2, min(SECTIONS, PROBE_VOXELS // prod(grid.size))), depth)
     first = min(max(0, z - count // 2), depth - count)
-    box = Box(
-        (first, place[0].start, place[1].start), (first + count, min(place[0].stop, rows), min(place[1].stop, columns))
-    )
-    slab = predict.read_slab(run, plane, box.transpose(inverse_axes(axes)), [tile])
-    found = np.zeros((count, run.sections, *grid.size), np.float32)
-    for k, one in enumerate(found):
-        slab.cut(first + k, place, one, scale(run.mean, run.std))
-    return found
+    return sampling.read_tiles(
+        run.source, grid.place(tile), range(first, first + count), sections=run.sections, norm=(run.mean, run.std),
+        plane=plane,
+    )  # fmt: skip
 
 
 def _together(folder: str, count: int) -> list[dict]:

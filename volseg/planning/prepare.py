@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from volseg import system as machine
-from volseg.box import Box
 from volseg.config import Cluster, Config, Predict
 from volseg.engine import cluster, folder
 from volseg.engine.blocks import choose_blocks, with_full_batches
@@ -20,10 +19,9 @@ from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
-from volseg.inference import hardware, model, tiles
+from volseg.inference import model, sampling, tiles
 from volseg.inference.backends import Engine
-from volseg.inference.model_card import ModelCard
-from volseg.inference.normalization import normalization, standardized
+from volseg.inference.normalization import normalization
 from volseg.io import probabilities, roi, volume
 from volseg.planning import memory
 
@@ -151,7 +149,7 @@ def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std:
     card = model.load_card(path)
     choice = probe.choose(
         config.predict, path, card.int8_allowed, prod(source.shape),
-        lambda: sample_tiles(source, card, config, (mean, std)),
+        lambda: sampling.spread_tiles(source, card, config.predict, (mean, std)),
     )  # fmt: skip
     if choice.precision == "int8":
         model.quantized(path)
@@ -184,35 +182,8 @@ def try_backends(path: str, config: Config) -> list[probe.Row]:
     )
     file = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(file)
-    batch = sample_tiles(source, card, config, normalization(source.shape, source.read))
+    batch = sampling.spread_tiles(source, card, config.predict, normalization(source.shape, source.read))
     return probe.measure(file, probe.candidates(config.predict, card.int8 is not None), config.predict.batch, batch)
-
-
-def sample_tiles(source: volume.Volume, card: ModelCard, config: Config, norm: tuple[float, float]) -> np.ndarray:
-    """A few tiles of a volume, spread over its depth, as the network of a ``card`` takes them: (4, sections, Y, X) float32.
-
-    On a CPU, whose speed hardly depends on their size, they are at most 512 wide.
-    """
-    longest = config.predict.tile if hardware.gpu_count() else min(512, config.predict.tile)
-    grid = tiles.grid(source.shape[1:], longest, 0, card.binning)
-    places = grid.overlapping(*(slice(0, n) for n in source.shape[1:]))
-    depths = [(2 * k + 1) * source.shape[0] // 8 for k in range(4)]
-    return np.stack([
-        normalized_tile(source, z, grid.place(places[(2 * k + 1) * len(places) // 8]), card.sections, norm)
-        for k, z in enumerate(depths)
-    ])  # fmt: skip
-
-
-def normalized_tile(
-    source: volume.Volume, z: int, place: tuple[slice, slice], sections: int, norm: tuple[float, float]
-) -> np.ndarray:
-    """A tile of section ``z`` with its neighbors as the network takes it, (sections, Y, X) float32."""
-    near = np.clip(np.arange(z - sections // 2, z + sections // 2 + 1), 0, source.shape[0] - 1)
-    y, x = place
-    start, stop = (y.start, x.start), (min(y.stop, source.shape[1]), min(x.stop, source.shape[2]))
-    planes = np.concatenate([source.read(Box((int(k), *start), (int(k) + 1, *stop))) for k in near])
-    cut = tiles.cut(planes, slice(0, y.stop - y.start), slice(0, x.stop - x.start))
-    return standardized(cut, *norm)
 
 
 # ---------------------------------------------------------------- in words

@@ -19,12 +19,11 @@ from volseg.box import Box
 from volseg.config import Predict, load
 from volseg.errors import UserError
 from volseg.evaluation import evaluate
-from volseg.inference import backends, export, model, tiles
+from volseg.inference import backends, export, model, sampling, tiles
 from volseg.inference.model_card import Int8Form, ModelCard
 from volseg.inference.normalization import normalization, scale
 from volseg.inference.sections import predict_sections_uint8
 from volseg.io import volume
-from volseg.planning import prepare
 from volseg.system import require
 from volseg.training.decoding import foreground
 from volseg.training.targets import parse_sections
@@ -101,7 +100,7 @@ def _calibration_tiles(
     tile_keys = itertools.cycle(grid.overlapping(*(slice(0, n) for n in source.shape[1:])))
     places = [grid.place(next(tile_keys)) for _ in sections]
     return [
-        prepare.normalized_tile(source, z, place, card.sections, statistics)[None]
+        sampling.read_tiles(source, place, range(z, z + 1), sections=card.sections, norm=statistics)
         for z, place in zip(sections, places, strict=True)
     ]
 
