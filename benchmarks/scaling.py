@@ -20,7 +20,7 @@ import psutil
 from benchmarks import report
 from volseg import config
 from volseg.box import Blocks, Box
-from volseg.engine import cluster
+from volseg.engine import cluster, loop
 from volseg.io import arrays, ome, volume
 from volseg.segmentation.edges import argsort_rows
 
@@ -156,7 +156,7 @@ def null_block(item: int) -> int:
 def measure_blocks(count: int) -> None:
     """Rows along one run of so many null blocks: how fast they go, and the memory of scheduler and client together.
 
-    As in a run, up to `cluster.MAX_BATCHED_ITEMS` blocks that take no time share a task.
+    As in a run, up to `loop.MAX_BATCHED_ITEMS` blocks that take no time share a task.
     """
     rows = []
     with cluster.connect(config.Cluster(workers=2, dashboard="")) as client:
@@ -169,5 +169,5 @@ def measure_blocks(count: int) -> None:
                 rows.append({"blocks": state["done"], "blocks/s": round(state["done"] / seconds),
                              "client + scheduler MB": round(psutil.Process().memory_info().rss / 1e6)})  # fmt: skip
 
-        cluster.run(client, null_block, range(count), window=64, done=count_done)
+        loop.run(client, null_block, range(count), window=64, done=count_done)
     report.keep("scaling-blocks", rows)

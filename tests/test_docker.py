@@ -23,7 +23,7 @@ import yaml
 
 from volseg import cli
 from volseg.config import Cluster
-from volseg.engine import cluster
+from volseg.engine import cluster, loop
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
@@ -221,7 +221,7 @@ def test_scheduler_and_worker_of_compose_do_volsegs_work(tmp_path: Path):
         wait_until_healthy("scheduler", ports, dict(zip(logs, (scheduler, worker), strict=True)))
         knobs = Cluster(scheduler=on_loopback("tcp://scheduler:8786", ports))
         with cluster.connect(knobs) as client:
-            failures = cluster.run(client, square, range(5), done=results.__setitem__)
+            failures = loop.run(client, square, range(5), done=results.__setitem__)
 
     assert failures == []
     assert results == {item: (item * item, int(environment("worker")["VOLSEG_THREADS"])) for item in range(5)}

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "calibrate": "api",
-    "evaluate": "api",
+    "calibrate": "evaluation.calibrate",
+    "evaluate": "evaluation.evaluate",
     "infer": "api",
     "open": "api",
     "open_volume": "api",
     "plan": "api",
     "repair": "api",
-    "review": "api",
+    "review": "evaluation.review",
     "segment": "api",
     "train": "api",
     "tune": "api",
-    "verify": "api",
+    "verify": "evaluation.verify",
     "watershed": "segmentation.watershed",
     "Box": "box",
     "Config": "config",
@@ -42,23 +42,23 @@ __all__ = [
 
 if TYPE_CHECKING:
     from volseg.api import (
-        calibrate,
-        evaluate,
         infer,
         open,
         open_volume,
         plan,
         repair,
-        review,
         segment,
         train,
         tune,
-        verify,
     )
     from volseg.box import Box
     from volseg.config import Config
     from volseg.engine.finished import FinishedRun
     from volseg.errors import DamagedFileError, IncompleteRunError, OutOfMemoryError, UserError
+    from volseg.evaluation.calibrate import calibrate
+    from volseg.evaluation.evaluate import evaluate
+    from volseg.evaluation.review import review
+    from volseg.evaluation.verify import verify
     from volseg.progress import Progress
     from volseg.segmentation.watershed import watershed
 

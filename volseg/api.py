@@ -5,10 +5,9 @@ Volumes are paths or arrays; settings are those of a config file under the same 
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from volseg import system
-from volseg.box import Box
-from volseg.config import Config, Setting, load
+from volseg.config import Config
 from volseg.engine import cluster, finish, folder
 from volseg.engine.blocks import choose_blocks
 from volseg.engine.finished import FinishedRun, open_run
@@ -26,72 +24,19 @@ from volseg.engine.lock import Lock
 from volseg.engine.run import Run
 from volseg.engine.stages import keys
 from volseg.errors import UserError
-from volseg.inference import hardware, model
+from volseg.inference import hardware
+from volseg.inference.settings import Settings, default_out, settings_of
 from volseg.io import files, probabilities, volume
 from volseg.planning import plan as planning
 from volseg.planning import prepare
 from volseg.progress import Progress, default_progress
 
 if TYPE_CHECKING:
-    from volseg.evaluation.calibrate import Calibration
-    from volseg.evaluation.evaluate import Evaluation
-    from volseg.evaluation.review import Review
-    from volseg.evaluation.verify import Verification
     from volseg.planning.plan import Plan
 
 LIGHT_VOXELS = 1 << 29  # up to which `segment` needs no worker processes
 
-Settings = Iterable[Setting]
 VolumeLike = Any  # a path, or an array with shape, dtype and slices: NumPy, zarr, dask
-
-
-# ---------------------------------------------------------------- settings
-
-
-def settings_of(
-    config: str | os.PathLike | Config | dict | None = None,
-    settings: Settings = (),
-    *,
-    model_path: str | os.PathLike | None = None,
-    base: dict | None = None,
-) -> Config:
-    """Every setting of an inference: the model's own values, then ``config``, then ``settings``.
-
-    Parameters
-    ----------
-    config : path, Config or dict, optional
-        A TOML file, its tables as a dict, or settings that are complete already: then the model's own are not asked.
-    settings : iterable of str
-        Each ``"section.key=value"``, as after ``--set``.
-    model_path : path, optional
-        The model whose own values are the base; that of the settings, or the shipped one, if not given.
-    base : dict, optional
-        Tables to start from instead of the model's.
-
-    Raises
-    ------
-    UserError
-        For an unknown key or a wrong value, with the place that it comes from.
-    """
-    chosen = [*settings, *([("model", f"predict.model={json.dumps(os.fspath(model_path))}")] if model_path else [])]
-    if isinstance(config, Config):
-        return load(sets=chosen, base=config.model_dump(mode="json", exclude_unset=True)) if chosen else config
-    if base is None:
-        path = load(config, chosen).predict.model or model.shipped()
-        base = model.load_card(path).decode
-    return load(config, chosen, base)
-
-
-def default_out(path: str | os.PathLike) -> str:
-    """Where a volume's run goes unless told otherwise.
-
-    >>> default_out("a/cells.tif"), default_out("cells.ome.zarr/"), default_out("slices")
-    ('a/cells.volseg.zarr', 'cells.volseg.zarr', 'slices.volseg.zarr')
-    """
-    head, slash, name = os.fspath(path).rstrip("/").rpartition("/")
-    for ending in (".ome.zarr", ".ome.tiff", ".ome.tif", ".zarr", ".tiff", ".tif", ".n5"):
-        name = name.removesuffix(ending)
-    return f"{head}{slash}{name}.volseg.zarr"
 
 
 @contextmanager
@@ -436,127 +381,6 @@ def clean(path: str | os.PathLike | FinishedRun) -> int | None:
     run = path if isinstance(path, FinishedRun) else open(path)
     with Lock(run.path):
         return Layout(run.path).remove_work()
-
-
-def evaluate(
-    run: VolumeLike | FinishedRun, truth: VolumeLike, *, box: str | Box | None = None, iou: float = 0.5
-) -> Evaluation:
-    """Score labels against the truth: foreground and instances.
-
-    Parameters
-    ----------
-    run : path, array or FinishedRun
-        A run, or labels (z, y, x) of whole numbers; 0 is background.
-    truth : path or array
-        Labels, or a 0/255 mask, whose objects are its 26-connected components.
-    box : str or Box, optional
-        The part to score, ``"z0:z1,y0:y1,x0:x1"``.
-    iou : float
-        Objects match where their overlap is greater; 0 <= iou < 1.
-
-    Returns
-    -------
-    Evaluation
-        With ``foreground``, ``instances`` and ``touching``.
-
-    Raises
-    ------
-    UserError
-        Shapes do not fit, or a volume is neither labels nor a mask.
-
-    See Also
-    --------
-    volseg.evaluation.metrics.InstanceScores : what each score is.
-
-    Examples
-    --------
-    >>> evaluate("em.volseg.zarr", "truth.tif", box="140:165,0:768,0:1024").instances.pq  # doctest: +SKIP
-    """
-    from volseg.evaluation.evaluate import evaluate
-
-    return evaluate(run, truth, box=box, iou=iou)
-
-
-def verify(run: str | os.PathLike | FinishedRun, *, boxes: int = 5, seed: int = 0) -> Verification:
-    """Recompute parts of a run with other blocks and compare them bit for bit.
-
-    Parameters
-    ----------
-    run : path or FinishedRun
-        A finished run.
-    boxes : int
-        How many random boxes to recompute; a small volume is recomputed whole too.
-    seed : int
-        By which they are drawn.
-
-    Returns
-    -------
-    Verification
-        With ``ok``, whether nothing differs, and what was compared.
-
-    Raises
-    ------
-    UserError
-        There is no finished run, or it cannot be read.
-    """
-    from volseg.evaluation.verify import verify
-
-    return verify(run, boxes=boxes, seed=seed)
-
-
-def calibrate(run: str | os.PathLike | FinishedRun, truth: VolumeLike, *, box: str | Box | None = None) -> Calibration:
-    """Score rules of ``[stitch]`` against annotated instances; the run is left as it is.
-
-    Parameters
-    ----------
-    run : path or FinishedRun
-        A finished run with its work folder.
-    truth, box
-        As in `evaluate`.
-
-    Returns
-    -------
-    Calibration
-        With ``best``, whose ``settings`` `segment` takes, and all ``candidates``.
-
-    Raises
-    ------
-    UserError
-        There is no finished run with its work folder, or the truth does not fit.
-
-    Examples
-    --------
-    >>> best = calibrate("em.volseg.zarr", "truth.tif").best  # doctest: +SKIP
-    >>> segment("em.volseg.zarr", settings=best.settings)  # doctest: +SKIP
-    """
-    from volseg.evaluation.calibrate import calibrate
-
-    return calibrate(run, truth, box=box)
-
-
-def review(run: str | os.PathLike | FinishedRun, *, top: int = 50) -> Review:
-    """List the least certain joins and borders of a run, with a picture of each in its ``review`` folder.
-
-    Parameters
-    ----------
-    run : path or FinishedRun
-        A finished run.
-    top : int
-        How many of the least certain.
-
-    Returns
-    -------
-    Review
-        With ``decisions``, the least certain first, and the path of a ``page`` with all pictures.
-
-    Raises
-    ------
-    UserError
-        There is no finished run, or it has no table of merges.
-    """
-    from volseg.evaluation.review import review
-
-    return review(run, top)
 
 
 # ---------------------------------------------------------------- training

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import volseg
 from volseg import __version__
 from volseg.config import layers, load, page
 from volseg.engine import forkserver
@@ -87,8 +88,9 @@ def infer(
     if not scheduler:
         forkserver.start()  # local workers are being got ready while this process imports the rest
     from volseg import api
+    from volseg.inference.settings import settings_of
 
-    settings = api.settings_of(config, [*(sets or ()), *given])
+    settings = settings_of(config, [*(sets or ()), *given])
     _run(lambda progress: api.infer(volume, out or None, config=settings, overwrite=overwrite, progress=progress))
 
 
@@ -215,7 +217,7 @@ def calibrate(
     """
     from volseg import api
 
-    result = api.calibrate(run, truth, box=box or None)
+    result = volseg.calibrate(run, truth, box=box or None)
     typer.echo(str(result))
     best = result.best
     if not best.pq:
@@ -242,9 +244,8 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Recompute parts of a run with other blocks and compare them bit for bit. Exit code 1 where they differ."""
-    from volseg import api
 
-    result = api.verify(run, boxes=blocks, seed=seed)
+    result = volseg.verify(run, boxes=blocks, seed=seed)
     typer.echo(json.dumps(result.to_json(), indent=1) if as_json else str(result))
     if not result.ok:
         raise typer.Exit(1)
@@ -264,9 +265,8 @@ def review(
     top: Annotated[int, typer.Option("--top", min=1, help="How many of the least certain.")] = 50,
 ) -> None:
     """List the least certain joins and borders, with a picture of each in RUN/review."""
-    from volseg import api
 
-    result = api.review(run, top=top)
+    result = volseg.review(run, top=top)
     typer.echo(str(result))
     typer.echo(f"page     {result.page}")
 
@@ -281,56 +281,14 @@ def _run(start: Callable[[Progress], FinishedRun]) -> None:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         progress.stop()
-    _conclude(run)
+    from volseg.planning.plan import compare_with
+
+    typer.echo("\n".join([*run.report(), *compare_with(run.plan, run.actual), *run.places()]))
 
 
 def _toml(value: str | int | list[str]) -> str:
     """``value`` as TOML."""
     return json.dumps(value, ensure_ascii=False)
-
-
-def _conclude(run: FinishedRun) -> None:
-    facts, voxels = run.summary, run.run.wanted_voxels
-    if not run.object_count:
-        typer.echo(f"no object: {facts['why_no_object']}")
-    typer.echo(f"{run.object_count} objects in {voxels / 1e6:.1f} million voxels")
-    for line in _time_lines(facts, voxels):
-        typer.echo(line)
-    peak = facts["peak_bytes"]
-    typer.echo(
-        f"peak memory {peak['worker'] / 2**30:.2f} GiB in the largest worker, {peak['client'] / 2**30:.2f} GiB in this process"
-    )
-    if run.plan:
-        from volseg.planning.plan import Plan, compared
-
-        actual = run.actual
-        made = Plan.from_json(run.plan)
-        typer.echo(compared(made, actual["total_seconds"], actual["worker_bytes"], actual["written_bytes"]))
-    layout = run.layout
-    typer.echo(f"labels   {layout.labels_path}\ntable    {layout.objects_path}\npicture  {layout.picture_path}")
-
-
-def _time_lines(facts: dict, voxels: int) -> Iterator[str]:
-    """Where the time went: by stage as the clock ran, and as shares of what all workers spent."""
-    total = facts["seconds"]["total"]
-    stages = ", ".join(f"{name} {took:.1f}" for name, took in facts["seconds"].items() if name != "total")
-    yield f"took {total:.1f} s ({voxels / 1e6 / total:.2f} Mvoxel/s): {stages}; stages run side by side"
-    worker_seconds = facts["worker_seconds"]
-    spent = sum(sum(phases.values()) for phases in worker_seconds.values())
-    if spent:
-        yield f"workers  {spent:.1f} s: {', '.join(_shares(worker_seconds, spent))}"
-    if share := facts["device_share"]:
-        yield (
-            f"device   computed in {100 * share:.0f} % of predict; {facts['queue']:.1f} blocks waited for a worker on average"
-        )
-
-
-def _shares(worker_seconds: dict[str, dict[str, float]], spent: float) -> Iterator[str]:
-    """``predict 80 % (infer 70, blend 5, ...)`` for each stage: the phases of at least one per cent."""
-    for stage, phases in worker_seconds.items():
-        parts = sorted(((100 * took / spent, name) for name, took in phases.items()), reverse=True)
-        large = ", ".join(f"{name} {share:.0f}" for share, name in parts if share >= 1)
-        yield f"{stage} {sum(share for share, _ in parts):.0f} %" + f" ({large})" * bool(large)
 
 
 @app.command()
@@ -417,10 +375,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score labels against the truth: foreground and instances."""
-    from volseg import api
     from volseg.evaluation.evaluate import read_roi
 
-    scores = api.evaluate(pred, truth, box=box or None)
+    scores = volseg.evaluate(pred, truth, box=box or None)
     typer.echo(json.dumps(scores.to_json(), indent=1) if as_json else str(scores))
     if not scores.instances.truth_objects:
         typer.echo(f"volseg: {truth} holds no object here, so most of these scores say nothing", err=True)

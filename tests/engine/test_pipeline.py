@@ -36,7 +36,7 @@ from tests.helpers import (
 from volseg import api
 from volseg.box import Box
 from volseg.config import Cluster, load
-from volseg.engine import cluster, folder, pipeline, schedule
+from volseg.engine import cluster, folder, loop, pipeline, schedule
 from volseg.engine.receipts import RunStatistics
 from volseg.engine.run import Run
 from volseg.engine.stages import stages_of
@@ -488,7 +488,7 @@ def double(out, key, stage, item):
 def test_the_loop_returns_failures_and_keeps_going():
     found = {}
     with cluster.connect(Cluster(workers=1, dashboard="")) as client:
-        failures = cluster.run(
+        failures = loop.run(
             client, double, range(40), "out", "key", "double", tries=2, window=4, done=found.__setitem__
         )
     assert found == {i: 2 * i for i in range(40) if i != 3}
@@ -513,7 +513,7 @@ def test_the_loop_asks_again_for_what_is_not_there_yet():
             waiting.append(("second", item[1]))
 
     with cluster.connect(Cluster(workers=1, dashboard="")) as client:
-        failures = cluster.run(client, together, items(), window=2, done=done)
+        failures = loop.run(client, together, items(), window=2, done=done)
     assert not failures
     assert sorted(ended) == sorted(f"{stage} {i}" for stage in ("first", "second") for i in range(20))
     assert ended.index("second 0") < ended.index("first 19")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import SHAPE, Quiet, digest, markers_of, settings
-from volseg import cli, progress
+from volseg import progress
 from volseg.engine import cluster, finish, folder, schedule
 from volseg.engine.receipts import RunStatistics
 from volseg.engine.stages import group_of
@@ -122,7 +122,7 @@ def test_a_run_tells_where_its_time_went(beside):
     assert facts["queue"] >= 0
     spans = [facts["seconds"][stage] for stage in ("predict", "fragments", "link", "relabel")]
     assert all(0 < span <= facts["seconds"]["total"] for span in spans)
-    said = list(cli._time_lines(facts, run.run.wanted_voxels))
+    said = run.report()[1:4]
     assert [line.partition(" ")[0] for line in said] == ["took", "workers", "device"]
     assert "predict" in said[1]
     assert "infer" in said[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,23 @@ class FinishedRun:
         """What it took of all that the plan tells, under the same names."""
         return self.summary.get("actual", {})
 
+    def report(self) -> list[str]:
+        """What it gave and took, as lines of text."""
+        facts, voxels = self.summary, self.run.wanted_voxels
+        peak = facts["peak_bytes"]
+        return [
+            *([] if self.object_count else [f"no object: {facts['why_no_object']}"]),
+            f"{self.object_count} objects in {voxels / 1e6:.1f} million voxels",
+            *_time_lines(facts, voxels),
+            f"peak memory {peak['worker'] / 2**30:.2f} GiB in the largest worker, {peak['client'] / 2**30:.2f} GiB in this "
+            "process",
+        ]
+
+    def places(self) -> list[str]:
+        """Where its results lie, as lines of text."""
+        layout = self.layout
+        return [f"labels   {layout.labels_path}", f"table    {layout.objects_path}", f"picture  {layout.picture_path}"]
+
     # ---- to look at
 
     def show(self, z: int | None = None, *, box: Box | None = None) -> Image:
@@ -175,3 +193,26 @@ def open_run(path: str) -> FinishedRun:
     run = FinishedRun(where)
     _ = run.summary  # refuses a folder of another version
     return run
+
+
+def _time_lines(facts: dict, voxels: int) -> Iterator[str]:
+    """Where the time went: by stage as the clock ran, and as shares of what all workers spent."""
+    total = facts["seconds"]["total"]
+    stages = ", ".join(f"{name} {took:.1f}" for name, took in facts["seconds"].items() if name != "total")
+    yield f"took {total:.1f} s ({voxels / 1e6 / total:.2f} Mvoxel/s): {stages}; stages run side by side"
+    worker_seconds = facts["worker_seconds"]
+    spent = sum(sum(phases.values()) for phases in worker_seconds.values())
+    if spent:
+        yield f"workers  {spent:.1f} s: {', '.join(_shares(worker_seconds, spent))}"
+    if share := facts["device_share"]:
+        yield (
+            f"device   computed in {100 * share:.0f} % of predict; {facts['queue']:.1f} blocks waited for a worker on average"
+        )
+
+
+def _shares(worker_seconds: dict[str, dict[str, float]], spent: float) -> Iterator[str]:
+    """``predict 80 % (infer 70, blend 5, ...)`` for each stage: the phases of at least one per cent."""
+    for stage, phases in worker_seconds.items():
+        parts = sorted(((100 * took / spent, name) for name, took in phases.items()), reverse=True)
+        large = ", ".join(f"{name} {share:.0f}" for share, name in parts if share >= 1)
+        yield f"{stage} {sum(share for share, _ in parts):.0f} %" + f" ({large})" * bool(large)

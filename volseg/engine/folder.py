@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from volseg.engine.blocks import fit, shard_shape
-from volseg.engine.layout import Layout, StoredArray
+from volseg.engine.layout import Layout
 from volseg.engine.receipts import Markers, Receipt
 from volseg.engine.run import Run
 from volseg.engine.stages import keys, stages_of
+from volseg.engine.stored import StoredArray
 from volseg.errors import DamagedFileError, UserError
 from volseg.inference import export, model
 from volseg.io import files, ome, pyramid, volume

@@ -10,9 +10,10 @@ import numpy as np
 
 from volseg import system
 from volseg.engine.keys import basins_key, decision_key
-from volseg.engine.layout import BlockLabels, Destinations, HoleContacts, Joins, Values, recording, side_by_side
+from volseg.engine.layout import BlockLabels, Destinations, HoleContacts, Joins, Values
 from volseg.engine.receipts import Timings
 from volseg.engine.run import Run
+from volseg.engine.stored import recording, side_by_side
 from volseg.errors import DamagedFileError
 from volseg.io import pyramid
 from volseg.segmentation import hierarchy, holes, objects, saddles, stitch

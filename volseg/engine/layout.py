@@ -15,17 +15,13 @@ for each block.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from volseg.box import Box
+from volseg.engine.stored import StoredArray, Tables, load_table, record_known, record_written
 from volseg.errors import DamagedFileError, UserError
 from volseg.io import arrays, files, tables
 from volseg.segmentation import hierarchy, holes, objects, saddles, stitch
@@ -33,39 +29,6 @@ from volseg.segmentation.basins import BlockBasins
 
 FORMAT = 1  # of a run's folder; raised when an older volseg could misread a newer folder, or the other way round
 T = TypeVar("T")
-
-
-# ---------------------------------------------------------------- what a block writes
-
-_RECORD: ContextVar[dict[str, list] | None] = ContextVar("record", default=None)
-
-
-@contextmanager
-def recording() -> Iterator[dict[str, list]]:
-    """The fingerprint of each file of a run that is written inside, by its key: see `files.fingerprint`."""
-    record: dict[str, list] = {}
-    token = _RECORD.set(record)
-    try:
-        yield record
-    finally:
-        _RECORD.reset(token)
-
-
-def side_by_side(function: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """``function`` of each item in threads whose writes are recorded with the caller's."""
-    with ThreadPoolExecutor(tables.IO_THREADS, initializer=_RECORD.set, initargs=(_RECORD.get(),)) as pool:
-        list(pool.map(function, items))
-
-
-def _written(path: str, keys: Iterable[str]) -> None:
-    record = _RECORD.get()
-    if record is None:
-        return
-    for key in keys:
-        try:
-            record[key] = files.fingerprint(path, key)
-        except FileNotFoundError:
-            record.pop(key, None)  # a shard that holds nothing is not stored
 
 
 # ---------------------------------------------------------------- what small tables hold
@@ -119,127 +82,6 @@ class Values:
     """One array."""
 
     values: np.ndarray
-
-
-@dataclass(frozen=True)
-class Tables(Generic[T]):
-    """Tables of one kind, each in a file of its own; ``pattern`` takes their numbers."""
-
-    path: str
-    pattern: str
-    kind: type[T]
-
-    def key(self, *index: int | str) -> str:
-        return self.pattern.format(*index)
-
-    def save(self, value: T, *index: int | str) -> None:
-        tables.save(self.path, self.key(*index), **vars(value))
-        _written(self.path, [self.key(*index)])
-
-    def load(self, *index: int | str, skip: tuple[str, ...] = ()) -> T:
-        """One table; the arrays to ``skip`` come empty. Raises `DamagedFileError`."""
-        return _load(self.path, self.key(*index), self.kind, skip)
-
-    def load_each(self, indices: Iterable[Any], skip: tuple[str, ...] = (), ahead: int = 32) -> Iterator[T]:
-        """The table of each index, in order, up to ``ahead`` of them read side by side."""
-        numbers = (index if isinstance(index, tuple) else (index,) for index in indices)
-        return tables.read_ahead(lambda index: self.load(*index, skip=skip), numbers, ahead)
-
-    def exists(self, *index: int | str) -> bool:
-        return files.exists(f"{self.path}/{self.key(*index)}")
-
-    def remove(self, *index: int | str) -> None:
-        files.remove(f"{self.path}/{self.key(*index)}")
-
-    @property
-    def folder(self) -> str:
-        return self.pattern.rpartition("/")[0]
-
-    def count(self) -> int:
-        """How many tables of this kind there are."""
-        return sum(key.endswith(".npz") for key in files.list_keys(self.path, self.folder))
-
-    def remove_all(self) -> None:
-        files.remove(f"{self.path}/{self.folder}")
-
-
-def _load(path: str, key: str, kind: type[T], skip: tuple[str, ...] = ()) -> T:
-    try:
-        return kind(**tables.load(path, key, skip))
-    except FileNotFoundError:
-        raise DamagedFileError(path, key, "is missing") from None
-    except Exception as error:  # whatever a damaged NPZ makes the zip reader, NumPy or the constructor raise
-        if isinstance(error, (UserError, OSError, MemoryError)):
-            raise
-        raise DamagedFileError(path, key, f"is damaged ({type(error).__name__}: {error})") from None
-
-
-@dataclass(frozen=True)
-class StoredArray:
-    """An array of the run: z y x, or channels z y x."""
-
-    path: str
-    name: str
-
-    def read(self, box: Box, channel: int | None = None) -> np.ndarray:
-        """The voxels of ``box``: of one ``channel`` where there are several, else of all."""
-        with self._readable(box):
-            array = arrays.open_array(self.path, self.name)
-            lead = () if array.ndim == 3 else (slice(None) if channel is None else channel,)
-            return np.asarray(array[(*lead, *box.slices)])
-
-    @contextmanager
-    def _readable(self, box: Box) -> Iterator[None]:
-        """Raises `DamagedFileError` that names the shards under ``box`` where one of them cannot be read."""
-        try:
-            yield
-        except (RuntimeError, ValueError, OSError, UserError) as error:
-            if isinstance(error, PermissionError | DamagedFileError):
-                raise
-            state = f"cannot be read ({' '.join(str(error).split())[:200]})"
-            raise DamagedFileError(self.path, self.keys_of(box) or (f"{self.name}/zarr.json",), state) from None
-
-    def keys_of(self, box: Box) -> tuple[str, ...]:
-        """Keys of the shards under ``box``; none where the array itself cannot be opened."""
-        try:
-            array = arrays.open_array(self.path, self.name)
-        except (UserError, OSError, ValueError, RuntimeError):
-            return ()
-        return tuple(f"{self.name}/{key}" for key in arrays.shard_keys(array, box))
-
-    def write(self, box: Box, data: np.ndarray) -> None:
-        """The voxels of ``box``, which covers whole shards, are these."""
-        arrays.write(arrays.open_array(self.path, self.name), box, data)
-        _written(self.path, self.keys_of(box))
-
-    def create(self, **layout: Any) -> None:
-        arrays.create_array(self.path, self.name, **layout)
-
-    def opens(self) -> bool:
-        """Whether there is an array whose description can be read."""
-        try:
-            arrays.open_array(self.path, self.name)
-        except (UserError, OSError, ValueError, RuntimeError, KeyError, TypeError):
-            return False
-        return True
-
-    def restore(self, **form: Any) -> None:
-        """The array can be opened; shards that there are stay."""
-        if not self.opens():
-            files.remove(f"{self.path}/{self.name}/zarr.json")
-            self.create(**form)
-
-    def fingerprints(self, box: Box) -> dict[str, list]:
-        """Of the shards under ``box`` that are stored, by key."""
-        with recording() as record:
-            _written(self.path, self.keys_of(box))
-        return record
-
-    def exists(self) -> bool:
-        return files.exists(f"{self.path}/{self.name}")
-
-    def remove(self) -> None:
-        files.remove(f"{self.path}/{self.name}")
 
 
 # ---------------------------------------------------------------- the folder
@@ -316,13 +158,13 @@ class Layout:
     def save_basins(self, basins: stitch.Basins, key: str) -> None:
         """The volume's basins, and the key of the tables that they were gathered from."""
         tables.save(self.path, "work/basins.npz", **vars(basins), made_from=np.array(key))
-        _written(self.path, ["work/basins.npz"])
+        record_written(self.path, ["work/basins.npz"])
 
     def load_basins(self, key: str | None = None) -> stitch.Basins | None:
         """The volume's basins; None where there are none, or none gathered from tables of that ``key``."""
         if not self.has_basins():
             return None
-        stored = _load(self.path, "work/basins.npz", dict)
+        stored = load_table(self.path, "work/basins.npz", dict)
         made_from = str(stored.pop("made_from", ""))
         return stitch.Basins(**stored) if key in (None, made_from) else None
 
@@ -381,10 +223,8 @@ class Layout:
         files.write_bytes(self.path, f"work/stamps/{stage}/{i}", json.dumps([made_from, written]).encode())
 
     def record_stamped(self, stage: str, i: int) -> None:
-        """The files of the block, as its stamp has them, count as written in `recording`."""
-        record = _RECORD.get()
-        if record is not None:
-            record.update(json.loads(files.read_bytes(self.path, f"work/stamps/{stage}/{i}"))[1])
+        """The files of the block, as its stamp has them, count as written in `stored.recording`."""
+        record_known(json.loads(files.read_bytes(self.path, f"work/stamps/{stage}/{i}"))[1])
 
     def fits(self, key: str, mark: list) -> bool:
         """Whether the file still has that fingerprint."""

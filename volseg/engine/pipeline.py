@@ -22,12 +22,12 @@ import time
 from functools import lru_cache
 
 from volseg.engine import cluster
-from volseg.engine.layout import recording
 from volseg.engine.lock import writing
 from volseg.engine.predict import release_network
 from volseg.engine.receipts import Receipt, Timings
 from volseg.engine.run import Run, stored_run
 from volseg.engine.stages import Stage, stages_of
+from volseg.engine.stored import recording
 from volseg.errors import OutOfMemoryError
 from volseg.io import files
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from volseg import system
 from volseg.box import Blocks
-from volseg.engine import cluster, folder
+from volseg.engine import cluster, folder, loop
 from volseg.engine.layout import Values
 from volseg.engine.pipeline import process_block
 from volseg.engine.predict import release_network
@@ -120,7 +120,7 @@ def _run_together(
 
     settings = run.config.cluster
     inferring = [stage.name for stage in stages if stage.on_device]
-    failures = cluster.run(
+    failures = loop.run(
         client, process_block, ready([stage.name for stage in reversed(stages) if not stage.on_device]), run.out, run.id,
         device=ready(inferring) if inferring else (), tries=settings.tries, window=settings.window, done=done,
         stop=stop,
@@ -129,7 +129,7 @@ def _run_together(
     _refuse(run, stages, failures)
 
 
-def _refuse(run: Run, stages: list[Stage], failures: list[cluster.Failure]) -> None:
+def _refuse(run: Run, stages: list[Stage], failures: list[loop.Failure]) -> None:
     """Raises what names the first block given up, if any was."""
     if not failures:
         return
@@ -146,7 +146,7 @@ def _refuse(run: Run, stages: list[Stage], failures: list[cluster.Failure]) -> N
     )
 
 
-def _failure(failure: cluster.Failure, grids: dict[str, Blocks]) -> dict:
+def _failure(failure: loop.Failure, grids: dict[str, Blocks]) -> dict:
     """What ``failed.json`` says of a block."""
     stage, i = failure.item
     facts = {"worker": failure.worker, "reason": failure.reason, "traceback": failure.traceback}

@@ -274,6 +274,14 @@ def compared(plan: Plan, seconds: float, worker_bytes: int, written_bytes: int |
     )
 
 
+def compare_with(plan: dict, actual: dict) -> list[str]:
+    """What a finished run stored of its plan and of what it took, as a line; none where it was not planned."""
+    if not plan:
+        return []
+    made = Plan.from_json(plan)
+    return [compared(made, actual["total_seconds"], actual["worker_bytes"], actual["written_bytes"])]
+
+
 def duration(seconds: float) -> str:
     """
     >>> duration(3.21), duration(250), duration(9000)
