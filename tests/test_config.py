@@ -96,3 +96,19 @@ def test_a_low_seed_level_that_is_not_lower_is_refused():
 def test_two_seed_levels_need_all_edges():
     with pytest.raises(UserError, match="seed_low needs all edges in one process"):
         load(sets=["stitch.reduce=tree", "stitch.seed_low=0.3"])
+
+
+@pytest.mark.parametrize(("key", "new"), [("unlabelled", "unlabeled"), ("unlabelled_sections", "unlabeled_sections")])
+def test_a_renamed_key_is_told(key, new):
+    data = {"image": "em.tif", "label": "labels.tif", key: 3}
+    with pytest.raises(UserError, match=rf"train\.data\.0\.{key}' is called '{new}' now"):
+        resolve(("test", {"train": {"data": [data]}}))
+
+
+def test_the_name_of_a_level_may_be_a_number():
+    assert load(sets=["input.dataset=1"]).input.dataset == "1"
+
+
+def test_a_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load(sets=["predict.model=~/model.safetensors"]).predict.model == "/home/me/model.safetensors"

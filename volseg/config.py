@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from volseg.box import Box
 from volseg.errors import UserError
@@ -32,6 +42,13 @@ def _each_once(planes: tuple[str, ...]) -> tuple[str, ...]:
     return planes
 
 
+def _text(value: Any) -> Any:
+    """A number where a name is wanted, such as a level's, is that name."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Name = Annotated[str, BeforeValidator(_text)]
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home
 Planes = Annotated[tuple[Literal["xy", "xz", "yz"], ...], AfterValidator(_each_once)]
 
 
@@ -42,7 +59,7 @@ class Section(BaseModel):
 
 
 class Input(Section):
-    dataset: str = ""  # array inside a zarr group; "" takes the OME-Zarr full-resolution level
+    dataset: Name = ""  # array inside a zarr group; "" takes the OME-Zarr full-resolution level
     voxel_size_nm: tuple[Nm, Nm, Nm] | None = None  # z y x; overrides what the file says
     mask: str = ""  # a volume that is 0 where nothing is wanted; may be coarser by whole factors
     roi: str = ""  # z0:z1,y0:y1,x0:x1 wanted alone; "" takes all
@@ -55,7 +72,7 @@ class Input(Section):
 
 
 class Predict(Section):
-    model: str = ""  # a .safetensors file; "" takes the one that ships with volseg
+    model: LocalPath = ""  # a .safetensors file; "" takes the one that ships with volseg
     backend: Literal["auto", "openvino", "onnx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     tile: Annotated[int, Field(ge=32)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
@@ -308,8 +325,16 @@ def parse_set(text: str) -> dict:
     return {section: {name: parsed}}
 
 
+RENAMED = {  # keys of before the first release
+    "unlabelled": "unlabeled",
+    "unlabelled_sections": "unlabeled_sections",
+}
+
+
 def _suggest(location: tuple, tables: dict) -> str:
     """`` (did you mean ...?)`` for an unknown key, from the names that exist where it stands."""
+    if new := RENAMED.get(str(location[-1])):
+        return f" is called {new!r} now"
     model: Any = Config
     for part in location[:-1]:
         if isinstance(part, int):

@@ -28,7 +28,8 @@ def partial_path(out: str) -> str:
 
 
 def absolute(path: str) -> str:
-    return path if files.is_remote(path) else str(Path(path).resolve())
+    """``~`` and ``file://`` are local paths."""
+    return path if files.is_remote(path) else str(Path(files.absolute(path)).resolve())
 
 
 def is_run(path: str) -> bool:
