@@ -1,8 +1,10 @@
 """Whether labels at block faces look other than at planes half a block away: a statistic, not a proof.
 
 Whether labels are exact is shown by computing them again (`recheck`, `recompute`). This looks for what a recomputation with
-the same code would share: a systematic effect of the cutting on the labels. Of 1000 random cuttings of one exact volume
-(128 x 320 x 320 voxels) none was called visible, and none had a p-value below 0.05: planes side by side look alike.
+the same code would share: a systematic effect of the cutting on the labels.
+
+Of 1000 random cuttings of labels that no cutting made (160 x 512 x 512 voxels, 48 objects) none was called visible; 11 had a
+p-value below 0.05, after correction.
 """
 
 from __future__ import annotations
