@@ -14,6 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from volseg.config import Config, Train
+from volseg.engine.lock import Lock
 from volseg.errors import UserError
 from volseg.inference import model
 from volseg.system import tune_malloc
@@ -53,8 +54,8 @@ def train(config: Config, log: Log = print) -> Path:
     Raises
     ------
     UserError
-        If the settings or the data do not allow a run, the checkpoint is of other settings, the loss becomes infinite, not
-        even one patch fits the memory, or a file cannot be written.
+        If the settings or the data do not allow a run, another training writes to ``out``, the checkpoint is of other
+        settings, the loss becomes infinite, not even one patch fits the memory, or a file cannot be written.
     KeyboardInterrupt
         After Ctrl-C, at the end of a step, once a checkpoint is written.
     """
@@ -64,7 +65,7 @@ def train(config: Config, log: Log = print) -> Path:
     sources = load_sources(settings)
     log(report.format_data(sources))
     out = _make_folder(settings.out)
-    with distributed.process_group(_process_count(settings), _follow, config):
+    with Lock(str(out.resolve())), distributed.process_group(_process_count(settings), _follow, config):
         state = _resumed_state(settings)
         if state.step:
             log(f"going on from step {state.step} in {out}")
