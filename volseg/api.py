@@ -27,8 +27,8 @@ from volseg.errors import UserError
 from volseg.inference import hardware
 from volseg.inference.settings import Settings, default_out, settings_of
 from volseg.io import files, probabilities, volume
+from volseg.planning import measure, prepare
 from volseg.planning import plan as planning
-from volseg.planning import prepare
 from volseg.progress import Progress, default_progress
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def _execute(run: Run, out: str, begin: Callable[[], None], progress: Progress, 
     """A new run is planned, as far as that needs no measuring, and done."""
     prepare.check_channels(run.config, run.heads, run.channels)
     workers = prepare.workers_of(run)
-    made = planning.make(run, workers, planning.known(run, workers))
+    made = planning.make_plan(run, workers, measure.known_rates(run, workers))
     _refuse(run, made, workers)
     return finish.execute(run, out, begin, progress, start=start, plan=made.to_json())
 
@@ -328,7 +328,7 @@ def plan(
 
 def _plan(run: Run) -> Plan:
     workers = prepare.workers_of(run)
-    made = planning.make(run, workers, planning.probe(run, workers))
+    made = planning.make_plan(run, workers, measure.measure_rates(run, workers))
     try:
         _refuse(run, made, workers)
     except UserError as error:
@@ -339,7 +339,7 @@ def _plan(run: Run) -> Plan:
 def _refuse(run: Run, made: Plan, workers: cluster.WorkerPool) -> None:
     """Refuses a run that does not fit the memory or the disk."""
     planning.refuse_limit(made, run, round(run.config.cluster.memory_limit * 1e9) or workers.limit)
-    planning.refuse(made, run, system.free_memory(), planning.room_on_disk(run))
+    planning.refuse(made, run, system.free_memory(), planning.disk_room(run))
 
 
 def repair(path: str | os.PathLike | FinishedRun, *, progress: Progress | None = None) -> FinishedRun:

@@ -122,7 +122,7 @@ def plan(
     told = made.to_json()
     if price is not None:
         told["cost"] = price * made.total_seconds / 3600
-    typer.echo(json.dumps(told, indent=1) if as_json else planning.table(made, price))
+    typer.echo(json.dumps(told, indent=1) if as_json else planning.format_plan(made, price))
     if made.refusal:
         raise UserError(made.refusal)
 

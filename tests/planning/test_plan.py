@@ -19,7 +19,7 @@ from volseg.errors import UserError
 from volseg.inference import cache, tiles
 from volseg.inference.backends import Engine
 from volseg.io import arrays, files, volume
-from volseg.planning import memory, plan
+from volseg.planning import measure, memory, plan
 from volseg.planning import prepare as describe
 
 GB = 10**9
@@ -33,7 +33,7 @@ def unread(shape, tmp_path, chunk=(1, 4096, 4096), **sections):
     slab, block = choose_blocks(shape, config.blocks.shape, chunk[0])
     run = Run(str(tmp_path / "run"), source, config, ("mask", "contour"), (5.0, 5.0, 5.0), "", slab, block,
               sections=3, engine=ENGINE)  # fmt: skip
-    return memory.with_blocks_that_fit(run, (24 * GB - memory.CLIENT) // 2, threads=1)
+    return memory.with_blocks_that_fit(run, (24 * GB - memory.CLIENT_BYTES) // 2, threads=1)
 
 
 def test_few_voxels_are_inferred_twice(tmp_path):
@@ -54,7 +54,7 @@ def test_the_redundancy_is_that_of_the_tiles_that_blocks_need(tmp_path):
 @pytest.mark.parametrize("room", [3 * GB, 1 * GB])
 def test_blocks_are_cut_until_they_fit(tmp_path, shape, room):
     run = memory.with_blocks_that_fit(unread(shape, tmp_path), room, threads=1)
-    assert memory.worker(run, 1) <= room
+    assert memory.worker_bytes(run, 1) <= room
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, li
     run = unread((64, 4096, 4096), tmp_path)
     workers = cluster.WorkerPool(2)
     run = memory.with_blocks_that_fit(run, GB, 1)
-    found = plan.make(run, workers, plan.known(run, workers))
+    found = plan.make_plan(run, workers, measure.known_rates(run, workers))
     plan.refuse_limit(found, run, GB)
     plan.refuse(found, run, 64 * GB, 100 * GB)
     with pytest.raises(UserError, match=said):
@@ -117,7 +117,7 @@ def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, li
 def test_a_batch_that_will_not_fit_is_what_the_advice_is_about(tmp_path):
     run = unread((64, 4096, 4096), tmp_path)
     run = replace(run, engine=replace(run.engine, batch=64))
-    found = plan.make(run, cluster.WorkerPool(1), plan.known(run, cluster.WorkerPool(1)))
+    found = plan.make_plan(run, cluster.WorkerPool(1), measure.known_rates(run, cluster.WorkerPool(1)))
     with pytest.raises(UserError, match=r"set predict\.batch=32 or less$"):
         plan.refuse(found, run, 8 * GB, 100 * GB)
 
@@ -140,14 +140,14 @@ def test_the_projected_memory_is_that_of_a_real_worker(noise, tmp_path):
     assert facts["plan"]["inferred_voxels"] == facts["actual"]["inferred_voxels"]
     assert facts["actual"]["written_bytes"] > 0
     made = plan.Plan.from_json(run.plan)
-    assert "plan / actual" in plan.compared(made, run.seconds["total"], 1, 1)
+    assert "plan / actual" in plan.format_comparison(made, run.seconds["total"], 1, 1)
 
 
 def test_a_probe_tells_the_bytes_of_the_tables_that_a_run_stores(reference):
     """Within a factor of 2 of those of a real run, which cuts the same voxels into other blocks."""
     facts = json.loads(Path(reference, "run.json").read_text())
     probability = np.asarray(arrays.open_array(reference, "0"))
-    found = plan._instances(probability, Config(**facts["config"]).fragments, tuple(facts["voxel_size_nm"]))
+    found = measure.measure_instances(probability, Config(**facts["config"]).fragments, tuple(facts["voxel_size_nm"]))
     stored = sum(files.stored_bytes(f"{reference}/work/{name}") for name in ("tables", "links", "labels"))
     block = Run.from_json(json.loads(Path(reference, "work/run.json").read_text())).block
     assert 0.5 < plan.table_bytes(probability.shape[1:], block, found["packed"]) / stored < 2
@@ -160,9 +160,8 @@ def test_a_height_that_the_model_cannot_give_is_refused_before_anything_is_measu
 
 def test_a_plan_of_more_than_one_worker_is_shorter(tmp_path):
     run = unread((64, 1024, 1024), tmp_path)
-    one, two = (
-        plan.make(run, workers, plan.known(run, workers)) for workers in (cluster.WorkerPool(1), cluster.WorkerPool(2))
-    )
+    pools = cluster.WorkerPool(1), cluster.WorkerPool(2)
+    one, two = (plan.make_plan(run, workers, measure.known_rates(run, workers)) for workers in pools)
     assert one.total_seconds > two.total_seconds > one.total_seconds / 2
     assert one.written_bytes == two.written_bytes > np.prod(run.shape)
 
@@ -216,8 +215,8 @@ def test_the_plan_is_printed_and_kept(image, tmp_path):
     assert not Path(api.default_out(image)).exists()
     config = settings(cluster={"workers": 1})
     kept = describe.from_image(volume.open(image), config, str(tmp_path / "run"))
-    assert plan.known(kept, cluster.worker_pool(config.cluster)).probed
-    assert not plan.known(replace(kept, model_sha256="other"), cluster.worker_pool(config.cluster)).probed
+    assert measure.known_rates(kept, cluster.worker_pool(config.cluster)).probed
+    assert not measure.known_rates(replace(kept, model_sha256="other"), cluster.worker_pool(config.cluster)).probed
 
 
 @pytest.mark.usefixtures("own_cache")

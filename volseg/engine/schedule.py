@@ -195,7 +195,7 @@ def _fits_one_process(run: Run, markers: Markers) -> bool:
     if run.config.stitch.reduce != "auto":
         return run.config.stitch.reduce == "flat"
     edges = sum(receipt.edges for receipt in markers.receipts("link").values())
-    most = _most_edges(run)
+    most = most_edges(run)
     if edges > most and (needs := run.config.stitch.needs_all()):
         raise UserError(
             f"stitch.{needs[0]} needs all {edges} edges in one process, about {edges * EDGE_BYTES / 1e9:.0f} GB: set it to "
@@ -204,7 +204,7 @@ def _fits_one_process(run: Run, markers: Markers) -> bool:
     return edges <= most
 
 
-def _most_edges(run: Run) -> int:
+def most_edges(run: Run) -> int:
     """How many edges one process may hold: `FLAT_EDGES`, or as many as fit the memory it may take."""
     settings = run.config.cluster
     given = FLAT_EDGES * EDGE_BYTES if settings.scheduler else system.free_memory()

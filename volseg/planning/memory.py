@@ -1,7 +1,7 @@
 """What a worker holds at most in each stage, in bytes, from shapes alone: the arrays alive when most of them are.
 
-The bytes for each voxel are counted in `pipeline`, `tiles`, `fragments` and `objects`; a test holds them against real
-processes. What the network takes is measured by `plan`, or is the rough figure below.
+The bytes for each voxel are counted in `predict`, `tiles`, `basins` and `objects`, those of tables and edges were measured; a
+test holds all against real processes. What the network takes is measured by `measure`, or is the rough figure below.
 """
 
 from __future__ import annotations
@@ -9,64 +9,105 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
 from volseg.engine.blocks import fit
 from volseg.engine.run import Run
+from volseg.engine.schedule import EDGE_BYTES, most_edges
 from volseg.inference import tiles
+from volseg.io.tables import READ_AHEAD_BYTES
 from volseg.segmentation.heights import height_halo
 
-PROCESS = 190_000_000  # a worker that has read and written a little
-CLIENT = 350_000_000  # the process where the command was given, with the scheduler
-NETWORK = {"openvino": 110_000_000, "onnx": 130_000_000, "torch": 700_000_000}  # a network with its library, on a CPU
-CUDA = 3_500_000_000  # torch with CUDA in host memory; not measured
-PASS = {"openvino": 160, "onnx": 310, "torch": 660}  # inside a network on a CPU for each of its pixels, rough
-ENDS = 8  # for each voxel of each channel that goes into a network or comes out
-BASINS = 19  # for each voxel of a block with its halo: heights, regions and what makes them
-DISTANCE = 7  # more where distances are measured
-MEASURED = 22  # for each voxel of a block that is relabeled
-THINNEST = 16  # voxels along each axis below which no block is cut to save memory
+if TYPE_CHECKING:
+    from volseg.planning.measure import Rates
+
+PROCESS_BYTES = 190_000_000  # a worker that has read and written a little
+CLIENT_BYTES = 350_000_000  # the process where the command was given, with the scheduler
+NETWORK_BYTES = {"openvino": 110_000_000, "onnx": 130_000_000, "torch": 700_000_000}  # with its library, on a CPU
+CUDA_BYTES = 3_500_000_000  # torch with CUDA in host memory; not measured
+PIXEL_BYTES = {"openvino": 160, "onnx": 310, "torch": 660}  # inside a network on a CPU for each of its pixels, rough
+CHANNEL_BYTES = 8  # for each voxel of each channel that goes into a network or comes out
+BASIN_BYTES = 19  # for each voxel of a block with its halo: heights, regions and what makes them
+DISTANCE_BYTES = 7  # more where distances are measured
+USUAL_TABLE_BYTES = 1  # of a block's table for each voxel: in `BASIN_BYTES` already
+FRAGMENT_TABLES = 3  # as many bytes as its table has, beyond the usual, does a block's watershed take more
+TABLES_PER_BLOCK_TABLE = 1.33  # bytes of all tables for each one of the blocks' own
+LINK_TABLES = 3.5  # as many does its link take
+RELABEL_BYTES = 22  # for each voxel of a block that is relabeled
+MIN_SIDE = 16  # voxels along each axis below which no block is cut to save memory
 
 
-def network(run: Run, threads: int) -> int:
+def network_bytes(run: Run, threads: int) -> int:
     """Host memory of the network and of ``threads`` forward passes side by side, roughly."""
     if run.channels:
         return 0
     if run.engine.device == "cuda":
-        return CUDA
+        return CUDA_BYTES
     tile = max(prod(run.tile_grid(plane).size) for plane in run.config.predict.planes)
-    each = PASS[run.engine.backend] / run.binning**2 + ENDS * (run.sections + len(run.heads))
-    return NETWORK[run.engine.backend] + threads * run.batch * round(tile * each)
+    pixel = PIXEL_BYTES[run.engine.backend] / run.binning**2 + CHANNEL_BYTES * (run.sections + len(run.heads))
+    return NETWORK_BYTES[run.engine.backend] + threads * run.batch * round(tile * pixel)
 
 
-def stages(run: Run, threads: int) -> dict[str, int]:
-    """What the arrays of one block take in each stage, beside the process and the network."""
-    found = {stage: _predict(run, plane, run.pass_grid(plane), threads) for stage, plane in run.passes.items()}
+def stage_bytes(run: Run, threads: int, rates: Rates | None = None) -> dict[str, int]:
+    """What the arrays of one block take in each stage, beside the process and the network.
+
+    Without ``rates`` its table is as large as those of most images.
+    """
+    stages = {stage: _predict(run, plane, run.pass_grid(plane), threads) for stage, plane in run.passes.items()}
     if run.channels:
-        found["import"] = _take(run, run.predict_block)
+        stages["import"] = _import(run, run.predict_block)
     elif run.passes:
-        found["predict"] = (len(run.passes) + 4) * len(run.heads) * prod(run.predict_block)
+        stages["predict"] = (len(run.passes) + 4) * len(run.heads) * prod(run.predict_block)
     else:
-        found["predict"] = _predict(run, "xy", run.predict_grid, threads)
-    return {**found, "fragments": _fragments(run, run.block), "relabel": MEASURED * prod(run.block)}
+        stages["predict"] = _predict(run, "xy", run.predict_grid, threads)
+    table = table_bytes(run, rates) if rates else 0.0
+    extra = max(0.0, table - USUAL_TABLE_BYTES * prod(run.block))
+    return {
+        **stages,
+        "fragments": _fragments(run, run.block) + round(FRAGMENT_TABLES * extra),
+        "link": round(LINK_TABLES * table),
+        "relabel": RELABEL_BYTES * prod(run.block),
+    }
 
 
-def worker(run: Run, threads: int, tasks: int = 1, engine: int | None = None) -> int:
-    """The most that a worker holds which does ``tasks`` blocks at once and whose network takes ``engine``."""
-    engine = network(run, threads) if engine is None else engine
-    return PROCESS + engine + tasks * max(stages(run, threads).values())
+def table_bytes(run: Run, rates: Rates) -> float:
+    """Of the table of one block, all of whose voxels are wanted."""
+    faces = sum(prod(run.block) / n for n in run.block)
+    return (rates.packed["tables"] * prod(run.block) + rates.packed["cut"] * faces) / TABLES_PER_BLOCK_TABLE
+
+
+def stitch_bytes(run: Run, rates: Rates) -> int:
+    """What the process takes that decides on all basins: every edge, and tables that are read ahead.
+
+    No more edges than one process may hold, since a tree of blocks decides on more.
+    """
+    edges = rates.edges * run.wanted_voxels
+    if run.config.stitch.reduce == "tree":
+        return round(LINK_TABLES * table_bytes(run, rates))
+    if run.config.stitch.reduce == "auto":
+        edges = min(edges, most_edges(run))
+    table = min(table_bytes(run, rates), rates.packed["tables"] * run.wanted_voxels)
+    ahead = min(max(READ_AHEAD_BYTES, 2 * table), len(run.grid) * table)
+    return round(EDGE_BYTES * edges + ahead)
+
+
+def worker_bytes(run: Run, threads: int, tasks: int = 1, network: int | None = None, rates: Rates | None = None) -> int:
+    """The most that a worker holds which does ``tasks`` blocks at once and whose network takes ``network`` bytes."""
+    network = network_bytes(run, threads) if network is None else network
+    return PROCESS_BYTES + network + tasks * max(stage_bytes(run, threads, rates).values())
 
 
 def _predict(run: Run, plane: str, grid: Blocks, threads: int) -> int:
     """The source under the tiles, what is inferred, blended, stored and compressed."""
-    laid, heads = run.tile_grid(plane), len(run.heads)
+    grid_of_tiles, heads = run.tile_grid(plane), len(run.heads)
     _, rows, columns = _core(run, plane, grid)
     slab = source_bytes(run, plane, grid) * (1 if plane == "xy" else 2)
     out = heads * prod(grid.block)
     masked = prod(grid.block) if run.roi and run.roi.mask else 0
-    tile = run.batch * prod(laid.size)
+    tile = run.batch * prod(grid_of_tiles.size)
     under_way = 4 * tile * ((threads + 2) * run.sections + (threads + 1) * heads)
     blend = rows * columns * (4 + 8 * heads)
     if run.engine.device == "cuda" and run.engine.backend == "torch":
@@ -81,10 +122,11 @@ def _locked(size: int) -> int:
 
 def source_bytes(run: Run, plane: str, grid: Blocks) -> int:
     """Of the volume, what a block of a pass reads: with the sections around it, and all that its tiles cover."""
-    axes, laid = tiles.PLANES[plane], run.tile_grid(plane)
+    axes, grid_of_tiles = tiles.PLANES[plane], run.tile_grid(plane)
     depth, rows, columns = _core(run, plane, grid)
     sections = min(depth + 2 * (run.sections // 2), run.shape[axes[0]])
-    return np.dtype(run.source.dtype).itemsize * sections * laid.y.longest_cover(rows) * laid.x.longest_cover(columns)
+    covered = grid_of_tiles.y.longest_cover(rows) * grid_of_tiles.x.longest_cover(columns)
+    return np.dtype(run.source.dtype).itemsize * sections * covered
 
 
 def _core(run: Run, plane: str, grid: Blocks) -> Triple:
@@ -92,7 +134,7 @@ def _core(run: Run, plane: str, grid: Blocks) -> Triple:
     return transpose_axes(fit(grid.block, run.wanted_part(Box.from_shape(run.shape)).shape), tiles.PLANES[plane])
 
 
-def _take(run: Run, block: Triple) -> int:
+def _import(run: Run, block: Triple) -> int:
     """The channels as they are stored, as uint8 and compressed."""
     item = max(np.dtype(channel.source.dtype).itemsize for channel in run.channels if channel.source)
     return prod(block) * (2 * len(run.heads) + 2 * item + 1)
@@ -101,13 +143,13 @@ def _take(run: Run, block: Triple) -> int:
 def _fragments(run: Run, block: Triple) -> int:
     halo = height_halo(run.config.fragments, run.voxel_size_nm)
     around = prod(min(n + 2 * h, most + 2) for n, h, most in zip(block, halo, run.shape, strict=True))
-    return around * (BASINS + DISTANCE * bool(run.distance_unit.cap) + 2 * len(run.heads) - 4)
+    return around * (BASIN_BYTES + DISTANCE_BYTES * bool(run.distance_unit.cap) + 2 * len(run.heads) - 4)
 
 
 # ---------------------------------------------------------------- blocks that fit
 
 
-def with_blocks_that_fit(run: Run, room: int, threads: int, tasks: int = 1, engine: int | None = None) -> Run:
+def with_blocks_that_fit(run: Run, room: int, threads: int, tasks: int = 1) -> Run:
     """The run in smaller blocks where a worker that has ``room`` bytes could not hold those it is cut into.
 
     Blocks that were asked for stay. Predict's are cut along the sections, then along the rows: other cuts would infer
@@ -115,11 +157,10 @@ def with_blocks_that_fit(run: Run, room: int, threads: int, tasks: int = 1, engi
     """
     if run.config.blocks.shape:
         return run
-    engine = network(run, threads) if engine is None else engine
-    room = (room - PROCESS - engine) // tasks
+    room = (room - PROCESS_BYTES - network_bytes(run, threads)) // tasks
 
     def fits(stage: str) -> Callable[[Run], bool]:
-        return lambda changed: stages(changed, threads)[stage] <= room
+        return lambda changed: stage_bytes(changed, threads)[stage] <= room
 
     for stage, plane in run.passes.items():
         axes = tiles.PLANES[plane]
@@ -142,7 +183,7 @@ def _smaller(block: Triple, *, even: bool = False) -> Iterator[Triple]:
     """``block`` and ever smaller ones: halved along z, then y; or, ``even``, along the longest axis each time."""
     yield block
     while True:
-        least = (THINNEST,) * 3 if even else (1, THINNEST, block[2])
+        least = (MIN_SIDE,) * 3 if even else (1, MIN_SIDE, block[2])
         longer = [axis for axis in range(3) if block[axis] > least[axis]]
         if not longer:
             return

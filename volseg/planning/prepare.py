@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volseg import system as machine
+from volseg import system
 from volseg.config import Cluster, Config, Predict
 from volseg.engine import cluster, folder
 from volseg.engine.blocks import choose_blocks, with_full_batches
@@ -123,7 +123,7 @@ def memory_limit(knobs: Cluster, workers: cluster.WorkerPool) -> int:
     """Bytes that each worker may hold: as told, else as Dask would, else of what is free here; 0 where nobody knows."""
     if knobs.memory_limit or knobs.scheduler:
         return round(knobs.memory_limit * 1e9) or workers.limit
-    return (machine.free_memory() - memory.CLIENT) // (workers.workers + workers.cpu_workers)
+    return (system.free_memory() - memory.CLIENT_BYTES) // (workers.workers + workers.cpu_workers)
 
 
 def check_channels(config: Config, heads: tuple[str, ...], taken: tuple[probabilities.Channel, ...] = ()) -> None:
@@ -214,9 +214,9 @@ def _origin(run: Run) -> str:
     grids = {plane: run.tile_grid(plane) for plane in knobs.planes}
     sizes = ", ".join(f"{g.size[0]} x {g.size[1]}" + f" ({plane})" * bool(run.passes) for plane, g in grids.items())
     laid = f" laid in {knobs.tta} ways" * (knobs.tta > 1)
-    return f"{engine(run)}\ntiles of {sizes}{laid}, {redundancy(run):.2f} voxels inferred for each one wanted"
+    return f"{engine_line(run)}\ntiles of {sizes}{laid}, {redundancy(run):.2f} voxels inferred for each one wanted"
 
 
-def engine(run: Run) -> str:
+def engine_line(run: Run) -> str:
     """What a run computes with, and why."""
     return f"{run.engine} ({run.engine.why})"
