@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from volseg.inference import backends, cache, export, hardware, model
+from volseg.inference import backends, cache, export, model
 
 SHAPE = (1, 3, 96, 128)
 
@@ -18,21 +18,6 @@ def expected(batch):
     """torch in float32, from the model file."""
     network = backends.load(export.export_model(model.shipped(), "torch"), "torch", "fp32", SHAPE)
     return network(batch)
-
-
-def test_a_gpu_that_torch_cannot_use_is_told_and_not_counted(monkeypatch):
-    for count, driver, built, used, said in (
-        (0, 0, 13, 0, ""),
-        (2, 13, 13, 2, ""),
-        (2, 14, 13, 2, ""),
-        (1, 12, 13, 0, "is made for CUDA 13 and the driver has 12"),
-        (1, 13, 0, 0, "has no CUDA"),
-    ):
-        monkeypatch.setattr(hardware, "_driver", lambda found=(count, driver): found)
-        monkeypatch.setattr(hardware, "_built_for", lambda found=built: found)
-        assert hardware.gpu_count() == used
-        told = f"the GPU here is not used: the installed torch {said}; install one that fits the driver"
-        assert hardware.unused_gpu_reason() == (told if said else "")
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnx"])

@@ -133,7 +133,10 @@ def device(backend: str, place: int = 0) -> Device:
     """Where a backend takes its batches, as a new counter of bytes: torch on that GPU, or on the CPU where there is none."""
     if backend != "torch":
         return NUMPY
-    return TorchDevice(f"cuda:{place % hardware.gpu_count()}" if hardware.gpu_count() else "cpu")
+    if not hardware.gpu_count():
+        return TorchDevice("cpu")
+    hardware.use_bus_order()
+    return TorchDevice(f"cuda:{place % hardware.gpu_count()}")
 
 
 def network(
@@ -185,6 +188,7 @@ def _onnxruntime(blob: bytes, place: int) -> Forward:
     options.log_severity_level = 3
     wanted: list = ["CPUExecutionProvider"]
     if hardware.gpu_count():
+        hardware.use_bus_order()
         exact = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}  # not by timing, and fp32 is fp32
         wanted.insert(0, ("CUDAExecutionProvider", {"device_id": place % hardware.gpu_count(), **exact}))
         options.use_deterministic_compute = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -11,37 +10,94 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from volseg.system import installed
+
+DRIVER = Path("/proc/driver/nvidia/version")  # of Linux
+
 
 def gpu_count() -> int:
-    """How many CUDA devices torch can use, without loading it."""
-    count, version = _driver()
-    return count if 0 < _built_for() <= version else 0
+    """How many CUDA devices torch can use, without loading it: a function of the driver and of CUDA_VISIBLE_DEVICES."""
+    names, cuda = _driver()
+    return len(names) if 0 < _built_for() <= cuda else 0
+
+
+def gpu_name(number: int) -> str:
+    """A GPU's name as its driver gives it; ``number`` is torch's, where `use_bus_order` was called before CUDA began."""
+    return _driver()[0][number]
 
 
 def unused_gpu_reason() -> str:
     """Why the GPUs that are here are of no use; nothing where they are, or where there are none."""
-    count, version = _driver()
-    if not count or gpu_count():
-        return ""
+    names, cuda = _driver()
     built = _built_for()
-    torch = f"is made for CUDA {built} and the driver has {version}" if built else "has no CUDA"
+    if built and DRIVER.exists() and not installed("pynvml"):
+        return "the GPU here is not used: nvidia-ml-py is not installed; install it with: pip install 'volseg[gpu]'"
+    if not names or gpu_count():
+        return ""
+    torch = f"is made for CUDA {built} and the driver has {cuda}" if built else "has no CUDA"
     return f"the GPU here is not used: the installed torch {torch}; install one that fits the driver"
 
 
-def _driver() -> tuple[int, int]:
-    """How many CUDA devices the driver shows, and the version of CUDA that it has; zeros where there is no driver."""
-    count, version = ctypes.c_int(0), ctypes.c_int(0)
+def use_bus_order() -> None:
+    """CUDA numbers this process's GPUs as their driver does, unless it has begun, or its environment says otherwise.
+
+    By itself it has the fastest first, and on a machine with GPUs of several kinds names would be of others.
+    """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def _driver() -> tuple[tuple[str, ...], int]:
+    """Names of the GPUs that CUDA shows this process, and the driver's version of CUDA; nothing without a driver."""
+    return _query_driver(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+@lru_cache
+def _query_driver(visible: str | None) -> tuple[tuple[str, ...], int]:
     try:
-        cuda = _libcuda()
-    except OSError:
-        return 0, 0
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or cuda.cuDriverGetVersion(ctypes.byref(version)):
-        return 0, 0
-    return count.value, version.value // 1000
+        import pynvml
+    except ImportError:
+        return (), 0
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return (), 0
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        ids = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
+        handles = [pynvml.nvmlDeviceGetHandleByUUID(one) for one in visible_gpus(ids, visible)]
+        return tuple(map(pynvml.nvmlDeviceGetName, handles)), pynvml.nvmlSystemGetCudaDriverVersion_v2() // 1000
+    except pynvml.NVMLError:
+        return (), 0
+    finally:
+        pynvml.nvmlShutdown()
 
 
-def _libcuda() -> ctypes.CDLL:
-    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+def visible_gpus(ids: list[str], setting: str | None) -> list[str]:
+    """The ids of the GPUs that CUDA shows, of all ``ids``, where CUDA_VISIBLE_DEVICES is ``setting`` (None: not set).
+
+    As in NVIDIA's CUDA C++ Programming Guide, "CUDA Environment Variables": numbers and beginnings of ids, up to the first
+    that names no GPU, or not one alone; none where one is named twice; of parts of GPUs (MIG), one.
+
+    >>> visible_gpus(["GPU-a1", "GPU-b2", "GPU-b3"], "2,GPU-a,-1,1")
+    ['GPU-b3', 'GPU-a1']
+    >>> visible_gpus(["GPU-a1", "GPU-b2"], None), visible_gpus(["GPU-a1"], ""), visible_gpus(["GPU-a1"], "0,0")
+    (['GPU-a1', 'GPU-b2'], [], [])
+    """
+    if setting is None:
+        return ids
+    shown: list[str] = []
+    for name in map(str.strip, setting.split(",")):
+        if name.startswith("MIG-"):
+            return shown or [name]
+        found = [
+            one for k, one in enumerate(ids) if name == str(k) or (name.startswith("GPU-") and one.startswith(name))
+        ]
+        if len(found) != 1:
+            break
+        if found[0] in shown:
+            return []
+        shown += found
+    return shown
 
 
 @lru_cache
@@ -64,14 +120,6 @@ def peak_gpu_bytes() -> int:
     """The most memory that torch has taken of the GPUs in this process so far; 0 where it took none."""
     torch = sys.modules.get("torch")
     return torch.cuda.max_memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
-
-
-def gpu_name(number: int) -> str:
-    """A GPU's name as its driver gives it."""
-    cuda, name = _libcuda(), ctypes.create_string_buffer(128)
-    cuda.cuInit(0)
-    cuda.cuDeviceGetName(name, len(name), number)
-    return name.value.decode()
 
 
 def instruction_sets() -> str:
