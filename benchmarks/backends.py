@@ -12,7 +12,7 @@ from benchmarks import report
 from volseg.config import Config, Predict
 from volseg.inference import autoselect as probe
 from volseg.inference import backends, export, model, sampling, tiles
-from volseg.inference.normalization import normalization
+from volseg.inference.normalization import gray_statistics
 from volseg.io import volume
 
 PLANES = 2  # whole planes that each pass computes
@@ -23,7 +23,7 @@ def measure(image: str, model_file: str, threads: tuple[int, ...], repeats: int)
     path = Path(model_file) if model_file else model.shipped()
     card = model.load_card(path)
     source = volume.open(image)
-    norm = normalization(source.shape, source.read)
+    norm = gray_statistics(source.shape, source.read)
     grid = tiles.grid(source.shape[1:], Config().predict.tile, Config().predict.overlap, card.binning)
     first = source.shape[0] - PLANES
     last = range(first, source.shape[0])

@@ -343,7 +343,7 @@ def backends(
     from volseg.planning import prepare as describe
 
     rows = describe.try_backends(volume, settings)
-    typer.echo(f"{probe.table(rows)}\nfastest  {probe.fastest(rows).name}")
+    typer.echo(f"{probe.format_measurements(rows)}\nfastest  {probe.fastest(rows).name}")
 
 
 @app.command()

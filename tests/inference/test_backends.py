@@ -1,5 +1,8 @@
 """The forward pass: backends agree, and its bits depend on nothing but the model, backend and precision."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -52,7 +55,7 @@ def test_a_network_kept_compiled_gives_the_same_bits(precision, batch, tmp_path,
 
 def test_the_cache_keeps_the_networks_of_late(tmp_path, monkeypatch):
     monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path))
-    monkeypatch.setattr(cache, "KEPT", 2)
+    monkeypatch.setattr(cache, "MAX_FILES_PER_KIND", 2)
     blob = export.export_model(model.shipped(), "openvino")
     found = []
     for width in (64, 96, 128):
@@ -81,3 +84,12 @@ def test_a_cache_that_cannot_be_written_stops_nobody(batch, tmp_path, monkeypatc
     assert (
         backends.load(export.export_model(model.shipped(), "openvino"), "openvino", "fp32", SHAPE)(batch).shape[1] == 2
     )
+
+
+def test_inference_is_imported_without_torch_or_dask():
+    names = ["autoselect", "backends", "cache", "device", "export", "hardware", "model", "model_card", "normalization",
+             "sampling", "tiles"]  # fmt: skip
+    code = f"import sys; [__import__('volseg.inference.' + name) for name in {names}]; "
+    code += "sys.exit(', '.join({'torch', 'dask', 'distributed', 'openvino', 'onnxruntime'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.stderr.strip()

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from volseg.inference.normalization import normalization
+from volseg.inference.normalization import gray_statistics
 
 
 def _of(image):
-    return normalization(image.shape, lambda box: image[box.slices])
+    return gray_statistics(image.shape, lambda box: image[box.slices])
 
 
 def test_padding_does_not_enter():

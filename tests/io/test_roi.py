@@ -129,7 +129,7 @@ def test_mask_and_box_decide_the_keys(em, mask, plain, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "roi", "said"),
     [
-        (None, "0:7,0:70,0:91", r"input\.roi = 0:7,0:70,0:91 leaves the volume, whose shape is 7 x 70 x 90"),
+        (None, "0:7,0:70,0:91", r"roi 0:7,0:70,0:91 leaves the volume, whose shape is 7 x 70 x 90"),
         ((7, 70, 61), "", r"mask .* has shape 7 x 70 x 61 and the volume 7 x 70 x 90"),
         ((8, 70, 90), "", r"mask .* has shape 8 x 70 x 90 and the volume 7 x 70 x 90"),
     ],

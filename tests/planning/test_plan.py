@@ -1,6 +1,8 @@
 """What a run will take is told before it runs, and held against real processes."""
 
 import json
+import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,3 +239,26 @@ def test_a_plan_that_does_not_fit_ends_in_one_line(image, tmp_path):
     with pytest.raises(UserError, match=r"may hold 0\.10 GB"):
         api.infer(image, str(tmp_path / "run"), config=settings(cluster={"memory_limit": 0.1}), progress=Quiet())
     assert not (tmp_path / "run.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "shape", [(1 << 16, 1 << 17, 1 << 17), (1, 1, 1 << 50), (1 << 50, 1, 1), (1, 1 << 50, 1), (1, 1 << 25, 1 << 25)]
+)
+@pytest.mark.parametrize("planes", [("xy",), ("xy", "xz", "yz")])
+def test_a_volume_of_absurd_size_is_planned_in_little_time_and_memory(tmp_path, shape, planes):
+    """Nothing in a plan grows with the number of tiles or blocks."""
+    run = unread(
+        shape,
+        tmp_path,
+        chunk=tuple(min(n, 128) for n in shape),
+        predict={"tile": 1280, "overlap": 64, "planes": planes},
+    )
+    start, workers = time.process_time(), cluster.WorkerPool(2)
+    tracemalloc.start()
+    made = plan.make_plan(run, workers, measure.known_rates(run, workers))
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert made.inferred_voxels >= 1 << 50
+    assert made.blocks == np.prod([-(-n // b) for n, b in zip(shape, made.block, strict=True)], dtype=object)
+    assert held < 10_000_000
+    assert time.process_time() - start < 30

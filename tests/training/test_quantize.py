@@ -10,7 +10,7 @@ from volseg import api
 from volseg.engine import folder, pipeline
 from volseg.errors import UserError
 from volseg.inference import backends, export, model
-from volseg.inference.normalization import normalization
+from volseg.inference.normalization import gray_statistics
 from volseg.io import arrays, volume
 from volseg.planning import prepare as describe
 from volseg.training import quantize as quantize
@@ -30,7 +30,7 @@ def quantized(image, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tile(image):
     source = volume.open(image)
-    statistics = normalization(source.shape, source.read)
+    statistics = gray_statistics(source.shape, source.read)
     (whole,) = quantize._calibration_tiles(source, [15], CARD, statistics)
     return np.ascontiguousarray(whole[..., :96, :128])
 

@@ -27,20 +27,21 @@ from volseg.inference import backends, cache, export, hardware
 from volseg.inference.device import is_out_of_memory
 from volseg.system import installed, require
 
-PROBED_VOXELS = 1 << 29  # a smaller volume is done before a probe has paid for itself
-SIDES = 0.001  # share of voxels that may change sides of 0.5 against float32
-APART = 0.2 / 255  # mean difference from float32 that is allowed
-GROSS = 10  # int8 is judged by its held-out IoU; on the tiles it may differ by so many times more
-TIMES = 3  # the median of so many passes is a candidate's speed
-LARGEST_BATCH = 32
-GPU_BATCH = 4  # tiles at once on a GPU where nothing is measured
-GAIN = 1.05  # a batch twice as large must be faster by this
-EXPECTED = (UserError, ImportError, OSError, RuntimeError)  # by which a candidate says that it does not run here
-SECONDS = 300  # what a probe has not measured by then is not taken
+MIN_PROBED_VOXELS = 1 << 29  # a smaller volume is done before a probe has paid for itself
+MAX_CHANGED_SHARE = 0.001  # share of voxels that may change sides of 0.5 against float32
+MAX_MEAN_DIFFERENCE = 0.2 / 255  # mean difference from float32 that is allowed
+INT8_TOLERANCE = 10  # int8 is judged by its held-out IoU; on the tiles it may differ by so many times more
+REPEATS = 3  # the median of so many passes is a candidate's speed
+MAX_BATCH = 32
+DEFAULT_GPU_BATCH = 4  # tiles at once on a GPU where nothing is measured
+MIN_BATCH_SPEEDUP = 1.05  # a batch twice as large must be faster by this
+# What a candidate raises that does not run here.
+CANDIDATE_ERRORS = (UserError, ImportError, OSError, RuntimeError)
+TIME_LIMIT_S = 300  # what a probe has not measured by then is not taken
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """A candidate on this machine: million voxels/s, and how far it is from float32. ``refused`` says why not, or nothing.
 
     ``broken``: its process ended or was too slow, which another time may not happen.
@@ -70,36 +71,38 @@ class Choice:
     why: str
 
 
-def choose(knobs: Predict, path: Path, int8: bool, voxels: int, sample: Callable[[], np.ndarray]) -> Choice:
+def choose(settings: Predict, path: Path, int8: bool, voxels: int, sample: Callable[[], np.ndarray]) -> Choice:
     """The engine of a run over ``voxels`` voxels with the model at ``path``, whose quantized form may be taken (``int8``).
 
-    ``sample`` gives some of its tiles, (B, sections, Y, X) float32, on which candidates are compared. Below `PROBED_VOXELS`
+    ``sample`` gives some of its tiles, (B, sections, Y, X) float32, on which candidates are compared. Below `MIN_PROBED_VOXELS`
     the choice is a function of the arguments and the machine alone. Raises `UserError` for settings that cannot be met.
     """
-    wanted = candidates(knobs, int8)
-    if len(wanted) == 1 and (knobs.batch or not hardware.gpu_count()):
+    wanted = candidates(settings, int8)
+    if len(wanted) == 1 and (settings.batch or not hardware.gpu_count()):
         why = "as set" if installed("torch") else "all that runs without torch"
-        return Choice(*wanted[0], knobs.batch or 1, why)
-    if voxels < PROBED_VOXELS:
-        found = backends.choose(knobs.backend, knobs.precision, int8)
-        known = GPU_BATCH if backends.Engine.here(*found).device == "cuda" else 1
+        return Choice(*wanted[0], settings.batch or 1, why)
+    if voxels < MIN_PROBED_VOXELS:
+        found = backends.choose(settings.backend, settings.precision, int8)
+        known = DEFAULT_GPU_BATCH if backends.Engine.here(*found).device == "cuda" else 1
         why = "known to be fastest on such a machine; the volume is too small to try others"
-        return Choice(*found, knobs.batch or known, why)
-    rows, kept = _cached_rows(path, wanted, knobs.batch, sample())
-    best = fastest(rows)
+        return Choice(*found, settings.batch or known, why)
+    measurements, kept = _cached_measurements(path, wanted, settings.batch, sample())
+    best = fastest(measurements)
     where = "measured earlier" if kept else "measured"
-    return Choice(best.backend, best.precision, best.batch, f"{where}: {_compared(rows, best)}")
+    return Choice(best.backend, best.precision, best.batch, f"{where}: {_comparison(measurements, best)}")
 
 
-def candidates(knobs: Predict, int8: bool) -> list[tuple[str, str]]:
+def candidates(settings: Predict, int8: bool) -> list[tuple[str, str]]:
     """The pairs of backend and precision that the settings allow and this machine has, float32 ones first."""
     pairs = [(b, p) for p in ("fp32", "bf16", "fp16", "int8") for b in backends.PACKAGES if p in backends.PRECISIONS[b]]
-    pairs = [pair for pair in pairs if knobs.backend in ("auto", pair[0]) and knobs.precision in ("auto", pair[1])]
-    found = [pair for pair in pairs if _present(*pair, int8, asked=knobs.precision != "auto")]
-    return found or [backends.choose(knobs.backend, knobs.precision)]
+    pairs = [
+        pair for pair in pairs if settings.backend in ("auto", pair[0]) and settings.precision in ("auto", pair[1])
+    ]
+    found = [pair for pair in pairs if _is_available(*pair, int8, asked=settings.precision != "auto")]
+    return found or [backends.choose(settings.backend, settings.precision)]
 
 
-def _present(backend: str, precision: str, int8: bool, *, asked: bool) -> bool:
+def _is_available(backend: str, precision: str, int8: bool, *, asked: bool) -> bool:
     """Whether the backend is installed and computes in that precision, in hardware unless it is ``asked`` for.
 
     torch makes every form of a model but int8.
@@ -114,23 +117,23 @@ def _present(backend: str, precision: str, int8: bool, *, asked: bool) -> bool:
         return False
 
 
-def fastest(rows: list[Row]) -> Row:
+def fastest(measurements: list[Measurement]) -> Measurement:
     """The fastest candidate that is close enough to float32."""
-    allowed = [row for row in rows if not row.refused]
+    allowed = [row for row in measurements if not row.refused]
     if not allowed:
-        raise UserError(f"no backend runs here: {'; '.join(f'{row.name}: {row.refused}' for row in rows)}")
+        raise UserError(f"no backend runs here: {'; '.join(f'{row.name}: {row.refused}' for row in measurements)}")
     return max(allowed, key=lambda row: row.speed)
 
 
-def _compared(rows: list[Row], best: Row) -> str:
-    others = [f"{row.name} {row.refused or f'{row.speed:.2f}'}" for row in rows if row.name != best.name]
+def _comparison(measurements: list[Measurement], best: Measurement) -> str:
+    others = [f"{row.name} {row.refused or f'{row.speed:.2f}'}" for row in measurements if row.name != best.name]
     return f"{best.speed:.2f} Mvoxel/s" + (f"; {', '.join(others)}" if others else "")
 
 
-def table(rows: list[Row]) -> str:
+def format_measurements(measurements: list[Measurement]) -> str:
     """The candidates as plain text, in the order they were tried."""
     lines = [f"{'engine':16}{'batch':>6}{'Mvoxel/s':>10}{'changed %':>11}{'apart /255':>11}"]
-    for row in rows:
+    for row in measurements:
         figures = f"{row.batch:6}{row.speed:10.2f}{100 * row.sides:11.3f}{255 * row.apart:11.3f}" if row.speed else ""
         lines.append(f"{row.name:16}{figures}  {row.refused}".rstrip())
     return "\n".join(lines)
@@ -139,20 +142,20 @@ def table(rows: list[Row]) -> str:
 # ---------------------------------------------------------------- cache
 
 
-def _cached_rows(path: Path, wanted: list, size: int, batch: np.ndarray) -> tuple[list[Row], bool]:
+def _cached_measurements(path: Path, wanted: list, size: int, batch: np.ndarray) -> tuple[list[Measurement], bool]:
     """The measured candidates, and whether they were measured earlier.
 
     What broke is measured again the next time.
     """
     file = cache_file(path, wanted, size, batch.shape)
     try:
-        return [Row(**row) for row in json.loads(file.read_text())], True
+        return [Measurement(**row) for row in json.loads(file.read_text())], True
     except (OSError, ValueError, TypeError):
-        rows = measure(path, wanted, size, batch)
-    if any(row.broken for row in rows):
-        return rows, False
-    cache.keep(file, json.dumps([asdict(row) for row in rows]).encode())
-    return rows, False
+        measurements = measure(path, wanted, size, batch)
+    if any(row.broken for row in measurements):
+        return measurements, False
+    cache.store(file, json.dumps([asdict(row) for row in measurements]).encode())
+    return measurements, False
 
 
 def cache_file(path: Path, wanted: list, size: int, shape: tuple) -> Path:
@@ -166,22 +169,24 @@ def cache_file(path: Path, wanted: list, size: int, shape: tuple) -> Path:
 # ---------------------------------------------------------------- measuring
 
 
-def measure(path: Path, wanted: list[tuple[str, str]], size: int, batch: np.ndarray) -> list[Row]:
+def measure(path: Path, wanted: list[tuple[str, str]], size: int, batch: np.ndarray) -> list[Measurement]:
     """A row for each candidate, from a process of its own: what it loads and what it breaks is gone afterwards.
 
-    One that ends its process is refused, and another process goes on with the next, for `SECONDS` in all. Needs torch,
+    One that ends its process is refused, and another process goes on with the next, for `TIME_LIMIT_S` in all. Needs torch,
     which makes the float32 form that all are held against.
     """
     require("torch", extra="torch")
-    end, found = time.monotonic() + SECONDS, list[Row]()
+    end, found = time.monotonic() + TIME_LIMIT_S, list[Measurement]()
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "tiles.npy"), batch)
         while len(found) < len(wanted):
-            found += _probed(Path(folder), path, wanted[len(found) :], size, end - time.monotonic())
+            found += _measure_in_process(Path(folder), path, wanted[len(found) :], size, end - time.monotonic())
     return found
 
 
-def _probed(folder: Path, path: Path, wanted: list[tuple[str, str]], size: int, seconds: float) -> list[Row]:
+def _measure_in_process(
+    folder: Path, path: Path, wanted: list[tuple[str, str]], size: int, seconds: float
+) -> list[Measurement]:
     """The rows that one process comes to, and a refusal of the candidate that ended it; of all others when time is up."""
     kept = folder / "rows.jsonl"
     kept.write_text("")
@@ -192,42 +197,48 @@ def _probed(folder: Path, path: Path, wanted: list[tuple[str, str]], size: int, 
         code, said = done.returncode, done.stderr
     except subprocess.TimeoutExpired:
         code = None
-    rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    rest = wanted[len(rows) :]
+    measurements = [
+        Measurement(**json.loads(line)) for line in kept.read_text().splitlines(keepends=True) if line.endswith("\n")
+    ]
+    rest = wanted[len(measurements) :]
     if code is None:
-        late = f"not measured within {SECONDS} s; name one with --backend and --precision"
-        return rows + [Row(*pair, refused=late, broken=True) for pair in rest]
+        late = f"not measured within {TIME_LIMIT_S} s; name one with --backend and --precision"
+        return measurements + [Measurement(*pair, refused=late, broken=True) for pair in rest]
     if code == 0 or not rest:
-        return rows
+        return measurements
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
-    return [*rows, Row(*rest[0], refused=f"ended the probe with code {code}: {last}", broken=True)]
+    return [*measurements, Measurement(*rest[0], refused=f"ended the probe with code {code}: {last}", broken=True)]
 
 
-def rows(path: Path, wanted: Iterable[tuple[str, str]], size: int, batch: np.ndarray) -> Iterator[Row]:
+def measure_each(path: Path, wanted: Iterable[tuple[str, str]], size: int, batch: np.ndarray) -> Iterator[Measurement]:
     """Each candidate's row, as soon as it is measured; float32 by OpenVINO is what all are held against."""
     exact = _run(
         backends.load(export.export_model(path, "openvino"), "openvino", "fp32", (1, *batch.shape[1:])), batch, 1
     )
     for backend, precision in wanted:
         try:
-            yield _row(path, backend, precision, size, batch, exact)
+            yield _measure_batches(path, backend, precision, size, batch, exact)
         except Exception as error:
-            if not (isinstance(error, EXPECTED) or is_out_of_memory(error)):
+            if not (isinstance(error, CANDIDATE_ERRORS) or is_out_of_memory(error)):
                 raise
-            yield Row(
+            yield Measurement(
                 backend, precision, refused=str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             )
 
 
-def _row(path: Path, backend: str, precision: str, size: int, batch: np.ndarray, exact: np.ndarray) -> Row:
+def _measure_batches(
+    path: Path, backend: str, precision: str, size: int, batch: np.ndarray, exact: np.ndarray
+) -> Measurement:
     blob = export.export_model(path, backend, precision)
     cuda = hardware.gpu_count() > 0 and backend != "openvino"
     threads = 2 if cuda else os.cpu_count() or 1
-    sizes = [size] if size else _doubling() if cuda else [1]
-    return _largest(sizes, lambda count: _timed(blob, backend, precision, count, batch, exact, threads))
+    sizes = [size] if size else _doubling_batches() if cuda else [1]
+    return _largest_useful_batch(
+        sizes, lambda count: _measure_batch(blob, backend, precision, count, batch, exact, threads)
+    )
 
 
-def _largest(sizes: Iterable[int], timed: Callable[[int], Row]) -> Row:
+def _largest_useful_batch(sizes: Iterable[int], timed: Callable[[int], Measurement]) -> Measurement:
     """The row of the last of growing batches that is worth it: memory holds it, and it is faster than the one before."""
     best = None
     for count in sizes:
@@ -237,39 +248,39 @@ def _largest(sizes: Iterable[int], timed: Callable[[int], Row]) -> Row:
             if best is None or not is_out_of_memory(error):
                 raise
             break
-        if best is not None and row.speed < GAIN * best.speed:
+        if best is not None and row.speed < MIN_BATCH_SPEEDUP * best.speed:
             break
         best = row
     return best
 
 
-def _doubling() -> list[int]:
-    return [1 << k for k in range(LARGEST_BATCH.bit_length())]
+def _doubling_batches() -> list[int]:
+    return [1 << k for k in range(MAX_BATCH.bit_length())]
 
 
-def _timed(
+def _measure_batch(
     blob: bytes, backend: str, precision: str, count: int, batch: np.ndarray, exact: np.ndarray, threads: int
-) -> Row:
+) -> Measurement:
     """One candidate at one batch: its speed over all tiles, and its distance from ``exact``.
 
     Tiles lie where the network takes them, since a run cuts them there.
     """
-    there = backends.device(backend)
-    network = there.synchronized(backends.network(blob, backend, precision, (count, *batch.shape[1:]), threads))
-    found = _run(lambda tiles: there.get(network(there.put(tiles))), batch, count)
+    target = backends.device(backend)
+    network = target.synchronized(backends.network(blob, backend, precision, (count, *batch.shape[1:]), threads))
+    found = _run(lambda tiles: target.get(network(target.put(tiles))), batch, count)
     sides, apart = float(np.mean((found >= 0.5) != (exact >= 0.5))), float(np.abs(found - exact).mean())
-    load = [(i, there.put(_padded(batch, i, count))) for i in range(0, max(len(batch), threads * count), count)]
+    load = [(i, target.put(_padded(batch, i, count))) for i in range(0, max(len(batch), threads * count), count)]
     took = []
-    for _ in range(TIMES):
+    for _ in range(REPEATS):
         start = time.perf_counter()
         for _ in backends.imap(network, load, threads):
             pass
         took.append(time.perf_counter() - start)
     speed = len(load) * count * batch[0, 0].size / statistics.median(took) / 1e6
-    slack = GROSS if precision == "int8" else 1
-    far = sides > slack * SIDES or apart > slack * APART
+    slack = INT8_TOLERANCE if precision == "int8" else 1
+    far = sides > slack * MAX_CHANGED_SHARE or apart > slack * MAX_MEAN_DIFFERENCE
     said = f"{100 * sides:.2f} % of voxels change sides, {255 * apart:.2f}/255 apart" if far else ""
-    return Row(backend, precision, count, speed, sides, apart, said)
+    return Measurement(backend, precision, count, speed, sides, apart, said)
 
 
 def _padded(batch: np.ndarray, first: int, count: int) -> np.ndarray:
@@ -288,7 +299,7 @@ def main(folder: str) -> None:
     asked = json.loads(Path(folder, "wanted.json").read_text())
     batch = np.load(Path(folder, "tiles.npy"))
     with Path(folder, "rows.jsonl").open("w") as file:
-        for row in rows(Path(asked["model"]), asked["wanted"], asked["batch"], batch):
+        for row in measure_each(Path(asked["model"]), asked["wanted"], asked["batch"], batch):
             print(json.dumps(asdict(row)), file=file, flush=True)
 
 

@@ -124,9 +124,9 @@ def load(
 
     ``place`` is the number of this worker on its machine: torch takes that GPU.
     """
-    there = device(backend, place)
-    call = there.synchronized(network(blob, backend, precision, shape, threads, place))
-    return lambda batch: there.get(call(there.put(batch)))
+    target = device(backend, place)
+    call = target.synchronized(network(blob, backend, precision, shape, threads, place))
+    return lambda batch: target.get(call(target.put(batch)))
 
 
 def device(backend: str, place: int = 0) -> Device:
@@ -143,14 +143,14 @@ def network(
     blob: bytes, backend: str, precision: str, shape: tuple[int, int, int, int], threads: int = 1, place: int = 0
 ) -> Call:
     """What `load` gives, for batches that lie on its `device`, which may not be done when the function returns."""
-    there = device(backend, place)
+    target = device(backend, place)
 
     def make(shape: tuple[int, int, int, int]) -> Call:
         if backend == "openvino":
             return _openvino(blob, precision, shape, threads)
-        return _onnxruntime(blob, place) if backend == "onnx" else _torch(blob, precision, shape, there.name)
+        return _onnxruntime(blob, place) if backend == "onnx" else _torch(blob, precision, shape, target.name)
 
-    return row_by_row(make, shape, there)
+    return row_by_row(make, shape, target)
 
 
 def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], threads: int) -> Forward:
@@ -158,13 +158,13 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
     import openvino as ov
 
     bf16 = precision == "bf16" or (precision == "int8" and hardware.has_bf16())  # of int8: the layers that stay float
-    knobs = {
+    properties = {
         "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
         "NUM_STREAMS": threads,  # with as many threads: one thread for each tile, so the bits do not depend on them
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,  # or every worker process would sit on the first core
     }
-    compiled = export.compile_openvino(blob, precision, shape, knobs)
+    compiled = export.compile_openvino(blob, precision, shape, properties)
     ov.Tensor(
         np.zeros(1, np.float32)
     )  # two threads that make the process's first tensor at once wait for each other forever

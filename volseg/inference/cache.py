@@ -8,7 +8,7 @@ from pathlib import Path
 
 from volseg.io import files
 
-KEPT = 32  # files of each kind
+MAX_FILES_PER_KIND = 32  # files of each kind
 
 
 def folder() -> Path:
@@ -17,8 +17,8 @@ def folder() -> Path:
     return Path(told) if told else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volseg"
 
 
-def keep(path: Path, made: bytes) -> None:
-    """``path``, in the cache, holds that all at once; of its kind (its suffix) only the `KEPT` written last stay.
+def store(path: Path, made: bytes) -> None:
+    """``path``, in the cache, holds that all at once; of its kind (its suffix) only the `MAX_FILES_PER_KIND` written last stay.
 
     A cache that cannot be written, or a full disk, only costs the next run what it would have saved.
     """
@@ -26,5 +26,5 @@ def keep(path: Path, made: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomic(path, made)
         alike = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda other: other.stat().st_mtime, reverse=True)
-        for old in alike[KEPT:]:
+        for old in alike[MAX_FILES_PER_KIND:]:
             old.unlink()

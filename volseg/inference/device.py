@@ -120,7 +120,7 @@ def _quantize(total, weight, out):
 
 
 NUMPY = NumpyDevice()
-ONE = threading.Lock()  # held by the thread that makes a GPU's streams
+STREAMS_LOCK = threading.Lock()  # held by the thread that makes a GPU's streams
 
 
 @dataclass
@@ -146,11 +146,11 @@ class TorchDevice:
         work, copies, _ = _streams(self.name)
         with torch.cuda.device(self.name), torch.cuda.stream(copies):
             locked = torch.from_numpy(array).pin_memory()
-            there = self._allocated(lambda: torch.empty(locked.shape, dtype=locked.dtype, device=self.name))
-            there.copy_(locked, non_blocking=True)
+            tensor = self._allocated(lambda: torch.empty(locked.shape, dtype=locked.dtype, device=self.name))
+            tensor.copy_(locked, non_blocking=True)
         work.wait_stream(copies)
-        there.record_stream(work)
-        return there
+        tensor.record_stream(work)
+        return tensor
 
     def get(self, tensor: torch.Tensor) -> np.ndarray:
         """The tensor's values in this process, once they are computed."""
@@ -217,14 +217,14 @@ class TorchDevice:
 
         def waited(batch: torch.Tensor) -> torch.Tensor:
             with self.stream():
-                made = _roomy(lambda: call(batch))
+                made = _retry_after_trim(lambda: call(batch))
                 self._wait()
             return made
 
         return waited
 
     def _allocated(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return _roomy(make)
+        return _retry_after_trim(make)
 
     def _wait(self) -> None:
         """All that was queued before is done; other threads may go on queueing."""
@@ -244,7 +244,7 @@ def _streams(name: str) -> tuple[torch.cuda.Stream, ...]:
 
     torch has 32 and gives them out in turn, so that a new one for each network would in the end be one of these.
     """
-    with ONE:
+    with STREAMS_LOCK:
         return _made_streams(name)
 
 
@@ -255,7 +255,7 @@ def _made_streams(name: str) -> tuple[torch.cuda.Stream, ...]:
     return tuple(torch.cuda.Stream(name) for _ in range(3))
 
 
-def _roomy(make: Callable[[], Any]) -> Any:
+def _retry_after_trim(make: Callable[[], Any]) -> Any:
     """What ``make`` returns. Memory that is out is collected once before it is given up."""
     try:
         return make()

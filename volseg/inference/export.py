@@ -45,7 +45,7 @@ def _onnx(path: Path) -> bytes:
     with suppress(OSError):  # there is none, or it is not for us
         return cached.read_bytes()
     graph = _export(path)
-    cache.keep(cached, graph)
+    cache.store(cached, graph)
     return graph
 
 
@@ -73,7 +73,7 @@ def _export(path: Path) -> bytes:
     return file.getvalue()
 
 
-def compile_openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], knobs: dict) -> Any:
+def compile_openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], properties: dict) -> Any:
     """The network as OpenVINO compiles it for this CPU: once, for what it made is kept in the user's cache, after its hash.
 
     All take what was exported, also who made it, so that no bit depends on who did.
@@ -87,19 +87,19 @@ def compile_openvino(blob: bytes, precision: str, shape: tuple[int, int, int, in
         sorted(hardware.cpu_flags()),
         precision,
         shape,
-        knobs,
+        properties,
     ]
     cached = cache.folder() / f"{hashlib.sha256(blob + repr(here).encode()).hexdigest()[:32]}.openvino"
     with suppress(OSError):
         digest, made = (kept := cached.read_bytes())[:32], kept[32:]
         if hashlib.sha256(made).digest() == digest:
-            return core.import_model(made, "CPU", knobs)
+            return core.import_model(made, "CPU", properties)
     network = core.read_model(*_graph(blob, precision))
     network.reshape(list(shape))
-    made = core.compile_model(network, "CPU", knobs).export_model()
+    made = core.compile_model(network, "CPU", properties).export_model()
     made = made if isinstance(made, bytes) else made.getvalue()
-    cache.keep(cached, hashlib.sha256(made).digest() + made)
-    return core.import_model(made, "CPU", knobs)
+    cache.store(cached, hashlib.sha256(made).digest() + made)
+    return core.import_model(made, "CPU", properties)
 
 
 def _graph(blob: bytes, precision: str) -> tuple[bytes, bytes]:

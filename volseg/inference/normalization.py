@@ -9,28 +9,28 @@ import numpy as np
 
 from volseg.box import Box, Triple
 
-SAMPLES = 24  # patches that are looked at
-LARGEST = 2048  # their longest edge, voxels
-AT_ONCE = 4  # patches read side by side
+PATCHES = 24  # patches that are looked at
+MAX_PATCH_EDGE = 2048  # their longest edge, voxels
+PATCHES_AT_ONCE = 4  # patches read side by side
 
 
-def normalization(shape: Triple, read: Callable[[Box], np.ndarray]) -> tuple[float, float]:
+def gray_statistics(shape: Triple, read: Callable[[Box], np.ndarray]) -> tuple[float, float]:
     """Mean and standard deviation of a volume, from sections (or patches of large ones) spread evenly over it.
 
     Voxels of 0 are taken for padding; the deviation is positive. A function of the volume alone, never of a block or tile.
     """
-    size = tuple(min(n, m) for n, m in zip((1, LARGEST, LARGEST), shape, strict=True))
+    size = tuple(min(n, m) for n, m in zip((1, MAX_PATCH_EDGE, MAX_PATCH_EDGE), shape, strict=True))
 
     def sums(i: int) -> tuple[int, float, float]:
         at = tuple(
-            (i * step) % SAMPLES * (n - s) // (SAMPLES - 1) for n, s, step in zip(shape, size, (1, 7, 5), strict=True)
+            (i * step) % PATCHES * (n - s) // (PATCHES - 1) for n, s, step in zip(shape, size, (1, 7, 5), strict=True)
         )
         patch = read(Box(at, tuple(a + s for a, s in zip(at, size, strict=True))))
         return _counted(patch) if patch.dtype == np.uint8 else _summed(patch.astype(np.float64))
 
     count = total = squares = 0.0
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for voxels, level, square in pool.map(sums, range(SAMPLES)):
+    with ThreadPoolExecutor(PATCHES_AT_ONCE) as pool:
+        for voxels, level, square in pool.map(sums, range(PATCHES)):
             count, total, squares = count + voxels, total + level, squares + square
     if not count:
         return 0.0, 1.0

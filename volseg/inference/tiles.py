@@ -283,8 +283,8 @@ class Blend:
     def add(self, tile: tuple[int, int], probability: Any) -> None:
         """Adds a tile's probabilities, float32 (channels, y, x)."""
         source, target = self._common(tile)
-        here, there = ((slice(None), *part) for part in (source, target))
-        self.device.add(self.total[there], probability[here], *self._weights(tile, source))
+        part, place = (slice(None), *source), (slice(None), *target)
+        self.device.add(self.total[place], probability[part], *self._weights(tile, source))
 
     def _weights(self, tile: tuple[int, int], source: tuple[slice, slice]) -> tuple[Any, Any]:
         """Blending weights of a part of a tile, float32: of its rows and of its columns, to be multiplied."""

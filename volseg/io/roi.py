@@ -99,7 +99,9 @@ def find(settings: Input, shape: Triple, voxel_size_nm: tuple[float, float, floa
     box = Box.parse(settings.roi) if settings.roi else Box.from_shape(shape)
     if box.clip(shape) != box:
         shown = shape_text(shape)
-        raise UserError(f"input.roi = {box} leaves the volume, whose shape is {shown} z y x; give a box inside it")
+        raise UserError(
+            f"roi {box} leaves the volume, whose shape is {shown} z y x; give --roi (input.roi) a box inside it"
+        )
     if not settings.mask:
         return RegionOfInterest(box, voxels=box.voxels)
     mask = volume.open(settings.mask, allow_gaps=settings.allow_gaps)

@@ -145,7 +145,7 @@ def measure_rates(run: Run, workers: cluster.WorkerPool) -> Rates:
         edges=found[0]["edges"],
         probed=True,
     )
-    cache.keep(_cache_file(run, workers), json.dumps(asdict(rates)).encode())
+    cache.store(_cache_file(run, workers), json.dumps(asdict(rates)).encode())
     return rates
 
 

@@ -21,7 +21,7 @@ from volseg.errors import UserError
 from volseg.inference import autoselect as probe
 from volseg.inference import model, sampling, tiles
 from volseg.inference.backends import Engine
-from volseg.inference.normalization import normalization
+from volseg.inference.normalization import gray_statistics
 from volseg.io import probabilities, roi, volume
 from volseg.planning import memory
 
@@ -43,7 +43,7 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     _refuse_anisotropic(config.predict.planes, voxel_size_nm)
     slab, block = choose_blocks(source.shape, config.blocks.shape, source.chunk[0])
     of_model = config.predict.normalize == "model"
-    mean, std = (card.mean, card.std) if of_model else normalization(source.shape, source.read)
+    mean, std = (card.mean, card.std) if of_model else gray_statistics(source.shape, source.read)
     computes = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
     run = Run(
         out=out,
@@ -65,16 +65,16 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     return _blocked(run)
 
 
-def _check_tiles(knobs: Predict, multiple: int) -> None:
+def _check_tiles(settings: Predict, multiple: int) -> None:
     """Refuses tiles that are smaller than the network's ``multiple``, or share more than half of the largest that it takes."""
-    longest = knobs.tile // multiple * multiple
+    longest = settings.tile // multiple * multiple
     if not longest:
         raise UserError(
-            f"predict.tile = {knobs.tile}: this network takes multiples of {multiple}; set {multiple} or more"
+            f"predict.tile = {settings.tile}: this network takes multiples of {multiple}; set {multiple} or more"
         )
-    if 2 * knobs.overlap > longest:
-        raise UserError(f"predict.overlap = {knobs.overlap} is more than half of a tile of {longest}, the largest within "
-                        f"predict.tile = {knobs.tile} that this network takes; set {longest // 2} or less")  # fmt: skip
+    if 2 * settings.overlap > longest:
+        raise UserError(f"predict.overlap = {settings.overlap} is more than half of a tile of {longest}, the largest within "
+                        f"predict.tile = {settings.tile} that this network takes; set {longest // 2} or less")  # fmt: skip
 
 
 def from_probabilities(channels: tuple[probabilities.Channel, ...], config: Config, out: str) -> Run:
@@ -119,10 +119,10 @@ def workers_of(run: Run) -> cluster.WorkerPool:
     return cluster.worker_pool(run.config.cluster, gpus_of(run))
 
 
-def memory_limit(knobs: Cluster, workers: cluster.WorkerPool) -> int:
+def memory_limit(settings: Cluster, workers: cluster.WorkerPool) -> int:
     """Bytes that each worker may hold: as told, else as Dask would, else of what is free here; 0 where nobody knows."""
-    if knobs.memory_limit or knobs.scheduler:
-        return round(knobs.memory_limit * 1e9) or workers.limit
+    if settings.memory_limit or settings.scheduler:
+        return round(settings.memory_limit * 1e9) or workers.limit
     return (system.free_memory() - memory.CLIENT_BYTES) // (workers.workers + workers.cpu_workers)
 
 
@@ -171,7 +171,7 @@ def _begun_engine(out: str, config: Config, path: Path) -> Engine | None:
     return Engine.here(begun.backend, begun.precision, batch=begun.batch, why=begun.why)
 
 
-def try_backends(path: str, config: Config) -> list[probe.Row]:
+def try_backends(path: str, config: Config) -> list[probe.Measurement]:
     """Speed and distance from float32 of every backend and precision that could run the volume at ``path`` here."""
     folder.refuse_run(path)
     source = volume.open(
@@ -182,7 +182,7 @@ def try_backends(path: str, config: Config) -> list[probe.Row]:
     )
     file = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(file)
-    batch = sampling.spread_tiles(source, card, config.predict, normalization(source.shape, source.read))
+    batch = sampling.spread_tiles(source, card, config.predict, gray_statistics(source.shape, source.read))
     return probe.measure(file, probe.candidates(config.predict, card.int8 is not None), config.predict.batch, batch)
 
 
@@ -210,10 +210,10 @@ def _origin(run: Run) -> str:
     """Where a run's probabilities come from."""
     if run.channels:
         return "; ".join(map(str, run.channels))
-    knobs = run.config.predict
-    grids = {plane: run.tile_grid(plane) for plane in knobs.planes}
+    settings = run.config.predict
+    grids = {plane: run.tile_grid(plane) for plane in settings.planes}
     sizes = ", ".join(f"{g.size[0]} x {g.size[1]}" + f" ({plane})" * bool(run.passes) for plane, g in grids.items())
-    laid = f" laid in {knobs.tta} ways" * (knobs.tta > 1)
+    laid = f" laid in {settings.tta} ways" * (settings.tta > 1)
     return f"{engine_line(run)}\ntiles of {sizes}{laid}, {redundancy(run):.2f} voxels inferred for each one wanted"
 
 

@@ -21,7 +21,7 @@ from volseg.errors import UserError
 from volseg.evaluation import evaluate
 from volseg.inference import backends, export, model, sampling, tiles
 from volseg.inference.model_card import Int8Form, ModelCard
-from volseg.inference.normalization import normalization, scale
+from volseg.inference.normalization import gray_statistics, scale
 from volseg.inference.sections import predict_sections_uint8
 from volseg.io import volume
 from volseg.system import require
@@ -70,7 +70,7 @@ def quantize(
     box = _section_box(test, source) if truth else None
     mask = evaluate.read_truth(truth, source.shape, box)(box) > 0 if truth else None
     calibration = _spread(calibration)
-    statistics = normalization(source.shape, source.read)
+    statistics = gray_statistics(source.shape, source.read)
     form = _make_form(path, _calibration_tiles(source, calibration, card, statistics))
     facts = {
         "calibrated": {"volume": Path(image).name, "checksum": source.checksum(), "sections": calibration},

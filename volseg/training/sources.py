@@ -12,7 +12,7 @@ from volseg.box import Box
 from volseg.config import Train, TrainData
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import VOXEL_SIZE_NM, synth
-from volseg.inference.normalization import normalization
+from volseg.inference.normalization import gray_statistics
 from volseg.inference.tiles import MULTIPLE, PLANES
 from volseg.io import volume
 from volseg.training.targets import UNLABELED, border_distance, contact_mask, normalize_labels, parse_sections
@@ -221,7 +221,7 @@ def _synthesize(data: TrainData, first: int, annotated: np.ndarray) -> dict:
     _, height, width = data.synth_shape
     image, labels = synth(Box((first, 0, 0), (first + len(annotated), height, width)), seed=data.synth_seed)
     labels[~annotated] = 0
-    mean, std = normalization(image.shape, lambda box: image[box.slices])
+    mean, std = gray_statistics(image.shape, lambda box: image[box.slices])
     name = f"synth {data.synth_seed}"
     return {
         "name": name, "image": image, "labels": labels, "mean": mean, "std": std, "label_kind": "instances",
@@ -243,7 +243,7 @@ def _read(data: TrainData, first: int, annotated: np.ndarray) -> dict:
     box = Box((first, 0, 0), (first + len(annotated), *image.shape[1:]))
     voxels, stored = image.read(box), label.read(box) * annotated[:, None, None]
     labels, note = normalize_labels(stored, unlabeled=data.unlabeled)
-    mean, std = normalization(image.shape, image.read)
+    mean, std = gray_statistics(image.shape, image.read)
     return {
         "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std,
         "label_kind": _format_label_kind(note), "voxel_size_nm": image.voxel_size_nm, "checksum": _digest(voxels, stored),
