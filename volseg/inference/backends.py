@@ -120,9 +120,30 @@ class Engine:
 def load(
     blob: bytes, backend: str, precision: str, shape: tuple[int, int, int, int], threads: int = 1, place: int = 0
 ) -> Forward:
-    """A function for batches of one ``shape`` (B, sections, Y, X), to be called from up to ``threads`` threads at once.
+    """The network as a function from numpy batches of one shape to probabilities.
 
-    ``place`` is the number of this worker on its machine: torch takes that GPU.
+    Parameters
+    ----------
+    blob
+        What `export.export_model` gave for this backend and precision.
+    backend, precision
+        A pair of `PRECISIONS`.
+    shape
+        Of each batch: (B, sections, Y, X), float32, standardized.
+    threads
+        From how many threads the function may be called at once.
+    place
+        The number of this worker on its machine: torch takes that GPU.
+
+    Returns
+    -------
+    callable
+        To float32 (B, heads, Y, X), 0 to 1. Its bits do not depend on ``threads``, nor on the row of a tile in a batch.
+
+    Raises
+    ------
+    UserError
+        ONNX Runtime does not find all its CUDA libraries.
     """
     target = device(backend, place)
     call = target.synchronized(network(blob, backend, precision, shape, threads, place))
@@ -255,7 +276,11 @@ class TimedCall:
 
 
 def imap(forward: Call, batches: Iterable[tuple[Any, Any]], threads: int) -> Iterator[tuple[Any, Any]]:
-    """``(key, forward(batch))`` for each ``(key, batch)``, in order, ``threads`` of them under way at once."""
+    """``(key, forward(batch))`` for each ``(key, batch)``, in order, ``threads`` of them under way at once.
+
+    >>> list(imap(lambda n: n * n, enumerate([3, 4, 5]), threads=2))
+    [(0, 9), (1, 16), (2, 25)]
+    """
     with ThreadPoolExecutor(threads) as pool:
         running: deque = deque()
         for key, batch in batches:

@@ -18,9 +18,25 @@ XZ = b"\xfd7zXZ"  # how a form begins that was packed before 2026-11-23
 
 
 def export_model(path: Path, backend: str, precision: str = "fp32") -> bytes:
-    """What workers need to run a model file: the ONNX graph for openvino and onnx, the file itself for torch.
+    """What workers need to run a model file.
 
-    For int8 it is the quantized graph that the file carries.
+    Parameters
+    ----------
+    path
+        The model file.
+    backend, precision
+        What runs it.
+
+    Returns
+    -------
+    bytes
+        For torch the file itself; for int8 the quantized graph that it carries, unpacked; else an ONNX graph with the
+        sigmoid inside, made once for each network and kept in the user's cache.
+
+    Raises
+    ------
+    UserError
+        The file is no model, carries no quantized form, or torch is not there to make the graph.
     """
     if precision == "int8":
         return unpack_int8(model.quantized(path))
