@@ -113,7 +113,7 @@ def test_the_cuda_libraries_are_where_the_gpu_image_looks():
     given = dict(part.split("=", 1) for rest in every("ENV") for part in rest.split())
     folders = given["LD_LIBRARY_PATH"].split(":")
     (python,) = {
-        re.fullmatch(r"python:(\S+)-slim AS \w+", rest)[1] for rest in every("FROM") if rest.startswith("python")
+        re.fullmatch(r"python:(\S+)-slim AS [\w-]+", rest)[1] for rest in every("FROM") if rest.startswith("python")
     }
     assert all(folder.startswith(f"/usr/local/lib/python{python}/site-packages/") for folder in folders)
     packages = Path(sysconfig.get_path("purelib"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import zarr
 
-from tests.helpers import Quiet, decide, digest, settings
+from tests.helpers import Quiet, decide, digest, mark, settings
 from volseg import api
 from volseg.box import Blocks, Box
 from volseg.engine import folder, pipeline
@@ -52,8 +52,8 @@ def stored(out):
 
 def in_order(run, stage, grid, order):
     """Does blocks of a stage here, as a worker would."""
-    for i in order:
-        pipeline.process_block(run.out, run.id, stage, int(i) % len(grid))
+    for i in (int(i) % len(grid) for i in order):
+        mark(run, stage, i, pipeline.process_block(run.out, run.id, stage, i))
 
 
 def test_several_looks_do_not_depend_on_blocks_or_workers(small, seen, tmp_path):
