@@ -15,7 +15,8 @@ from tests.helpers import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 TOOLS = {"import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"}  # run, not imported
-BEHIND = {  # imported by a package that volseg imports
+BEHIND = {
+    "cryptography": "distributed makes the certificates of local clusters with it",  # imported by a package that volseg imports
     "bokeh": "distributed's dashboard",
     "imagecodecs": "tifffile's compressed pages",
     "onnx": "torch.onnx",

@@ -133,7 +133,7 @@ def test_verify_names_what_is_damaged_and_repair_makes_it_again(image, reference
     some = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     damage(some[len(some) // 2])
     if kind == "run.json" and damage is os.unlink:
-        with pytest.raises(UserError, match="is not a volseg run"):
+        with pytest.raises(UserError, match="is not a finished volseg run"):
             volseg.verify(out)
     else:
         found = volseg.verify(out)

@@ -206,8 +206,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path, text):
 def test_a_damaged_work_folder_is_named(copy):
     key = copy / "work/tables/0.npz"
     key.write_bytes(key.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"work/tables/0\.npz is damaged"):
-        verify(copy)
+    assert "work/tables/0.npz" in verify(copy).damaged
     key.unlink()
     assert "work/tables holds 7 of 8 blocks" in verify(copy).notes[0]
 
@@ -347,5 +346,4 @@ def test_boxes_lie_in_what_was_wanted(run):
 
 def test_a_path_is_named_where_the_table_is_missing(copy):
     Path(copy, "tables/objects.parquet").unlink()
-    with pytest.raises(UserError, match=r"tables/objects\.parquet is missing"):
-        verify(copy)
+    assert "tables/objects.parquet" in verify(copy).damaged

@@ -32,6 +32,8 @@ def damaged_files(path: str) -> list[str]:
     try:
         summary = layout.load_summary()
     except DamagedFileError as error:
+        if not layout.begun:
+            raise
         return list(error.keys)
     if not layout.fits(layout.MANIFEST, summary["manifest_mark"]):
         return [layout.MANIFEST]

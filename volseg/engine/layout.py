@@ -459,7 +459,10 @@ def _described(path: str, key: str) -> dict:
     try:
         plain = json.loads(files.read_bytes(path, key))
     except FileNotFoundError:
-        raise UserError(f"{path} is not a volseg run (no {key} in it); give a folder that volseg made") from None
+        finished = "finished " if key == "run.json" else ""
+        raise UserError(
+            f"{path} is not a {finished}volseg run (no {key} in it); give a folder that volseg infer made"
+        ) from None
     except (ValueError, RecursionError):
         raise DamagedFileError(path, key, "is damaged (no JSON)") from None
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:

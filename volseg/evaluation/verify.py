@@ -57,7 +57,7 @@ class Verification:
     seams
         Block faces beside other planes.
     damaged
-        Keys of files that are missing or not as they were written; where there are any, nothing was recomputed.
+        Keys of files that are missing or not as they were written; where they cannot be read, nothing was recomputed.
     """
 
     run: str
@@ -75,8 +75,11 @@ class Verification:
     @property
     def ok(self) -> bool:
         """Whether every file is as it was written, and nothing that was recomputed differs."""
-        if self.damaged:
-            return False
+        return self.equal and not self.damaged
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing that was recomputed differs."""
         wholes = [part.wrong for part in (self.rejoining, self.relabeling) if part]
         return not any(wholes) and not any(count for box in self.boxes for count in box.wrong.values())
 
@@ -132,9 +135,18 @@ def verify(run: str | PathLike | Any, *, boxes: int = 5, seed: int = 0) -> Verif
     if boxes < 1:
         raise UserError(f"{boxes} boxes to verify; give 1 or more")
     path = os.fspath(getattr(run, "path", run)).rstrip("/")
-    if damaged := damaged_files(path):
-        return Verification(path, (0, 0, 0), (0, 0, 0), 0, seed, (), (), None, None, None, tuple(damaged))
-    stored = open_stored(run)
+    damaged = tuple(damaged_files(path))
+    try:
+        return _recomputed(path, boxes, seed, damaged)
+    except (UserError, OSError, ValueError):  # of libraries that read what is damaged
+        if not damaged:
+            raise
+        return Verification(path, (0, 0, 0), (0, 0, 0), 0, seed, (), (), None, None, None, damaged)
+
+
+def _recomputed(path: str, boxes: int, seed: int, damaged: tuple[str, ...]) -> Verification:
+    """What `verify` finds where it can read what it recomputes."""
+    stored = open_stored(path)
     rng = np.random.default_rng(seed)
     checked = tuple(check_box(stored, box) for box in draw_boxes(stored, boxes, rng))
     small = prod(stored.shape) <= MAX_RELABELED_VOXELS
@@ -155,6 +167,7 @@ def verify(run: str | PathLike | Any, *, boxes: int = 5, seed: int = 0) -> Verif
         rejoining=None if stored.missing else rejoin(stored),
         relabeling=relabeling,
         seams=measure_seams(stored, rng),
+        damaged=damaged,
     )
 
 
@@ -190,8 +203,12 @@ def format_verification(result: Verification) -> str:
     if result.damaged:
         listed = [f"  {key}" for key in result.damaged[:MAX_LISTED_FILES]]
         more = [f"  and {len(result.damaged) - len(listed)} more"] if len(result.damaged) > len(listed) else []
-        title = f"{result.run}: {len(result.damaged)} file(s) missing or not as written"
-        return "\n".join([title, *listed, *more, f"DAMAGED: volseg repair {result.run} makes them again"])
+        lines = [f"{result.run}: {len(result.damaged)} file(s) missing or not as written", *listed, *more]
+        advice = f"DAMAGED: volseg repair {result.run} makes them again"
+    else:
+        lines, advice = [], ""
+    if result.seams is None:
+        return "\n".join([*lines, advice])
     title = f"{result.run}: {_by(result.shape)} voxels in blocks of {_by(result.block)}, {result.objects} objects"
     columns = ("box", "masked", "joins", "whole", *CHECKS)
     cells = [
@@ -209,10 +226,11 @@ def format_verification(result: Verification) -> str:
         for box in result.boxes
         for name, first in box.first.items()
     ]
-    parts = [title, *result.notes, format_table(columns, cells), *firsts, *LEGEND, *_rejoining_lines(result.rejoining),
+    parts = [*lines, title, *result.notes, format_table(columns, cells), *firsts, *LEGEND, *_rejoining_lines(result.rejoining),
              _relabeling_line(result.relabeling), *_seam_lines(result.seams)]  # fmt: skip
-    last = "all that was checked is equal" if result.ok else "NOT EQUAL: the labels are not those of this run's rule"
-    return "\n".join([*parts, last])
+    wrong = "NOT EQUAL: the labels are not those of this run's rule"
+    last = advice if result.equal and advice else "all that was checked is equal" if result.equal else wrong
+    return "\n".join([*parts, last, *([advice] if advice and not result.equal else [])])
 
 
 def _by(shape: Triple) -> str:
