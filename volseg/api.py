@@ -59,6 +59,8 @@ def open_volume(
     voxel_size_nm: tuple[float, float, float] | None = None,
     axes: str = "",
     channel: int | None = None,
+    time: int | None = None,
+    invert: bool = False,
 ) -> volume.Volume | volume.ArrayVolume:
     """A volume to read from, whatever its format; only headers are read.
 
@@ -74,6 +76,10 @@ def open_volume(
         Names of an array's axes, such as ``"czyx"``.
     channel : int, optional
         Which channel to take where there are several.
+    time : int, optional
+        Which time to take where there are several.
+    invert : bool
+        Whether to turn gray values around.
 
     Returns
     -------
@@ -91,7 +97,9 @@ def open_volume(
     >>> open_volume(np.zeros((8, 64, 64), np.uint8), voxel_size_nm=(50, 5, 5)).shape
     (8, 64, 64)
     """
-    return volume.open_volume(source, dataset=dataset, voxel_size_nm=voxel_size_nm, axes=axes, channel=channel)
+    return volume.open_volume(
+        source, dataset=dataset, voxel_size_nm=voxel_size_nm, axes=axes, channel=channel, time=time, invert=invert
+    )
 
 
 @contextmanager
@@ -100,10 +108,7 @@ def _readable(source: VolumeLike, config: Config, out: str) -> Iterator[volume.V
 
     It stays where a run does not end, which goes on from it.
     """
-    given = config.input
-    opened = volume.open_volume(
-        source, dataset=given.dataset, voxel_size_nm=given.voxel_size_nm, allow_gaps=given.allow_gaps
-    )
+    opened = volume.open_input(source, config.input)
     if isinstance(opened, volume.Volume):
         yield opened
         return
@@ -180,9 +185,8 @@ def infer(
             folder.check_output([source], out, overwrite)
             run = prepare.from_image(source, chosen, folder.partial_path(out))
             shown.message(prepare.headline(run))
-            for note in (*getattr(source, "notes", ()), hardware.unused_gpu_reason()):
-                if note:
-                    shown.message(note)
+            for note in filter(None, (*prepare.notes(run), hardware.unused_gpu_reason())):
+                shown.message(note)
             return _execute(run, out, lambda: _begin(run, [source], out, overwrite, shown), shown, start)
 
 
@@ -260,6 +264,8 @@ def _segment_probabilities(
             shown.message(note)
         run = prepare.from_probabilities(channels, config, folder.partial_path(out))
         shown.message(prepare.headline(run))
+        for note in prepare.notes(run):
+            shown.message(note)
         return _execute(run, out, lambda: _begin(run, sources, out, overwrite, shown), shown, start)
 
 

@@ -42,6 +42,12 @@ Mask = Annotated[
     str, typer.Option("--mask", metavar="VOLUME", help="Do nothing where this volume is 0; may be coarser.")
 ]
 Roi = Annotated[str, typer.Option("--roi", metavar="z0:z1,y0:y1,x0:x1", help="Do only this part.")]
+Channel = Annotated[int | None, typer.Option("--channel", min=0, help="Which of several channels, from 0.")]
+Time = Annotated[int | None, typer.Option("--time", min=0, help="Which of several times, from 0.")]
+Invert = Annotated[bool, typer.Option("--invert", help="Turn gray values around: the volume's objects are too bright.")]
+Padding = Annotated[
+    str, typer.Option("--padding", metavar="VALUE", help="Gray value around the image: does not count.")
+]
 Backend = Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")]
 Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -81,10 +87,14 @@ def infer(
     precision: Precision = "",
     mask: Mask = "",
     roi: Roi = "",
+    channel: Channel = None,
+    time: Time = None,
+    invert: Invert = False,
+    padding: Padding = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Segment a volume: labels, object table, probabilities and a picture."""
-    given = _given(model, mask, roi, workers, scheduler, backend, precision)
+    given = _given(model, mask, roi, workers, scheduler, backend, precision) + _meaning(channel, time, invert, padding)
     if not scheduler:
         forkserver.start()  # local workers are being got ready while this process imports the rest
     from volseg import api
@@ -107,6 +117,10 @@ def plan(
     precision: Precision = "",
     mask: Mask = "",
     roi: Roi = "",
+    channel: Channel = None,
+    time: Time = None,
+    invert: Invert = False,
+    padding: Padding = "",
     price: Annotated[float | None, typer.Option("--price-per-hour", min=0.0, help="Of all workers together.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -114,7 +128,7 @@ def plan(
 
     Exit code 2, with what to set, where it would not fit memory or disk.
     """
-    given = _given(model, mask, roi, workers, scheduler, backend, precision)
+    given = _given(model, mask, roi, workers, scheduler, backend, precision) + _meaning(channel, time, invert, padding)
     from volseg import api
     from volseg.planning import plan as planning
 
@@ -135,6 +149,18 @@ def _given(
         ("--model", "predict.model", model), ("--mask", "input.mask", mask), ("--roi", "input.roi", roi),
         ("--workers", "cluster.workers", workers), ("--scheduler", "cluster.scheduler", scheduler),
         ("--backend", "predict.backend", backend), ("--precision", "predict.precision", precision),
+    )  # fmt: skip
+
+
+def _meaning(channel: int | None, time: int | None, invert: bool, padding: str) -> list[tuple[str, str]]:
+    """The settings that say which voxels of a file are the image, and what they mean."""
+    try:
+        value: Any = float(padding) if padding else ""
+    except ValueError:
+        value = padding
+    return _options(
+        ("--channel", "input.channel", channel), ("--time", "input.time", time),
+        ("--invert", "input.invert", invert or None), ("--padding", "input.padding", value),
     )  # fmt: skip
 
 
@@ -286,7 +312,7 @@ def _run(start: Callable[[Progress], FinishedRun]) -> None:
     typer.echo("\n".join([*run.report(), *compare_with(run.plan, run.actual), *run.places()]))
 
 
-def _toml(value: str | int | list[str]) -> str:
+def _toml(value: str | float | list[str]) -> str:
     """``value`` as TOML."""
     return json.dumps(value, ensure_ascii=False)
 

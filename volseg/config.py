@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FiniteFloat,
     ValidationError,
     field_validator,
     model_validator,
@@ -64,6 +65,10 @@ class Input(Section):
     mask: str = ""  # a volume that is 0 where nothing is wanted; may be coarser by whole factors
     roi: str = ""  # z0:z1,y0:y1,x0:x1 wanted alone; "" takes all
     allow_gaps: bool = False  # whether a folder of slices may lack some, by its numbers
+    channel: Count | None = None  # which of several channels is read, from 0; None refuses several
+    time: Count | None = None  # which of several times is read, from 0; None refuses several
+    invert: bool = False  # turn gray values around, where objects are bright that the model knows dark
+    padding: Literal["auto", "none"] | FiniteFloat = "auto"  # gray value of voxels that are no image, see default.toml
 
     @field_validator("roi")
     @classmethod

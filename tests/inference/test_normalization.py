@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from volseg.inference.normalization import gray_statistics
+from volseg.inference.normalization import gray_levels, gray_statistics
 
 
 def _of(image):
@@ -31,3 +31,43 @@ def test_patches_are_spread_over_a_large_plane():
 def test_counted_grays_give_the_sums_bit_for_bit():
     image = np.random.default_rng(0).integers(0, 256, (9, 70, 80), np.uint8)
     assert _of(image) == _of(image.astype(np.uint16))
+
+
+def _levels(image, padding="auto"):
+    return gray_levels(image.shape, lambda box: image[box.slices], padding)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+def test_an_extreme_value_that_fills_the_border_is_padding(dtype):
+    image = np.random.default_rng(0).integers(1, 120, (6, 40, 40)).astype(dtype)
+    inside = image[:, 8:-8, 8:-8]
+    plain = _levels(image)
+    lowest = 0 if image.dtype.kind == "u" else -2000
+    for value in (255, lowest):
+        padded = np.full_like(image, value)
+        padded[:, 8:-8, 8:-8] = inside
+        found = _levels(padded)
+        assert (found.mean, found.std) == pytest.approx((_levels(inside).mean, _levels(inside).std), rel=1e-6)
+        assert found.padding == ((0.0, value) if value else (0.0,))
+        assert ("padding" in " ".join(found.notes("v.tif"))) == bool(value)
+    assert (plain.padding, plain.notes("v.tif")) == ((0.0,), ())
+
+
+def test_a_value_given_is_the_padding_and_none_is_none():
+    image = np.full((1, 10, 10), 50, np.uint8)
+    image[0, 3:5], image[0, 5:7], image[0, 7:] = 100, 140, 0
+    assert (_levels(image, 50.0).mean, _levels(image, 50.0).padding) == (pytest.approx(480 / 7), (50.0,))
+    assert (_levels(image, "none").mean, _levels(image).mean) == (pytest.approx(63.0), pytest.approx(90.0))
+    assert "50" in _levels(image, 50.0).notes("v.tif")[0]
+
+
+@pytest.mark.parametrize("value", [0, 7, 255])
+def test_a_constant_volume_is_told(value):
+    (note,) = _levels(np.full((3, 10, 10), value, np.uint8)).notes("v.tif")
+    assert f"v.tif has the value {value} in every voxel" in note
+
+
+def test_saturated_voxels_inside_are_no_padding():
+    image = np.random.default_rng(0).integers(1, 200, (6, 40, 40), np.uint8)
+    image[:, 5:20, 5:20] = 255
+    assert _levels(image).padding == (0.0,)

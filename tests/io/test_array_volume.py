@@ -176,7 +176,7 @@ REFUSED = {
     "complex": (lambda: voxels().astype("complex64"), {}, ("complex64",)),
     "objects": (lambda: voxels().astype(object), {}, ("object",)),
     "masked": (lambda: np.ma.masked_equal(voxels(), 3), {}, ("masked", "filled")),
-    "five axes": (lambda: np.zeros((2, 1, 5, 5, 5)), {}, ("5-D", "axis t has 2 entries")),
+    "five axes": (lambda: np.zeros((2, 1, 5, 5, 5)), {}, ("2 times", "--time")),
     "axes turned": (voxels, {"axes": "xyz"}, ("has axes x y z", "transpose")),
     "axes of another array": (voxels, {"axes": "czyx"}, ("4 axes", "5 x 40 x 33")),
     "unknown shape": (unknown_shape, {}, ("the dask array", "no shape")),

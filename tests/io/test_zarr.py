@@ -108,7 +108,7 @@ def test_time_and_channel_of_one_entry_are_dropped_and_longer_ones_refused(tmp_p
     write_ome(tmp_path / "one.zarr", data[None, None], "0.4", axes="tczyx")
     assert_reads(volume.open(tmp_path / "one.zarr"), data)
     write_ome(tmp_path / "two.zarr", np.stack([data, data]), "0.4", axes="czyx")
-    with refused("two.zarr", "axis c has 2 entries", "save the wanted one"):
+    with refused("two.zarr", "2 channels", "--channel", "save the wanted one"):
         volume.open(tmp_path / "two.zarr")
 
 
@@ -260,5 +260,5 @@ def test_a_run_opens_as_its_labels(tmp_path):
         assert (opened.dataset, opened.voxel_size_nm) == ("labels/instances/0", (50, 5, 5))
         assert_reads(opened, labels)
     assert volume.open(tmp_path / "run.zarr", dataset="labels/instances/1").voxel_size_nm == (50, 10, 10)
-    with refused("axis c has 2 entries"):
+    with refused("2 channels", "--channel"):
         volume.open(tmp_path / "run.zarr", dataset="0")

@@ -4,20 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
 from volseg.box import Box, Triple
+from volseg.errors import printable
 
 PATCHES = 24  # patches that are looked at
 MAX_PATCH_EDGE = 2048  # their longest edge, voxels
 PATCHES_AT_ONCE = 4  # patches read side by side
+BORDER_SHARE = 0.25  # of the voxels at sections' borders, that padding fills at least
 
 
-def gray_statistics(shape: Triple, read: Callable[[Box], np.ndarray]) -> tuple[float, float]:
-    """Mean and standard deviation of a volume, from sections (or patches of large ones) spread evenly over it.
+@dataclass(frozen=True)
+class GrayLevels:
+    """Gray values of a volume, as patches spread over it tell.
 
-    Voxels of 0 are taken for padding. A function of the volume alone, never of a block or tile.
+    Attributes
+    ----------
+    mean, std
+        Of the image's voxels; ``std`` is positive. 0 and 1 where there is none.
+    lowest, highest
+        Of all voxels, padding included.
+    padding
+        Values of voxels that are no image.
+    padded
+        Share of the voxels that have them, 0..1.
+    """
+
+    mean: float
+    std: float
+    lowest: float
+    highest: float
+    padding: tuple[float, ...]
+    padded: float
+
+    def notes(self, where: str) -> tuple[str, ...]:
+        """What a user may want to know of it, a line each."""
+        values = " and ".join(f"{value:g}" for value in self.padding)
+        if self.lowest == self.highest:
+            said = f" has the value {self.lowest:g} in every voxel that was looked at: nothing to segment there"
+        elif self.padded == 1:
+            said = f" holds nothing but padding, {values}, in every voxel that was looked at"
+        elif self.padded and self.padding != (0.0,):
+            said = f": voxels of {values} ({self.padded:.0%} of those looked at) count as padding, not as image (input.padding)"
+        else:
+            return ()
+        return (printable(f"{where}{said}"),)
+
+
+def gray_levels(shape: Triple, read: Callable[[Box], np.ndarray], padding: str | float = "auto") -> GrayLevels:
+    """Gray values of a volume, from sections (or patches of large ones) spread evenly over it.
+
+    A function of the volume alone, never of a block or tile.
 
     Parameters
     ----------
@@ -25,11 +65,29 @@ def gray_statistics(shape: Triple, read: Callable[[Box], np.ndarray]) -> tuple[f
         Of the volume, z y x.
     read
         Gives the voxels of a box; called from `PATCHES_AT_ONCE` threads.
+    padding
+        The value of voxels that are no image; "none"; or "auto": 0 and, of the lowest and the highest value of all, the
+        one that at least `BORDER_SHARE` of the voxels at the sections' borders have.
+    """
+    known: tuple[float, ...] = (0.0,) if isinstance(padding, str) else (float(padding),)
+    if padding == "none":
+        known = ()
+    patches = _map(lambda box: _Patch.of(read(box), box, shape, known), shape)
+    lowest, highest = min(patch.lowest for patch in patches), max(patch.highest for patch in patches)
+    if padding == "auto" and (found := _border_value(patches, lowest, highest)) not in (None, 0.0):
+        known = (0.0, found)
+        patches = _map(lambda box: _Patch.of(read(box), box, shape, known), shape)
+    count = total = squares = 0.0
+    for patch in patches:
+        count, total, squares = count + patch.count, total + patch.total, squares + patch.squares
+    seen = sum(patch.size for patch in patches)
+    mean = total / count if count else 0.0
+    std = float(np.sqrt(max(squares / count - mean**2, 0.0)) or 1.0) if count else 1.0
+    return GrayLevels(float(mean), std, lowest, highest, known, 1 - count / seen)
 
-    Returns
-    -------
-    mean, std : float
-        Of gray values; ``std`` is positive. 0 and 1 where all voxels are 0.
+
+def gray_statistics(shape: Triple, read: Callable[[Box], np.ndarray]) -> tuple[float, float]:
+    """Mean and standard deviation of a volume, see `gray_levels`; 0 and 1 where all voxels are padding.
 
     Examples
     --------
@@ -38,23 +96,62 @@ def gray_statistics(shape: Triple, read: Callable[[Box], np.ndarray]) -> tuple[f
     >>> [round(value, 2) for value in gray_statistics(image.shape, lambda box: image[box.slices])]
     [106.67, 9.43]
     """
+    levels = gray_levels(shape, read)
+    return levels.mean, levels.std
+
+
+def _map(measure: Callable[[Box], _Patch], shape: Triple) -> list[_Patch]:
+    """``measure`` of each patch, in order."""
     size = tuple(min(n, m) for n, m in zip((1, MAX_PATCH_EDGE, MAX_PATCH_EDGE), shape, strict=True))
 
-    def sums(i: int) -> tuple[int, float, float]:
+    def one(i: int) -> _Patch:
         at = tuple(
             (i * step) % PATCHES * (n - s) // (PATCHES - 1) for n, s, step in zip(shape, size, (1, 7, 5), strict=True)
         )
-        patch = read(Box(at, tuple(a + s for a, s in zip(at, size, strict=True))))
-        return _counted(patch) if patch.dtype == np.uint8 else _summed(patch.astype(np.float64))
+        return measure(Box(at, tuple(a + s for a, s in zip(at, size, strict=True))))
 
-    count = total = squares = 0.0
     with ThreadPoolExecutor(PATCHES_AT_ONCE) as pool:
-        for voxels, level, square in pool.map(sums, range(PATCHES)):
-            count, total, squares = count + voxels, total + level, squares + square
-    if not count:
-        return 0.0, 1.0
-    mean = total / count
-    return float(mean), float(np.sqrt(max(squares / count - mean**2, 0.0)) or 1.0)
+        return list(pool.map(one, range(PATCHES)))
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """What a patch tells: voxels, and count, sum and sum of squares of those that are no padding."""
+
+    size: int
+    count: int
+    total: float
+    squares: float
+    lowest: float
+    highest: float
+    border: int  # voxels at the sections' borders
+    border_lowest: int  # of these, those of the patch's lowest value
+    border_highest: int
+
+    @classmethod
+    def of(cls, patch: np.ndarray, box: Box, shape: Triple, padding: tuple[float, ...]) -> _Patch:
+        sums = _counted(patch, padding) if patch.dtype == np.uint8 else _summed(patch.astype(np.float64), padding)
+        lowest, highest = patch.min(), patch.max()
+        edges = [
+            patch.take(place, axis).ravel()
+            for axis in (1, 2)
+            for place, outside in ((0, box.start[axis] == 0), (-1, box.stop[axis] == shape[axis]))
+            if outside
+        ]
+        border = np.concatenate(edges) if edges else patch[:0].ravel()
+        at_border = (int(np.count_nonzero(border == value)) for value in (lowest, highest))
+        return cls(patch.size, *sums, float(lowest), float(highest), border.size, *at_border)
+
+
+def _border_value(patches: list[_Patch], lowest: float, highest: float) -> float | None:
+    """The extreme value that is padding, as far as the borders of sections tell; None where there is none."""
+    border = sum(patch.border for patch in patches)
+    counts = {
+        highest: sum(patch.border_highest for patch in patches if patch.highest == highest),
+        lowest: sum(patch.border_lowest for patch in patches if patch.lowest == lowest),
+    }
+    value = max(counts, key=lambda one: counts[one])
+    return value if lowest < highest and counts[value] >= BORDER_SHARE * border else None
 
 
 def standardized(voxels: np.ndarray, mean: float, std: float) -> np.ndarray:
@@ -71,13 +168,15 @@ def scale(mean: float, std: float) -> tuple[float, float]:
     return float(np.float32(mean)), float(np.float32(1 / std))
 
 
-def _summed(patch: np.ndarray) -> tuple[int, float, float]:
-    """How many voxels are not 0, their sum, and the sum of their squares."""
-    patch = patch[patch != 0]
-    return patch.size, patch.sum(), (patch**2).sum()
+def _summed(patch: np.ndarray, padding: tuple[float, ...]) -> tuple[int, float, float]:
+    """How many voxels are no padding, their sum, and the sum of their squares."""
+    for value in padding:
+        patch = patch[patch != value]
+    return patch.size, float(patch.sum()), float((patch**2).sum())
 
 
-def _counted(patch: np.ndarray) -> tuple[int, float, float]:
+def _counted(patch: np.ndarray, padding: tuple[float, ...]) -> tuple[int, float, float]:
     """What `_summed` gives for uint8, exactly: sums of so few bits are exact in float64 too."""
     count, level = np.bincount(patch.ravel(), minlength=256), np.arange(256)
-    return int(count[1:].sum()), float(count @ level), float(count @ level**2)
+    count[np.isin(level, padding)] = 0
+    return int(count.sum()), float(count @ level), float(count @ level**2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from volseg.box import Box, Triple
 from volseg.errors import UserError
 from volseg.io import arrays, axes, files, ome
 from volseg.io.header import TripleNm, check_shape, reason, shape_text, voxel_dtype
-from volseg.io.voxels import check_inside, fingerprint, finite
+from volseg.io.voxels import check_inside, choose, chosen_entries, fingerprint, finite, inverted
 
 CHUNK = (32, 256, 256)  # voxels that are compressed together
 REGION = (64, 512, 512)  # voxels that are read and written together, unless the array's own blocks are larger
@@ -33,11 +33,20 @@ class ArrayVolume:
     channel_axis: int | None = None
     channel: int = 0
     binary: bool = False
+    time_axis: int | None = None
+    time: int = 0
+    inverted: bool = False
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def chosen(self) -> dict[int, int]:
+        """Which entry is read of each axis that is not z, y or x."""
+        return chosen_entries(self)
 
     def read(self, box: Box) -> np.ndarray:
         """The voxels of ``box``, as `Volume.read` gives them."""
         check_inside(self, box, self.name)
-        index = axes.index(len(self.array.shape), box.slices, self.channel_axis, self.channel)
+        index = axes.index(len(self.array.shape), box.slices, self.chosen)
         try:
             data = np.asarray(self.array[index])
         except Exception as error:  # whatever the array's own library raises
@@ -47,7 +56,8 @@ class ArrayVolume:
                 f"{self.name} gives {shape_text(data.shape)} voxels for box {box} of {shape_text(box.shape)}; "
                 "give one that is indexed like a numpy array"
             )
-        return finite(np.array(data, dtype=self.dtype, order="C"), box, self.name)
+        voxels = finite(np.array(data, dtype=self.dtype, order="C"), box, self.name)
+        return inverted(voxels, self.binary) if self.inverted else voxels
 
     def checksum(self) -> str:
         """The fingerprint that a file of these voxels has."""
@@ -55,7 +65,12 @@ class ArrayVolume:
 
 
 def wrap(
-    array: Any, *, voxel_size_nm: TripleNm | None = None, names: str | Sequence[str] = "", channel: int | None = None
+    array: Any,
+    *,
+    voxel_size_nm: TripleNm | None = None,
+    names: str | Sequence[str] = "",
+    channel: int | None = None,
+    time: int | None = None,
 ) -> ArrayVolume:
     """The volume that an array holds; nothing of it is read.
 
@@ -71,16 +86,17 @@ def wrap(
     if names and len(names) != len(shape):
         raise UserError(f"axes {' '.join(names)} name {len(names)} axes, but {name} is {shape_text(shape)}")
     named = axes.axis_names(list(names), len(shape))
-    lead = None if channel is None else axes.channel_axis(shape, named, name)
-    axes.check(shape, named, lead, name)
-    channels = 1 if lead is None else shape[lead]
-    if not 0 <= (channel or 0) < channels:
-        raise UserError(f"{name} has {channels} channels, counted from 0; there is no channel {channel}")
-    zyx = tuple(shape[axis] for axis in axes.space(len(shape), lead))
+    lead = axes.channel_axis(shape, named, name) if channel is not None or "c" in named else None
+    times = axes.time_axis(named, lead)
+    axes.check(shape, named, lead, name, times)
+    entry, note = choose(name, "channel", 1 if lead is None else shape[lead], channel)
+    instant, instant_note = choose(name, "time", 1 if times is None else shape[times], time)
+    zyx = tuple(shape[axis] for axis in axes.space(len(shape), lead, times))
     check_shape(zyx, name)
     return ArrayVolume(
-        array, name, zyx, voxel_dtype(dtype, name), voxel_size_nm, lead, channel or 0, binary=dtype.kind == "b"
-    )
+        array, name, zyx, voxel_dtype(dtype, name), voxel_size_nm, lead, entry, binary=dtype.kind == "b",
+        time_axis=times, time=instant, notes=(*note, *instant_note),
+    )  # fmt: skip
 
 
 def copy(source: ArrayVolume, path: str | Path) -> None:
@@ -111,9 +127,8 @@ def copy(source: ArrayVolume, path: str | Path) -> None:
             target[box.slices] = source.read(box)
         size = source.voxel_size_nm
         attributes = ome.multiscales("image", "zyx", [("0", size or (1.0, 1.0, 1.0))], unit="nanometer" if size else "")
-        arrays.set_group_attributes(
-            path, "", {**attributes, COPY: replace(source, array=target, channel_axis=None).checksum()}
-        )
+        copied = replace(source, array=target, channel_axis=None, time_axis=None, inverted=False)
+        arrays.set_group_attributes(path, "", {**attributes, COPY: copied.checksum()})
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}; make room, or give another output path") from error
 
@@ -135,7 +150,7 @@ def _regions(source: ArrayVolume) -> list[list[int]]:
     ndim = len(array.shape)
     if not isinstance(blocks, tuple) or len(blocks) != ndim:
         blocks = (1,) * ndim
-    space = axes.space(ndim, source.channel_axis)
+    space = axes.space(ndim, *source.chosen)
     return [_grouped(blocks[axis], n, most) for axis, n, most in zip(space, source.shape, REGION, strict=True)]
 
 

@@ -1,8 +1,8 @@
-"""Which axes of an array are z y x, and which one holds its channels."""
+"""Which axes of an array are z y x, and which ones hold channels and times."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from volseg.errors import UserError
 from volseg.io.header import shape_text
@@ -37,43 +37,54 @@ def channel_axis(shape: Sequence[int], names: Sequence[str], where: str) -> int 
     return names.index("c") if "c" in names and len(shape) > 3 else None
 
 
-def check(shape: Sequence[int], names: Sequence[str], channel_axis: int | None, where: str) -> None:
-    """Refuses an array that is not z y x in this order, channels and axes of one entry apart."""
+def time_axis(names: Sequence[str], channel_axis: int | None) -> int | None:
+    """The axis that holds times; None where there is none beside z y x.
+
+    >>> time_axis(["t", "z", "y", "x"], None), time_axis(["t", "y", "x"], None)
+    (0, None)
+    """
+    spatial = len(names) - (channel_axis is not None)
+    return names.index("t") if "t" in names and spatial > 3 else None
+
+
+def check(
+    shape: Sequence[int], names: Sequence[str], channel_axis: int | None, where: str, time_axis: int | None = None
+) -> None:
+    """Refuses an array that is not z y x in this order, channels, times and axes of one entry apart."""
     ndim = len(shape)
     if ndim < 3:
         raise UserError(f"{where} is {ndim}-D ({shape_text(shape)}); volseg needs a volume with axes z y x")
-    spatial = space(ndim, channel_axis)
+    spatial = space(ndim, channel_axis, time_axis)
     order = [names[axis] for axis in spatial]
     if set(order) == set("zyx") and order != ["z", "y", "x"]:
         raise UserError(f"{where} has axes {' '.join(names)}; volseg needs z y x last: transpose it")
     for axis, (name, n) in enumerate(zip(names, shape, strict=True)):
-        if n != 1 and axis not in (*spatial, channel_axis):
+        if n != 1 and axis not in (*spatial, channel_axis, time_axis):
+            choose = "choose one with --channel (input.channel), or " if name in "c?" else ""
             raise UserError(
                 f"{where} is {ndim}-D ({shape_text(shape)}): axis {name.replace('?', 'c')} has {n} entries and must have 1; "
-                "save the wanted one as a z y x array"
+                f"{choose}save the wanted one as a z y x array"
             )
     if 0 in shape:
         raise UserError(f"{where} has no voxels: its shape is {shape_text(shape)}")
 
 
-def space(ndim: int, channel_axis: int | None) -> list[int]:
-    """Which axes are z y x: the last three, the channels apart.
+def space(ndim: int, *others: int | None) -> list[int]:
+    """Which axes are z y x: the last three, those of channels and times apart.
 
     >>> space(5, 4)
     [1, 2, 3]
     """
-    return [axis for axis in range(ndim) if axis != channel_axis][-3:]
+    return [axis for axis in range(ndim) if axis not in others][-3:]
 
 
-def index(ndim: int, zyx: Sequence, channel_axis: int | None = None, channel: int = 0) -> tuple:
-    """An index into an array of so many axes: ``zyx`` of one channel; every other axis has one entry.
+def index(ndim: int, zyx: Sequence, chosen: Mapping[int, int]) -> tuple:
+    """An index into an array of so many axes: ``zyx`` of the ``chosen`` entries of some axes; any other axis has one.
 
-    >>> index(4, (slice(2), slice(3), slice(4)), 3, 1)
+    >>> index(4, (slice(2), slice(3), slice(4)), {3: 1})
     (slice(None, 2, None), slice(None, 3, None), slice(None, 4, None), 1)
     """
-    out: list = [0] * ndim
-    if channel_axis is not None:
-        out[channel_axis] = channel
-    for axis, place in zip(space(ndim, channel_axis), zyx, strict=True):
+    out: list = [chosen.get(axis, 0) for axis in range(ndim)]
+    for axis, place in zip(space(ndim, *chosen), zyx, strict=True):
         out[axis] = place
     return tuple(out)

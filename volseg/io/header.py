@@ -33,6 +33,8 @@ class Header:
     dataset: str = ""
     channels: int = 1  # how many are stored
     channel_axis: int | None = None
+    times: int = 1
+    time_axis: int | None = None
     binary: bool = False
     notes: tuple[str, ...] = ()  # what was decided on the way, a line each
     size_notes: tuple[str, ...] = ()  # the same for the voxel size

@@ -166,11 +166,11 @@ class Image(_Parsed):
         return ["c" if axis.type == "channel" else axis.name for axis in self.axes]
 
     def voxel_size_nm(
-        self, dataset: Dataset, channel_axis: int | None, where: str
+        self, dataset: Dataset, where: str, channel_axis: int | None = None, time_axis: int | None = None
     ) -> tuple[TripleNm | None, tuple[str, ...]]:
         """Voxel size z y x of a level, and notes on it; None where scale or unit is absent."""
         ndim = len(self.axes)
-        space = array_axes.space(ndim, channel_axis)
+        space = array_axes.space(ndim, channel_axis, time_axis)
         steps = (*dataset.coordinateTransformations, *self.coordinateTransformations)
         scales = [step.scale for step in steps if step.type == "scale" and len(step.scale) == ndim]
         if not scales or len(space) != 3:

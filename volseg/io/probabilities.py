@@ -68,8 +68,13 @@ def named_channels(path: str, settings: Probabilities, source: Input) -> tuple[C
     UserError
         A channel is not there, the voxels of a volume are no probabilities, or shapes differ.
     """
+    _refuse_gray_settings(source)
     volumes = volume.open_channels(
-        path, dataset=source.dataset, voxel_size_nm=source.voxel_size_nm, allow_gaps=source.allow_gaps
+        path,
+        dataset=source.dataset,
+        voxel_size_nm=source.voxel_size_nm,
+        time=source.time,
+        allow_gaps=source.allow_gaps,
     )
     numbers = {
         "mask": settings.mask_channel,
@@ -92,6 +97,16 @@ def named_channels(path: str, settings: Probabilities, source: Input) -> tuple[C
         _check_source(name, one, sources["mask"])
     channels = [Channel(name, sources.get(name), name in settings.inverted) for name in CHANNEL_NAMES]
     return tuple(channel for channel in channels if channel.source or channel.name == "contour")
+
+
+def _refuse_gray_settings(source: Input) -> None:
+    """Refuses what is said of gray values, where probabilities are given."""
+    if source.invert:
+        raise UserError("input.invert turns gray values; probabilities are turned with --inverted mask")
+    if source.channel is not None:
+        raise UserError(
+            "input.channel chooses gray values; of probabilities, say which is the mask with --mask-channel"
+        )
 
 
 def _select(volumes: tuple[volume.Volume, ...], number: int | None, name: str) -> volume.Volume:

@@ -175,12 +175,22 @@ def _slice(file: str) -> _Slice:
         channels = PNG_SAMPLES.get(image.mode, 1)
         if channels == 1 and image.mode not in PNG_TYPES:
             raise UserError(f"slice {file} is a color image ({image.mode}); convert it to gray values")
-        text = f"is a color image ({image.mode}); convert it to gray values"
-        return _Slice((image.height, image.width), PNG_TYPES.get(image.mode, "uint8"), channels, text)
+        text = f"is a color image ({image.mode}); {tiff.CONVERT}"
+        _, notes = _palette(image, file)
+        dtype = PNG_TYPES.get(image.mode, "uint8")
+        return _Slice((image.height, image.width), dtype, channels, text, "".join(notes))
+
+
+def _palette(image: Any, file: str) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The gray values of a PNG's palette, see `tiff.grays_of_colors`."""
+    if image.mode != "P" or image.palette is None:
+        return None, ()
+    colors = np.frombuffer(bytes(image.palette.palette), np.uint8)
+    return tiff.grays_of_colors(colors[: len(colors) // 3 * 3].reshape(-1, 3), np.dtype("uint8"), file)
 
 
 def _png_image(opened: Any) -> Any:
-    """A PNG by its own reader: no limit on the number of voxels. Palette images give their indices."""
+    """A PNG by its own reader: no limit on the number of voxels."""
     from PIL.PngImagePlugin import PngImageFile
 
     try:
@@ -208,7 +218,9 @@ def _png(file: str, stamp: Any) -> np.ndarray:
             if image.mode not in ("1", "P") and decoded.shape == shape:
                 return decoded
             opened.seek(0)
-            return np.asarray(_png_image(opened))
+            stored = np.asarray(_png_image(opened))
+            grays, _ = _palette(image, file)
+            return stored if grays is None else grays[stored]
 
 
 def read(volume: Volume, box: Box) -> np.ndarray:

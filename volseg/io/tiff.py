@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from volseg.io.volume import Volume
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
-WHITE_IS_ZERO = 0  # the photometric interpretation
+WHITE_IS_ZERO, PALETTE = 0, 3  # photometric interpretations
+CHOOSE = "choose one with --channel (input.channel, counted from 0), or save the wanted one alone"
+CONVERT = "convert it to gray values, or choose one with --channel (input.channel)"
 
 
 def header(path: str, *, several: bool) -> Header:
@@ -45,6 +47,7 @@ def header(path: str, *, several: bool) -> Header:
         stack.voxel_size_nm,
         (1, *stack.shape[1:]),
         channels=stack.channels,
+        times=stack.layout.times,
         binary=stack.binary,
         notes=stack.notes,
         size_notes=stack.size_notes,
@@ -66,6 +69,8 @@ class Stack:
             self.binary = key.dtype.kind == "b"
             self.stored = key.dtype.newbyteorder(tif.byteorder)
             self.highest, self.notes = _highest_of_inverted(key, path)
+            self.grays, palette = _grays_of_palette(key, path)
+            self.notes += palette
             self.voxel_size_nm, self.size_notes = _voxel_size_nm(tif, path)
             self.segment_bytes = _segment_bytes(key)
             self._check()
@@ -77,13 +82,13 @@ class Stack:
         """Refuses what cannot be decoded, or lies beyond the end of the file."""
         size = os.path.getsize(self.path)
         if self.layout.offset is not None:
-            if self.layout.offset + prod(self.shape) * self.channels * self.stored.itemsize > size:
+            if self.layout.offset + prod(self.shape) * self.channels * self.layout.times * self.stored.itemsize > size:
                 raise UserError(
                     f"{self.path} is cut short: {size} bytes do not hold {shape_text(self.shape)} voxels; copy it again"
                 )
             return
         for page in self.layout.pages:
-            count = len(self._grid(page)) * (self.channels if self.layout.order == "sz" else 1)
+            count = len(self._grid(page)) * (self.channels if self.layout.samples_are == "first" else 1)
             if min(len(page.dataoffsets), len(page.databytecounts)) < count:
                 raise UserError(
                     f"{self.path} is damaged: page {page.index} lists {len(page.dataoffsets)} of its {count} pieces; "
@@ -111,25 +116,27 @@ class Stack:
 
     def channels_text(self) -> str:
         """Why a file of several channels is no volume, and what to do."""
-        if self.layout.order in ("zs", "sz"):
-            return f"is a color image (RGB, {self.channels} samples per voxel); convert it to gray values"
-        return f"has {self.channels} channels; save the wanted one alone"
+        if self.layout.samples_are in ("last", "first"):
+            return f"is a color image (RGB, {self.channels} samples per voxel); {CONVERT}"
+        return f"has {self.channels} channels; {CHOOSE}"
 
-    def fill(self, plane: np.ndarray, z: int, window: tuple[slice, slice], channel: int = 0) -> None:
+    def fill(self, plane: np.ndarray, z: int, window: tuple[slice, slice], channel: int = 0, time: int = 0) -> None:
         """``plane`` holds the voxels of section ``z`` of a channel in ``window`` (y x), as gray values are meant."""
         sample = channel if self.layout.samples > 1 else 0
-        page = self.layout.page(z, channel)
+        page, layer = self.layout.page(z, channel, time), channel if self.layout.samples_are == "first" else 0
         if self.layout.offset is not None:
-            self._fill_from_map(plane, self.layout.offset, self.layout.plane(z, channel), window, sample)
-        elif self.layout.order == "rows":
+            self._fill_from_map(plane, self.layout.offset, self.layout.plane(z, channel, time), window, sample)
+        elif self.layout.samples_are == "rows":
             for row, y in zip(plane, range(window[0].start, window[0].stop), strict=True):
                 self._fill_from_segments(row[None], page + y, (slice(0, 1), window[1]), sample)
         elif (first := _start_of_one_piece(self.layout.pages[page])) is not None:
-            self._fill_from_map(plane, first, channel if self.layout.order == "sz" else 0, window, sample)
+            self._fill_from_map(plane, first, layer, window, sample)
         else:
-            self._fill_from_segments(plane, page, window, sample, channel if self.layout.order == "sz" else 0)
+            self._fill_from_segments(plane, page, window, sample, layer)
         if self.highest is not None:
             np.subtract(self.highest, plane, out=plane)
+        if self.grays is not None:
+            plane[...] = self.grays[plane]
 
     def _fill_from_map(
         self, plane: np.ndarray, offset: int, number: int, window: tuple[slice, slice], sample: int
@@ -158,7 +165,7 @@ class Stack:
         """The strips or tiles of a page, y x; of a page that is a row of voxels, x alone."""
         key = page.keyframe
         size = (1, key.tilelength, key.tilewidth) if key.is_tiled else (1, key.rowsperstrip, key.imagewidth)
-        if self.layout.order == "rows":
+        if self.layout.samples_are == "rows":
             return Blocks((1, 1, self.shape[2]), (1, 1, size[1]))
         return Blocks((1, *self.shape[1:]), size)
 
@@ -177,7 +184,7 @@ class Stack:
             data, _, _ = stored.keyframe.decode(raw, i, jpegtables=stored.jpegtables)
         if data is None:
             return None
-        return data[0].transpose(2, 0, 1) if self.layout.order == "rows" else data[0]
+        return data[0].transpose(2, 0, 1) if self.layout.samples_are == "rows" else data[0]
 
 
 def _start_of_one_piece(page: Any) -> int | None:
@@ -221,6 +228,30 @@ def _highest_of_inverted(key: Any, path: str) -> tuple[int | None, tuple[str, ..
     return highest, (printable(f"{path} says that white is zero: its contrast was turned, so that black is"),)
 
 
+def _grays_of_palette(key: Any, path: str) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Gray values of the entries of a file's palette, and a note on it; None where there is none, or it holds colors."""
+    colors = key.colormap
+    if key.photometric != PALETTE or colors is None or key.dtype.kind != "u" or key.dtype.itemsize > 2:
+        return None, ()
+    dtype, (red, green, blue) = key.dtype, colors
+    divisor = 65535 // (2 ** (8 * dtype.itemsize) - 1)  # a palette of TIFF has 16 bits
+    divisor = 1 if colors.max() < 256 else divisor  # some programs write 8
+    return grays_of_colors(np.stack([red, green, blue], 1) // divisor, dtype, path)
+
+
+def grays_of_colors(colors: np.ndarray, dtype: np.dtype, path: str) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The gray value of each entry of a palette, entries x red green blue, and a note on it; None: entries are values."""
+    if (colors != colors[:, :1]).any():
+        return None, (
+            printable(f"{path} says that its values are entries of a palette of colors: the entries are read"),
+        )
+    if (colors[:, 0] == np.arange(len(colors))).all():
+        return None, ()
+    grays = np.zeros(2 ** (8 * np.dtype(dtype).itemsize), dtype)  # entries beyond the palette's end are black
+    grays[: len(colors)] = colors[:, 0]
+    return grays, (printable(f"{path} says that its values are entries of a palette of grays: the grays are read"),)
+
+
 def _voxel_size_nm(tif: Any, path: str) -> tuple[TripleNm | None, tuple[str, ...]]:
     """Voxel size z y x from OME or ImageJ metadata, and notes on it."""
     if tif.is_ome and tif.ome_metadata:
@@ -252,5 +283,5 @@ def read(volume: Volume, box: Box) -> np.ndarray:
     stack = open_stack(volume.path)
     for z, plane in zip(range(box.start[0], box.stop[0]), out, strict=True):
         with decoding(f"page {z} of {volume.path}", box):
-            stack.fill(plane, z, box.slices[1:], volume.channel)
+            stack.fill(plane, z, box.slices[1:], volume.channel, volume.time)
     return out

@@ -23,36 +23,49 @@ class Layout:
 
     shape: Triple
     channels: int
-    order: (
-        str  # "zc": channels change from page to page, "cz": sections do; "zs": a page holds the samples of each voxel
+    times: int
+    stack: (
+        str  # what changes from page to page, slowest first, such as "tzc"; channels may be samples of a page instead
     )
-    # together, "sz": one sample after the other; "rows": a page is a row of voxels, x c
+    samples_are: (
+        str  # "": one value a voxel; "last": side by side; "first": one plane after the other; "rows": see below
+    )
     pages: tuple[Any, ...]  # of tifffile, in the order stored; empty where all voxels lie in one piece
     offset: int | None  # of that piece
     keyframe: Any
 
+    # "rows": a page is a row of voxels, x and their channels
+
     @property
     def samples(self) -> int:
-        """Values of a voxel that a page holds together."""
-        return self.channels if self.order in ("zs", "rows") else 1
+        """Values of a voxel that a page holds side by side."""
+        return self.channels if self.samples_are in ("last", "rows") else 1
 
     @property
-    def pages_per_section(self) -> int:
-        return {"zs": 1, "sz": 1, "rows": self.shape[1]}.get(self.order, self.channels)
+    def page_count(self) -> int:
+        """Pages of the whole stack."""
+        rows = self.shape[1] if self.samples_are == "rows" else 1
+        return prod(self._sizes[letter] for letter in self.stack) * rows
 
-    def page(self, z: int, channel: int) -> int:
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {"t": self.times, "z": self.shape[0], "c": self.channels}
+
+    def _section(self, z: int, channel: int, time: int) -> int:
+        """The place of a section in the order of the stack."""
+        place, at = 0, {"t": time, "z": z, "c": channel}
+        for letter in self.stack:
+            place = place * self._sizes[letter] + at[letter]
+        return place
+
+    def page(self, z: int, channel: int, time: int) -> int:
         """The number of the page that holds section ``z`` of a channel; of its first row where a page is one row."""
-        return {
-            "zc": z * self.channels + channel,
-            "cz": channel * self.shape[0] + z,
-            "rows": z * self.shape[1],
-        }.get(self.order, z)
+        return self._section(z, channel, time) * (self.shape[1] if self.samples_are == "rows" else 1)
 
-    def plane(self, z: int, channel: int) -> int:
+    def plane(self, z: int, channel: int, time: int) -> int:
         """The number of the plane, y x and its samples, where planes follow each other in one piece."""
-        if self.order == "sz":
-            return z * self.channels + channel
-        return z if self.order == "rows" else self.page(z, channel)
+        section = self._section(z, channel, time)
+        return section * self.channels + channel if self.samples_are == "first" else section
 
 
 def layout(tif: Any, path: str, records: list[logging.LogRecord]) -> Layout:
@@ -80,10 +93,10 @@ def layout(tif: Any, path: str, records: list[logging.LogRecord]) -> Layout:
     else:
         pages, offset = _joined(tif.series, path), None
         sizes = [("I", len(pages)), *zip(key.axes, key.shape, strict=True)]
-    shape, channels, order = _order(sizes, key, f"{path} is", tif)
-    check_shape((*shape, channels), path)
-    found = Layout(shape, channels, order, () if offset is not None else pages, offset, key)
-    if offset is None and len(pages) != shape[0] * found.pages_per_section:
+    shape, (channels, times), stack, samples_are = _order(sizes, key, f"{path} is")
+    check_shape((*shape, channels, times), path)
+    found = Layout(shape, channels, times, stack, samples_are, () if offset is not None else pages, offset, key)
+    if offset is None and len(pages) != found.page_count:
         raise UserError(f"{path} is laid out in a way volseg does not read; save it as one page per section")
     _check_promise(tif, found, path)
     return found
@@ -101,23 +114,28 @@ def _joined(series: Any, path: str) -> tuple[Any, ...]:
     return pages
 
 
-def _order(sizes: list[tuple[str, int]], key: Any, is_: str, tif: Any) -> tuple[Triple, int, str]:
-    """z y x of a stack, whatever its stack axis is called; its number of channels; and how pages follow each other."""
+def _order(sizes: list[tuple[str, int]], key: Any, is_: str) -> tuple[Triple, tuple[int, int], str, str]:
+    """z y x of a stack, whatever its stack axis is called; channels and times; and how pages follow each other."""
     stored = [(axis, n) for axis, n in sizes if axis in "YX" or n > 1]
     names = "".join(axis for axis, _ in stored)
     if _has_rows_as_pages(stored, key):
         *stack, (_, y), (_, x), (_, channels) = stored
         if len(stack) <= 1:
-            return (stack[0][1] if stack else 1, y, x), channels, "rows"
+            return (stack[0][1] if stack else 1, y, x), (channels, 1), "z", "rows"
     if names.endswith(("YX", "YXS", "SYX")) and not _ambiguous(stored):
-        samples = "zs" if names.endswith("YXS") else "sz" if names.endswith("SYX") else ""
+        samples = "last" if names.endswith("YXS") else "first" if names.endswith("SYX") else ""
         stack = [(axis, n) for axis, n in stored if axis not in "YX"]
         lead = _channel_axis(stack)
-        depth = [n for i, (_, n) in enumerate(stack) if i != lead]
+        depth = [i for i in range(len(stack)) if i != lead]
+        instants = [i for i in depth if stack[i][0] == "T"] if len(depth) == 2 else []
+        depth = [i for i in depth if i not in instants]
         if len(depth) <= 1:
-            channels = 1 if lead is None else stack[lead][1]
-            order = samples or ("cz" if lead == 0 else "zc")
-            return ((depth or [1])[0], dict(stored)["Y"], dict(stored)["X"]), channels, order
+            leads = [] if lead is None else [lead]
+            letters = [(leads, "" if samples else "c"), (instants, "t"), (depth, "z")]
+            channels, times, z = (stack[places[0]][1] if places else 1 for places, _ in letters)
+            named = {place: letter for places, letter in letters for place in places}
+            order = "".join(named[i] for i in range(len(stack)))
+            return (z, dict(stored)["Y"], dict(stored)["X"]), (channels, times), order, samples
     raise UserError(
         f"{is_} {len(stored)}-D ({shape_text([n for _, n in stored])}, axes {names}); save one z stack of gray pages, "
         "or several channels with their axes named, such as CZYX"
@@ -152,7 +170,7 @@ def _channel_axis(stack: list[tuple[str, int]]) -> int | None:
 def _check_promise(tif: Any, found: Layout, path: str) -> None:
     """Refuses a file of ImageJ that holds fewer pages than it says."""
     promised = ome.number((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
-    if (promised or 1) > max(found.shape[0] * found.channels, len(tif.pages)):
+    if (promised or 1) > max(found.shape[0] * found.channels * found.times, len(tif.pages)):
         raise UserError(
             f"{path} is cut short: it promises {promised:g} pages and holds {len(tif.pages)}; copy it again"
         )

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from volseg.box import Box, Triple
-from volseg.errors import UserError
+from volseg.config import Input
+from volseg.errors import UserError, printable
 from volseg.io import array_volume, arrays, files, formats
 from volseg.io.array_volume import ArrayVolume
 from volseg.io.header import TripleNm
-from volseg.io.voxels import check_inside, fingerprint, finite, patches
+from volseg.io.voxels import check_inside, choose, chosen_entries, fingerprint, finite, inverted, patches
 
 __all__ = [
     "ArrayVolume",
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which all planes look alike
+
+
+Opened = TypeVar("Opened", bound="Volume | ArrayVolume")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class Volume:
     channel: int = 0  # which one is read, where several are stored
     channel_axis: int | None = None  # the axis of a zarr array that holds them; TIFF files say it themselves
     binary: bool = False  # stored as bool: voxels are 0 and 1
+    time: int = 0
+    time_axis: int | None = None
+    inverted: bool = False  # gray values are turned around when they are read
     notes: tuple[str, ...] = field(default=(), compare=False)  # what was decided when it was opened, a line each
 
     def read(self, box: Box) -> np.ndarray:
@@ -68,7 +75,13 @@ class Volume:
             Names file and box where a chunk or page is damaged, or holds NaN or infinity.
         """
         check_inside(self, box, self.path)
-        return finite(formats.read(self, box), box, self.path)
+        data = finite(formats.read(self, box), box, self.path)
+        return inverted(data, self.binary) if self.inverted else data
+
+    @property
+    def chosen(self) -> dict[int, int]:
+        """Which entry is read of each axis of a zarr array that is not z, y or x."""
+        return chosen_entries(self)
 
     def checksum(self) -> str:
         """Fingerprint of the voxels: shape, type and 16 patches spread over the volume, whatever the file format."""
@@ -90,6 +103,8 @@ def open(
     dataset: str = "",
     voxel_size_nm: TripleNm | None = None,
     channel: int | None = None,
+    time: int | None = None,
+    invert: bool = False,
     allow_gaps: bool = False,
 ) -> Volume:
     """The volume at ``path``; reads headers only.
@@ -105,6 +120,10 @@ def open(
         z y x; overrides what the file says.
     channel
         Which of several channels, counted from 0; None refuses several.
+    time
+        Which of several times, counted from 0; None refuses several.
+    invert
+        Whether gray values are turned around: bright becomes dark, see :func:`volseg.io.voxels.inverted`.
     allow_gaps
         Whether a folder of slices may lack some, by its numbers; those there become neighbors.
 
@@ -113,14 +132,19 @@ def open(
     UserError
         For all that is not a volume.
     """
-    volumes = _volumes(path, dataset, voxel_size_nm, several=channel is not None, allow_gaps=allow_gaps)
-    if not 0 <= (channel or 0) < len(volumes):
-        raise UserError(f"{volumes[0].path} has {len(volumes)} channels, counted from 0; there is no channel {channel}")
-    return volumes[channel or 0]
+    volumes = _volumes(path, dataset, voxel_size_nm, time, several=channel is not None, allow_gaps=allow_gaps)
+    number, note = choose(volumes[0].path, "channel", len(volumes), channel)
+    chosen = volumes[number]
+    return turned(replace(chosen, notes=(*chosen.notes, *map(printable, note))), invert)
 
 
 def open_channels(
-    path: str | Path, *, dataset: str = "", voxel_size_nm: TripleNm | None = None, allow_gaps: bool = False
+    path: str | Path,
+    *,
+    dataset: str = "",
+    voxel_size_nm: TripleNm | None = None,
+    time: int | None = None,
+    allow_gaps: bool = False,
 ) -> tuple[Volume, ...]:
     """One volume for each channel at ``path``, in the order stored; a volume without channels comes alone.
 
@@ -128,7 +152,7 @@ def open_channels(
     the first or the last, whichever has at most `MAX_UNNAMED_CHANNELS` entries. In a TIFF file they are its axis C, its
     samples, or the shorter of two unnamed stack axes. The rest is as in :func:`open`.
     """
-    return _volumes(path, dataset, voxel_size_nm, several=True, allow_gaps=allow_gaps)
+    return _volumes(path, dataset, voxel_size_nm, time, several=True, allow_gaps=allow_gaps)
 
 
 def open_volume(
@@ -138,6 +162,8 @@ def open_volume(
     voxel_size_nm: TripleNm | None = None,
     axes: str | Sequence[str] = "",
     channel: int | None = None,
+    time: int | None = None,
+    invert: bool = False,
     allow_gaps: bool = False,
 ) -> Volume | ArrayVolume:
     """The volume in ``source``: a path, a `Volume`, or an array; reads headers only.
@@ -147,7 +173,7 @@ def open_volume(
     source
         What :func:`open` takes; or an array of numpy, zarr or dask, or anything with ``shape``, ``dtype`` and slices, with
         axes z y x. A zarr array in a folder or on an object store is opened by its path.
-    dataset, channel, allow_gaps
+    dataset, channel, time, invert, allow_gaps
         As in :func:`open`; an array has no ``dataset``.
     voxel_size_nm
         z y x; overrides what the source says.
@@ -171,18 +197,55 @@ def open_volume(
     ((8, 64, 64), 'uint8', (50.0, 5.0, 5.0))
     """
     if isinstance(source, (str, PathLike)):
-        return open(source, dataset=dataset, voxel_size_nm=voxel_size_nm, channel=channel, allow_gaps=allow_gaps)
+        return open(
+            source,
+            dataset=dataset,
+            voxel_size_nm=voxel_size_nm,
+            channel=channel,
+            time=time,
+            invert=invert,
+            allow_gaps=allow_gaps,
+        )
     if isinstance(source, (Volume, ArrayVolume)):
-        return replace(source, voxel_size_nm=_size_nm(voxel_size_nm)) if voxel_size_nm else source
+        if voxel_size_nm:
+            source = replace(source, voxel_size_nm=_size_nm(voxel_size_nm))
+        return turned(source, invert)
     if (stored := arrays.location(source)) is not None:
         path, name = stored
-        return open(path, dataset=files.join_keys(name, dataset), voxel_size_nm=voxel_size_nm, channel=channel)
+        name = files.join_keys(name, dataset)
+        return open(path, dataset=name, voxel_size_nm=voxel_size_nm, channel=channel, time=time, invert=invert)
     if not all(hasattr(source, name) for name in ("shape", "dtype", "__getitem__")):
         raise UserError(
             f"a volume is a path or an array with axes z y x, such as numpy's, zarr's or dask's; a {type(source).__name__} "
             "is neither"
         )
-    return array_volume.wrap(source, voxel_size_nm=_size_nm(voxel_size_nm), names=axes, channel=channel)
+    size = _size_nm(voxel_size_nm)
+    return turned(array_volume.wrap(source, voxel_size_nm=size, names=axes, channel=channel, time=time), invert)
+
+
+def open_input(source: Any, settings: Input) -> Volume | ArrayVolume:
+    """What :func:`open_volume` opens, as the settings of ``[input]`` say."""
+    return open_volume(
+        source,
+        dataset=settings.dataset,
+        voxel_size_nm=settings.voxel_size_nm,
+        channel=settings.channel,
+        time=settings.time,
+        invert=settings.invert,
+        allow_gaps=settings.allow_gaps,
+    )
+
+
+def turned(source: Opened, invert: bool) -> Opened:
+    """``source``, or where ``invert``, the same with its gray values turned around."""
+    if not invert:
+        return source
+    dtype = np.dtype(source.dtype)
+    rule = "negated" if dtype.kind == "f" else f"taken from {1 if source.binary else np.iinfo(dtype).max}"
+    rule = rule if dtype.kind != "i" else "turned about -0.5"
+    where = source.path if isinstance(source, Volume) else source.name
+    note = printable(f"{where}: contrast is turned as input.invert says: gray values are {rule}")
+    return replace(source, inverted=not source.inverted, notes=(*source.notes, note))
 
 
 def materialize(volume: Volume | ArrayVolume, path: str | Path) -> Volume:
@@ -209,7 +272,7 @@ def materialize(volume: Volume | ArrayVolume, path: str | Path) -> Volume:
     if isinstance(volume, Volume):
         return volume
     array_volume.copy(volume, path)
-    return open(path, dataset="0", voxel_size_nm=volume.voxel_size_nm)
+    return replace(open(path, dataset="0", voxel_size_nm=volume.voxel_size_nm), notes=volume.notes)
 
 
 def _size_nm(size: Sequence[float] | None) -> TripleNm | None:
@@ -226,11 +289,19 @@ def _size_nm(size: Sequence[float] | None) -> TripleNm | None:
 
 
 def _volumes(
-    path: str | Path, dataset: str, voxel_size_nm: TripleNm | None, *, several: bool, allow_gaps: bool = False
+    path: str | Path,
+    dataset: str,
+    voxel_size_nm: TripleNm | None,
+    time: int | None = None,
+    *,
+    several: bool,
+    allow_gaps: bool = False,
 ) -> tuple[Volume, ...]:
     path = files.absolute(path)
     header = formats.header(path, dataset, several=several, allow_gaps=allow_gaps)
     size = _size_nm(voxel_size_nm) or header.voxel_size_nm
+    instant, note = choose(path, "time", header.times, time)
+    notes = (*header.notes, *map(printable, note))
     return tuple(
         Volume(
             path=path,
@@ -243,7 +314,9 @@ def _volumes(
             channel=channel,
             channel_axis=header.channel_axis,
             binary=header.binary,
-            notes=header.notes if voxel_size_nm else (*header.notes, *header.size_notes),
+            time=instant,
+            time_axis=header.time_axis,
+            notes=notes if voxel_size_nm else (*notes, *header.size_notes),
         )
         for channel in range(header.channels)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,6 +46,35 @@ def finite(data: np.ndarray, box: Box, where: str) -> np.ndarray:
         bad = Box(tuple(start.tolist()), tuple(stop.tolist()))
         raise UserError(f"{where} holds NaN or infinity in box {bad}; replace these voxels, for instance by 0")
     return data
+
+
+def inverted(data: np.ndarray, binary: bool = False) -> np.ndarray:
+    """Gray values turned around: the highest value of an integer type becomes its lowest, floats are negated.
+
+    >>> inverted(np.array([0, 55], np.uint8)), inverted(np.array([-128, 5], np.int8))
+    (array([255, 200], dtype=uint8), array([127,  -6], dtype=int8))
+    """
+    if binary:
+        return 1 - data
+    return np.negative(data) if data.dtype.kind == "f" else np.invert(data)
+
+
+def choose(where: str, kind: str, count: int, wanted: int | None) -> tuple[int, tuple[str, ...]]:
+    """The one of ``count`` channels or times that is read, and a note where there are several; refuses to guess."""
+    if wanted is None and count > 1:
+        raise UserError(
+            f"{where} holds {count} {kind}s: choose one with --{kind} (input.{kind}, counted from 0), or "
+            "save the wanted one alone"
+        )
+    if not 0 <= (wanted or 0) < count:
+        raise UserError(f"{where} has {count} {kind}s, counted from 0; there is no {kind} {wanted}")
+    return wanted or 0, (f"{where}: {kind} {wanted} of {count} is read (0 is the first)",) * (count > 1)
+
+
+def chosen_entries(volume: Any) -> dict[int, int]:
+    """Which entry of a volume's array is read along each axis that holds channels or times."""
+    pairs = ((volume.channel_axis, volume.channel), (volume.time_axis, volume.time))
+    return {axis: place for axis, place in pairs if axis is not None}
 
 
 def fingerprint(volume: Readable) -> str:

@@ -41,11 +41,12 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
         raise UserError(f"{where} has chunks of {shape_text(node.chunks)}: its metadata are damaged")
     image, level, odd = _multiscales(path, dataset)
     names = _axis_names(image, node)
-    lead = axes.channel_axis(node.shape, names, where) if several else None
-    axes.check(node.shape, names, lead, where)
-    space = axes.space(node.ndim, lead)
+    lead = axes.channel_axis(node.shape, names, where) if several or "c" in names else None
+    time = axes.time_axis(names, lead)
+    axes.check(node.shape, names, lead, where, time)
+    space = axes.space(node.ndim, lead, time)
     shape, chunk = (tuple(sizes[axis] for axis in space) for sizes in (node.shape, node.chunks))
-    size, size_notes = image.voxel_size_nm(level, lead, where)
+    size, size_notes = image.voxel_size_nm(level, where, lead, time)
     return Header(
         "zarr",
         shape,
@@ -55,8 +56,10 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
         dataset=dataset,
         channels=1 if lead is None else node.shape[lead],
         channel_axis=lead,
+        times=1 if time is None else node.shape[time],
+        time_axis=time,
         binary=node.dtype.kind == "b",
-        notes=tuple(dict.fromkeys((*notes, *odd, *_nothing_stored(path, dataset, shape, lead)))),
+        notes=tuple(dict.fromkeys((*notes, *odd, *_nothing_stored(path, dataset, shape, space)))),
         size_notes=size_notes,
     )
 
@@ -105,13 +108,14 @@ def _axis_names(image: ome.Image, array: zarr.Array) -> list[str]:
     return axes.axis_names(names, array.ndim)
 
 
-def _nothing_stored(path: str, dataset: str, shape: Triple, channel_axis: int | None) -> list[str]:
+def _nothing_stored(path: str, dataset: str, shape: Triple, space: list[int]) -> list[str]:
     """A note where not a single chunk is stored: a copy that took the metadata alone, or keys of another kind."""
     array = arrays.cached_array(path, dataset)
     stored = array.shards or array.chunks
-    grid = Blocks(shape, tuple(stored[axis] for axis in axes.space(array.ndim, channel_axis)))
+    grid = Blocks(shape, tuple(stored[axis] for axis in space))
     places = {i for box in patches(shape) for i in grid.overlapping(box)}
-    keys = (array.metadata.encode_chunk_key(axes.index(array.ndim, grid.coords(i), channel_axis)) for i in places)
+    others = {axis: 0 for axis in range(array.ndim) if axis not in space}
+    keys = (array.metadata.encode_chunk_key(axes.index(array.ndim, grid.coords(i), others)) for i in places)
     if arrays.stores_chunks(array, path, dataset, keys):
         return []
     value = array.metadata.fill_value
@@ -137,7 +141,7 @@ def read(volume: Volume, box: Box) -> np.ndarray:
 
 
 def _voxels(volume: Volume, array: zarr.Array, box: Box) -> np.ndarray:
-    index = axes.index(array.ndim, box.slices, volume.channel_axis, volume.channel)
+    index = axes.index(array.ndim, box.slices, volume.chosen)
     if arrays.is_local(array):
         folder = files.join(volume.path, volume.dataset)
         for key, origin in _stored_objects(volume, array, box):
@@ -148,10 +152,10 @@ def _voxels(volume: Volume, array: zarr.Array, box: Box) -> np.ndarray:
 def _stored_objects(volume: Volume, array: zarr.Array, box: Box) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Key and first index of each stored object (a chunk or a shard) that holds voxels of ``box``."""
     stored = array.shards or array.chunks
-    grid = Blocks(volume.shape, tuple(stored[axis] for axis in axes.space(array.ndim, volume.channel_axis)))
-    row = 0 if volume.channel_axis is None else volume.channel // stored[volume.channel_axis]
+    grid = Blocks(volume.shape, tuple(stored[axis] for axis in axes.space(array.ndim, *volume.chosen)))
+    chosen = {axis: place // stored[axis] for axis, place in volume.chosen.items()}
     for i in grid.overlapping(box):
-        coords = axes.index(array.ndim, grid.coords(i), volume.channel_axis, row)
+        coords = axes.index(array.ndim, grid.coords(i), chosen)
         yield array.metadata.encode_chunk_key(coords), tuple(c * n for c, n in zip(coords, stored, strict=True))
 
 
@@ -164,7 +168,7 @@ def _meets(array: zarr.Array, index: tuple, origin: tuple[int, ...], place: tupl
 
 def _damaged_chunk(volume: Volume, array: zarr.Array, box: Box) -> str:
     """The key of the first stored object under ``box`` that cannot be read; "" when each can, on its own."""
-    space = axes.space(array.ndim, volume.channel_axis)
+    space = axes.space(array.ndim, *volume.chosen)
     stored = array.shards or array.chunks
     for key, origin in _stored_objects(volume, array, box):
         start = tuple(origin[axis] for axis in space)

@@ -54,6 +54,7 @@ class Plan:
     probed: bool
     network: str = ""
     wanted: str = ""
+    notes: tuple[str, ...] = ()  # what was decided of the volumes
     local: bool = True
     refusal: str = ""  # why it would be refused
 
@@ -121,6 +122,7 @@ def make_plan(run: Run, workers: cluster.WorkerPool, rates: Rates) -> Plan:
         probed=rates.probed,
         network="" if run.channels else prepare.engine_line(run),
         wanted=str(run.roi or ""),
+        notes=tuple(prepare.notes(run)),
         local=not run.config.cluster.scheduler,
     )
 
@@ -241,7 +243,8 @@ def format_plan(plan: Plan, price: float | None = None) -> str:
         + ", ".join(f"{name} {format_duration(s)}" for name, s in plan.seconds.items()),
         "cost": f"about {price * plan.total_seconds / 3600:.2f}" if price is not None else "",
     }
-    return "\n".join(f"{name:10} {text}" for name, text in rows.items() if text)
+    lines = [f"{name:10} {text}" for name, text in rows.items() if text]
+    return "\n".join([*lines, *(f"{'note':10} {note}" for note in plan.notes)])
 
 
 def _rough(plan: Plan) -> str:

@@ -21,7 +21,7 @@ from volseg.errors import UserError
 from volseg.inference import autoselect as probe
 from volseg.inference import model, sampling, tiles
 from volseg.inference.backends import Engine
-from volseg.inference.normalization import gray_statistics
+from volseg.inference.normalization import gray_levels
 from volseg.io import probabilities, roi, volume
 from volseg.planning import memory
 
@@ -43,7 +43,9 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     _refuse_anisotropic(config.predict.planes, voxel_size_nm)
     slab, block = choose_blocks(source.shape, config.blocks.shape, source.chunk[0])
     of_model = config.predict.normalize == "model"
-    mean, std = (card.mean, card.std) if of_model else gray_statistics(source.shape, source.read)
+    gray = gray_levels(source.shape, source.read, config.input.padding)
+    mean, std = (card.mean, card.std) if of_model else (gray.mean, gray.std)
+    source = replace(source, notes=(*source.notes, *gray.notes(source.path)))
     computes = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
     run = Run(
         out=out,
@@ -174,15 +176,11 @@ def _begun_engine(out: str, config: Config, path: Path) -> Engine | None:
 def try_backends(path: str, config: Config) -> list[probe.Measurement]:
     """Speed and distance from float32 of every backend and precision that could run the volume at ``path`` here."""
     folder.refuse_run(path)
-    source = volume.open(
-        path,
-        dataset=config.input.dataset,
-        voxel_size_nm=config.input.voxel_size_nm,
-        allow_gaps=config.input.allow_gaps,
-    )
+    source = volume.open_input(path, config.input)
     file = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(file)
-    batch = sampling.spread_tiles(source, card, config.predict, gray_statistics(source.shape, source.read))
+    gray = gray_levels(source.shape, source.read, config.input.padding)
+    batch = sampling.spread_tiles(source, card, config.predict, (gray.mean, gray.std))
     return probe.measure(file, probe.candidates(config.predict, card.int8 is not None), config.predict.batch, batch)
 
 
@@ -197,6 +195,12 @@ def headline(run: Run) -> str:
         f"{_origin(run)}, {len(run.grid)} block(s) of {' x '.join(map(str, run.block))}"
         + (f"\n{run.roi}" if run.roi else "")
     )
+
+
+def notes(run: Run) -> list[str]:
+    """What was decided of the volumes that a run reads, a line each."""
+    sources = (run.source, *(channel.source for channel in run.channels), run.roi and run.roi.mask)
+    return list(dict.fromkeys(note for source in sources if source for note in source.notes))
 
 
 def _assumed(run: Run) -> str:
