@@ -135,6 +135,7 @@ def infer(
     config: str | os.PathLike | Config | dict | None = None,
     settings: Settings = (),
     overwrite: bool = False,
+    retry_failed: bool = True,
     progress: Progress | None = None,
 ) -> FinishedRun:
     """Segment a volume: instance labels, object table, probabilities and a picture.
@@ -156,6 +157,8 @@ def infer(
         Single settings, such as ``"stitch.seed=0.7"``.
     overwrite : bool
         Whether to replace an existing run.
+    retry_failed : bool
+        Whether blocks that failed before (``work/failed.json``) are tried again; else they are left, and the rest is done.
     progress : Progress, optional
         How to tell what is done; bars in a terminal or notebook, silent elsewhere.
 
@@ -187,7 +190,7 @@ def infer(
             shown.message(prepare.headline(run))
             for note in filter(None, (*prepare.notes(run), hardware.unused_gpu_reason())):
                 shown.message(note)
-            return _execute(run, out, lambda: _begin(run, [source], out, overwrite, shown), shown, start)
+            return _execute(run, out, lambda: _begin(run, [source], out, overwrite, shown), shown, start, retry_failed)
 
 
 def _begin(run: Run, sources: list[volume.Volume], out: str, overwrite: bool, progress: Progress) -> None:
@@ -204,6 +207,7 @@ def segment(
     settings: Settings = (),
     overwrite: bool = False,
     recompute: bool = False,
+    retry_failed: bool = True,
     progress: Progress | None = None,
 ) -> FinishedRun:
     """Segment probabilities without a network: a run's own, or those of any other network.
@@ -219,7 +223,7 @@ def segment(
         ``probabilities.mask_channel`` and its neighbors among the settings say which channel is what.
     out : path, optional
         Where a new run goes.
-    config, settings, overwrite, progress
+    config, settings, overwrite, retry_failed, progress
         As in `infer`.
     recompute : bool
         Whether to make basins anew where the run's work folder was cleaned.
@@ -242,22 +246,30 @@ def segment(
                 f"{run_path} is a run and is decided anew in place; leave out --out and --overwrite, or give {run_path}/0 to "
                 "make another run of its probabilities"
             )
-        return _decide_anew(run_path, config, settings, recompute, progress)
+        return _decide_anew(run_path, config, settings, recompute, retry_failed, progress)
     if recompute:
         raise UserError(f"{path} is not a volseg run: --recompute is for a run whose work folder was cleaned")
-    return _segment_probabilities(path, out, settings_of(config, settings, base={}), overwrite, progress)
+    return _segment_probabilities(path, out, settings_of(config, settings, base={}), overwrite, retry_failed, progress)
+
+
+@contextmanager
+def _readable_channels(source: VolumeLike, config: Config, out: str) -> Iterator[VolumeLike]:
+    """Probabilities as `probabilities.named_channels` takes them: those of an array in memory are copied as in `_readable`."""
+    if isinstance(source, (str, os.PathLike)):
+        yield os.fspath(source)
+        return
+    copy = f"{out}.input.zarr"
+    yield probabilities.stored_channels(source, config.probabilities, config.input, copy)
+    files.remove(copy)
 
 
 def _segment_probabilities(
-    path: VolumeLike, out: str | os.PathLike | None, config: Config, overwrite: bool, progress: Progress | None
-) -> FinishedRun:
-    if not isinstance(path, (str, os.PathLike)):
-        raise UserError(
-            "probabilities of a run are read by its workers: give a path, or label an array with volseg.watershed"
-        )
+    path: VolumeLike, out: str | os.PathLike | None, config: Config, overwrite: bool, retry_failed: bool,
+    progress: Progress | None,
+) -> FinishedRun:  # fmt: skip
     start, out = time.perf_counter(), _output(path, out)
-    with _shown(progress) as shown:
-        channels = probabilities.named_channels(path, config.probabilities, config.input)
+    with _shown(progress) as shown, _readable_channels(path, config, out) as readable:
+        channels = probabilities.named_channels(readable, config.probabilities, config.input)
         sources = [channel.source for channel in channels if channel.source]
         folder.check_output(sources, out, overwrite)
         for note in probabilities.notes(channels):
@@ -266,10 +278,12 @@ def _segment_probabilities(
         shown.message(prepare.headline(run))
         for note in prepare.notes(run):
             shown.message(note)
-        return _execute(run, out, lambda: _begin(run, sources, out, overwrite, shown), shown, start)
+        return _execute(run, out, lambda: _begin(run, sources, out, overwrite, shown), shown, start, retry_failed)
 
 
-def _decide_anew(path: str, config: Any, settings: Settings, recompute: bool, progress: Progress | None) -> FinishedRun:
+def _decide_anew(
+    path: str, config: Any, settings: Settings, recompute: bool, retry_failed: bool, progress: Progress | None
+) -> FinishedRun:
     start, out = time.perf_counter(), folder.absolute(path.rstrip("/"))
     old = folder.load_run(out, recompute=recompute)
     chosen = settings_of(config, settings, base=old.config.model_dump(mode="json", exclude={"train"}))
@@ -288,16 +302,19 @@ def _decide_anew(path: str, config: Any, settings: Settings, recompute: bool, pr
 
     with _shown(progress) as shown:
         prepare.check_channels(run.config, run.heads, run.channels)
-        return finish.execute(run, out, reopen, shown, start=start, light=prod(run.shape) <= LIGHT_VOXELS)
+        light = prod(run.shape) <= LIGHT_VOXELS
+        return finish.execute(run, out, reopen, shown, start=start, light=light, retry_failed=retry_failed)
 
 
-def _execute(run: Run, out: str, begin: Callable[[], None], progress: Progress, start: float) -> FinishedRun:
+def _execute(
+    run: Run, out: str, begin: Callable[[], None], progress: Progress, start: float, retry_failed: bool
+) -> FinishedRun:
     """A new run is planned, as far as that needs no measuring, and done."""
     prepare.check_channels(run.config, run.heads, run.channels)
     workers = prepare.workers_of(run)
     made = planning.make_plan(run, workers, measure.known_rates(run, workers))
     _refuse(run, made, workers)
-    return finish.execute(run, out, begin, progress, start=start, plan=made.to_json())
+    return finish.execute(run, out, begin, progress, start=start, plan=made.to_json(), retry_failed=retry_failed)
 
 
 # ---------------------------------------------------------------- before and after
@@ -348,8 +365,12 @@ def _refuse(run: Run, made: Plan, workers: cluster.WorkerPool) -> None:
     planning.refuse(made, run, system.free_memory(), planning.disk_room(run))
 
 
-def repair(path: str | os.PathLike | FinishedRun, *, progress: Progress | None = None) -> FinishedRun:
+def repair(
+    path: str | os.PathLike | FinishedRun, *, retry_failed: bool = True, progress: Progress | None = None
+) -> FinishedRun:
     """Make again what of a finished run is missing or not as it was written, and just that; see `verify`.
+
+    ``retry_failed`` is that of `infer`.
 
     Raises
     ------
@@ -368,7 +389,8 @@ def repair(path: str | os.PathLike | FinishedRun, *, progress: Progress | None =
         folder.create_missing_arrays(run)
 
     with _shown(progress) as shown:
-        return finish.execute(run, out, reopen, shown, start=start, light=prod(run.shape) <= LIGHT_VOXELS)
+        light = prod(run.shape) <= LIGHT_VOXELS
+        return finish.execute(run, out, reopen, shown, start=start, light=light, retry_failed=retry_failed)
 
 
 def open(path: str | os.PathLike) -> FinishedRun:

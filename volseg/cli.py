@@ -51,6 +51,10 @@ Padding = Annotated[
 Backend = Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")]
 Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+RetryFailed = Annotated[
+    bool,
+    typer.Option("--retry-failed/--skip-failed", help="Blocks that failed before: try them again, or do the rest."),
+]
 EXIT_INTERRUPTED = 130  # after Ctrl-C
 
 
@@ -92,6 +96,7 @@ def infer(
     invert: Invert = False,
     padding: Padding = "",
     overwrite: Overwrite = False,
+    retry_failed: RetryFailed = True,
 ) -> None:
     """Segment a volume: labels, object table, probabilities and a picture."""
     given = _given(model, mask, roi, workers, scheduler, backend, precision) + _meaning(channel, time, invert, padding)
@@ -101,7 +106,11 @@ def infer(
     from volseg.inference.settings import settings_of
 
     settings = settings_of(config, [*(sets or ()), *given])
-    _run(lambda progress: api.infer(volume, out or None, config=settings, overwrite=overwrite, progress=progress))
+    _run(
+        lambda progress: api.infer(
+            volume, out or None, config=settings, overwrite=overwrite, retry_failed=retry_failed, progress=progress
+        )
+    )
 
 
 @app.command()
@@ -204,6 +213,7 @@ def segment(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Make a run's basins anew if work/ was cleaned.")
     ] = False,
+    retry_failed: RetryFailed = True,
 ) -> None:
     """Segment probabilities without a network: a run's own, or those of any other network.
 
@@ -225,7 +235,7 @@ def segment(
     _run(
         lambda progress: api.segment(
             path, out or None, config=config, settings=[*(sets or ()), *given], overwrite=overwrite, recompute=recompute,
-            progress=progress,
+            retry_failed=retry_failed, progress=progress,
         )
     )  # fmt: skip
 
@@ -278,11 +288,11 @@ def verify(
 
 
 @app.command()
-def repair(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
+def repair(run: Annotated[str, typer.Argument(help="A finished run.")], retry_failed: RetryFailed = True) -> None:
     """Make again what of a run is missing or damaged, as volseg verify tells, and just that."""
     from volseg import api
 
-    _run(lambda progress: api.repair(run, progress=progress))
+    _run(lambda progress: api.repair(run, retry_failed=retry_failed, progress=progress))
 
 
 @app.command()

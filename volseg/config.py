@@ -65,6 +65,9 @@ class Input(Section):
     mask: str = ""  # a volume that is 0 where nothing is wanted; may be coarser by whole factors
     roi: str = ""  # z0:z1,y0:y1,x0:x1 wanted alone; "" takes all
     allow_gaps: bool = False  # whether a folder of slices may lack some, by its numbers
+    on_bad_chunk: Literal["fail", "skip"] = (
+        "fail"  # what cannot be decoded ends the run, or is 0 and listed in run.json
+    )
     channel: Count | None = None  # which of several channels is read, from 0; None refuses several
     time: Count | None = None  # which of several times is read, from 0; None refuses several
     invert: bool = False  # turn gray values around, where objects are bright that the model knows dark

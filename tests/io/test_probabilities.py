@@ -215,6 +215,17 @@ def test_a_runs_probabilities_taken_alone_give_its_labels(reference, tmp_path):
     assert Path(out, "overlay.png").exists()
 
 
+def test_probabilities_in_memory_give_the_same_labels(probabilities, reference, tmp_path):
+    """With channels first or last; the copy that workers read is gone at the end."""
+    size = {"input": {"voxel_size_nm": (5.0, 5.0, 5.0)}}
+    for name, array in (("first", probabilities), ("last", np.moveaxis(probabilities, 0, -1))):
+        run = api.segment(array, tmp_path / name, config=settings(**LIGHT, **BOTH, **size), progress=Quiet())
+        assert digest(run.path) == digest(reference)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "last"]
+    with pytest.raises(UserError, match=r"has 2 channels, 0 to 1: say which is the mask"):
+        api.segment(probabilities, tmp_path / "none", config=settings(**LIGHT), progress=Quiet())
+
+
 def test_without_a_contour_the_height_is_the_masks(probabilities, reference, tmp_path):
     zarr.create_array(tmp_path / "p.zarr", data=probabilities[0])
     segment_here(tmp_path / "p.zarr", tmp_path / "alone", settings())

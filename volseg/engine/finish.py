@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from volseg.box import Box
 from volseg.engine import cluster, folder, schedule
 from volseg.engine.finished import FinishedRun
 from volseg.engine.integrity import write_manifest
@@ -37,11 +38,12 @@ BATCH_LIMITED = "; memory holds no more tiles at once"  # of why a run computes 
 
 def execute(
     run: Run, out: str, prepare: Callable[[], None], progress: Progress, *, start: float, light: bool = False,
-    plan: dict | None = None,
+    plan: dict | None = None, retry_failed: bool = True,
 ) -> FinishedRun:  # fmt: skip
     """Once there are workers: the run's folder, everything in it that is not done yet, and its final name ``out``.
 
     The command was given at ``start``; ``light`` work needs no processes; ``plan`` is stored beside what the run took.
+    Blocks that failed before are tried again unless ``retry_failed`` is off.
     """
     gpus = 0 if light else gpus_of(run)
     with Lock(out) as lock, cluster.connect(run.config.cluster, gpus, light=light) as client:
@@ -53,6 +55,7 @@ def execute(
             progress.message(f"dashboard {link}")
         threading.Thread(target=_import_ahead, daemon=True).start()
         markers = _checked_markers(run, lock, progress)
+        _consider_failures(markers, retry_failed, progress)
         run, statistics, stages_start = _run_stages(client, run, markers, lock, progress)
         return finish(run, out, statistics, start, stages_start, plan)
 
@@ -77,6 +80,16 @@ def _checked_markers(run: Run, lock: Lock, progress: Progress) -> Markers:
             f"{run.out}/{damaged[0]}{more} not as it was written: doing {sum(map(len, makers.values()))} block(s) again"
         )
     return markers
+
+
+def _consider_failures(markers: Markers, retry: bool, progress: Progress) -> None:
+    """Blocks that failed before are told, and given up again unless they are to be tried."""
+    failed = markers.failed_before()
+    if failed:
+        what = "trying them again (--skip-failed leaves them)" if retry else "leaving them, doing the rest"
+        progress.message(f"{len(failed)} block(s) failed before ({markers.layout.failures_path}): {what}")
+    if not retry:
+        markers.given_up = failed
 
 
 def gpus_of(run: Run) -> int:
@@ -129,6 +142,7 @@ def finish(
     """Table, pictures and description are written, and the run takes its final name."""
     begin = time.perf_counter()
     layout = run.layout
+    layout.remove_failures()
     layout.remove_derived()
     joins = _joins(run)
     sums = objects.merge(list(layout.object_sums.load_each(range(len(run.grid)))))
@@ -144,6 +158,7 @@ def finish(
     facts = _facts(run, statistics, seconds, int(columns["id"].size), plan)
     markers = Markers(run.out, keys(run))
     written = (receipt.files for stage in markers.keys for receipt in markers.receipts(stage).values())
+    facts["filled_boxes"] = _filled_boxes(markers)
     facts["manifest_mark"] = write_manifest(layout, {key: mark for record in written for key, mark in record.items()})
     layout.save_summary({**run.to_json(), "out": out, "keys": keys(run), **facts})
     durable = run.config.cluster.durable
@@ -156,6 +171,15 @@ def finish(
     if not run.config.output.keep_work:
         Layout(out).remove_work()
     return FinishedRun(out)
+
+
+def _filled_boxes(markers: Markers) -> dict[str, list[str]]:
+    """What of each source could not be decoded and was taken for 0: whole chunks, strips or slices."""
+    receipts = (receipt for stage in markers.keys for receipt in markers.receipts(stage).values())
+    boxes: dict[str, set[Box]] = {}
+    for where, text in {(where, text) for receipt in receipts for where, text in receipt.filled}:
+        boxes.setdefault(where, set()).add(Box.parse(text))
+    return {where: [str(box) for box in sorted(boxes[where])] for where in sorted(boxes)}
 
 
 def _take_final_name(partial: str, out: str) -> None:

@@ -16,7 +16,7 @@ from volseg.config import Config
 from volseg.engine import folder
 from volseg.engine.layout import Layout
 from volseg.engine.run import Run
-from volseg.errors import UserError
+from volseg.errors import UserError, printable
 from volseg.io import arrays, pictures
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class FinishedRun:
         return [
             *([] if self.object_count else [f"no object: {facts['why_no_object']}"]),
             f"{self.object_count} objects in {voxels / 1e6:.1f} million voxels",
+            *_filled_lines(facts.get("filled_boxes", {})),
             *_time_lines(facts, voxels),
             f"peak memory {peak['worker'] / 2**30:.2f} GiB in the largest worker, {peak['client'] / 2**30:.2f} GiB in this "
             "process",
@@ -193,6 +194,14 @@ def open_run(path: str) -> FinishedRun:
     run = FinishedRun(where)
     _ = run.summary  # refuses a folder of another version
     return run
+
+
+def _filled_lines(filled: dict[str, list[str]]) -> Iterator[str]:
+    """What of a source could not be decoded."""
+    for where, boxes in filled.items():
+        voxels = sum(Box.parse(box).voxels for box in boxes)
+        more = f" and {len(boxes) - 1} more (filled_boxes in run.json)" if len(boxes) > 1 else ""
+        yield printable(f"filled   {voxels} voxels of {where} with 0, which cannot be decoded: box {boxes[0]}{more}")
 
 
 def _time_lines(facts: dict, voxels: int) -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from volseg.engine.blocks import fit, shard_shape
 from volseg.engine.layout import Layout
@@ -85,6 +86,7 @@ def begin(run: Run, overwrite: bool, message: Callable[[str], None] = lambda tex
             return
         if not difference:
             create_missing_arrays(run)
+            _describe_anew(run)
             return
         raise UserError(
             f"an unfinished run at {run.out} {difference}; finish it with its own settings, or start again with --overwrite"
@@ -149,7 +151,19 @@ def _check_model(run: Run) -> None:
 
 def describe(run: Run) -> None:
     """The folder's description is that of ``run``: the last thing that is written when a run begins."""
-    run.layout.save_description({**run.to_json(), "keys": keys(run), "model_mark": run.layout.model_mark()})
+    run.layout.save_description(_description(run))
+
+
+def _describe_anew(run: Run) -> None:
+    """The stored description has the settings that decide no byte as ``run`` has them, too."""
+    stored = run.layout.load_description()
+    if {**stored, **_description(run)} != stored:
+        describe(run)
+
+
+def _description(run: Run) -> dict:
+    plain = {**run.to_json(), "keys": keys(run), "model_mark": run.layout.model_mark()}
+    return json.loads(json.dumps(plain))
 
 
 def _create_regions(run: Run) -> None:
@@ -190,14 +204,26 @@ def drop_passes(run: Run, markers: Markers) -> None:
 
 
 def changed(run: Run) -> str:
-    """In which setting the run stored at ``run.out`` differs from ``run``; ``""`` where it would write the same bytes."""
-    old = _flat(run.layout.load_description())
-    new = _flat(json.loads(json.dumps({**run.to_json(), "keys": keys(run)})))
+    """In which setting the run stored at ``run.out`` differs from ``run``; ``""`` where it would write the same bytes.
+
+    A run that could not decode a chunk may go on with 0 in its place: what is done did not need it.
+    """
+    stored, given = run.layout.load_description(), json.loads(json.dumps({**run.to_json(), "keys": keys(run)}))
+    if stored.get("config", {}).get("input", {}).get("on_bad_chunk") == "fail":
+        stored, given = _without("on_bad_chunk", stored), _without("on_bad_chunk", given)
+    old, new = _flat(stored), _flat(given)
     differ = [name for name in new if not name.startswith(FREE_SETTINGS) and old.get(name) != new[name]]
     if not differ:
         return ""
     name = min(differ, key=lambda name: (not name.startswith(("engine.", "config.")), name.startswith("keys."), name))
     return f"has {name} = {old.get(name)!r}, this one {new[name]!r}"
+
+
+def _without(name: str, plain: Any) -> Any:
+    """``plain`` without the entries of that name, however deep they lie."""
+    if isinstance(plain, dict):
+        return {key: _without(name, value) for key, value in plain.items() if key != name}
+    return [_without(name, value) for value in plain] if isinstance(plain, list) else plain
 
 
 def _flat(plain: dict, prefix: str = "") -> dict:

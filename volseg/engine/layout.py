@@ -260,8 +260,15 @@ class Layout:
         return f"{self.path}/work/failed.json"
 
     def save_failures(self, failures: list[dict]) -> None:
-        """The blocks that were given up: stage, block, box, worker, reason and traceback of each."""
+        """The blocks that were given up: stage and its key, block, box, worker, reason and traceback of each."""
         files.write_bytes(self.path, "work/failed.json", _json({"failed": failures}))
+
+    def load_failures(self) -> list[dict]:
+        """What `save_failures` was given last; nothing where that is not there, or nobody can read it."""
+        try:
+            return [dict(failure) for failure in json.loads(files.read_bytes(self.path, "work/failed.json"))["failed"]]
+        except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+            return []
 
     def remove_failures(self) -> None:
         files.remove(self.failures_path)
@@ -301,7 +308,8 @@ class Layout:
             return None
 
     def save_description(self, plain: dict) -> None:
-        files.write_bytes(self.path, "work/run.json", _json({"format": FORMAT, **plain}))
+        """The description is this one, also after a power cut: what is done counts for nothing without it."""
+        files.write_bytes(self.path, "work/run.json", _json({"format": FORMAT, **plain}), durable=True)
 
     def remove_description(self) -> None:
         files.remove(f"{self.path}/work/run.json")

@@ -30,6 +30,7 @@ from volseg.engine.stages import Stage, stages_of
 from volseg.engine.stored import recording
 from volseg.errors import OutOfMemoryError
 from volseg.io import files
+from volseg.io.filling import recording_filled
 
 
 def process_block(path: str, run_id: str, stage_name: str, i: int) -> Receipt:
@@ -38,7 +39,7 @@ def process_block(path: str, run_id: str, stage_name: str, i: int) -> Receipt:
     stage, timings, start = stages[stage_name], Timings(), time.perf_counter()
     facts, out_of_memory = None, ""
     try:
-        with writing(run.layout.begun_path), recording() as written:
+        with writing(run.layout.begun_path), recording() as written, recording_filled() as filled:
             facts = stage.function(run, i, timings)
     except OutOfMemoryError as error:
         out_of_memory = str(error)
@@ -48,7 +49,8 @@ def process_block(path: str, run_id: str, stage_name: str, i: int) -> Receipt:
     seconds = {**timings.seconds, "other": time.perf_counter() - start - sum(timings.seconds.values())}
     if run.config.cluster.scheduler and run.config.cluster.durable:  # else the process that holds the markers does it
         files.sync_files(path, written)
-    receipt = Receipt(voxels=stage.grid[i].voxels, seconds=seconds, files=written, **(facts or {}))
+    told = {**(facts or {}), "filled": tuple((where, str(box)) for where, box in sorted(filled))}
+    receipt = Receipt(voxels=stage.grid[i].voxels, seconds=seconds, files=written, **told)
     cluster.count(stage_name, receipt)
     return receipt
 

@@ -60,6 +60,10 @@ class Ready:
         self.left -= self.state[i] != DONE
         self.state[i] = DONE
 
+    def withhold(self, i: int) -> None:
+        """Block ``i`` is not handed out, and so neither is what waits for it."""
+        self.state[i] = OUT
+
     def tell(self, stage: str, i: int) -> None:
         """Block ``i`` of an earlier stage is done, which it was not before: what waited for it alone is ready."""
         before, spans = self.spans[stage]

@@ -49,6 +49,7 @@ class Receipt:
     edges, basins, objects, components, rows  how many the block, part or layer has
     layer           of blocks that was ranked
     files           what the block wrote: fingerprints by key, see `files.fingerprint`
+    filled          what of its source could not be decoded and was taken for 0: path and box of each chunk
     """
 
     voxels: int = 0
@@ -67,6 +68,7 @@ class Receipt:
     rows: int = 0
     layer: int = 0
     files: dict[str, list] = field(default_factory=dict)
+    filled: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict:
         """Without what has its default, but for what each marker tells."""
@@ -113,6 +115,8 @@ class Markers:
         Whether to wait for the disk at all.
     check
         Called before markers are written; raises where this command may not write any more.
+
+    ``given_up`` are blocks that failed before and are not to be tried again: stage and block, with what ``failed.json`` says.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class Markers:
     ) -> None:
         self.layout, self.keys, self.durable, self.check = Layout(path), keys, durable, check
         self.known: dict[str, dict[int, Receipt]] = {}
+        self.given_up: dict[tuple[str, int], dict] = {}
         self.pending: queue.SimpleQueue[tuple[str, int, Receipt] | None] = queue.SimpleQueue()
         self.error: Exception | None = None
         self.thread: threading.Thread | None = None
@@ -142,6 +147,16 @@ class Markers:
         self.pending.put((stage, i, receipt))
         if self.error:
             self.flush()
+
+    def failed_before(self) -> dict[tuple[str, int], dict]:
+        """By stage and block, what ``failed.json`` says of those that are not done."""
+        return {
+            (one["stage"], one["block"]): one
+            for one in self.layout.load_failures()
+            if one.get("key")
+            and one["key"] == self.keys.get(one["stage"])
+            and one["block"] not in self.done(one["stage"])
+        }
 
     def flush(self) -> None:
         """Every marker is written. Raises `IncompleteRunError` where the disk is full or broken."""

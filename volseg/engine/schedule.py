@@ -93,6 +93,9 @@ def _run_together(
     for stage in stages:
         earlier = {name: (blocks[name], region) for name, region in stage.after.items() if name in blocks}
         blocks[stage.name] = Ready(stage.grid, markers.done(stage.name), earlier)
+    given_up = [_failed_before(*item) for item in markers.given_up.items() if item[0][0] in by_name]
+    for name, i in (failure.item for failure in given_up):
+        blocks[name].withhold(i)
     advance = {name: progress.stage(name, prod(state.grid.shape), state.voxels) for name, state in blocks.items()}
     followers = {name: [stage.name for stage in stages if name in stage.after] for name in blocks}
 
@@ -126,7 +129,7 @@ def _run_together(
         stop=stop,
     )  # fmt: skip
     markers.flush()
-    _refuse(run, stages, failures)
+    _refuse(run, stages, [*failures, *given_up])
 
 
 def _refuse(run: Run, stages: list[Stage], failures: list[loop.Failure]) -> None:
@@ -137,7 +140,7 @@ def _refuse(run: Run, stages: list[Stage], failures: list[loop.Failure]) -> None
     first = min(failures, key=lambda failure: (order.index(failure.item[0]), failure.item[1]))
     name, i = first.item
     grids = {stage.name: stage.grid for stage in stages}
-    run.layout.save_failures([_failure(failure, grids) for failure in failures])
+    run.layout.save_failures([{**_failure(f, grids), "key": stages[order.index(f.item[0])].key} for f in failures])
     count, grid = sum(failure.item[0] == name for failure in failures), stages[order.index(name)].grid
     more = f" ({count} of {len(grid)} blocks)" if count > 1 else ""
     raise IncompleteRunError(
@@ -151,6 +154,11 @@ def _failure(failure: loop.Failure, grids: dict[str, Blocks]) -> dict:
     stage, i = failure.item
     facts = {"worker": failure.worker, "reason": failure.reason, "traceback": failure.traceback}
     return {"stage": stage, "block": i, "box": str(grids[stage][i]), **facts}
+
+
+def _failed_before(item: tuple[str, int], entry: dict) -> loop.Failure:
+    """The failure that an entry of ``failed.json`` tells of."""
+    return loop.Failure(item, *(str(entry.get(name, "")) for name in ("reason", "traceback", "worker")))
 
 
 # ---------------------------------------------------------------- the decision

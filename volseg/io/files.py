@@ -163,15 +163,18 @@ def read_bytes(path: str, key: str) -> bytes:
     return fs.cat_file(root)
 
 
-def write_bytes(path: str, key: str, data: bytes | memoryview) -> None:
-    """The object ``key`` under ``path`` is ``data``: readers see the old bytes or the new ones, never a part."""
+def write_bytes(path: str, key: str, data: bytes | memoryview, *, durable: bool = False) -> None:
+    """The object ``key`` under ``path`` is ``data``: readers see the old bytes or the new ones, never a part.
+
+    Where it is to be ``durable``, that holds after a power cut, too.
+    """
     where = join(path, key)
     if is_remote(where):
         fs, root = _remote(where)
         fs.pipe_file(root, bytes(data))
         return
     os.makedirs(os.path.dirname(where), exist_ok=True)
-    write_atomic(where, data)
+    write_atomic(where, data, durable=durable)
 
 
 def write_atomic(path: str | Path, data: bytes | memoryview, *, durable: bool = False) -> None:

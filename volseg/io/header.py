@@ -12,6 +12,7 @@ import numpy as np
 
 from volseg.box import Box, Triple
 from volseg.errors import UserError
+from volseg.io.filling import ADVICE, undecodable
 from volseg.system import free_memory
 
 TripleNm = tuple[float, float, float]
@@ -100,4 +101,7 @@ def decoding(where: str, box: Box | None = None) -> Iterator[None]:
         raise
     except Exception as error:  # decoders of damaged files raise anything
         inside = f" in box {box}" if box else ""
-        raise UserError(f"cannot read {where}{inside}: {reason(error)}; damaged or cut short: copy it again") from error
+        go_on = ADVICE if box and undecodable(error) else ""
+        raise UserError(
+            f"cannot read {where}{inside}: {reason(error)}; damaged or cut short: copy it again{go_on}"
+        ) from error

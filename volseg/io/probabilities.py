@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from volseg.box import Box
 from volseg.config import Input, Probabilities
 from volseg.errors import UserError
 from volseg.io import volume
+from volseg.io.filling import recording_filled, zeroed
 from volseg.segmentation.heights import to_uint8
 
 CHANNEL_NAMES = ("mask", "contour", "distance")  # in the order in which a run stores them
@@ -29,10 +31,14 @@ class Channel:
     inverted: bool = False
 
     def read(self, box: Box) -> np.ndarray:
-        """The probabilities of ``box``, uint8 z y x. Raises `UserError` that names the first voxel that is no probability."""
+        """The probabilities of ``box``, uint8 z y x. Raises `UserError` that names the first voxel that is no probability.
+
+        What the source fills, since it cannot be decoded, is 0 in an inverted channel, too.
+        """
         if self.source is None:
             return np.zeros(box.shape, np.uint8)
-        data = self.source.read(box)
+        with recording_filled() as filled:
+            data = self.source.read(box)
         try:
             out = data * np.uint8(255) if self.source.binary else to_uint8(data)
         except ValueError as error:
@@ -40,7 +46,7 @@ class Channel:
                 f"{self.source.path}, channel {self.source.channel} ({self.name}), in box {box}: {error}; "
                 "apply the sigmoid or softmax first, or divide by the greatest value"
             ) from None
-        return 255 - out if self.inverted else out
+        return zeroed(255 - out, box, filled) if self.inverted else out
 
     def __str__(self) -> str:
         if self.source is None:
@@ -51,17 +57,19 @@ class Channel:
 # ---------------------------------------------------------------- which channel is what
 
 
-def named_channels(path: str, settings: Probabilities, source: Input) -> tuple[Channel, ...]:
+def named_channels(
+    path: str | tuple[volume.Volume, ...], settings: Probabilities, source: Input
+) -> tuple[Channel, ...]:
     """The channels that ``settings`` name, as a run stores them: mask and contour, then a distance where one is given.
 
     Parameters
     ----------
     path
-        The volume that holds the mask, and all channels without a path of their own.
+        The volume that holds the mask, and all channels without a path of their own; or its channels: `stored_channels`.
     settings
         Numbers of channels, paths of those that lie elsewhere, and which are inverted.
     source
-        Array, voxel size and gaps of the volume at ``path``.
+        Array, voxel size and gaps of the volume at ``path``, and what to do about chunks that cannot be decoded.
 
     Raises
     ------
@@ -69,13 +77,7 @@ def named_channels(path: str, settings: Probabilities, source: Input) -> tuple[C
         A channel is not there, the voxels of a volume are no probabilities, or shapes differ.
     """
     _refuse_gray_settings(source)
-    volumes = volume.open_channels(
-        path,
-        dataset=source.dataset,
-        voxel_size_nm=source.voxel_size_nm,
-        time=source.time,
-        allow_gaps=source.allow_gaps,
-    )
+    volumes = path if isinstance(path, tuple) else volume.open_input_channels(path, source)
     numbers = {
         "mask": settings.mask_channel,
         "contour": settings.contour_channel,
@@ -85,9 +87,8 @@ def named_channels(path: str, settings: Probabilities, source: Input) -> tuple[C
     sources = {}
     for name in CHANNEL_NAMES:
         if paths[name]:
-            sources[name] = _select(
-                volume.open_channels(paths[name], allow_gaps=source.allow_gaps), numbers[name], name
-            )
+            elsewhere = Input(allow_gaps=source.allow_gaps, on_bad_chunk=source.on_bad_chunk)
+            sources[name] = _select(volume.open_input_channels(paths[name], elsewhere), numbers[name], name)
         elif name == "mask" or numbers[name] is not None:
             sources[name] = _select(volumes, numbers[name], name)
     for name in settings.inverted:
@@ -107,6 +108,23 @@ def _refuse_gray_settings(source: Input) -> None:
         raise UserError(
             "input.channel chooses gray values; of probabilities, say which is the mask with --mask-channel"
         )
+
+
+def stored_channels(array: Any, settings: Probabilities, source: Input, path: str) -> tuple[volume.Volume, ...]:
+    """The channels of an array in Python as volumes that workers can read.
+
+    Those of a zarr array in a folder or store are read there. Of any other array, the channels that ``settings`` name are
+    copied to ``path``, and stand in the places of the others, too, which nobody reads.
+    """
+    channels = volume.open_input_channels(array, source)
+    named = (settings.mask_channel or 0, settings.contour_channel, settings.distance_channel)
+    stored = {
+        number: volume.materialize(channels[number], f"{path}/{number}")
+        for number in named
+        if number is not None and number < len(channels)
+    }
+    any_one = next(iter(stored.values()), None) or volume.materialize(channels[0], f"{path}/0")
+    return tuple(stored.get(number, any_one) for number in range(len(channels)))
 
 
 def _select(volumes: tuple[volume.Volume, ...], number: int | None, name: str) -> volume.Volume:

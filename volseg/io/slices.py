@@ -17,6 +17,7 @@ import numpy as np
 from volseg.box import Box
 from volseg.errors import UserError, printable
 from volseg.io import files, tiff
+from volseg.io.filling import filling, undecodable
 from volseg.io.header import CACHE_BYTES, READS, Header, check_shape, decoding, decoding_room, reason, shape_text
 
 if TYPE_CHECKING:
@@ -122,16 +123,26 @@ class _Folder:
         if self.files and self.files[0].lower().endswith(".png"):
             with decoding(os.path.join(path, self.files[0])):
                 first = _slice(os.path.join(path, self.files[0]))
+            self.shape = first.shape
             nbytes = prod(first.shape) * first.channels * np.dtype(first.dtype).itemsize
             self._png = lru_cache(maxsize=max(1, CACHE_BYTES // nbytes))(_png)
 
-    def fill(self, plane: np.ndarray, z: int, window: tuple[slice, slice], channel: int) -> None:
-        """``plane`` holds the voxels of slice ``z`` in ``window`` (y x)."""
+    def fill(
+        self, plane: np.ndarray, z: int, window: tuple[slice, slice], channel: int, bad: list[Box] | None = None
+    ) -> None:
+        """``plane`` holds the voxels of slice ``z`` in ``window`` (y x); ``bad`` as in `tiff.Stack.fill`."""
         file = os.path.join(self.path, self.files[z])
         if not file.lower().endswith(".png"):
-            tiff.open_stack(file).fill(plane, 0, window, channel)
+            tiff.open_stack(file).fill(plane, 0, window, channel, bad=bad)
             return
-        data = self._png(file, files.stamp(file))[window]
+        try:
+            data = self._png(file, files.stamp(file))[window]
+        except Exception as error:  # decoders of damaged files raise anything
+            if bad is None or not undecodable(error):
+                raise
+            plane[...] = 0
+            bad.append(Box((0, 0, 0), (1, *self.shape)))
+            return
         plane[...] = data[..., channel] if data.ndim == 3 else data
 
 
@@ -230,6 +241,6 @@ def read(volume: Volume, box: Box) -> np.ndarray:
     if len(folder.files) != volume.shape[0]:
         raise UserError(f"{volume.path} held {volume.shape[0]} slices and now holds {len(folder.files)}; start again")
     for z, plane in zip(range(box.start[0], box.stop[0]), out, strict=True):
-        with decoding(f"slice {os.path.join(volume.path, folder.files[z])}", box):
-            folder.fill(plane, z, box.slices[1:], volume.channel)
+        with decoding(f"slice {os.path.join(volume.path, folder.files[z])}", box), filling(volume, z) as bad:
+            folder.fill(plane, z, box.slices[1:], volume.channel, bad)
     return out

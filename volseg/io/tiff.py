@@ -13,6 +13,7 @@ import numpy as np
 from volseg.box import Blocks, Box
 from volseg.errors import UserError, printable
 from volseg.io import files, ome
+from volseg.io.filling import filling, undecodable, zeroed
 from volseg.io.header import (
     CACHE_BYTES,
     Header,
@@ -107,7 +108,7 @@ class Stack:
             self._decode(0, 0)
         except Exception as error:  # tifffile has several ways to say that a codec is missing
             if not isinstance(error, ImportError) and not re.search(r"imagecodecs|COMPRESSION\.", str(error)):
-                raise
+                return  # this strip is damaged: reading it will say so
             codec = self.layout.keyframe.compression
             raise UserError(
                 f"{self.path} is compressed with {getattr(codec, 'name', codec)}, which cannot be decoded here: "
@@ -120,23 +121,31 @@ class Stack:
             return f"is a color image (RGB, {self.channels} samples per voxel); {CONVERT}"
         return f"has {self.channels} channels; {CHOOSE}"
 
-    def fill(self, plane: np.ndarray, z: int, window: tuple[slice, slice], channel: int = 0, time: int = 0) -> None:
-        """``plane`` holds the voxels of section ``z`` of a channel in ``window`` (y x), as gray values are meant."""
+    def fill(
+        self, plane: np.ndarray, z: int, window: tuple[slice, slice], channel: int = 0, time: int = 0,
+        bad: list[Box] | None = None,
+    ) -> None:  # fmt: skip
+        """``plane`` holds the voxels of section ``z`` of a channel in ``window`` (y x), as gray values are meant.
+
+        Where there is a list ``bad``, strips and tiles that cannot be decoded are added to it, and 0.
+        """
         sample = channel if self.layout.samples > 1 else 0
         page, layer = self.layout.page(z, channel, time), channel if self.layout.samples_are == "first" else 0
         if self.layout.offset is not None:
             self._fill_from_map(plane, self.layout.offset, self.layout.plane(z, channel, time), window, sample)
         elif self.layout.samples_are == "rows":
             for row, y in zip(plane, range(window[0].start, window[0].stop), strict=True):
-                self._fill_from_segments(row[None], page + y, (slice(0, 1), window[1]), sample)
+                self._fill_from_segments(row[None], page + y, (slice(0, 1), window[1]), sample, bad=bad, y=y)
         elif (first := _start_of_one_piece(self.layout.pages[page])) is not None:
             self._fill_from_map(plane, first, layer, window, sample)
         else:
-            self._fill_from_segments(plane, page, window, sample, layer)
+            self._fill_from_segments(plane, page, window, sample, layer, bad=bad)
         if self.highest is not None:
             np.subtract(self.highest, plane, out=plane)
         if self.grays is not None:
             plane[...] = self.grays[plane]
+        want = Box((0, window[0].start, window[1].start), (1, window[0].stop, window[1].stop))
+        zeroed(plane[None], want, {("", box) for box in bad or ()})
 
     def _fill_from_map(
         self, plane: np.ndarray, offset: int, number: int, window: tuple[slice, slice], sample: int
@@ -148,9 +157,13 @@ class Stack:
         plane[...] = stored[window][..., sample]
 
     def _fill_from_segments(
-        self, plane: np.ndarray, page: int, window: tuple[slice, slice], sample: int, layer: int = 0
-    ) -> None:
-        """From the strips or tiles of a page; ``layer`` counts the samples that follow each other in it."""
+        self, plane: np.ndarray, page: int, window: tuple[slice, slice], sample: int, layer: int = 0,
+        bad: list[Box] | None = None, y: int = 0,
+    ) -> None:  # fmt: skip
+        """From the strips or tiles of a page; ``layer`` counts the samples that follow each other in it.
+
+        ``y`` is the row of the section at which the page begins: see `fill` for ``bad``.
+        """
         grid = self._grid(self.layout.pages[page])
         whole = plane.shape == self.shape[1:] and self.layout.samples == 1
         decode = self._decode if whole else self._cached
@@ -158,7 +171,13 @@ class Stack:
         for i in grid.overlapping(want):
             have = grid[i]
             both = want.intersect(have)
-            data = decode(page, layer * len(grid) + i)
+            try:
+                data = decode(page, layer * len(grid) + i)
+            except Exception as error:  # decoders of damaged files raise anything
+                if bad is None or not undecodable(error):
+                    raise
+                data, (_, top, left), (_, bottom, right) = None, have.start, have.stop
+                bad.append(Box((0, top + y, left), (1, bottom + y, right)))
             plane[both.slices_within(want)[1:]] = 0 if data is None else data[both.slices_within(have)[1:]][..., sample]
 
     def _grid(self, page: Any) -> Blocks:
@@ -282,6 +301,6 @@ def read(volume: Volume, box: Box) -> np.ndarray:
     out = np.empty(box.shape, volume.dtype)
     stack = open_stack(volume.path)
     for z, plane in zip(range(box.start[0], box.stop[0]), out, strict=True):
-        with decoding(f"page {z} of {volume.path}", box):
-            stack.fill(plane, z, box.slices[1:], volume.channel, volume.time)
+        with decoding(f"page {z} of {volume.path}", box), filling(volume, z) as bad:
+            stack.fill(plane, z, box.slices[1:], volume.channel, volume.time, bad)
     return out

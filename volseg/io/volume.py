@@ -17,6 +17,7 @@ from volseg.config import Input
 from volseg.errors import UserError, printable
 from volseg.io import array_volume, arrays, files, formats
 from volseg.io.array_volume import ArrayVolume
+from volseg.io.filling import recording_filled, zeroed
 from volseg.io.header import TripleNm
 from volseg.io.voxels import check_inside, choose, chosen_entries, fingerprint, finite, inverted, patches
 
@@ -27,6 +28,8 @@ __all__ = [
     "materialize",
     "open",
     "open_channels",
+    "open_input",
+    "open_input_channels",
     "open_volume",
     "patches",
 ]
@@ -51,6 +54,7 @@ class Volume:
     channel: int = 0  # which one is read, where several are stored
     channel_axis: int | None = None  # the axis of a zarr array that holds them; TIFF files say it themselves
     binary: bool = False  # stored as bool: voxels are 0 and 1
+    on_bad_chunk: str = "fail"  # or "skip": 0 in the place of a chunk, strip or slice that cannot be decoded
     time: int = 0
     time_axis: int | None = None
     inverted: bool = False  # gray values are turned around when they are read
@@ -75,8 +79,9 @@ class Volume:
             Names file and box where a chunk or page is damaged, or holds NaN or infinity.
         """
         check_inside(self, box, self.path)
-        data = finite(formats.read(self, box), box, self.path)
-        return inverted(data, self.binary) if self.inverted else data
+        with recording_filled() as filled:
+            data = finite(formats.read(self, box), box, self.path)
+        return zeroed(inverted(data, self.binary), box, filled) if self.inverted else data
 
     @property
     def chosen(self) -> dict[int, int]:
@@ -225,7 +230,7 @@ def open_volume(
 
 def open_input(source: Any, settings: Input) -> Volume | ArrayVolume:
     """What :func:`open_volume` opens, as the settings of ``[input]`` say."""
-    return open_volume(
+    opened = open_volume(
         source,
         dataset=settings.dataset,
         voxel_size_nm=settings.voxel_size_nm,
@@ -234,6 +239,27 @@ def open_input(source: Any, settings: Input) -> Volume | ArrayVolume:
         invert=settings.invert,
         allow_gaps=settings.allow_gaps,
     )
+    return replace(opened, on_bad_chunk=settings.on_bad_chunk) if isinstance(opened, Volume) else opened
+
+
+def open_input_channels(source: Any, settings: Input) -> tuple[Volume | ArrayVolume, ...]:
+    """Every channel of a path or an array, as :func:`open_channels` and :func:`open_volume` open it by the settings.
+
+    A zarr array in a folder or on an object store is opened by its path.
+    """
+    dataset = settings.dataset
+    if not isinstance(source, (str, PathLike)) and (stored := arrays.location(source)) is not None:
+        source, dataset = stored[0], files.join_keys(stored[1], dataset)
+    size = settings.voxel_size_nm
+    if isinstance(source, (str, PathLike)):
+        channels = open_channels(
+            source, dataset=dataset, voxel_size_nm=size, time=settings.time, allow_gaps=settings.allow_gaps
+        )
+        return tuple(replace(channel, on_bad_chunk=settings.on_bad_chunk) for channel in channels)
+    opened = open_volume(source, voxel_size_nm=size, channel=0, time=settings.time)
+    if not isinstance(opened, ArrayVolume) or opened.channel_axis is None:
+        return (opened,)
+    return tuple(replace(opened, channel=number) for number in range(opened.array.shape[opened.channel_axis]))
 
 
 def turned(source: Opened, invert: bool) -> Opened:

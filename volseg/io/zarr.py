@@ -14,6 +14,7 @@ import zarr
 from volseg.box import Blocks, Box, Triple
 from volseg.errors import UserError, printable
 from volseg.io import arrays, axes, files, ome
+from volseg.io.filling import ADVICE, SKIP, record_filled, undecodable
 from volseg.io.header import Header, check_shape, decoding_room, reason, shape_text, voxel_dtype
 from volseg.io.voxels import patches
 
@@ -123,19 +124,19 @@ def _nothing_stored(path: str, dataset: str, shape: Triple, space: list[int]) ->
 
 
 def read(volume: Volume, box: Box) -> np.ndarray:
-    """The voxels of ``box``; names the first chunk that cannot be read."""
+    """The voxels of ``box``; names the first chunk that cannot be read, or fills it where the volume is to be read so."""
     array = arrays.cached_array(volume.path, volume.dataset)
     where = files.join(volume.path, volume.dataset)
     try:
         with decoding_room(prod(array.chunks) * array.dtype.itemsize, f"a chunk of {where}"):
-            data = _voxels(volume, array, box)
+            data = (_filled if volume.on_bad_chunk == SKIP else _voxels)(volume, array, box)
     except Exception as error:  # a damaged chunk raises whatever its codec raises
         if isinstance(error, UserError):
             raise
         chunk = _damaged_chunk(volume, array, box) or f"box {box}"
         raise UserError(
             f"cannot read {where} in box {box}: {chunk}: {reason(error)}; "
-            "the data is damaged or unreachable: copy it again or make it anew"
+            f"the data is damaged or unreachable: copy it again or make it anew{ADVICE * undecodable(error)}"
         ) from error
     return np.ascontiguousarray(data, dtype=volume.dtype)
 
@@ -147,6 +148,50 @@ def _voxels(volume: Volume, array: zarr.Array, box: Box) -> np.ndarray:
         for key, origin in _stored_objects(volume, array, box):
             arrays.check_chunk(array, folder, key, partial(_meets, array, index, origin))
     return np.asarray(array[index])
+
+
+def _filled(volume: Volume, array: zarr.Array, box: Box) -> np.ndarray:
+    """The voxels of ``box``, 0 in each chunk that cannot be decoded.
+
+    Chunks are read whole, a layer of them at once: some codecs find damage only in what they decode.
+    """
+    out = np.empty(box.shape, volume.dtype)
+    chunks = Blocks(volume.shape, tuple(array.chunks[axis] for axis in axes.space(array.ndim, *volume.chosen)))
+    depth = chunks.block[0]
+    for z in range(box.start[0] // depth * depth, box.stop[0], depth):
+        layer = Box((z, *box.start[1:]), (z + depth, *box.stop[1:]))
+        layer = _whole_chunks(chunks, layer.intersect(box))
+        try:
+            voxels = _voxels(volume, array, layer)
+        except Exception as error:  # whatever a codec raises
+            if not undecodable(error):
+                raise
+            voxels = np.empty(layer.shape, volume.dtype)
+            for i in chunks.overlapping(layer):
+                voxels[chunks[i].slices_within(layer)] = _voxels_or_none(volume, array, chunks[i])
+        both = layer.intersect(box)
+        out[both.slices_within(box)] = voxels[both.slices_within(layer)]
+    return out
+
+
+def _whole_chunks(chunks: Blocks, box: Box) -> Box:
+    """All chunks that hold a voxel of ``box``."""
+    start = tuple(a // n * n for a, n in zip(box.start, chunks.block, strict=True))
+    return Box(start, tuple(-(-b // n) * n for b, n in zip(box.stop, chunks.block, strict=True))).clip(chunks.shape)
+
+
+def _voxels_or_none(volume: Volume, array: zarr.Array, chunk: Box) -> np.ndarray | int:
+    """The voxels of a chunk; 0, which is recorded, where its bytes are there and twice cannot be decoded."""
+    where, (key, _) = files.join(volume.path, volume.dataset), next(_stored_objects(volume, array, chunk))
+    for _ in range(2):
+        try:
+            return _voxels(volume, array, chunk)
+        except Exception as error:
+            if not undecodable(error):
+                raise
+            files.fingerprint(where, key)  # raises where the store is what fails
+    record_filled(where, chunk)
+    return 0
 
 
 def _stored_objects(volume: Volume, array: zarr.Array, box: Box) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -1,0 +1,68 @@
+"""What of a volume could not be decoded and was filled with 0, where ``input.on_bad_chunk`` asks for that.
+
+Filled are whole chunks, strips or slices as they are stored, never the box that was read: so how a volume is read does not
+change its voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from volseg.box import Box
+from volseg.errors import UserError
+
+if TYPE_CHECKING:
+    from volseg.io.volume import Volume
+
+SKIP = "skip"  # of ``input.on_bad_chunk``
+ADVICE = ", or go on with 0 in its place: --set input.on_bad_chunk=skip"
+
+Filled = set[tuple[str, Box]]  # where, and which voxels of the volume
+_FILLED: ContextVar[Filled | None] = ContextVar("filled", default=None)
+
+
+@contextmanager
+def recording_filled() -> Iterator[Filled]:
+    """What is filled inside, in this thread; a recording around this one learns of it, too."""
+    filled: Filled = set()
+    token = _FILLED.set(filled)
+    try:
+        yield filled
+    finally:
+        _FILLED.reset(token)
+        if (outer := _FILLED.get()) is not None:
+            outer.update(filled)
+
+
+def record_filled(where: str, box: Box) -> None:
+    """The voxels of ``box`` of a volume are 0, since what is stored of them cannot be decoded."""
+    filled = _FILLED.get()
+    if filled is not None:
+        filled.add((where, box))
+
+
+def zeroed(data: np.ndarray, box: Box, filled: Filled) -> np.ndarray:
+    """``data``, the voxels of ``box``, of which those that were filled are 0, whatever was made of them since."""
+    for _, part in filled:
+        data[part.intersect(box).slices_within(box)] = 0
+    return data
+
+
+@contextmanager
+def filling(volume: Volume, z: int) -> Iterator[list[Box] | None]:
+    """A list of the parts of section ``z`` that inside turn out to be undecodable, y x; None where that is an error."""
+    bad: list[Box] | None = [] if volume.on_bad_chunk == SKIP else None
+    yield bad
+    for box in bad or ():
+        record_filled(volume.path, Box((z, *box.start[1:]), (z + 1, *box.stop[1:])))
+
+
+def undecodable(error: BaseException) -> bool:
+    """Whether an error says that bytes are no voxels; not that they could not be fetched, or that memory is out."""
+    unreachable = getattr(error, "errno", None) is not None or isinstance(error, TimeoutError | ConnectionError)
+    return not (unreachable or isinstance(error, (UserError, MemoryError)) or "os error" in str(error))
