@@ -81,14 +81,14 @@ def test_a_path_that_does_not_exist_names_its_neighbors(tmp_path):
 
 def test_files_that_are_no_volume_are_refused(tmp_path):
     Image.fromarray(voxels()[0]).save(tmp_path / "one.png")
-    for name, content in {"empty.tif": b"", "text.tif": b"hello", "v.h5": b"x", "bare": b"x", "v.mrc": b"x"}.items():
+    for name, content in {"empty.tif": b"", "text.tif": b"hello", "v.h5": b"x", "bare": b"x", "v.vol": b"x"}.items():
         (tmp_path / name).write_bytes(content)
     for name, words in {
         "empty.tif": ("empty (0 bytes)",),
         "text.tif": ("not a TIFF",),
-        "v.h5": ("unsupported extension .h5", "OME-Zarr", "convert"),
+        "v.h5": ("cannot open", "as HDF5", "file signature not found"),
         "bare": ("unsupported extension (none)",),
-        "v.mrc": ("unsupported extension .mrc",),
+        "v.vol": ("unsupported extension .vol", "OME-Zarr", "convert"),
         "one.png": ("single 2-D slice", "folder"),
     }.items():
         with refused(name, *words):

@@ -10,6 +10,10 @@ from volseg.config import Config, Setting, load
 from volseg.inference import model
 
 Settings = Iterable[Setting]
+ENDINGS = (
+    ".zip", ".ozx", ".gz", ".ome.zarr", ".ome.tiff", ".ome.tif", ".zarr", ".tiff", ".tif", ".n5", ".h5", ".hdf5", ".ims",
+    ".mrc", ".rec", ".st", ".map", ".nii", ".nrrd", ".nhdr", ".npy", ".czi", ".dm3", ".dm4",
+)  # fmt: skip
 
 
 def settings_of(
@@ -51,8 +55,10 @@ def default_out(path: str | os.PathLike) -> str:
 
     >>> default_out("a/cells.tif"), default_out("cells.ome.zarr/"), default_out("slices")
     ('a/cells.volseg.zarr', 'cells.volseg.zarr', 'slices.volseg.zarr')
+    >>> default_out("em.h5::/volumes/raw"), default_out("em.nii.gz")
+    ('em.volseg.zarr', 'em.volseg.zarr')
     """
-    head, slash, name = os.fspath(path).rstrip("/").rpartition("/")
-    for ending in (".ome.zarr", ".ome.tiff", ".ome.tif", ".zarr", ".tiff", ".tif", ".n5"):
+    head, slash, name = os.fspath(path).partition("::/")[0].rstrip("/").rpartition("/")
+    for ending in ENDINGS:
         name = name.removesuffix(ending)
     return f"{head}{slash}{name}.volseg.zarr"

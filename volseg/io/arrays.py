@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,12 +20,12 @@ import zarr
 from zarr.abc.store import Store, SuffixByteRequest
 from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.core.array import AsyncArray
-from zarr.storage import FsspecStore, LocalStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore, WrapperStore, ZipStore
 
 from volseg.box import Blocks, Box
 from volseg.errors import UserError
 from volseg.io import files, frames
-from volseg.io.header import reason, shape_text
+from volseg.io.header import decoding_room, reason, shape_text
 
 BOMB = "it decodes to far more bytes than a chunk of this array has"
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
@@ -69,6 +71,40 @@ def refuse_dangling(file: Path, key: str) -> None:
         raise OSError(f"it is a link to {os.readlink(file)}, where there is no file")
 
 
+def archive_of(path: str) -> tuple[str, str] | None:
+    """The zip file at ``path`` or above it, and what of it the path names; None where there is no such file.
+
+    A path inside a zip file arises where metadata of a group above an array are looked for.
+    """
+    inside: list[str] = []
+    while path and not files.is_remote(path) and not os.path.isdir(path):
+        if os.path.isfile(path):
+            return path, "/".join(reversed(inside))
+        path, _, name = path.rpartition("/")
+        inside.append(name)
+    return None
+
+
+def _place(path: str, name: str) -> tuple[Store, str]:
+    """The store that holds the node ``name`` at ``path``, and its name there."""
+    if archive := archive_of(path):
+        return _CheckedZipStore(archive[0], mode="r"), files.join_keys(archive[1], name)
+    return _store(path), name
+
+
+class _CheckedZipStore(ZipStore):
+    """A zip file whose members are looked at before they are decoded: a small one may hold more than the memory."""
+
+    def _get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        if not self._is_open:
+            self._sync_open()
+        with contextlib.suppress(KeyError):
+            nbytes = self._zf.getinfo(key).file_size
+            with decoding_room(nbytes, f"{key} in {self.path}"):
+                return super()._get(key, prototype, byte_range)
+        return None
+
+
 def _store(path: str) -> Store:
     if not files.is_remote(path):
         return LocalStore(path)
@@ -90,7 +126,8 @@ def node(path: str, name: str = "") -> zarr.Array | zarr.Group:
     """The array or group ``name`` at ``path``; :class:`UserError` where there is none."""
     try:
         with _pipeline(_PYTHON):
-            return zarr.open(_store(path), path=name, mode="r")
+            store, inside = _place(path, name)
+            return zarr.open(store, path=inside, mode="r")
     except (FileNotFoundError, KeyError, zarr.errors.NodeNotFoundError):
         raise UserError(f"no zarr array or group at {files.join(path, name)}{contents(path) if name else ''}") from None
     except UserError:
@@ -121,9 +158,11 @@ def _blosc(array: zarr.Array) -> bool:
 
 
 def _document(path: str, name: str) -> tuple[int, int, int] | None:
-    """Stamp of a local array's metadata; None for a remote one."""
+    """Stamp of a local array's metadata, or of the zip file around it; None for a remote one."""
     if files.is_remote(path):
         return None
+    if os.path.isfile(path):
+        return files.stamp(path)
     found = (os.path.join(path, name, file) for file in ("zarr.json", ".zarray"))
     return next((files.stamp(file) for file in found if os.path.exists(file)), None)
 
@@ -137,12 +176,15 @@ def _cached_array(path: str, name: str, mode: str, stamp: Any) -> zarr.Array:
     array = node(path, name)
     if isinstance(array, zarr.Group):
         raise UserError(f"{files.join(path, name)} is a zarr group, not an array{contents(files.join(path, name))}")
-    if not files.is_remote(path) and array.dtype.isnative and array.order == "C":
+    archive = archive_of(path)
+    if not archive and not files.is_remote(path) and array.dtype.isnative and array.order == "C":
         with _pipeline(_RUST):
             return _with_keys_found(zarr.open_array(_store(path), path=name, mode=mode), path, name)
     with _pipeline(_PYTHON):
-        store = _CheckedStore(_store(path), _blosc(array), frames.compression(array))
-        return _with_keys_found(zarr.open_array(store, path=name, mode=mode), path, name)
+        place, inside = _place(path, name)
+        store = _CheckedStore(place, _blosc(array), frames.compression(array))
+        opened = zarr.open_array(store, path=inside, mode=mode)
+        return opened if archive else _with_keys_found(opened, path, name)
 
 
 def _with_keys_found(array: zarr.Array, path: str, name: str) -> zarr.Array:
@@ -166,6 +208,11 @@ def stores_chunks(array: zarr.Array, path: str, name: str, keys: Iterable[str]) 
     folder = files.join(path, name)
     if files.is_remote(path):
         return any(files.exists(f"{folder}/{key}") for key in keys)
+    if archive := archive_of(path):
+        prefix = files.join_keys(archive[1], name)
+        with zipfile.ZipFile(archive[0]) as opened:
+            held = {member for member in opened.namelist() if member.startswith(f"{prefix}/" if prefix else "")}
+        return any(member.rpartition("/")[2] not in ZARR_FILES for member in held if not member.endswith("/"))
     walked = (file for _, _, found in os.walk(folder) for file in found)
     return any(file not in ZARR_FILES and not file.startswith(".") for file in walked)
 

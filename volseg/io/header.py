@@ -19,7 +19,10 @@ TripleNm = tuple[float, float, float]
 
 MAX_VOXELS = 1 << 53  # each voxel has an exact number in double precision
 CACHE_BYTES = 128 << 20  # decoded TIFF strips and PNG slices kept per file or folder
-READS = "volseg reads zarr and OME-Zarr, multi-page TIFF, and folders of TIFF or PNG slices"
+READS = (
+    "volseg reads zarr, OME-Zarr, N5, precomputed, TIFF, HDF5, Imaris, MRC, NIfTI, NRRD, npy, CZI, DM3, DM4, and folders of "
+    "TIFF, PNG or JPEG slices"
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Volumes by their path: a :class:`Volume` reads boxes (z y x) from a zarr array, an OME-Zarr group, a multi-page TIFF or
-a folder of slices. Paths are local or fsspec URLs. Arrays from Python become volumes, too."""
+"""Volumes by their path: a :class:`Volume` reads boxes (z y x) from whatever `volseg.io.formats` knows. Paths are local, or
+URLs. Arrays from Python become volumes, too."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -45,12 +46,12 @@ class Volume:
     """A z y x array of voxels in a file, folder or store. Holds no handle: pickles small, opens on first read."""
 
     path: str
-    kind: str  # "zarr", "tiff" or "slices"
+    kind: str  # one of `volseg.io.formats.MODULES`
     shape: Triple
     dtype: str
     voxel_size_nm: TripleNm | None
     chunk: Triple  # what is cheap to read at once
-    dataset: str = ""  # the array inside a zarr group
+    dataset: str = ""  # the array inside a zarr group, an N5 container or an HDF5 file
     channel: int = 0  # which one is read, where several are stored
     channel_axis: int | None = None  # the axis of a zarr array that holds them; TIFF files say it themselves
     binary: bool = False  # stored as bool: voxels are 0 and 1
@@ -323,7 +324,8 @@ def _volumes(
     several: bool,
     allow_gaps: bool = False,
 ) -> tuple[Volume, ...]:
-    path = files.absolute(path)
+    place, inside = formats.split(os.fspath(path))
+    path, dataset = files.absolute(place), files.join_keys(inside, dataset)
     header = formats.header(path, dataset, several=several, allow_gaps=allow_gaps)
     size = _size_nm(voxel_size_nm) or header.voxel_size_nm
     instant, note = choose(path, "time", header.times, time)
