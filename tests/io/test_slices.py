@@ -212,6 +212,13 @@ def test_a_gap_in_the_numbers_is_refused_unless_allowed_and_told(tmp_path):
         (["x2_s1", "x2_s2", "x2_s3", "x2_s5"], "has no slice between x2_s3.tif and x2_s5.tif"),
         (["s1_c0", "s2_c0", "s4_c0", "s5_c0"], "has no slice between s2_c0.tif and s4_c0.tif"),
         (["s0", "s10", "s20", "s40"], "has no slice between s20.tif and s40.tif"),
+        (["s1", "s2", "s02", "s3"], "has two slices of one number, s02.tif and s2.tif"),
+        (["s1", "s2", "s3", "s2 (1)"], "has a slice whose name is not like the others, s2 (1).tif"),
+        (
+            [f"g{i}_s{j}" for i in range(3) for j in range(4) if (i, j) != (1, 2)],
+            "has no slice between g1_s1.tif and g1_s3.tif",
+        ),
+        ([f"g{i}_s{j}" for i in range(3) for j in range(4)], ""),
         (["s0", "s10", "s20", "s30"], ""),
         (["s8", "s9", "s10", "s11"], ""),
         (["s3", "s17", "s20", "s41"], ""),  # chosen sections, no count

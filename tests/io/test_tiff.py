@@ -1,6 +1,7 @@
 """TIFF files of every layout read back voxel for voxel; what is no volume, or damaged, is refused by name."""
 
 import struct
+from functools import partial
 
 import imagecodecs
 import numpy as np
@@ -298,10 +299,17 @@ def append(path, parts):
         tifffile.imwrite(path, part, append=True, photometric="minisblack")
 
 
-def write_each_packed_otherwise(path, data):
+def write_each_packed_otherwise(path, data, **options):
     with tifffile.TiffWriter(path) as writer:
         for i, plane in enumerate(data):
-            writer.write(plane, photometric="minisblack", compression=(None, "zlib", "lzw")[i % 3])
+            writer.write(plane, photometric="minisblack", compression=(None, "zlib", "lzw")[i % 3], **options)
+
+
+def write_thumbnails(path, data, *, first):
+    with tifffile.TiffWriter(path) as writer:
+        for plane in data:
+            for step in (4, 1) if first else (1, 4):
+                writer.write(plane[::step, ::step], photometric="minisblack", subfiletype=int(step > 1))
 
 
 PAGE_BY_PAGE = {
@@ -309,6 +317,9 @@ PAGE_BY_PAGE = {
     "packed": lambda path, data: write_pages(path, data, compression="zlib"),
     "packed strips": lambda path, data: write_pages(path, data, compression="zlib", rowsperstrip=9),
     "packed otherwise": write_each_packed_otherwise,
+    "packed otherwise, without metadata": partial(write_each_packed_otherwise, metadata=None),
+    "with thumbnails": lambda path, data: write_thumbnails(path, data, first=False),
+    "with thumbnails in front": lambda path, data: write_thumbnails(path, data, first=True),
     "without metadata": lambda path, data: write_pages(path, data, metadata=None, compression="zlib"),
     "appended": append,
     "appended halves": lambda path, data: append(path, (data[:2], data[2:])),

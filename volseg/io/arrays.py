@@ -28,6 +28,7 @@ from volseg.io import files, frames
 from volseg.io.header import decoding_room, reason, shape_text
 
 BOMB = "it decodes to far more bytes than a chunk of this array has"
+SEPARATORS = {"/": ".", ".": "/"}  # of chunk keys, each with the other one
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 _OPENING = threading.Lock()  # zarr's configuration and warning filters belong to the whole process
 _PYTHON = "zarr.core.codec_pipeline.BatchedCodecPipeline"
@@ -188,19 +189,35 @@ def _cached_array(path: str, name: str, mode: str, stamp: Any) -> zarr.Array:
 
 
 def _with_keys_found(array: zarr.Array, path: str, name: str) -> zarr.Array:
-    """The array, its chunks in folders (0/0/0) where they are there and its metadata of zarr 2 do not say so (0.0.0)."""
-    metadata = array.metadata
-    if metadata.zarr_format != 2 or metadata.dimension_separator != "." or array.ndim < 2:
+    """The array, with its chunks' keys separated as they are stored (0/0/0 or 0.0.0) where its metadata say otherwise."""
+    metadata: Any = array.metadata
+    encoding = metadata if metadata.zarr_format == 2 else metadata.chunk_key_encoding
+    separator = getattr(encoding, "dimension_separator" if metadata.zarr_format == 2 else "separator", None)
+    if separator not in SEPARATORS or array.ndim < 2:
         return array
-    first = ".".join("0" * array.ndim)
-    if files.is_remote(path):
-        nested = not files.exists(files.join(path, name, first)) and files.exists(files.join(path, name, "0"))
+    other = SEPARATORS[separator]
+    prefix = "c" if getattr(encoding, "name", "") == "default" else ""
+    if not _keys_are_separated_by(other, separator, files.join(path, name), prefix, array.ndim):
+        return array
+    if metadata.zarr_format == 2:
+        metadata = replace(metadata, dimension_separator=other)
     else:
-        with os.scandir(files.join(path, name)) as entries:
-            nested = next((entry.is_dir() for entry in entries if entry.name.replace(".", "").isdigit()), False)
-    if not nested:
-        return array
-    return zarr.Array(AsyncArray(replace(metadata, dimension_separator="/"), array.store_path))
+        metadata = replace(metadata, chunk_key_encoding=replace(encoding, separator=other))
+    return zarr.Array(AsyncArray(metadata, array.store_path))
+
+
+def _keys_are_separated_by(other: str, separator: str, folder: str, prefix: str, ndim: int) -> bool:
+    """Whether chunks in ``folder`` have keys with the ``other`` separator, and none the one that was said."""
+    if files.is_remote(folder):  # slow to list: the first chunk tells, if it is stored
+        nested, flat = (f"{folder}/{prefix or '0'}", f"{folder}/{prefix + '.' if prefix else ''}{'.'.join('0' * ndim)}")
+        wanted, said = (nested, flat) if other == "/" else (flat, nested)
+        return not files.exists(said) and files.exists(wanted)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            bare = entry.name.removeprefix(prefix).lstrip(".")
+            if entry.name.startswith(prefix) and (bare.replace(".", "").isdigit() or entry.name == prefix):
+                return entry.is_dir() == (other == "/")
+    return False
 
 
 def stores_chunks(array: zarr.Array, path: str, name: str, keys: Iterable[str]) -> bool:

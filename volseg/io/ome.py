@@ -23,6 +23,8 @@ NM_PER_UNIT = {
     "picometre": 1e-3,
     "å": 0.1,
     "angstrom": 0.1,
+    "angstroms": 0.1,
+    "\\u00c5": 0.1,
     "nm": 1.0,
     "nanometer": 1.0,
     "nanometre": 1.0,
@@ -166,19 +168,25 @@ class Image(_Parsed):
         return ["c" if axis.type == "channel" else axis.name for axis in self.axes]
 
     def voxel_size_nm(
-        self, dataset: Dataset, where: str, channel_axis: int | None = None, time_axis: int | None = None
+        self, dataset: Dataset, where: str, ndim: int, channel_axis: int | None = None, time_axis: int | None = None
     ) -> tuple[TripleNm | None, tuple[str, ...]]:
         """Voxel size z y x of a level, and notes on it; None where scale or unit is absent."""
-        ndim = len(self.axes)
         space = array_axes.space(ndim, channel_axis, time_axis)
         steps = (*dataset.coordinateTransformations, *self.coordinateTransformations)
         scales = [step.scale for step in steps if step.type == "scale" and len(step.scale) == ndim]
-        if not scales or len(space) != 3:
+        if len(space) != 3:
             return None, ()
+        if not scales:
+            odd = [step.scale for step in steps if step.type == "scale" and step.scale]
+            if not odd:
+                return None, ()
+            said = f"{where} says scale {' x '.join(f'{n:g}' for n in odd[0])}"[:250]
+            return None, (printable(f"{said}, which does not fit its {ndim} axes: not used; give input.voxel_size_nm"),)
         lengths = [1.0, 1.0, 1.0]
         for scale in scales:
             lengths = [length * scale[axis] for length, axis in zip(lengths, space, strict=True)]
-        return voxel_size_nm(lengths, [self.axes[axis].unit for axis in space], where)
+        units = [self.axes[axis].unit for axis in space] if len(self.axes) == ndim else ["", "", ""]
+        return voxel_size_nm(lengths, units, where)
 
 
 class _Multiscales(_Parsed):

@@ -39,8 +39,8 @@ def header(path: str, *, several: bool = False, allow_gaps: bool = False) -> Hea
     gap = missing(names)
     if gap and not allow_gaps:
         raise UserError(
-            f"folder {path} {gap}: sections would lie beside each other that do not belong together; add the missing ones, "
-            "or read it so with input.allow_gaps=true"
+            f"folder {path} {gap}: sections would lie beside each other that do not belong together; add what is missing and "
+            "move what does not belong there, or read it so with input.allow_gaps=true"
         )
     slices = [_slice(os.path.join(path, name)) for name in names]
     for name, one in zip(names, slices, strict=True):
@@ -73,19 +73,38 @@ def _notes(slices: Sequence[_Slice]) -> list[tuple[str, int]]:
 
 
 def missing(names: Sequence[str]) -> str:
-    """What is missing in the numbers of slices, in words; "" where they have no gap, or are no count of sections.
+    """What is wrong with the numbers of slices, in words; "" where they have no gap, or are no count of sections.
 
     >>> missing(["s001.tif", "s002.tif", "s004.tif", "s005.tif"]), missing(["z000.tif", "z010.tif", "z020.tif"])
     ('has no slice between s002.tif and s004.tif', '')
+    >>> missing(["s4.tif", "s5.tif", "s005.tif", "s6.tif"]), missing(["s1.tif", "s2.tif", "s3.tif", "mean.tif"])
+    ('has two slices of one number, s5.tif and s005.tif', 'has a slice whose name is not like the others, mean.tif')
     """
-    parts = [re.split(r"(\d+)", os.path.splitext(name)[0]) for name in names]
-    varying = [i for i in range(1, min(map(len, parts)), 2) if len({part[i] for part in parts}) > 1]
-    if len({tuple(part[::2]) for part in parts}) > 1 or len(varying) != 1:
+    parts = {name: re.split(r"(\d+)", os.path.splitext(name)[0]) for name in names}
+    kinds = Counter(tuple(part[::2]) for part in parts.values())
+    (usual, count), others = kinds.most_common(1)[0], len(kinds) - 1
+    if others and 2 * count > len(names) and len(usual) > 1:
+        odd = next(name for name in names if tuple(parts[name][::2]) != usual)
+        return f"has a slice whose name is not like the others, {odd}"
+    if others or len(usual) < 2 or any(len(text) > 19 for part in parts.values() for text in part[1::2]):
         return ""
-    numbers = [int(part[varying[0]]) if len(part[varying[0]]) < 20 else 0 for part in parts]
-    steps = [b - a for a, b in pairwise(numbers)]
-    step = min(steps, default=0)
-    gaps = [i for i, n in enumerate(steps) if n != step]
+    numbers = {name: tuple(map(_number, part[1::2])) for name, part in parts.items()}
+    for first, second in pairwise(names):
+        if numbers[first] == numbers[second]:
+            return f"has two slices of one number, {first} and {second}"
+    return _gap(names, [numbers[name] for name in names])
+
+
+def _gap(names: Sequence[str], numbers: list[tuple[int, ...]]) -> str:
+    """Where the last number that varies leaves out some, among names that are else alike; "" where it does not."""
+    varying = [i for i in range(len(numbers[0])) if len({number[i] for number in numbers}) > 1]
+    if not varying:
+        return ""
+    last = varying[-1]
+    alike = [i for i, (a, b) in enumerate(pairwise(numbers)) if a[:last] == b[:last]]
+    steps = {i: numbers[i + 1][last] - numbers[i][last] for i in alike}
+    step = min(steps.values(), default=0)
+    gaps = [i for i, n in steps.items() if n != step]
     if step < 1 or not gaps or 2 * len(gaps) >= len(steps):
         return ""
     more = f" and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""

@@ -118,7 +118,8 @@ class Stack:
     def channels_text(self) -> str:
         """Why a file of several channels is no volume, and what to do."""
         if self.layout.samples_are in ("last", "first"):
-            return f"is a color image (RGB, {self.channels} samples per voxel); {CONVERT}"
+            rgb = "RGB, " if self.channels == 3 else ""
+            return f"is a color image ({rgb}{self.channels} samples per voxel); {CONVERT}"
         return f"has {self.channels} channels; {CHOOSE}"
 
     def fill(

@@ -85,13 +85,14 @@ def layout(tif: Any, path: str, records: list[logging.LogRecord]) -> Layout:
         raise UserError(f"{path} is one of several files of an image; save the sections in one file, or as slices")
     if tif.pages[0].dtype is None:
         raise UserError(f"{path} holds {tif.pages[0].bitspersample}-bit voxels; save them as uint8 or uint16")
-    first = tif.series[0]
+    stacks = _without_thumbnails(tif.series)
+    first = stacks[0]
     key = first.keyframe
-    if len(tif.series) == 1:
+    if len(stacks) == 1:
         sizes = list(zip(first.get_axes(False), first.get_shape(False), strict=True))
         pages, offset = tuple(first.pages), first.dataoffset
     else:
-        pages, offset = _joined(tif.series, path), None
+        pages, offset = _joined(stacks, path), None
         sizes = [("I", len(pages)), *zip(key.axes, key.shape, strict=True)]
     shape, (channels, times), stack, samples_are = _order(sizes, key, f"{path} is")
     check_shape((*shape, channels, times), path)
@@ -102,9 +103,16 @@ def layout(tif: Any, path: str, records: list[logging.LogRecord]) -> Layout:
     return found
 
 
+def _without_thumbnails(series: Any) -> list[Any]:
+    """The series of an image's own pages: others may hold smaller pictures of them, and say so."""
+    return [one for one in series if not one.keyframe.is_reduced] or list(series)
+
+
 def _joined(series: Any, path: str) -> tuple[Any, ...]:
     """The pages of several series as those of one stack: so stacks are stored that were written page by page."""
     pages = tuple(page for one in series for page in one.pages)
+    if all(page is not None and isinstance(page.index, int) for page in pages):
+        pages = tuple(sorted(pages, key=lambda page: page.index))  # tifffile groups them by their compression
     kinds = {(page.shape, page.dtype, page.keyframe.photometric, page.keyframe.planarconfig) for page in pages if page}
     named = any(axis in "CS" for one in series for axis in one.get_axes(True).replace(one.keyframe.axes, ""))
     whole = all(len(one.pages) == prod(one.shape) // prod(one.keyframe.shape) for one in series)

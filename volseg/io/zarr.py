@@ -47,7 +47,7 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
     axes.check(node.shape, names, lead, where, time)
     space = axes.space(node.ndim, lead, time)
     shape, chunk = (tuple(sizes[axis] for axis in space) for sizes in (node.shape, node.chunks))
-    size, size_notes = image.voxel_size_nm(level, where, lead, time)
+    size, size_notes = image.voxel_size_nm(level, where, node.ndim, lead, time)
     return Header(
         "zarr",
         shape,
@@ -75,7 +75,8 @@ def _full_resolution(group: zarr.Group, path: str, dataset: str) -> tuple[str, t
     if not images or not images[0].datasets or not images[0].datasets[0].path.strip("/"):
         odd = "".join(f"; {note}" for note in notes[:1])
         raise UserError(f"zarr group {where} has no OME-Zarr multiscales{arrays.contents(path)}{odd}")
-    return files.join_keys(dataset, images[0].datasets[0].path), notes
+    level = "/".join(part for part in images[0].datasets[0].path.split("/") if part not in ("", "."))
+    return files.join_keys(dataset, level), notes
 
 
 def _multiscales(path: str, dataset: str) -> tuple[ome.Image, ome.Dataset, tuple[str, ...]]:
@@ -86,7 +87,7 @@ def _multiscales(path: str, dataset: str) -> tuple[ome.Image, ome.Dataset, tuple
         images, notes = _images(root)
         for image in images:
             for level in image.datasets:
-                if level.path.strip("/") == name:
+                if "/".join(part for part in level.path.split("/") if part not in ("", ".")) == name:
                     return image, level, notes
     return ome.Image(), ome.Dataset(), ()
 
