@@ -48,6 +48,9 @@ Invert = Annotated[bool, typer.Option("--invert", help="Turn gray values around:
 Padding = Annotated[
     str, typer.Option("--padding", metavar="VALUE", help="Gray value around the image: does not count.")
 ]
+VoxelNm = Annotated[
+    str, typer.Option("--voxel-nm", metavar="Z,Y,X", help="Size of a voxel in nm, whatever the file says.")
+]
 Backend = Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")]
 Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -95,11 +98,13 @@ def infer(
     time: Time = None,
     invert: Invert = False,
     padding: Padding = "",
+    voxel_nm: VoxelNm = "",
     overwrite: Overwrite = False,
     retry_failed: RetryFailed = True,
 ) -> None:
     """Segment a volume: labels, object table, probabilities and a picture."""
-    given = _given(model, mask, roi, workers, scheduler, backend, precision) + _meaning(channel, time, invert, padding)
+    given = _given(model, mask, roi, workers, scheduler, backend, precision)
+    given += _meaning(channel, time, invert, padding, voxel_nm)
     if not scheduler:
         forkserver.start()  # local workers are being got ready while this process imports the rest
     from volseg import api
@@ -130,6 +135,7 @@ def plan(
     time: Time = None,
     invert: Invert = False,
     padding: Padding = "",
+    voxel_nm: VoxelNm = "",
     price: Annotated[float | None, typer.Option("--price-per-hour", min=0.0, help="Of all workers together.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -137,7 +143,8 @@ def plan(
 
     Exit code 2, with what to set, where it would not fit memory or disk.
     """
-    given = _given(model, mask, roi, workers, scheduler, backend, precision) + _meaning(channel, time, invert, padding)
+    given = _given(model, mask, roi, workers, scheduler, backend, precision)
+    given += _meaning(channel, time, invert, padding, voxel_nm)
     from volseg import api
     from volseg.planning import plan as planning
 
@@ -161,7 +168,7 @@ def _given(
     )  # fmt: skip
 
 
-def _meaning(channel: int | None, time: int | None, invert: bool, padding: str) -> list[tuple[str, str]]:
+def _meaning(channel: int | None, time: int | None, invert: bool, padding: str, voxel_nm: str) -> list[tuple[str, str]]:
     """The settings that say which voxels of a file are the image, and what they mean."""
     try:
         value: Any = float(padding) if padding else ""
@@ -170,7 +177,19 @@ def _meaning(channel: int | None, time: int | None, invert: bool, padding: str) 
     return _options(
         ("--channel", "input.channel", channel), ("--time", "input.time", time),
         ("--invert", "input.invert", invert or None), ("--padding", "input.padding", value),
+        ("--voxel-nm", "input.voxel_size_nm", _lengths("--voxel-nm", voxel_nm)),
     )  # fmt: skip
+
+
+def _lengths(option: str, text: str) -> list[float]:
+    """Three lengths z,y,x; none where the option was not given."""
+    try:
+        lengths = [float(n) for n in text.split(",")] if text else []
+    except ValueError:
+        lengths = [0.0]
+    if len(lengths) not in (0, 3):
+        raise UserError(f"{option} {text!r} is not three lengths z,y,x in nm, such as 50,4,4")
+    return lengths
 
 
 def _options(*given: tuple[str, str, Any]) -> list[tuple[str, str]]:
@@ -209,6 +228,7 @@ def segment(
     scheduler: Scheduler = "",
     mask: Mask = "",
     roi: Roi = "",
+    voxel_nm: VoxelNm = "",
     overwrite: Overwrite = False,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Make a run's basins anew if work/ was cleaned.")
@@ -229,6 +249,7 @@ def segment(
         ("--contour", "probabilities.contour", contour), ("--distance", "probabilities.distance", distance),
         ("--inverted", "probabilities.inverted", inverted), ("--workers", "cluster.workers", workers),
         ("--scheduler", "cluster.scheduler", scheduler), ("--mask", "input.mask", mask), ("--roi", "input.roi", roi),
+        ("--voxel-nm", "input.voxel_size_nm", _lengths("--voxel-nm", voxel_nm)),
     )  # fmt: skip
     from volseg import api
 

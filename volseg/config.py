@@ -64,6 +64,9 @@ class Input(Section):
     voxel_size_nm: tuple[Nm, Nm, Nm] | None = None  # z y x; overrides what the file says
     mask: str = ""  # a volume that is 0 where nothing is wanted; may be coarser by whole factors
     roi: str = ""  # z0:z1,y0:y1,x0:x1 wanted alone; "" takes all
+    resample: Literal["auto", "off", "nearest level"] = (
+        "auto"  # to the model's voxel size: as it is read, or a stored level
+    )
     allow_gaps: bool = False  # whether a folder of slices may lack some, by its numbers
     on_bad_chunk: Literal["fail", "skip"] = (
         "fail"  # what cannot be decoded ends the run, or is 0 and listed in run.json
@@ -176,6 +179,9 @@ class Stitch(Section):
 class Output(Section):
     chunk: tuple[Size, Size, Size] = (32, 256, 256)  # what zarr compresses; cut to fit the block
     levels: Annotated[int, Field(ge=1, le=12)] = 4  # resolutions of the label pyramid
+    space: Literal["auto", "source", "model"] = (
+        "auto"  # whose voxels labels have; auto: the source's, up to 4 times finer
+    )
     keep_work: bool = True  # keep basins and edge tables, so that decoding can be repeated
 
 

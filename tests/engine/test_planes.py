@@ -158,7 +158,7 @@ def test_the_mean_of_passes_is_rounded_once():
 
 
 def test_planes_need_voxels_about_as_long_as_wide(small, tmp_path):
-    config = settings(**LOOKS, input={"voxel_size_nm": (50, 5, 4)})
+    config = settings(**LOOKS, input={"voxel_size_nm": (50, 5, 4), "resample": "off"})
     with pytest.raises(UserError, match=r"these are 50 x 5 x 4 nm: use predict\.planes = \['xy'\], or correct input"):
         describe.from_image(volume.open(small, voxel_size_nm=(50, 5, 4)), config, str(tmp_path))
     describe.from_image(volume.open(small, voxel_size_nm=(6, 5, 4)), config, str(tmp_path))

@@ -25,6 +25,7 @@ from volseg.evaluation.stored import StoredRun, open_stored
 from volseg.evaluation.synthetic_volume import write_synthetic
 from volseg.evaluation.verify import BOX, draw_boxes, verify
 from volseg.io import arrays, volume
+from volseg.io.roi import RegionOfInterest
 from volseg.segmentation import stitch
 from volseg.segmentation.agglomerate import forest
 from volseg.segmentation.heights import OUTSIDE
@@ -332,9 +333,8 @@ def test_boxes_are_drawn_by_the_seed_and_lie_inside(run):
 
 def test_boxes_lie_in_what_was_wanted(run):
     stored = open_stored(run)
-    part = stored.config.input.model_copy(update={"roi": "100:220,1400:2000,0:20"})
-    description = described(stored, (100, 500, 900))
-    description = replace(description, config=stored.config.model_copy(update={"input": part}))
+    region = RegionOfInterest(Box.parse("100:220,1400:2000,0:20"))
+    description = replace(described(stored, (100, 500, 900)), roi=region)
     large = replace(stored, labels=replace(stored.labels, shape=(300, 2000, 900)), run=description)
     boxes = draw_boxes(large, 9, np.random.default_rng(3))
     assert all(box.shape == BOX and box.clip(large.shape) == box for box in boxes)

@@ -27,6 +27,7 @@ from volseg.engine.stages import keys
 from volseg.errors import IncompleteRunError, OutOfMemoryError, UserError
 from volseg.inference import hardware
 from volseg.io import files, ome, volume
+from volseg.io.resample import Grid
 from volseg.progress import Progress
 from volseg.segmentation import objects, saddles
 from volseg.segmentation.heights import height_to_probability, seed_height
@@ -145,14 +146,14 @@ def finish(
     layout.remove_failures()
     layout.remove_derived()
     joins = _joins(run)
-    sums = objects.merge(list(layout.object_sums.load_each(range(len(run.grid)))))
-    columns = objects.objects_table(sums, run.shape, run.voxel_size_nm, joins.confidence)
+    sums = objects.merge(list(layout.object_sums.load_each(range(len(run.output_grid)))))
+    columns = objects.objects_table(sums, run.output_shape, run.output_voxel_size_nm, joins.confidence)
     _write_table(layout, "objects", columns)
-    _write_table(
-        layout, "merges", saddles.saddles_table(joins.rows, run.config.fragments, run.shape, run.voxel_size_nm)
-    )
+    merges = saddles.saddles_table(joins.rows, run.config.fragments, run.shape, run.voxel_size_nm)
+    _write_table(layout, "merges", _on_output_grid(run, merges))
     _write_pictures(run, columns)
-    layout.set_attributes("", ome.multiscales("probability", "czyx", [("0", run.voxel_size_nm)]))
+    finest = run.given.voxel_size_nm if run.given else None
+    layout.set_attributes("", ome.multiscales("probability", "czyx", [("0", run.voxel_size_nm)], finest=finest))
     now = time.perf_counter()
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
     facts = _facts(run, statistics, seconds, int(columns["id"].size), plan)
@@ -231,9 +232,26 @@ def _write_pictures(run: Run, columns: dict[str, np.ndarray]) -> None:
     labels = volume.open(run.out, dataset="labels/instances/0")
     with ThreadPoolExecutor(1) as beside:
         histogram = beside.submit(pictures.volume_histogram, columns)
-        overlay = pictures.overlay(pictures.pictured_volume(run.source, run.out), labels, columns)
+        overlay = pictures.overlay(_pictured(run), labels, columns)
         run.layout.write_picture("overlay", overlay)
         run.layout.write_picture("tables/volumes", histogram.result())
+
+
+def _pictured(run: Run) -> Any:
+    """What pictures show below the labels, on their grid."""
+    from volseg.io import pictures
+
+    source = run.output_source
+    return source if run.restored else pictures.pictured_volume(source, run.out)
+
+
+def _on_output_grid(run: Run, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The table with its places z y x as voxels of the labels."""
+    if not run.restored:
+        return columns
+    back = Grid.between(run.shape, run.voxel_size_nm, run.output_shape, run.output_voxel_size_nm)
+    moved = {name: back.nearest(axis, 0, run.shape[axis])[columns[name]] for axis, name in enumerate("zyx")}
+    return {**columns, **moved}
 
 
 def _write_table(layout: Layout, name: str, columns: dict[str, np.ndarray]) -> None:

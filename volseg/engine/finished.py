@@ -61,30 +61,30 @@ class FinishedRun:
     @property
     def shape(self) -> Triple:
         """Voxels along z, y, x."""
-        return self.run.shape
+        return self.run.output_shape
 
     @property
     def voxel_size_nm(self) -> tuple[float, float, float]:
         """Size of a voxel along z, y, x, in nm."""
-        return self.run.voxel_size_nm
+        return self.run.output_voxel_size_nm
 
     # ---- results
 
     @property
     def labels(self) -> zarr.Array:
         """Instance labels at full resolution: zarr array (z, y, x), uint32 or uint64; 0 is background."""
-        return arrays.open_array(self.path, "labels/instances/0")
+        return arrays.node(self.path, "labels/instances/0")
 
     def dask_labels(self, level: int = 0) -> dask.array.Array:
         """Instance labels of one pyramid level as a dask array (z, y, x)."""
         import dask.array
 
-        return dask.array.from_array(arrays.open_array(self.path, f"labels/instances/{level}"))
+        return dask.array.from_array(arrays.node(self.path, f"labels/instances/{level}"))
 
     @property
     def probabilities(self) -> zarr.Array:
         """What the network said: zarr array (channel, z, y, x), uint8; 255 is certain."""
-        return arrays.open_array(self.path, "0")
+        return arrays.node(self.path, "0")
 
     @property
     def objects(self) -> pandas.DataFrame:
@@ -152,7 +152,7 @@ class FinishedRun:
         if not 0 <= z < self.shape[0]:
             raise UserError(f"section {z} is not in the volume; give one from 0 to {self.shape[0] - 1}")
         plane = Box((z, *part.start[1:]), (z + 1, *part.stop[1:]))
-        seen = pictures.pictured_volume(self.run.source, self.path)
+        seen = self.run.given if self.run.restored else pictures.pictured_volume(self.run.source, self.path)
         gray = pictures.grayscale(seen.read(plane)[0])
         ids = np.asarray(self.labels[plane.slices])[0]
         return Image.fromarray(

@@ -179,12 +179,15 @@ def create_labels(run: Run, markers: Markers) -> None:
     _remove_labels(run, markers)
     chunk = run.config.output.chunk
     for level, (shape, _) in enumerate(run.levels):
-        shard = shard_shape(run.block, shape, chunk)
+        shard = shard_shape(run.output_grid.block, shape, chunk)
         layout.labels(level).create(shape=shape, dtype=dtype, chunk=chunk, shard=shard, axes="zyx")
-    levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.voxel_size_nm))]
+    levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.output_voxel_size_nm))]
+    first = None if run.restored or not run.given else run.given.voxel_size_nm
     layout.create_group("labels/instances")
     layout.set_attributes("labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
-    layout.set_attributes("labels/instances", ome.multiscales("instances", "zyx", levels, source="../../"))
+    layout.set_attributes(
+        "labels/instances", ome.multiscales("instances", "zyx", levels, source="../../", finest=first)
+    )
     layout.mark_labels(dtype)
 
 
@@ -288,7 +291,9 @@ def apply_settings(run: Run) -> None:
     for stage in {*old_keys, *new_keys}:
         if old_keys.get(stage) != new_keys.get(stage):
             run.layout.remove_markers(stage)
-    if (old_keys["fragments"], old.block, old.levels) != (new_keys["fragments"], run.block, run.levels):
+    if (old_keys["fragments"], old.block, old.output_shape, old.levels) != (
+        new_keys["fragments"], run.block, run.output_shape, run.levels,
+    ):  # fmt: skip
         _remove_labels(run, Markers(run.out, new_keys))
     if old.block != run.block:
         run.layout.regions.remove()

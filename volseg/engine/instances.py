@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from volseg import system
+from volseg.engine import restore
 from volseg.engine.keys import basins_key, decision_key
 from volseg.engine.layout import BlockLabels, Destinations, HoleContacts, Joins, Values
 from volseg.engine.receipts import Timings
@@ -236,6 +237,8 @@ def measure_borders(run: Run, i: int, timings: Timings) -> None:
 
 def relabel(run: Run, i: int, timings: Timings) -> dict:
     """Labels of block ``i`` are stored, and its sums for the object table; kept where its id map gives what it has."""
+    if run.restored:
+        return _relabel_restored(run, i, timings)
     box, layout = run.grid[i], run.layout
     with timings.phase("read"):
         label = layout.block_labels.load(i).label
@@ -251,6 +254,26 @@ def relabel(run: Run, i: int, timings: Timings) -> dict:
             sums = objects.measure(place, label, mask, box, behind)
         with timings.phase("write"):
             layout.labels().write(box, objects.paint(place, label))
+            layout.object_sums.save(sums, i)
+
+    return _unless_kept(run, "relabel", i, stamp, make)
+
+
+def _relabel_restored(run: Run, i: int, timings: Timings) -> dict:
+    """The same of a block of the grid that labels are brought back to."""
+    box, layout = run.output_grid[i], run.layout
+    with timings.phase("read"):
+        blocks = restore.own_blocks(run, i)
+        labels = dict(zip(blocks, (each.label for each in layout.block_labels.load_each(blocks)), strict=True))
+    stamp = _stamp(basins_key(run), str(run.output_shape), *labels.values())
+
+    def make() -> None:
+        with timings.phase("read"):
+            block = restore.output_block(run, i, labels)
+        with timings.phase("measure"):
+            sums = objects.measure(block.region, block.label, block.probability, box, block.behind)
+        with timings.phase("write"):
+            layout.labels().write(box, objects.paint(block.region, block.label))
             layout.object_sums.save(sums, i)
 
     return _unless_kept(run, "relabel", i, stamp, make)

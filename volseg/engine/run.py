@@ -18,6 +18,7 @@ from volseg.engine.layout import Layout
 from volseg.inference import tiles
 from volseg.inference.backends import Engine
 from volseg.io import probabilities, pyramid, volume
+from volseg.io.resample import Grid
 from volseg.io.roi import RegionOfInterest
 from volseg.segmentation.distances import DistanceUnit, distance_unit
 
@@ -39,6 +40,9 @@ class Run:
     mean, std            of the gray values, by which they are standardized
     engine               what computes; None where its probabilities come from elsewhere
     roi                  the voxels to do; None for all
+    given                the source before it was resampled to the model's voxel size; None where it was not
+    given_roi            the same voxels in that grid
+    restored             whether labels are brought back to that grid
     pass_blocks          by plane, of passes whose own blocks would not fit the memory
     """
 
@@ -58,6 +62,9 @@ class Run:
     engine: Engine | None = None
     channels: tuple[probabilities.Channel, ...] = ()
     roi: RegionOfInterest | None = None
+    given: volume.Volume | None = None
+    given_roi: RegionOfInterest | None = None
+    restored: bool = False
     pass_blocks: dict[str, Triple] = field(default_factory=dict)
 
     @property
@@ -109,15 +116,44 @@ class Run:
         """The volume cut into layers one block thick: objects are numbered by the raster order of their first voxels."""
         return Blocks(self.shape, (self.block[0], *self.shape[1:]))
 
+    # ---- the grid of the labels
+
+    @property
+    def output_shape(self) -> Triple:
+        """Voxels of the labels along z, y, x."""
+        return self.given.shape if self.restored else self.shape
+
+    @property
+    def output_voxel_size_nm(self) -> tuple[float, float, float]:
+        return self.given.voxel_size_nm if self.restored else self.voxel_size_nm
+
+    @property
+    def output_source(self) -> volume.Volume:
+        """The volume on the grid of the labels."""
+        return self.given if self.restored else self.source
+
+    @property
+    def to_own(self) -> Grid:
+        """From the grid of the labels to the run's own, where labels are brought back."""
+        return Grid.between(self.given.shape, self.given.voxel_size_nm, self.shape, self.voxel_size_nm)
+
+    @property
+    def output_grid(self) -> Blocks:
+        """The blocks in which labels are written: the run's own or, where labels are brought back, about as many."""
+        if not self.restored:
+            return self.grid
+        scaled = (-(-b * n // m) for b, n, m in zip(self.block, self.output_shape, self.shape, strict=True))
+        return Blocks(self.output_shape, fit(tuple(scaled), self.output_shape))
+
     @property
     def levels(self) -> list[tuple[Triple, Triple]]:
         """Shape and factor of each level of the label pyramid."""
-        return pyramid.levels(self.shape, self.voxel_size_nm, self.config.output.levels)
+        return pyramid.levels(self.output_shape, self.output_voxel_size_nm, self.config.output.levels)
 
     def level_grid(self, level: int) -> Blocks:
         """The blocks of one level of the label pyramid."""
         shape = self.levels[level][0]
-        return Blocks(shape, fit(self.block, shape))
+        return Blocks(shape, fit(self.output_grid.block, shape))
 
     # ---- tiles
 
@@ -193,6 +229,8 @@ class Run:
             "pass_blocks": blocks,
             "source": _volume(plain["source"]),
             "roi": _roi(plain.get("roi")),
+            "given": _volume(plain.get("given")),
+            "given_roi": _roi(plain.get("given_roi")),
         }
         return cls(**{**known, **nested})
 
@@ -211,7 +249,9 @@ def _roi(plain: dict | None) -> RegionOfInterest | None:
     if plain is None:
         return None
     box = Box(**{name: _tuples(value) for name, value in plain["roi"].items()})
-    return RegionOfInterest(**{**plain, "roi": box, "mask": _volume(plain["mask"]), "factor": _tuples(plain["factor"])})
+    grid = Grid(**{name: _tuples(value) for name, value in plain["grid"].items()}) if plain.get("grid") else None
+    nested = {"roi": box, "mask": _volume(plain["mask"]), "factor": _tuples(plain["factor"]), "grid": grid}
+    return RegionOfInterest(**{**plain, **nested})
 
 
 def _tuples(value: Any) -> Any:

@@ -120,8 +120,8 @@ def _tree(run: Run) -> list[Stage]:
 
 
 def _labels(run: Run) -> list[Stage]:
-    key = decision_key(run)
-    stages = [Stage("relabel", instances.relabel, run.grid, key, "labels")]
+    key = digest(decision_key(run), run.output_shape) if run.restored else decision_key(run)
+    stages = [Stage("relabel", instances.relabel, run.output_grid, key, "labels")]
     for level, (_, factor) in list(enumerate(run.levels))[1:]:
         region = partial(pyramid.parent_box, factor=factor, above=run.levels[level - 1][0])
         function = partial(instances.downsample, level=level)

@@ -125,8 +125,9 @@ class StoredArray:
         """The voxels of ``box``: of one ``channel`` where there are several, else of all."""
         with self._readable(box):
             array = arrays.open_array(self.path, self.name)
-            lead = () if array.ndim == 3 else (slice(None) if channel is None else channel,)
-            return np.asarray(array[(*lead, *box.slices)])
+            if channel is None:
+                return np.asarray(array[(..., *box.slices)])
+            return np.asarray(array[(slice(channel, channel + 1), *box.slices)])[0]  # ranges: see `arrays.open_array`
 
     @contextmanager
     def _readable(self, box: Box) -> Iterator[None]:

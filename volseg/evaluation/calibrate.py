@@ -135,9 +135,10 @@ def calibrate(run: str | PathLike | Any, truth: str | PathLike | Any, *, box: Bo
             f"{stored.path} has no basins to decide on: give a finished run with its work folder, not cleaned nor stitched "
             f"by a tree (volseg segment {stored.path} --set stitch.reduce=flat makes them in one process)"
         )
-    box = parse_box(box) or Box.from_shape(stored.shape)
-    if not box.voxels or box.clip(stored.shape) != box:
-        raise UserError(f"box {box} is empty or leaves the run of shape {stored.shape} (z y x); give one inside it")
+    shape = stored.run.output_shape
+    box = parse_box(box) or Box.from_shape(shape)
+    if not box.voxels or box.clip(shape) != box:
+        raise UserError(f"box {box} is empty or leaves the run of shape {shape} (z y x); give one inside it")
     own = stored.config.stitch
     overlap = _overlap(stored, truth, box, basins.minimum.size)
     candidates = _candidates(stored, basins, overlap, settings_to_try(own))
@@ -165,12 +166,25 @@ def _default(own: Stitch) -> Stitch:
 
 def _overlap(run: StoredRun, truth: str | PathLike | Any, box: Box, basins: int) -> Contingency:
     """How basins and, where holes are filled, holes (from 1) overlap true objects in ``box``."""
-    read = read_truth(truth, run.shape, box)
+    grid = run.run.output_grid
+    read = read_truth(truth, grid.shape, box)
     table = Contingency.empty()
-    for i in run.grid.overlapping(box):
-        part = run.grid[i].intersect(box)
-        table += Contingency.from_labels(read(part), _number_basins(run, i, part, basins))
+    for i in grid.overlapping(box):
+        part = grid[i].intersect(box)
+        table += Contingency.from_labels(read(part), _output_basins(run, i, part, basins))
     return table
+
+
+def _output_basins(run: StoredRun, i: int, part: Box, basins: int) -> np.ndarray:
+    """`_number_basins` of a part of block ``i`` of the labels' grid."""
+    if not run.run.restored:
+        return _number_basins(run, i, part, basins)
+    inside = run.run.to_own.nearest_box(part)
+    number = np.zeros(inside.shape, np.int64)
+    for j in run.grid.overlapping(inside):
+        own = run.grid[j].intersect(inside)
+        number[own.slices_within(inside)] = _number_basins(run, j, own, basins)
+    return run.run.to_own.take(number, inside, part)
 
 
 def _number_basins(run: StoredRun, block: int, part: Box, basins: int) -> np.ndarray:

@@ -83,10 +83,15 @@ def check_box(run: StoredRun, box: Box) -> BoxCheck:
         "heights": _heights_differ(run, box, probability, height),
         "mask": _against_holes(run, box, region, label) if run.fills else (label != 0) & (region == 0),
         "rule": wrong,
-        "table": _against_table(run, box, label, mass),
+        "table": _against_table(run, box, label, mass, run.voxel_size_nm),
     }
     if not run.missing:
         masks |= _against_work(run, box, region, table, label)
+    places = dict.fromkeys(CHECKS, box)
+    if run.run.restored:
+        output = run.run.to_own.inside(box)
+        places |= {"ids": output, "table": output}
+        masks |= _against_output(run, box, output, label, mass)
     counts = {name: int(np.count_nonzero(masks[name])) if name in masks else None for name in CHECKS}
     return BoxCheck(
         box=box,
@@ -95,7 +100,7 @@ def check_box(run: StoredRun, box: Box) -> BoxCheck:
         sure_joins=joins,
         complete_objects=complete,
         wrong=counts,
-        first={name: first_voxel(masks[name], box) for name, count in counts.items() if count},
+        first={name: first_voxel(masks[name], places[name]) for name, count in counts.items() if count},
     )
 
 
@@ -361,10 +366,28 @@ def _against_holes(run: StoredRun, box: Box, region: np.ndarray, label: np.ndarr
 # ---------------------------------------------------------------- the object table
 
 
-def _against_table(run: StoredRun, box: Box, label: np.ndarray, mass: np.ndarray) -> np.ndarray:
+def _against_output(
+    run: StoredRun, box: Box, output: Box, label: np.ndarray, mass: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Of a run whose labels were brought back to its source's grid: which of the voxels ``output`` there, those with their
+    middle in ``box``, have another label than the run's own voxel, or one that the object table contradicts."""
+    if not output.voxels:
+        return {name: np.zeros(output.shape, bool) for name in ("ids", "table")}
+    to_own = run.run.to_own
+    expected, masses = (to_own.take(field, box, output) for field in (label, mass))
+    if run.run.given_roi:
+        expected = expected * run.run.given_roi.read(output)
+    stored = run.output_labels(output)
+    table = _against_table(run, output, stored, masses, run.run.output_voxel_size_nm)
+    return {"ids": stored != expected, "table": table}
+
+
+def _against_table(
+    run: StoredRun, box: Box, label: np.ndarray, mass: np.ndarray, voxel_size_nm: VoxelSize
+) -> np.ndarray:
     """Which voxels have a label that the object table does not know, or whose row they contradict."""
     ids, group = np.unique(label[label != 0], return_inverse=True)
-    measured = _measure_objects(group, np.nonzero(label), mass[label != 0], box, run.voxel_size_nm)
+    measured = _measure_objects(group, np.nonzero(label), mass[label != 0], box, voxel_size_nm)
     table = run.objects
     row = np.minimum(np.searchsorted(table["id"], ids), max(0, table["id"].size - 1))
     right = np.isin(ids, table["id"])

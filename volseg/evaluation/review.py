@@ -189,15 +189,18 @@ def open_reviewed(run: str | PathLike | Any) -> ReviewedRun:
 def draw(reviewed: ReviewedRun, i: int) -> np.ndarray:
     """RGB of row ``i``: three panels side by side. The parts of a join are told apart only where ``work`` was kept."""
     decision, run = reviewed.decisions[i], reviewed.stored
-    z, ny, nx = decision.z, *(min(2 * HALF_WINDOW, n) for n in run.shape[1:])
-    y0 = int(np.clip(decision.y - HALF_WINDOW, 0, run.shape[1] - ny))
-    x0 = int(np.clip(decision.x - HALF_WINDOW, 0, run.shape[2] - nx))
+    z, y, x = decision.z, decision.y, decision.x
+    if run.run.restored:  # pictures show the grid in which was decided
+        z, y, x = run.run.to_own.nearest_box(Box((z, y, x), (z + 1, y + 1, x + 1))).start
+    ny, nx = (min(2 * HALF_WINDOW, n) for n in run.shape[1:])
+    y0 = int(np.clip(y - HALF_WINDOW, 0, run.shape[1] - ny))
+    x0 = int(np.clip(x - HALF_WINDOW, 0, run.shape[2] - nx))
     box = Box((z, y0, x0), (z + 1, y0 + ny, x0 + nx))
     image = grayscale(pictured_volume(run.run.source, run.path).read(box)[0])
     two = sides(reviewed, i, box)
     one = np.isin(run.labels.read(box)[0], [decision.label_a, decision.label_b]).astype(np.int64)
     panels = [one, two] if decision.kind == "join" else [two, one]
-    saddle = decision.y - y0, decision.x - x0
+    saddle = y - y0, x - x0
     return np.concatenate([_panel(image, ids, saddle) for ids in (np.zeros_like(two), *panels)], axis=1)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Config
+from volseg.engine import restore
 from volseg.engine.finished import open_run
 from volseg.engine.layout import Layout, StoredArray, Tables
 from volseg.engine.run import Run
@@ -19,6 +20,25 @@ from volseg.errors import UserError
 from volseg.io import files, volume
 from volseg.segmentation.heights import height_halo
 from volseg.segmentation.rules import Rules
+
+
+@dataclass(frozen=True)
+class OwnLabels:
+    """The labels of a resampled run on its own grid, from its work folder: stored are those on the grid of its source."""
+
+    run: Run
+    dtype: str
+
+    @property
+    def shape(self) -> Triple:
+        return self.run.shape
+
+    def read(self, box: Box) -> np.ndarray:
+        """Labels of ``box``."""
+        blocks = self.run.grid.overlapping(box)
+        labels = {i: self.run.layout.block_labels.load(i).label.astype(self.dtype) for i in blocks}
+        region, label = restore.own_regions(self.run, box, labels)
+        return label[region]
 
 
 @dataclass(frozen=True)
@@ -32,14 +52,14 @@ class StoredRun:
     run
         Its description.
     labels
-        Its labels at full resolution.
+        Its labels at full resolution, on the grid in which it was computed.
     missing
         Why the basins of its work folder cannot be read; ``""`` where they can.
     """
 
     path: str
     run: Run
-    labels: volume.Volume
+    labels: volume.Volume | OwnLabels
     missing: str = ""
 
     @property
@@ -58,6 +78,10 @@ class StoredRun:
     def voxel_size_nm(self) -> tuple[float, float, float]:
         return self.run.voxel_size_nm
 
+    def output_labels(self, box: Box) -> np.ndarray:
+        """Labels as they are stored, in a box of their own grid."""
+        return volume.open(self.path, dataset="labels/instances/0").read(box)
+
     @property
     def grid(self) -> Blocks:
         return Blocks(self.shape, self.run.block)
@@ -65,7 +89,7 @@ class StoredRun:
     @property
     def roi(self) -> Box:
         """The part of the volume that the run was told to do."""
-        return Box.parse(self.config.input.roi) if self.config.input.roi else Box.from_shape(self.shape)
+        return self.run.roi.roi if self.run.roi else Box.from_shape(self.shape)
 
     @property
     def rules(self) -> Rules:
@@ -123,7 +147,8 @@ def open_stored(run: str | PathLike | Any) -> StoredRun:
     """
     finished = open_run(files.path_of(run))
     labels = volume.open(finished.path, dataset="labels/instances/0")
-    stored = StoredRun(finished.path, finished.run, labels)
+    run = finished.run
+    stored = StoredRun(finished.path, run, OwnLabels(run, labels.dtype) if run.restored else labels)
     return replace(stored, missing=_missing(stored.layout, len(stored.grid), stored.fills))
 
 

@@ -147,6 +147,9 @@ def verify(run: str | PathLike | Any, *, boxes: int = 5, seed: int = 0) -> Verif
 def _recomputed(path: str, boxes: int, seed: int, damaged: tuple[str, ...]) -> Verification:
     """What `verify` finds where it can read what it recomputes."""
     stored = open_stored(path)
+    if stored.run.restored and stored.missing:
+        notes = (stored.missing, "the run was resampled: without its work folder, only its files are checked")
+        return Verification(path, stored.shape, stored.grid.block, 0, seed, notes, (), None, None, None, damaged)
     rng = np.random.default_rng(seed)
     checked = tuple(check_box(stored, box) for box in draw_boxes(stored, boxes, rng))
     small = prod(stored.shape) <= MAX_RELABELED_VOXELS
@@ -208,7 +211,7 @@ def format_verification(result: Verification) -> str:
     else:
         lines, advice = [], ""
     if result.seams is None:
-        return "\n".join([*lines, advice])
+        return "\n".join([*lines, *result.notes, advice or "every file is as it was written"])
     title = f"{result.run}: {_by(result.shape)} voxels in blocks of {_by(result.block)}, {result.objects} objects"
     columns = ("box", "masked", "joins", "whole", *CHECKS)
     cells = [

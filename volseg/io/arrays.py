@@ -346,7 +346,8 @@ def fit_chunk(chunk: tuple[int, ...], shard: tuple[int, ...]) -> tuple[int, ...]
 
 
 def open_array(path: str, name: str) -> zarr.Array:
-    """The zarr array ``name`` at ``path``, to read and write; kept open per process. Write through :func:`write`."""
+    """The zarr array ``name`` at ``path``, to read and write; kept open per process. Write through :func:`write`, and index
+    it with ranges alone, not with numbers: zarrs 0.2.3 refuses some of these over several shards ("incompatible offset")."""
     return cached_array(files.absolute(path), name, "r+")
 
 

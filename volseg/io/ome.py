@@ -250,13 +250,15 @@ def multiscales(
     *,
     unit: str = "nanometer",
     source: str = "",
+    finest: tuple[float, ...] | None = None,
 ) -> dict:
     """OME-Zarr 0.5 attributes of a multiscales group.
 
     ``levels`` lists (dataset, voxel size z y x), finest first; unit "" leaves lengths in voxels. Coarser levels are
-    shifted so that all cover the same space. ``source`` (such as ``"../../"``) makes it a label image of that image.
+    shifted so that all cover the same space, that of an image with voxels of ``finest`` (the first level's). ``source``
+    (such as ``"../../"``) makes it a label image of that image.
     """
-    first = levels[0][1]
+    first = finest or levels[0][1]
     lead = [1.0] * (len(axes) - 3)
     image = {
         "name": name,

@@ -17,6 +17,7 @@ from volseg.config import Input
 from volseg.errors import UserError
 from volseg.io import volume
 from volseg.io.header import shape_text
+from volseg.io.resample import Grid
 
 READ_SHAPE = (64, 1024, 1024)  # voxels of a mask that are read at once
 MAX_SCANNED_VOXELS = 1 << 32  # larger masks are not read whole before the run, but in patches
@@ -27,7 +28,8 @@ class RegionOfInterest:
     """A box of the volume, and a mask whose voxels stand for ``factor`` of the volume's along each axis.
 
     ``voxels`` counts those of the region; it is an estimate where the mask has more than `MAX_SCANNED_VOXELS`.
-    ``checksum`` is the mask's.
+    ``checksum`` is the mask's. ``grid`` leads from a resampled volume's voxels to those of the volume that the mask lies on;
+    None where these are the same.
     """
 
     roi: Box
@@ -35,11 +37,21 @@ class RegionOfInterest:
     factor: Triple = (1, 1, 1)
     checksum: str = ""
     voxels: int = 0
+    grid: Grid | None = None
 
     @property
     def key(self) -> tuple:
         """What decides the bytes of a run: the box, the mask's voxels and their factor."""
         return str(self.roi), self.checksum, self.factor
+
+    def resampled(self, grid: Grid) -> RegionOfInterest:
+        """The region in the voxels of ``grid``, which lies over the volume's own: all that share space with its box, and of
+        these those whose middle the mask wants."""
+        back = Grid(grid.other, grid.shape, tuple((down, up) for up, down in grid.steps))
+        region = replace(self, roi=back.covered(self.roi), grid=grid)
+        if self.mask is None:
+            return replace(region, voxels=region.roi.voxels)
+        return replace(region, voxels=round(self.voxels / self.roi.voxels * region.roi.voxels) if self.voxels else 0)
 
     def read(self, box: Box) -> np.ndarray:
         """Which voxels of ``box`` belong to the region, bool z y x."""
@@ -73,7 +85,8 @@ class RegionOfInterest:
 
     def _mask_index(self, axis: int, start: int, stop: int) -> np.ndarray:
         """The mask's voxel for each of the volume's along an axis; beyond its end, where it was rounded down, its last."""
-        return np.minimum(np.arange(start, stop) // self.factor[axis], self.mask.shape[axis] - 1)
+        place = self.grid.nearest(axis, start, stop) if self.grid else np.arange(start, stop)
+        return np.minimum(place // self.factor[axis], self.mask.shape[axis] - 1)
 
     def _mask_box(self, box: Box) -> Box:
         """The mask's voxels that stand for those of ``box``."""

@@ -16,16 +16,17 @@ import numpy as np
 from volseg.box import Box, Triple
 from volseg.config import Input
 from volseg.errors import UserError, printable
-from volseg.io import array_volume, arrays, files, formats
+from volseg.io import array_volume, arrays, files, formats, resample, zarr
 from volseg.io.array_volume import ArrayVolume
 from volseg.io.filling import recording_filled, zeroed
-from volseg.io.header import TripleNm
+from volseg.io.header import TripleNm, check_shape
 from volseg.io.voxels import check_inside, choose, chosen_entries, fingerprint, finite, inverted, patches
 
 __all__ = [
     "ArrayVolume",
     "Volume",
     "isotropic",
+    "levels",
     "materialize",
     "open",
     "open_channels",
@@ -33,6 +34,7 @@ __all__ = [
     "open_input_channels",
     "open_volume",
     "patches",
+    "resampled",
 ]
 
 ISOTROPIC = 1.5  # longest edge of a voxel against its shortest, up to which all planes look alike
@@ -59,6 +61,7 @@ class Volume:
     time: int = 0
     time_axis: int | None = None
     inverted: bool = False  # gray values are turned around when they are read
+    stored_shape: Triple | None = None  # of the array whose voxels are resampled as they are read
     notes: tuple[str, ...] = field(default=(), compare=False)  # what was decided when it was opened, a line each
 
     def read(self, box: Box) -> np.ndarray:
@@ -80,6 +83,9 @@ class Volume:
             Names file and box where a chunk or page is damaged, or holds NaN or infinity.
         """
         check_inside(self, box, self.path)
+        if self.stored_shape:
+            stored = replace(self, shape=self.stored_shape, stored_shape=None)
+            return resample.resample(stored.read, stored.shape, self.dtype, self.shape, box)
         with recording_filled() as filled:
             data = finite(formats.read(self, box), box, self.path)
         return zeroed(inverted(data, self.binary), box, filled) if self.inverted else data
@@ -273,6 +279,50 @@ def turned(source: Opened, invert: bool) -> Opened:
     where = source.path if isinstance(source, Volume) else source.name
     note = printable(f"{where}: contrast is turned as input.invert says: gray values are {rule}")
     return replace(source, inverted=not source.inverted, notes=(*source.notes, note))
+
+
+def levels(source: Volume) -> tuple[Volume, ...]:
+    """The resolution levels of an OME-Zarr image, finest first, from the one that ``source`` reads; else it alone.
+
+    Raises
+    ------
+    UserError
+        A level that the metadata list is no volume.
+    """
+    if source.kind != "zarr" or source.voxel_size_nm is None:
+        return (source,)
+    found = [source]
+    for dataset, scale in zarr.coarser_levels(source.path, source.dataset, source.channel_axis, source.time_axis):
+        size = tuple(n * factor for n, factor in zip(source.voxel_size_nm, scale, strict=True))
+        level = zarr.header(source.path, dataset, several=True)
+        if level.dtype == source.dtype and level.channels > source.channel:
+            found.append(
+                replace(source, shape=level.shape, chunk=level.chunk, dataset=level.dataset, voxel_size_nm=size)
+            )
+    return tuple(found)
+
+
+def resampled(source: Volume, shape: Triple) -> Volume:
+    """The volume in ``shape`` voxels of the same space, made as it is read: see `resample`.
+
+    Raises
+    ------
+    UserError
+        There is no voxel size, or ``shape`` has too many voxels.
+
+    Examples
+    --------
+    A volume of 10 x 8 x 8 nm in voxels of 5 x 4 x 4 nm has ``resampled(source, tuple(2 * n for n in source.shape))``.
+    """
+    if source.voxel_size_nm is None:
+        raise UserError(
+            f"{source.path} does not say how large its voxels are: give --voxel-nm z,y,x (input.voxel_size_nm)"
+        )
+    check_shape(shape, f"{source.path}, resampled,")
+    scale = [n / m for n, m in zip(source.shape, shape, strict=True)]
+    size = tuple(n * s for n, s in zip(source.voxel_size_nm, scale, strict=True))
+    chunk = tuple(max(1, min(m, round(c / s))) for c, m, s in zip(source.chunk, shape, scale, strict=True))
+    return replace(source, shape=shape, voxel_size_nm=size, chunk=chunk, stored_shape=source.shape)
 
 
 def materialize(volume: Volume | ArrayVolume, path: str | Path) -> Volume:

@@ -92,6 +92,34 @@ def _multiscales(path: str, dataset: str) -> tuple[ome.Image, ome.Dataset, tuple
     return ome.Image(), ome.Dataset(), ()
 
 
+def coarser_levels(path: str, dataset: str, *other_axes: int | None) -> list[tuple[str, tuple[float, ...]]]:
+    """The levels of an image that follow the array ``dataset``, finest first: each one's path below ``path``, and how many
+    times as long its voxels are along z y x, which are not ``other_axes``. None where the metadata do not tell all that."""
+    image, level, _ = _multiscales(path, dataset)
+    keys = dataset.strip("/").split("/")
+    above = keys[: len(keys) - len(level.path.strip("/").split("/"))]
+    if not dataset or level not in image.datasets:
+        return []
+    space = axes.space(len(image.axes), *other_axes)
+    own = _scale(level, space)
+    found = []
+    for other in image.datasets[image.datasets.index(level) + 1 :]:
+        scale = _scale(other, space)
+        if own and scale and other.path.strip("/"):
+            ratio = tuple(b / a for a, b in zip(own, scale, strict=True))
+            found.append(("/".join([*above, other.path.strip("/")]), ratio))
+    return [(name, ratio) for name, ratio in found if min(ratio) > 0.99 and max(ratio) > 1.01]
+
+
+def _scale(level: ome.Dataset, space: tuple[int, ...]) -> tuple[float, ...] | None:
+    """The scale of a level along z y x; None where it has none above 0."""
+    steps = [step.scale for step in level.coordinateTransformations if step.type == "scale"]
+    if len(steps) != 1 or len(space) != 3 or len(steps[0]) <= max(space):
+        return None
+    scale = tuple(abs(steps[0][axis]) for axis in space)
+    return scale if min(scale) > 0 else None
+
+
 def _images(root: str) -> tuple[tuple[ome.Image, ...], tuple[str, ...]]:
     """The multiscales of the group at ``root``; none where there is no group."""
     if not root or root.endswith(":/"):
@@ -148,7 +176,8 @@ def _voxels(volume: Volume, array: zarr.Array, box: Box) -> np.ndarray:
         folder = files.join(volume.path, volume.dataset)
         for key, origin in _stored_objects(volume, array, box):
             arrays.check_chunk(array, folder, key, partial(_meets, array, index, origin))
-    return np.asarray(array[index])
+    ranges = tuple(place if isinstance(place, slice) else slice(place, place + 1) for place in index)
+    return np.asarray(array[ranges]).reshape(box.shape)
 
 
 def _filled(volume: Volume, array: zarr.Array, box: Box) -> np.ndarray:

@@ -19,10 +19,11 @@ from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
-from volseg.inference import model, sampling, tiles
+from volseg.inference import model, sampling, tiles, voxel_size
 from volseg.inference.backends import Engine
 from volseg.inference.normalization import gray_levels
 from volseg.io import probabilities, roi, volume
+from volseg.io.resample import Grid
 from volseg.planning import memory
 
 
@@ -39,7 +40,11 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
         raise UserError(
             f"{source.path} holds {source.dtype}; inference wants gray values: convert it to uint8 or float32"
         )
+    matched = voxel_size.match(source, card.voxel_size_nm, config.input.resample, any_level=not config.input.dataset)
+    given, source = matched.given, replace(matched.volume, path=folder.absolute(source.path))
     voxel_size_nm = source.voxel_size_nm or card.voxel_size_nm or (1.0, 1.0, 1.0)
+    rules, scaled = voxel_size.scaled_rules(config.stitch, card.voxel_size_nm, voxel_size_nm)
+    config = config.model_copy(update={"stitch": rules})
     _refuse_anisotropic(config.predict.planes, voxel_size_nm)
     slab, block = choose_blocks(source.shape, config.blocks.shape, source.chunk[0])
     of_model = config.predict.normalize == "model"
@@ -47,9 +52,10 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     mean, std = (card.mean, card.std) if of_model else (gray.mean, gray.std)
     source = replace(source, notes=(*source.notes, *gray.notes(source.path)))
     computes = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
+    region = roi.find(config.input, (given or source).shape, (given or source).voxel_size_nm or voxel_size_nm)
     run = Run(
         out=out,
-        source=replace(source, path=folder.absolute(source.path)),
+        source=replace(source, notes=tuple(note for note in (*source.notes, matched.note, scaled) if note)),
         config=config,
         model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         heads=card.heads,
@@ -62,9 +68,17 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
         engine=computes,
         predict_block=slab,
         block=block,
-        roi=roi.find(config.input, source.shape, voxel_size_nm),
+        roi=region,
     )
-    return _blocked(run)
+    return _blocked(_resampled(run, given) if given else run)
+
+
+def _resampled(run: Run, given: volume.Volume) -> Run:
+    """The run whose source was made from ``given``, with its region of interest in the source's own voxels."""
+    run = replace(run, given=replace(given, path=run.source.path, notes=()), given_roi=run.roi)
+    run = replace(run, restored=voxel_size.in_source(run.config.output.space, run.given, run.source))
+    to_given = Grid.between(run.shape, run.voxel_size_nm, given.shape, given.voxel_size_nm)
+    return replace(run, roi=run.roi.resampled(to_given)) if run.roi else run
 
 
 def _check_tiles(settings: Predict, multiple: int) -> None:
@@ -207,7 +221,7 @@ def _assumed(run: Run) -> str:
     """A warning where no file says how large a voxel is."""
     if any(source and source.voxel_size_nm for source in (run.source, *(channel.source for channel in run.channels))):
         return ""
-    return " (assumed, the volume does not say: --set input.voxel_size_nm=[z, y, x])"
+    return " (assumed, the volume does not say: give --voxel-nm z,y,x)"
 
 
 def _origin(run: Run) -> str:

@@ -1,0 +1,116 @@
+"""Runs of volumes whose voxels are not the model's: the same labels for every cutting, in both spaces."""
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+
+import volseg
+from tests.helpers import SHAPE, Quiet, settings, write_volume
+from volseg.box import Box
+from volseg.evaluation.calibrate import calibrate
+from volseg.evaluation.review import review
+from volseg.io import volume
+
+NM = (5.0, 10.0, 10.0)
+ROI = "1:20,7:70,3:80"
+
+
+@pytest.fixture(scope="module")
+def coarse(image, tmp_path_factory):
+    """The volume of all tests with voxels twice as large in the plane."""
+    gray = zarr.open_array(f"{image}/0", mode="r")[:]
+    mean = gray.reshape(SHAPE[0], SHAPE[1] // 2, 2, SHAPE[2] // 2, 2).mean((2, 4)).round().astype(np.uint8)
+    return write_volume(str(tmp_path_factory.mktemp("coarse") / "em.zarr"), mean, NM)
+
+
+def infer(path, out, progress=None, **sections):
+    sections = {"blocks": {}, "output": {}, "input": {}, **sections}
+    return volseg.infer(
+        path, str(out), config=settings(cluster={"workers": 1}, **sections), progress=progress or Quiet()
+    )
+
+
+@pytest.fixture(scope="module")
+def own(coarse, tmp_path_factory):
+    """The run in the model's space."""
+    return infer(coarse, tmp_path_factory.mktemp("own") / "run.zarr", output={"space": "model"})
+
+
+@pytest.fixture(scope="module")
+def restored(coarse, tmp_path_factory):
+    quiet = Quiet()
+    run = infer(coarse, tmp_path_factory.mktemp("restored") / "run.zarr", quiet)
+    assert any("the model's 5 x 5 x 5 nm: it is taken, resampled to 5 x 5 x 5 nm" in line for line in quiet.said)
+    return run
+
+
+def same(a, b):
+    for name in ("labels", "probabilities"):
+        np.testing.assert_array_equal(getattr(a, name)[:], getattr(b, name)[:])
+    assert a.objects.equals(b.objects)
+
+
+@pytest.mark.parametrize("block", [(7, 64, 64), (22, 37, 101)])
+def test_cutting_changes_nothing_in_either_space(coarse, own, restored, tmp_path, block):
+    for whole, space in ((own, "model"), (restored, "source")):
+        run = infer(coarse, tmp_path / f"{space}.zarr", output={"space": space}, blocks={"shape": block})
+        same(run, whole)
+        assert volseg.verify(run, boxes=4).ok
+
+
+def test_a_source_voxel_has_the_label_at_its_middle(own, restored):
+    assert own.labels.shape == SHAPE
+    assert restored.shape == restored.labels.shape == (SHAPE[0], SHAPE[1] // 2, SHAPE[2] // 2)
+    np.testing.assert_array_equal(restored.labels[:], own.labels[:][:, 1::2, 1::2])
+    counts = np.bincount(restored.labels[:].ravel())
+    assert restored.objects["voxels"].tolist() == counts[restored.objects["id"]].tolist()
+    assert restored.object_count == np.count_nonzero(counts[1:])
+
+
+def test_scales_and_shifts_place_all_arrays_in_one_space(own, restored):
+    for run in (own, restored):
+        probability = volume.open_channels(run.path, dataset="0")[0]
+        assert probability.voxel_size_nm == pytest.approx((5.0, 5.0, 5.0))
+        assert volume.open(run.path).voxel_size_nm == run.voxel_size_nm
+        first = zarr.open_group(run.path, mode="r").attrs["ome"]["multiscales"][0]["datasets"][0]
+        assert first["coordinateTransformations"][1]["translation"] == [0.0, 0.0, -2.5, -2.5]
+    labels = zarr.open_group(f"{own.path}/labels/instances", mode="r").attrs["ome"]["multiscales"][0]["datasets"][0]
+    assert labels["coordinateTransformations"][1]["translation"] == [0.0, -2.5, -2.5]
+
+
+def test_region_and_mask_are_given_in_the_source(coarse, restored, tmp_path):
+    mask = np.zeros(restored.shape, np.uint8)
+    mask[2:, 10:60] = 1
+    tifffile.imwrite(tmp_path / "mask.tif", mask)
+    runs = [
+        infer(coarse, tmp_path / f"{k}.zarr", input={"roi": ROI, "mask": str(tmp_path / "mask.tif")}, blocks=blocks)
+        for k, blocks in enumerate(({}, {"shape": (7, 64, 64)}))
+    ]
+    same(*runs)
+    wanted = np.zeros(restored.shape, bool)
+    wanted[Box.parse(ROI).slices] = True
+    labels = runs[0].labels[:]
+    assert labels.any()
+    assert not labels[~(wanted & (mask > 0))].any()
+    assert volseg.verify(runs[0], boxes=3).ok
+
+
+def test_other_commands_know_both_grids(restored):
+    again = volseg.segment(restored, settings=["stitch.seed=0.75"], progress=Quiet())
+    assert volseg.verify(again, boxes=3).ok
+    truth = again.labels[:]
+    assert volseg.evaluate(again, truth).foreground.iou == 1
+    scores = calibrate(again, truth)
+    assert next(c for c in scores.candidates if c.own).pq == 1
+    for decision in review(again, top=2).decisions:
+        assert (decision.z, decision.y, decision.x) < again.shape
+        assert all(place < n for place, n in zip((decision.z, decision.y, decision.x), again.shape, strict=True))
+    assert again.show().size == (2 * again.shape[2], again.shape[1])
+
+
+def test_rules_in_voxels_are_the_models(coarse, tmp_path):
+    quiet = Quiet()
+    run = infer(coarse, tmp_path / "run.zarr", quiet, input={"resample": "off"}, stitch={"min_voxels": 100})
+    assert run.config.stitch.min_voxels == 25
+    assert any("stitch.min_voxels = 100 are 25" in line for line in quiet.said)
