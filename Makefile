@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint lock clean
+.PHONY: help demo test chaos lint lock clean
 
 help:
 	@echo "make demo    segment a small synthetic volume with the shipped model"
 	@echo "make test    check style, types and import layers; run the test suite and all examples in docstrings"
+	@echo "make chaos   disturb commands for five minutes, and compare what they give with undisturbed ones"
 	@echo "make lint    check style and types"
 	@echo "make lock    bring requirements.lock up to pyproject.toml; with UPGRADE=--upgrade, to the newest versions"
 	@echo "make clean   remove what demo and test made (not $(VENV))"
@@ -30,6 +31,9 @@ demo: $(READY)
 
 test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+chaos: $(READY)
+	@$(BIN)/python -m benchmarks chaos --minutes 5 --out chaos.json
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -305,5 +305,26 @@ def same_bytes(
     bench.measure(against, tuple(only or ()), shape, workers)
 
 
+@app.command()
+def chaos(
+    kinds: Annotated[
+        str, typer.Option(metavar="KIND,...", help="Faults, by name or beginning (store, power); all.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Another seed, other moments.")] = 0,
+    minutes: Annotated[float, typer.Option(min=0, help="After which no episode begins; 0: no limit.")] = 5,
+    count: Annotated[int, typer.Option(min=0, help="Episodes of each kind; 0: as many as the time allows.")] = 0,
+    out: Annotated[
+        str, typer.Option(help="JSON file of all episodes; results/chaos.json has the table if not given.")
+    ] = "",
+    place: Annotated[
+        str, typer.Option(help="Folder of the episodes, with what their commands said; a temporary one.")
+    ] = "",
+) -> None:
+    """Commands are killed, starved and lied to, given again, and what they give is compared with an undisturbed run."""
+    from benchmarks.chaos import bench
+
+    bench.measure(kinds, seed, minutes, count, out, place)
+
+
 if __name__ == "__main__":
     app()

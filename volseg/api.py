@@ -285,7 +285,20 @@ def _decide_anew(
     path: str, config: Any, settings: Settings, recompute: bool, retry_failed: bool, progress: Progress | None
 ) -> FinishedRun:
     start, out = time.perf_counter(), folder.absolute(path.rstrip("/"))
-    old = folder.load_run(out, recompute=recompute)
+    with _shown(progress) as shown, Lock(out) as lock:  # from here on no other command changes what is read
+        old = folder.load_run(out, recompute=recompute)
+        run = _with_settings(old, out, config, settings)
+
+        def reopen() -> None:
+            folder.reopen(out)
+            folder.apply_settings(run)
+
+        light = prod(run.shape) <= LIGHT_VOXELS
+        return finish.execute(run, lock, reopen, shown, start=start, light=light, retry_failed=retry_failed)
+
+
+def _with_settings(old: Run, out: str, config: Any, settings: Settings) -> Run:
+    """The run as it is to be decided anew; refuses what its probabilities depend on."""
     chosen = settings_of(config, settings, base=old.config.model_dump(mode="json", exclude={"train"}))
     block = old.block if chosen.blocks == old.config.blocks else choose_blocks(old.shape, chosen.blocks.shape)[1]
     run = replace(old, out=folder.partial_path(out), config=chosen, block=block)
@@ -295,15 +308,8 @@ def _decide_anew(
         raise UserError(
             f"volseg segment cannot change {', '.join(fixed)} or output.chunk of a run; make it anew for that, with --overwrite"
         )
-
-    def reopen() -> None:
-        folder.reopen(out)
-        folder.apply_settings(run)
-
-    with _shown(progress) as shown:
-        prepare.check_channels(run.config, run.heads, run.channels)
-        light = prod(run.shape) <= LIGHT_VOXELS
-        return finish.execute(run, out, reopen, shown, start=start, light=light, retry_failed=retry_failed)
+    prepare.check_channels(run.config, run.heads, run.channels)
+    return run
 
 
 def _execute(
@@ -314,7 +320,8 @@ def _execute(
     workers = prepare.workers_of(run)
     made = planning.make_plan(run, workers, measure.known_rates(run, workers))
     _refuse(run, made, workers)
-    return finish.execute(run, out, begin, progress, start=start, plan=made.to_json(), retry_failed=retry_failed)
+    with Lock(out) as lock:
+        return finish.execute(run, lock, begin, progress, start=start, plan=made.to_json(), retry_failed=retry_failed)
 
 
 # ---------------------------------------------------------------- before and after
@@ -379,18 +386,20 @@ def repair(
     """
     start = time.perf_counter()
     out = folder.absolute((path.path if isinstance(path, FinishedRun) else os.fspath(path)).rstrip("/"))
-    layout = Layout(out)
-    if layout.finished and not layout.peek_description() and layout.begun:
-        folder.describe(replace(Run.from_json(layout.load_summary()), out=out))
-    run = replace(folder.load_run(out), out=folder.partial_path(out))
+    if not folder.is_run(out):
+        folder.load_run(out)  # which says what is wrong
+    with _shown(progress) as shown, Lock(out) as lock:
+        layout = Layout(out)
+        if layout.finished and not layout.peek_description() and layout.begun:
+            folder.describe(replace(Run.from_json(layout.load_summary()), out=out))
+        run = replace(folder.load_run(out), out=folder.partial_path(out))
 
-    def reopen() -> None:
-        folder.reopen(out)
-        folder.create_missing_arrays(run)
+        def reopen() -> None:
+            folder.reopen(out)
+            folder.create_missing_arrays(run)
 
-    with _shown(progress) as shown:
         light = prod(run.shape) <= LIGHT_VOXELS
-        return finish.execute(run, out, reopen, shown, start=start, light=light, retry_failed=retry_failed)
+        return finish.execute(run, lock, reopen, shown, start=start, light=light, retry_failed=retry_failed)
 
 
 def open(path: str | os.PathLike) -> FinishedRun:
@@ -408,7 +417,7 @@ def clean(path: str | os.PathLike | FinishedRun) -> int | None:
     """Remove a finished run's work folder; labels, table and probabilities stay. Returns the bytes freed, if known."""
     run = path if isinstance(path, FinishedRun) else open(path)
     with Lock(run.path):
-        return Layout(run.path).remove_work()
+        return open(run.path).layout.remove_work()  # opened once more: another command may have taken it meanwhile
 
 
 # ---------------------------------------------------------------- training

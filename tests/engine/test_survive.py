@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ import pytest
 import volseg
 from tests.helpers import SHAPE, Quiet, digest, mark, markers_of, settings
 from volseg import api
-from volseg.engine import lock
+from volseg.engine import folder, lock
 from volseg.engine.layout import Layout
 from volseg.engine.receipts import Markers, Receipt
 from volseg.engine.run import Run
 from volseg.errors import IncompleteRunError, UserError
-from volseg.io import files
+from volseg.io import files, volume
 
 KINDS = {
     "probabilities": "0/c",
@@ -216,12 +217,48 @@ def test_a_lock_on_an_object_store_is_refused_taken_over_and_lost(bucket, monkey
         with pytest.raises(UserError, match="is being written by another volseg"):
             second.__enter__()
         monkeypatch.setattr(lock, "STALE_S", 0)  # as if the first had been suspended for long
+        monkeypatch.setattr(lock, "SILENCE_S", 0)
         second.__enter__()
         with pytest.raises(IncompleteRunError, match="another took over"):
             first.check()
         monkeypatch.undo()
         second.__exit__(None, None, None)
     assert not files.exists(f"{out}.lock")
+
+
+def test_a_lock_on_an_object_store_goes_by_processes_and_heartbeats_not_by_clocks(bucket, monkeypatch):
+    out, gone = f"{bucket}/clocks/run.zarr", subprocess.Popen(["true"])
+    gone.wait()
+    holder = {"id": "x", "machine": lock._machine(), "pid": gone.pid, "heartbeat": time.time()}
+    files.write_bytes(f"{bucket}/clocks", "run.zarr.lock", json.dumps(holder).encode())
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.1)
+    with lock.Lock(out):  # of a process that is gone from this machine
+        monkeypatch.setattr(lock, "STALE_S", 0)  # as if the clocks of holder and challenger were far apart
+        with pytest.raises(UserError, match="is being written by another volseg"):
+            lock.Lock(out).__enter__()
+
+
+def test_a_run_that_was_cleaned_meanwhile_stays_where_it_is(reference, tmp_path, monkeypatch):
+    out, enter = shutil.copytree(reference, tmp_path / "run"), lock.Lock.__enter__
+
+    def late(self):
+        Layout(str(out)).remove_work()
+        return enter(self)
+
+    monkeypatch.setattr(lock.Lock, "__enter__", late)
+    with pytest.raises(UserError, match="was cleaned"):
+        api.segment(str(out), settings=["stitch.seed=0.9"], progress=Quiet())
+    assert Layout(str(out)).finished
+
+
+def test_bare_folders_that_a_killed_command_left_are_no_obstacle(image, tmp_path):
+    out = tmp_path / "run.volseg.zarr"
+    Path(f"{out}.partial/work").mkdir(parents=True)
+    Path(f"{out}.partial/work/.begun.7.ab.tmp").touch()
+    folder.check_output([volume.open(image)], str(out), False)
+    Path(f"{out}.partial/work/precious").touch()
+    with pytest.raises(UserError, match="is not a volseg run, so it is left alone"):
+        folder.check_output([volume.open(image)], str(out), False)
 
 
 def test_workers_of_a_command_that_is_gone_are_waited_for(tmp_path, monkeypatch):

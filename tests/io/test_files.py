@@ -3,6 +3,8 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from tests.io.helpers import check_objects
 from volseg.io import files
 
@@ -39,3 +41,18 @@ def test_local_and_remote_paths_are_told_apart():
     assert [files.is_remote(path) for path in ("s3://b/k", "memory://k", "/a/b", "a", "file:///a")] == [True] * 2 + [
         False
     ] * 3
+
+
+def test_what_killed_writers_left_is_swept_up(tmp_path):
+    for name in (".a.json.12.ab.tmp", f"zarr.{'0f' * 16}.partial", "kept.partial", "kept.tmp"):
+        (tmp_path / name).touch()
+    files.remove_temporary(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.partial", "kept.tmp"]
+
+
+def test_what_a_store_raises_names_the_object():
+    with pytest.raises(OSError, match="no answer") as caught, files.answering("s3://bucket/key"):
+        raise RuntimeError("no answer")
+    assert caught.value.filename == "s3://bucket/key"
+    with pytest.raises(RuntimeError), files.answering("/tmp/key"):
+        raise RuntimeError("local")

@@ -38,16 +38,16 @@ BATCH_LIMITED = "; memory holds no more tiles at once"  # of why a run computes 
 
 
 def execute(
-    run: Run, out: str, prepare: Callable[[], None], progress: Progress, *, start: float, light: bool = False,
+    run: Run, lock: Lock, prepare: Callable[[], None], progress: Progress, *, start: float, light: bool = False,
     plan: dict | None = None, retry_failed: bool = True,
 ) -> FinishedRun:  # fmt: skip
-    """Once there are workers: the run's folder, everything in it that is not done yet, and its final name ``out``.
+    """Once there are workers: the run's folder, everything in it that is not done yet, and its final name.
 
-    The command was given at ``start``; ``light`` work needs no processes; ``plan`` is stored beside what the run took.
-    Blocks that failed before are tried again unless ``retry_failed`` is off.
+    ``lock`` is held for that name. The command was given at ``start``; ``light`` work needs no processes; ``plan`` is
+    stored beside what the run took. Blocks that failed before are tried again unless ``retry_failed`` is off.
     """
     gpus = 0 if light else gpus_of(run)
-    with Lock(out) as lock, cluster.connect(run.config.cluster, gpus, light=light) as client:
+    with cluster.connect(run.config.cluster, gpus, light=light) as client:
         wait_for_writers(run.layout.begun_path)
         prepare()
         if warning := cluster.exposure(run.config.cluster):
@@ -58,7 +58,7 @@ def execute(
         markers = _checked_markers(run, lock, progress)
         _consider_failures(markers, retry_failed, progress)
         run, statistics, stages_start = _run_stages(client, run, markers, lock, progress)
-        return finish(run, out, statistics, start, stages_start, plan)
+        return finish(run, lock.out, statistics, start, stages_start, plan)
 
 
 def _markers(run: Run, lock: Lock) -> Markers:
@@ -156,6 +156,7 @@ def finish(
     layout.set_attributes("", ome.multiscales("probability", "czyx", [("0", run.voxel_size_nm)], finest=finest))
     now = time.perf_counter()
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
+    files.remove_temporary(run.out)
     facts = _facts(run, statistics, seconds, int(columns["id"].size), plan)
     markers = Markers(run.out, keys(run))
     written = (receipt.files for stage in markers.keys for receipt in markers.receipts(stage).values())
@@ -185,14 +186,15 @@ def _filled_boxes(markers: Markers) -> dict[str, list[str]]:
 
 def _take_final_name(partial: str, out: str) -> None:
     """The run lies at its final name; what it replaces is gone only after that."""
+    replaced = f"{out}.replaced"
     if not files.exists(out):
         files.move(partial, out)
+        files.remove(replaced)
         return
     if not (Layout(out).finished or Layout(out).begun):
         raise UserError(
             f"output {out} appeared meanwhile and is not a volseg run, so it is left alone; the result is {partial}"
         )
-    replaced = f"{out}.replaced"
     files.remove(replaced)
     files.move(out, replaced)
     files.move(partial, out)

@@ -61,10 +61,15 @@ def _refuse_existing(source: str, out: str, overwrite: bool) -> None:
     if f"{source}/".startswith((f"{out}/", f"{partial_path(out)}/")):
         raise UserError(f"output {out} would replace the volume it is made from; give another --out")
     for path in {out, partial_path(out)}:
-        if files.exists(path) and not (Layout(path).finished or Layout(path).begun):
+        if files.exists(path) and not (Layout(path).finished or Layout(path).begun or _bare(path, out)):
             raise UserError(f"output {path} exists and is not a volseg run, so it is left alone; give another --out")
     if Layout(out).finished and not overwrite:
         raise UserError(f"output {out} exists; give another --out, or --overwrite to replace it")
+
+
+def _bare(path: str, out: str) -> bool:
+    """Whether there are only folders at an unfinished name: a command that was killed as it began left them."""
+    return path != out and not files.holds_files(path)
 
 
 # ---------------------------------------------------------------- a new run

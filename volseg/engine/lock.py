@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 
 from volseg.errors import IncompleteRunError, UserError
@@ -24,15 +25,18 @@ except ImportError:  # Windows: no lock
 
 HEARTBEAT_S = 10  # on an object store, which cannot tell whether a holder still lives
 WRITERS_WAIT_S = 60
-STALE_S = 60  # after which a holder that was not heard of is taken for gone
+STALE_S = 60  # after which a holder that was not heard of may be gone: clocks of two machines differ, so it is watched
+SILENCE_S = 25  # of a holder that is watched, after which it is taken for gone
+HOLDER_WAIT_S = 2  # in which a holder writes who it is
 
 
 class Lock:
     """While it is held, no other command writes to the output ``out``; a command that wants to is told who does.
 
     A local output has ``OUT.lock`` beside it, under the system's `flock`, so the lock of a process that is gone is gone with
-    it. On an object store the lock is an object that is written only where there is none, and anew every `HEARTBEAT_S`; one
-    that is `STALE_S` old is taken over, and a holder that finds that out when it wakes up raises `IncompleteRunError`.
+    it. On an object store the lock is an object that is written only where there is none, and anew every `HEARTBEAT_S`. It
+    is taken over where its holder's process on this machine is gone, or where it says nothing for `SILENCE_S`; a holder
+    that finds that out when it wakes up raises `IncompleteRunError`.
 
     Raises
     ------
@@ -59,10 +63,19 @@ class Lock:
 def _holder() -> dict:
     return {
         "host": platform.node(),
+        "machine": _machine(),
         "pid": os.getpid(),
         "command": " ".join(sys.argv[:2])[:200],
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def _machine() -> str:
+    """What processes have in common that see each other's numbers: the system since it started, and the container."""
+    found = []
+    with contextlib.suppress(OSError):
+        found = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join([platform.node(), *found])
 
 
 def _refusal(out: str, holder: dict) -> UserError:
@@ -127,7 +140,7 @@ class _LocalLock:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = _parsed(os.read(self.file, 4096))
+                holder = self._holder()
                 os.close(self.file)
                 raise _refusal(self.out, holder) from None
             with contextlib.suppress(FileNotFoundError):
@@ -137,13 +150,20 @@ class _LocalLock:
         os.ftruncate(self.file, 0)
         os.write(self.file, json.dumps(_holder()).encode())
 
+    def _holder(self) -> dict:
+        """Who holds it; a holder that has it only just now is waited for."""
+        end = time.monotonic() + HOLDER_WAIT_S
+        while not (holder := _parsed(os.pread(self.file, 4096, 0))) and time.monotonic() < end:
+            time.sleep(0.02)
+        return holder
+
     def check(self) -> None:
         """The system keeps it as long as this process lives."""
 
     def release(self) -> None:
         if self.file < 0:
             return
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # what has turned read-only keeps the file, which locks nothing by itself
             os.unlink(self.path)
         os.close(self.file)
 
@@ -154,15 +174,17 @@ class _RemoteLock:
         self.folder = out.rpartition("/")[0]
         self.done = threading.Event()
         self.last = 0.0
+        self.lost = False
         self.thread: threading.Thread | None = None
 
     def acquire(self) -> None:
         while not files.create_bytes(self.folder, self.key, self._data()):
-            try:
-                holder = _parsed(files.read_bytes(self.folder, self.key))
-            except FileNotFoundError:
+            holder = self._holder()
+            if holder is None:
                 continue
-            if time.time() - holder.get("heartbeat", 0) < STALE_S:
+            if holder.get("id") == self.id:  # the store did as told, and its answer was lost on the way
+                break
+            if self._lives(holder):
                 raise _refusal(self.out, holder)
             files.remove(f"{self.folder}/{self.key}")
         self.last = time.monotonic()
@@ -172,21 +194,46 @@ class _RemoteLock:
     def _data(self) -> bytes:
         return json.dumps({**_holder(), "id": self.id, "heartbeat": time.time()}).encode()
 
+    def _holder(self) -> dict | None:
+        """Who holds it; None where nobody does."""
+        try:
+            return _parsed(files.read_bytes(self.folder, self.key))
+        except FileNotFoundError:
+            return None
+
+    def _lives(self, holder: dict) -> bool:
+        """Whether a holder still does, by its process where that is on this machine, else by its heartbeat."""
+        if holder.get("machine") == _machine() and not _process_lives(holder.get("pid")):
+            return False
+        if abs(time.time() - holder.get("heartbeat", 0)) < STALE_S:
+            return True
+        end = time.monotonic() + SILENCE_S
+        while time.monotonic() < end:
+            time.sleep(1)
+            if (now := self._holder()) != holder:
+                return now is not None
+        return False
+
     def _beat(self) -> None:
-        while not self.done.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError, IncompleteRunError):
-                self.check()
-                files.write_bytes(self.folder, self.key, self._data())
-                self.last = time.monotonic()
+        while not self.lost and not self.done.wait(HEARTBEAT_S):
+            with contextlib.suppress(OSError):
+                self._renew()
+
+    def _renew(self) -> None:
+        """It is written anew, unless another has it."""
+        holder = self._holder()
+        if holder is None:
+            self.lost = not files.create_bytes(self.folder, self.key, self._data())
+        elif holder.get("id") != self.id:
+            self.lost = True
+        else:
+            files.write_bytes(self.folder, self.key, self._data())
+        self.last = time.monotonic()
 
     def check(self) -> None:
-        if time.monotonic() - self.last < STALE_S / 2:
-            return
-        try:
-            holder = _parsed(files.read_bytes(self.folder, self.key))
-        except FileNotFoundError:
-            holder = {}
-        if holder.get("id") != self.id:
+        if not self.lost and time.monotonic() - self.last >= STALE_S / 2:
+            self.lost = (self._holder() or {}).get("id") != self.id
+        if self.lost:
             raise IncompleteRunError(
                 f"this command stood still for so long that another took over {self.out}; it goes on there"
             )
@@ -196,8 +243,14 @@ class _RemoteLock:
         if self.thread:
             self.thread.join()
         with contextlib.suppress(OSError):
-            if _parsed(files.read_bytes(self.folder, self.key)).get("id") == self.id:
+            if (self._holder() or {}).get("id") == self.id:
                 files.remove(f"{self.folder}/{self.key}")
+
+
+def _process_lives(pid: object) -> bool:
+    import psutil
+
+    return isinstance(pid, int) and psutil.pid_exists(pid)
 
 
 def _parsed(data: bytes) -> dict:

@@ -293,7 +293,7 @@ def clear_array_cache() -> None:
 
 def create_group(path: str) -> None:
     """There is a zarr v3 group at ``path``; one that exists keeps its attributes."""
-    with _pipeline(_PYTHON):
+    with files.answering(path), _pipeline(_PYTHON):
         zarr.open_group(_store(files.absolute(path)), mode="a", zarr_format=3)
 
 
@@ -314,7 +314,7 @@ def create_array(
     ``chunk`` is adapted to ``shard`` by :func:`fit_chunk`. zstd level 1 without shuffle, with checksums: on EPFL labels
     it takes half the bytes of blosc with bitshuffle and is as fast to write, and a flipped bit is found on reading.
     """
-    with _pipeline(_PYTHON):
+    with files.answering(files.join(path, name)), _pipeline(_PYTHON):
         try:
             zarr.create_array(
                 _store(files.absolute(path)),

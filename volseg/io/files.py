@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import errno
 import os
+import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,7 @@ def join_keys(*keys: str) -> str:
     return "/".join(part for key in keys if (part := key.strip("/")))
 
 
+_ZARR_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
 FETCH = "fetch the file (git annex get, git lfs pull), or copy it again"
 
 
@@ -107,21 +111,39 @@ def _remote(path: str) -> tuple[Any, str]:
     return fs, root
 
 
+@contextmanager
+def answering(path: str | Path) -> Iterator[None]:
+    """Inside, whatever the client of a store raises is an `OSError` that names ``path``, as local files have it."""
+    if not is_remote(path):
+        yield
+        return
+    try:
+        yield
+    except (UserError, FileNotFoundError, FileExistsError, PermissionError):
+        raise
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or reason(error), str(path)) from error
+    except Exception as error:  # of botocore, aiohttp and others, each with errors of its own
+        raise OSError(errno.EIO, reason(error), str(path)) from error
+
+
 def exists(path: str | Path) -> bool:
     """Whether a file, folder or remote prefix is there."""
     path = absolute(path)
     if not is_remote(path):
         return os.path.exists(path)
-    fs, root = _remote(path)
-    return fs.exists(root)
+    with answering(path):
+        fs, root = _remote(path)
+        return fs.exists(root)
 
 
 def stored_bytes(path: str | Path) -> int:
     """Bytes of all objects under ``path``; 0 where there is none."""
     path = absolute(path)
     if is_remote(path):
-        fs, root = _remote(path)
-        return sum(entry["size"] for entry in fs.find(root, detail=True).values())
+        with answering(path):
+            fs, root = _remote(path)
+            return sum(entry["size"] for entry in fs.find(root, detail=True).values())
     found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if not _temporary(name))
     return sum(os.path.getsize(file) for file in found if os.path.exists(file))
 
@@ -131,9 +153,10 @@ def remove(path: str | Path) -> None:
     path = absolute(path)
     generation.cache_clear()
     if is_remote(path):
-        fs, root = _remote(path)
-        if fs.exists(root):
-            fs.rm(root, recursive=True)
+        with answering(path):
+            fs, root = _remote(path)
+            if fs.exists(root):
+                fs.rm(root, recursive=True)
     elif os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
@@ -145,10 +168,11 @@ def move(source: str | Path, target: str | Path) -> None:
     source, target = absolute(source), absolute(target)
     generation.cache_clear()
     if is_remote(source):
-        (fs, root), (_, goal) = _remote(source), _remote(target)
-        for key in fs.find(root):
-            fs.cp_file(key, goal + key[len(root) :])
-        fs.rm(root, recursive=True)
+        with answering(source):
+            (fs, root), (_, goal) = _remote(source), _remote(target)
+            for key in fs.find(root):
+                fs.cp_file(key, goal + key[len(root) :])
+            fs.rm(root, recursive=True)
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.replace(source, target)
@@ -159,8 +183,9 @@ def read_bytes(path: str, key: str) -> bytes:
     where = join(path, key)
     if not is_remote(where):
         return Path(where).read_bytes()
-    fs, root = _remote(where)
-    return fs.cat_file(root)
+    with answering(where):
+        fs, root = _remote(where)
+        return fs.cat_file(root)
 
 
 def write_bytes(path: str, key: str, data: bytes | memoryview, *, durable: bool = False) -> None:
@@ -170,8 +195,9 @@ def write_bytes(path: str, key: str, data: bytes | memoryview, *, durable: bool 
     """
     where = join(path, key)
     if is_remote(where):
-        fs, root = _remote(where)
-        fs.pipe_file(root, bytes(data))
+        with answering(where):
+            fs, root = _remote(where)
+            fs.pipe_file(root, bytes(data))
         return
     os.makedirs(os.path.dirname(where), exist_ok=True)
     write_atomic(where, data, durable=durable)
@@ -203,8 +229,10 @@ def write_atomic(path: str | Path, data: bytes | memoryview, *, durable: bool = 
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            error.filename = str(path)
         raise
 
 
@@ -212,9 +240,10 @@ def list_keys(path: str, prefix: str = "") -> list[str]:
     """Keys under ``path`` of the objects in folder ``prefix`` (or of that one object), sorted; none is no error."""
     base, where = absolute(path), join(path, prefix)
     if is_remote(where):
-        fs, root = _remote(where)
-        start = len(_remote(base)[1].rstrip("/")) + 1
-        return sorted(key[start:] for key in fs.find(root))
+        with answering(where):
+            fs, root = _remote(where)
+            start = len(_remote(base)[1].rstrip("/")) + 1
+            return sorted(key[start:] for key in fs.find(root))
     if os.path.isfile(where):
         return [os.path.relpath(where, base).replace(os.sep, "/")]
     walked = ((folder, name) for folder, _, names in os.walk(where) for name in names if not _temporary(name))
@@ -225,12 +254,28 @@ def names(path: str) -> list[str]:
     """Names of what lies directly in the folder at ``path``; none is no error."""
     if not is_remote(path):
         return os.listdir(path) if os.path.isdir(path) else []
-    fs, root = _remote(path)
-    return [key.rstrip("/").rpartition("/")[2] for key in fs.ls(root, detail=False)] if fs.exists(root) else []
+    with answering(path):
+        fs, root = _remote(path)
+        return [key.rstrip("/").rpartition("/")[2] for key in fs.ls(root, detail=False)] if fs.exists(root) else []
+
+
+def holds_files(path: str) -> bool:
+    """Whether any file lies in the local folder at ``path`` or below, but temporary ones."""
+    return any(not _temporary(name) for _, _, names in os.walk(path) for name in names)
+
+
+def remove_temporary(path: str) -> None:
+    """What writers that were killed left in the local folder at ``path`` is gone; nobody writes there."""
+    if is_remote(path):
+        return
+    for folder, _, found in os.walk(path):
+        for name in filter(_temporary, found):
+            Path(folder, name).unlink(missing_ok=True)
 
 
 def _temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")
+    """Whether the name is that of a file which `write_atomic`, or zarr's local store, has not finished."""
+    return (name.startswith(".") and name.endswith(".tmp")) or _ZARR_TEMPORARY.search(name) is not None
 
 
 # ------------------------------------------------------------------------------------------------------- on the disk
@@ -243,8 +288,9 @@ def fingerprint(path: str, key: str) -> list:
     """
     where = join(path, key)
     if is_remote(where):
-        fs, root = _remote(where)
-        entry = fs.info(root)
+        with answering(where):
+            fs, root = _remote(where)
+            entry = fs.info(root)
         return [entry["size"], str(entry.get("ETag", entry.get("etag", ""))).strip('"')]
     checksum, size = google_crc32c.Checksum(), 0
     with Path(where).open("rb") as file:
@@ -284,9 +330,11 @@ def sync_files(path: str, keys: Iterable[str]) -> None:
 
 def create_bytes(path: str, key: str, data: bytes) -> bool:
     """The object ``key`` under the URL ``path`` is ``data`` if there was none; whether there was none."""
-    fs, root = _remote(join(path, key))
+    where = join(path, key)
     try:
-        fs.pipe_file(root, data, mode="create")
+        with answering(where):
+            fs, root = _remote(where)
+            fs.pipe_file(root, data, mode="create")
     except FileExistsError:
         return False
     except OSError as error:
