@@ -1,7 +1,11 @@
 """Memory of this machine and of this process."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +59,36 @@ def test_a_container_limits_what_is_free(tmp_path):
     assert system.limits(tmp_path / "none", tmp_path / "none") == []
     assert system.free_memory() > 0
     assert system.free_disk(str(tmp_path / "not/there/yet")) > 0
+
+
+def test_numba_keeps_its_cache_where_neither_package_nor_home_can_be_written(tmp_path):
+    """As in a container that runs as any user: a real process without rights, and a package that is read only."""
+    drop = [] if os.getuid() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    if drop and not shutil.which("setpriv"):
+        pytest.skip("needs setpriv to give up root's rights")
+    shutil.copytree(Path(system.__file__).parent, tmp_path / "volseg", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (*(place for place in tmp_path.rglob("*") if place.is_dir()), tmp_path):
+        folder.chmod(0o555)
+    (tmp_path.parent / "tmp").mkdir()
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(tmp_path),
+        "TMPDIR": f"{tmp_path.parent}/tmp",
+    }
+    code = "import os; from volseg.segmentation import edges; print(os.environ['NUMBA_CACHE_DIR'])"
+    words = [*drop, sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=tmp_path.parent, env=env, capture_output=True, text=True, check=False)
+    cache = Path(done.stdout.strip())
+    assert cache.parent == tmp_path.parent / "tmp", done.stderr
+    assert cache.stat().st_mode & 0o777 == 0o700
+    tmp_path.chmod(0o755)
+
+
+def test_a_temporary_folder_of_somebody_else_is_not_taken(tmp_path, monkeypatch):
+    """What numba keeps is run when it is read."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first = system.private_folder("numba")
+    assert system.private_folder("numba") == first
+    first.chmod(0o777)
+    assert system.private_folder("numba") != first

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,6 +83,37 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def keep_numba_cache() -> None:
+    """numba can store what it compiles: where neither the package nor the user's cache may be written, in a temporary folder.
+
+    numba, which gives up otherwise, looks at ``NUMBA_CACHE_DIR`` when it is imported.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if "NUMBA_CACHE_DIR" in os.environ or _writable(Path(__file__).parent / "__pycache__") or _writable(home):
+        return
+    os.environ["NUMBA_CACHE_DIR"] = str(private_folder("numba"))
+    if "numba" in sys.modules:
+        sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
+
+
+def private_folder(name: str) -> Path:
+    """A folder of that name among the temporary ones that is this user's alone: what lies there may be run."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir(), f"volseg-{name}-{user}")
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and (os.name == "nt" or (status.st_uid == user and not status.st_mode & 0o077)):
+            return folder
+    return Path(tempfile.mkdtemp(prefix=f"volseg-{name}-"))
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be written to ``folder``, which need not be there yet."""
+    there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def free_disk(path: str) -> int:

@@ -7,14 +7,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from volseg.io import files
+from volseg.system import private_folder
 
 MAX_FILES_PER_KIND = 32  # files of each kind
 
 
 def folder() -> Path:
-    """Where they lie: ``VOLSEG_CACHE``, else a folder in the user's cache."""
+    """Where they lie: ``VOLSEG_CACHE``, else a folder in the user's cache; of a user without a home, a temporary one."""
     told = os.environ.get("VOLSEG_CACHE")
-    return Path(told) if told else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volseg"
+    if told:
+        return Path(told)
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return private_folder("cache") if user.startswith("~") else Path(user) / "volseg"
 
 
 def store(path: Path, made: bytes) -> None:

@@ -24,7 +24,7 @@ from zarr.storage import FsspecStore, LocalStore, WrapperStore, ZipStore
 
 from volseg.box import Blocks, Box
 from volseg.errors import UserError
-from volseg.io import files, frames
+from volseg.io import files, frames, remote
 from volseg.io.header import decoding_room, reason, shape_text
 
 BOMB = "it decodes to far more bytes than a chunk of this array has"
@@ -109,10 +109,8 @@ class _CheckedZipStore(ZipStore):
 def _store(path: str) -> Store:
     if not files.is_remote(path):
         return LocalStore(path)
-    try:
-        return FsspecStore.from_url(path)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"cannot reach {path}: {reason(error)}; pip install 'volseg[s3]' for s3:// URLs") from None
+    remote.filesystem(path)  # says in a line what is wrong
+    return FsspecStore.from_url(path, storage_options=remote.options(path))
 
 
 @contextmanager
@@ -134,6 +132,8 @@ def node(path: str, name: str = "") -> zarr.Array | zarr.Group:
     except UserError:
         raise
     except Exception as error:  # damaged metadata, no permission, no network: whatever the store raises
+        if isinstance(error, PermissionError) and files.is_remote(path):
+            raise UserError(f"the store refuses {path} ({reason(error)}); {remote.advice(path)}") from None
         raise UserError(f"cannot open zarr {files.join(path, name)}: {reason(error)}") from error
 
 

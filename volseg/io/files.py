@@ -19,6 +19,7 @@ from typing import Any
 import google_crc32c
 
 from volseg.errors import UserError
+from volseg.io import remote
 from volseg.io.header import decoding, reason
 
 # ------------------------------------------------------------------------------------------------------------- paths
@@ -101,12 +102,7 @@ def generation() -> str:
 
 def _remote(path: str) -> tuple[Any, str]:
     """The filesystem of a URL, with nothing remembered about what others may have changed, and the path in it."""
-    from fsspec.core import url_to_fs
-
-    try:
-        fs, root = url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"cannot reach {path}: {reason(error)}; pip install 'volseg[s3]' for s3:// URLs") from None
+    fs, root = remote.filesystem(path)
     fs.invalidate_cache()
     return fs, root
 
@@ -132,9 +128,12 @@ def exists(path: str | Path) -> bool:
     path = absolute(path)
     if not is_remote(path):
         return os.path.exists(path)
-    with answering(path):
-        fs, root = _remote(path)
-        return fs.exists(root)
+    try:
+        with answering(path):
+            fs, root = _remote(path)
+            return fs.exists(root)
+    except PermissionError as error:
+        raise UserError(f"the store refuses {path} ({reason(error)}); {remote.advice(path)}") from None
 
 
 def stored_bytes(path: str | Path) -> int:

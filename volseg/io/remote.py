@@ -1,0 +1,95 @@
+"""Object stores by their URL: with the credentials that there are or none, and an answer within seconds or an error."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from volseg.errors import UserError
+
+CONNECT_S, ANSWER_S = 3, 5  # that a store may take to accept a connection, and to answer, when it is first used
+TRANSPORT = ("aiobotocore", "aiohttp", "botocore", "urllib3")  # packages whose errors say that a store cannot be used
+
+
+def options(path: str) -> dict[str, Any]:
+    """What fsspec is told of the store of a URL: to read without a signature where no credentials are to be found."""
+    return {"anon": True} if path.startswith("s3://") and _is_anonymous() else {}
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a URL and the path in it.
+
+    Raises
+    ------
+    UserError
+        A package for such URLs is missing, or the store does not answer.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, root = url_to_fs(path, **options(path))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"cannot reach {path}: {_reason(error)}; pip install 'volseg[s3]' for s3:// URLs") from None
+    if path.startswith("s3://"):
+        _check_answers(path[: path.find("/", len("s3://"))] if "/" in path[len("s3://") :] else path)
+    return fs, root
+
+
+def _is_transport(error: BaseException) -> bool:
+    """Whether an error is that of a package which talks to stores."""
+    return type(error).__module__.partition(".")[0] in TRANSPORT
+
+
+def advice(path: str) -> str:
+    """What may be wrong where a store refuses ``path``."""
+    if not path.startswith("s3://"):
+        return "check the address"
+    if _is_anonymous():
+        return (
+            "no credentials were found, so it was tried without: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, unless the bucket is public"
+        )
+    return "these credentials may not do that: see AWS_PROFILE, AWS_ACCESS_KEY_ID"
+
+
+@lru_cache(maxsize=1)
+def _is_anonymous() -> bool:
+    """Whether neither the environment, nor a file, nor the machine gives credentials for S3."""
+    import fsspec.config
+
+    told = fsspec.config.conf.get("s3", {})
+    if set(told) & {"anon", "key", "profile", "token", "session"}:
+        return False
+    try:
+        from botocore.session import Session
+    except ImportError:  # the filesystem says what to install
+        return False
+    try:
+        return Session().get_credentials() is None
+    except Exception as error:  # a damaged file, an unknown profile
+        if not _is_transport(error):
+            raise
+        raise UserError(f"cannot take the credentials for S3: {_reason(error)}; see AWS_PROFILE and ~/.aws") from None
+
+
+@lru_cache(maxsize=64)
+def _check_answers(bucket: str) -> None:
+    """Raises `UserError` where nothing answers at the store of a bucket: a run's own requests would wait much longer."""
+    from fsspec.core import url_to_fs
+
+    limits = {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S, "retries": {"total_max_attempts": 2}}
+    fs, root = url_to_fs(bucket, **options(bucket), config_kwargs=limits)
+    fs.retries = 1
+    try:
+        fs.ls(root, detail=False)
+    except Exception as error:
+        if _is_transport(error) or isinstance(error, TimeoutError):
+            raise UserError(
+                f"nothing answers at {bucket}: {_reason(error)}; check the network and AWS_ENDPOINT_URL"
+            ) from None
+        if not isinstance(error, OSError):  # no such bucket, or no right to list it, is an answer
+            raise
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
