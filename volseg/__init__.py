@@ -17,10 +17,11 @@ keep_numba_cache()  # before anything imports numba, which looks for a place whe
 
 _MODULES = {
     "calibrate": "evaluation.calibrate",
+    "convert": "api_volumes",
     "evaluate": "evaluation.evaluate",
     "infer": "api",
     "open": "api",
-    "open_volume": "api",
+    "open_volume": "api_volumes",
     "plan": "api",
     "repair": "api",
     "review": "evaluation.review",
@@ -40,21 +41,21 @@ _MODULES = {
 }
 __all__ = [
     "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
-    "calibrate", "evaluate", "infer", "open", "open_volume", "plan", "repair", "review", "segment", "train", "tune", "verify",
-    "watershed",
+    "calibrate", "convert", "evaluate", "infer", "open", "open_volume", "plan", "repair", "review", "segment", "train", "tune",
+    "verify", "watershed",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from volseg.api import (
         infer,
         open,
-        open_volume,
         plan,
         repair,
         segment,
         train,
         tune,
     )
+    from volseg.api_volumes import convert, open_volume
     from volseg.box import Box
     from volseg.config import Config
     from volseg.engine.finished import FinishedRun

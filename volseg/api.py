@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from volseg import system
+from volseg.api_volumes import VolumeLike, displayed, output_path, worker_readable
 from volseg.config import Config
 from volseg.engine import cluster, finish, folder
 from volseg.engine.blocks import choose_blocks
@@ -25,103 +26,16 @@ from volseg.engine.run import Run
 from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.inference import hardware
-from volseg.inference.settings import Settings, default_out, settings_of
+from volseg.inference.settings import Settings, settings_of
 from volseg.io import files, probabilities, volume
 from volseg.planning import measure, prepare
 from volseg.planning import plan as planning
-from volseg.progress import Progress, default_progress
+from volseg.progress import Progress
 
 if TYPE_CHECKING:
     from volseg.planning.plan import Plan
 
 LIGHT_VOXELS = 1 << 29  # up to which `segment` needs no worker processes
-
-VolumeLike = Any  # a path, or an array with shape, dtype and slices: NumPy, zarr, dask
-
-
-@contextmanager
-def _shown(progress: Progress | None) -> Iterator[Progress]:
-    """Progress as asked for, else as suits where this runs; ended afterwards."""
-    progress = progress or default_progress()
-    try:
-        yield progress
-    finally:
-        progress.stop()
-
-
-# ---------------------------------------------------------------- volumes
-
-
-def open_volume(
-    source: VolumeLike,
-    *,
-    dataset: str = "",
-    voxel_size_nm: tuple[float, float, float] | None = None,
-    axes: str = "",
-    channel: int | None = None,
-    time: int | None = None,
-    invert: bool = False,
-) -> volume.Volume | volume.ArrayVolume:
-    """A volume to read from, whatever its format; only headers are read.
-
-    Parameters
-    ----------
-    source : path or array
-        zarr array, OME-Zarr group, multi-page TIFF, or folder of TIFF or PNG slices; or an array of NumPy, zarr or dask.
-    dataset : str
-        The array inside a zarr group; by default the full-resolution level.
-    voxel_size_nm : tuple of float, optional
-        Size of a voxel along z, y, x in nm; overrides what the file says.
-    axes : str
-        Names of an array's axes, such as ``"czyx"``.
-    channel : int, optional
-        Which channel to take where there are several.
-    time : int, optional
-        Which time to take where there are several.
-    invert : bool
-        Whether to turn gray values around.
-
-    Returns
-    -------
-    Volume or ArrayVolume
-        With ``shape`` (z, y, x), ``dtype``, ``voxel_size_nm`` and ``read(box)``.
-
-    Raises
-    ------
-    UserError
-        Where there is no such volume, or nothing can read it.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> open_volume(np.zeros((8, 64, 64), np.uint8), voxel_size_nm=(50, 5, 5)).shape
-    (8, 64, 64)
-    """
-    return volume.open_volume(
-        source, dataset=dataset, voxel_size_nm=voxel_size_nm, axes=axes, channel=channel, time=time, invert=invert
-    )
-
-
-@contextmanager
-def _readable(source: VolumeLike, config: Config, out: str) -> Iterator[volume.Volume]:
-    """The volume as workers can read it: an array in memory is copied beside the output, and the copy removed at the end.
-
-    It stays where a run does not end, which goes on from it.
-    """
-    opened = volume.open_input(source, config.input)
-    if isinstance(opened, volume.Volume):
-        yield opened
-        return
-    copy = f"{out}.input.zarr"
-    yield volume.materialize(opened, copy)
-    files.remove(copy)
-
-
-def _output(path: VolumeLike, out: str | os.PathLike | None) -> str:
-    """The absolute path of an output."""
-    if out is None and not isinstance(path, (str, os.PathLike)):
-        raise UserError('an array has no name to call its run by: give out="em.volseg.zarr"')
-    return folder.absolute(str(out or default_out(path)).rstrip("/"))
 
 
 # ---------------------------------------------------------------- inference
@@ -180,11 +94,11 @@ def infer(
     >>> run.labels.shape  # doctest: +SKIP
     """
     start, chosen = time.perf_counter(), settings_of(config, settings, model_path=model)
-    out = _output(path, out)
-    with _shown(progress) as shown:
+    out = output_path(path, out)
+    with displayed(progress) as shown:
         if isinstance(path, (str, os.PathLike)):
             folder.refuse_run(str(path))
-        with _readable(path, chosen, out) as source:
+        with worker_readable(path, chosen, out) as source:
             folder.check_output([source], out, overwrite)
             run = prepare.from_image(source, chosen, folder.partial_path(out))
             shown.message(prepare.headline(run))
@@ -254,7 +168,7 @@ def segment(
 
 @contextmanager
 def _readable_channels(source: VolumeLike, config: Config, out: str) -> Iterator[VolumeLike]:
-    """Probabilities as `probabilities.named_channels` takes them: those of an array in memory are copied as in `_readable`."""
+    """Probabilities as `probabilities.named_channels` takes them: an array in memory is copied, see `worker_readable`."""
     if isinstance(source, (str, os.PathLike)):
         yield os.fspath(source)
         return
@@ -267,8 +181,8 @@ def _segment_probabilities(
     path: VolumeLike, out: str | os.PathLike | None, config: Config, overwrite: bool, retry_failed: bool,
     progress: Progress | None,
 ) -> FinishedRun:  # fmt: skip
-    start, out = time.perf_counter(), _output(path, out)
-    with _shown(progress) as shown, _readable_channels(path, config, out) as readable:
+    start, out = time.perf_counter(), output_path(path, out)
+    with displayed(progress) as shown, _readable_channels(path, config, out) as readable:
         channels = probabilities.named_channels(readable, config.probabilities, config.input)
         sources = [channel.source for channel in channels if channel.source]
         folder.check_output(sources, out, overwrite)
@@ -285,7 +199,7 @@ def _decide_anew(
     path: str, config: Any, settings: Settings, recompute: bool, retry_failed: bool, progress: Progress | None
 ) -> FinishedRun:
     start, out = time.perf_counter(), folder.absolute(path.rstrip("/"))
-    with _shown(progress) as shown, Lock(out) as lock:  # from here on no other command changes what is read
+    with displayed(progress) as shown, Lock(out) as lock:  # from here on no other command changes what is read
         old = folder.load_run(out, recompute=recompute)
         run = _with_settings(old, out, config, settings)
 
@@ -350,8 +264,8 @@ def plan(
     chosen = settings_of(config, settings, model_path=model)
     if isinstance(path, (str, os.PathLike)):
         folder.refuse_run(str(path))
-    out = _output(path, out)
-    with _readable(path, chosen, out) as source:
+    out = output_path(path, out)
+    with worker_readable(path, chosen, out) as source:
         run = prepare.from_image(source, chosen, folder.partial_path(out))
         return _plan(run)
 
@@ -388,7 +302,7 @@ def repair(
     out = folder.absolute((path.path if isinstance(path, FinishedRun) else os.fspath(path)).rstrip("/"))
     if not folder.is_run(out):
         folder.load_run(out)  # which says what is wrong
-    with _shown(progress) as shown, Lock(out) as lock:
+    with displayed(progress) as shown, Lock(out) as lock:
         layout = Layout(out)
         if layout.finished and not layout.peek_description() and layout.begun:
             folder.describe(replace(Run.from_json(layout.load_summary()), out=out))

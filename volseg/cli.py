@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import volseg
-from volseg import __version__
+from volseg import __version__, cli_volumes
+from volseg.cli_volumes import EXIT_INTERRUPTED
 from volseg.config import layers, load, page
 from volseg.engine import forkserver
 from volseg.errors import IncompleteRunError, UserError
 from volseg.progress import Progress, terminal_progress
 
 if TYPE_CHECKING:
-    from volseg.box import Triple
     from volseg.engine.finished import FinishedRun
 
 app = typer.Typer(
@@ -58,7 +58,6 @@ RetryFailed = Annotated[
     bool,
     typer.Option("--retry-failed/--skip-failed", help="Blocks that failed before: try them again, or do the rest."),
 ]
-EXIT_INTERRUPTED = 130  # after Ctrl-C
 
 
 def main() -> None:
@@ -442,34 +441,8 @@ def evaluate(
         typer.echo(f"volseg: {pred} did only {roi}, all else counts as missed; --box {roi} scores that part", err=True)
 
 
-@app.command()
-def synth(
-    out: Annotated[str, typer.Argument(help="Zarr group to make: the image, and labels/truth beside it.")],
-    shape: Annotated[str, typer.Option("--shape", metavar="Z,Y,X", help="Voxels along each axis.")] = "64,512,512",
-    seed: Annotated[int, typer.Option("--seed", help="Another seed, another volume.")] = 0,
-    block: Annotated[str, typer.Option("--block", metavar="Z,Y,X", help="Voxels made at once.")] = "64,256,256",
-    overwrite: Overwrite = False,
-) -> None:
-    """Make a synthetic EM volume with exact instance labels."""
-    from volseg.evaluation.synthetic_volume import write_synthetic
-
-    sizes = _triple(shape, "--shape"), _triple(block, "--block")
-    progress = terminal_progress()
-    try:
-        write_synthetic(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, progress=progress)
-    finally:
-        progress.stop()
-    typer.echo(f"image    {out}\ntruth    {out.rstrip('/')}/labels/truth")
-
-
-def _triple(text: str, option: str) -> Triple:
-    try:
-        z, y, x = (int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} {text!r} is not three whole numbers such as 64,512,512") from None
-    if min(z, y, x) < 1:
-        raise UserError(f"{option} {text!r} has an axis shorter than 1 voxel")
-    return z, y, x
+app.command()(cli_volumes.synth)
+app.command()(cli_volumes.convert)
 
 
 @app.command()

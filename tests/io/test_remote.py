@@ -5,6 +5,7 @@ import pytest
 import zarr
 
 from tests.io.helpers import ENCODINGS, WHOLE, assert_reads, check_objects, make_run, refused, voxels, zarr2_blosc
+from volseg.box import Box
 from volseg.io import arrays, files, volume
 
 
@@ -46,6 +47,13 @@ def test_a_chunk_cut_short_on_s3_is_refused(bucket, encoding, share):
     files.write_bytes(url, key, whole[: int(len(whole) * share)])
     with refused(url, f"box {WHOLE}", f"{key}:"):
         opened.read(WHOLE)
+
+
+def test_a_shard_of_many_chunks_that_compress_well_is_read_whole_from_s3(bucket):
+    data = np.tile(np.arange(64, dtype="uint8"), (32, 64, 1)) // 2
+    zarr.create_array(f"{bucket}/many.zarr", data=data, chunks=(4, 16, 16), shards=(32, 64, 64))
+    opened = volume.open(f"{bucket}/many.zarr")
+    np.testing.assert_array_equal(opened.read(Box.from_shape(data.shape)), data)
 
 
 def test_a_blosc_chunk_of_zarr_2_cut_short_on_s3_is_refused(bucket):

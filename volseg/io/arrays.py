@@ -39,13 +39,14 @@ class _CheckedStore(WrapperStore):
     """A store that refuses chunks cut short, which zarr's own codecs read as fill value or as garbage, and those that would
     decode to far more than a chunk."""
 
-    def __init__(self, store: Store, blosc: bool, compression: frames.Compression | None) -> None:
+    def __init__(self, store: Store, array: zarr.Array) -> None:
         super().__init__(store)
-        self.blosc = blosc  # whether each whole object is one blosc frame, which states its own length
-        self.compression = compression
+        self.array = array  # opened without these checks
+        self.blosc = _blosc(array)  # whether each whole object is one blosc frame, which states its own length
+        self.compression = frames.compression(array)
 
     def _with_store(self, store: Store) -> _CheckedStore:
-        return _CheckedStore(store, self.blosc, self.compression)
+        return _CheckedStore(store, self.array)
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
         value = await self._store.get(key, prototype, byte_range)
@@ -61,9 +62,19 @@ class _CheckedStore(WrapperStore):
             if len(value) == 0 or stated != len(value):
                 raise OSError(f"{key} is cut short: it holds {len(value)} bytes")
         is_index = isinstance(byte_range, SuffixByteRequest) or getattr(byte_range, "start", None) == 0
-        if self.compression and not is_index and self.compression.too_large(data):
+        if self.compression and not is_index and any(map(self.compression.too_large, self._chunks(data, byte_range))):
             raise OSError(BOMB)
         return value
+
+    def _chunks(self, data: bytes, byte_range: Any) -> Iterator[bytes]:
+        """The compressed chunks in an object, or in the part of it that was read: of a whole shard, each by itself."""
+        shards = frames.sharding(self.array.metadata)
+        if shards is None or byte_range is not None:
+            yield data
+            return
+        spans = frames.shard_ranges(shards, self.array.shards, len(data), lambda at, length: data[at : at + length])
+        for offset, length in spans.values():
+            yield data[offset : offset + length]
 
 
 def refuse_dangling(file: Path, key: str) -> None:
@@ -183,7 +194,7 @@ def _cached_array(path: str, name: str, mode: str, stamp: Any) -> zarr.Array:
             return _with_keys_found(zarr.open_array(_store(path), path=name, mode=mode), path, name)
     with _pipeline(_PYTHON):
         place, inside = _place(path, name)
-        store = _CheckedStore(place, _blosc(array), frames.compression(array))
+        store = _CheckedStore(place, array)
         opened = zarr.open_array(store, path=inside, mode=mode)
         return opened if archive else _with_keys_found(opened, path, name)
 

@@ -1,4 +1,4 @@
-"""Coarser levels of a label volume, as a pure function of the level above: no blocking changes a voxel."""
+"""Coarser levels of labels and images, as a pure function of the level above: no blocking changes a voxel."""
 
 from __future__ import annotations
 
@@ -100,3 +100,56 @@ def _mode(cell: np.ndarray, n: int) -> int:
         if count > most or (count == most and value != 0 and (best == 0 or value < best)):
             best, most = value, count
     return best
+
+
+def downsample_mean(image: np.ndarray, factor: Triple) -> np.ndarray:
+    """Each cell of ``factor`` voxels (1 or 2 along z y x) as its mean; type kept, halves rounded up, shape rounded up.
+
+    Cells cut short by the far end count the voxels they have, as in :func:`downsample`.
+
+    >>> downsample_mean(np.array([[[0, 7, 3, 4], [0, 5, 3, 4]]], np.uint8), (1, 2, 2))
+    array([[[3, 4]]], dtype=uint8)
+    """
+    if not set(factor) <= {1, 2}:
+        raise ValueError(f"factor {factor} must be 1 or 2 along each axis; make more levels instead")
+    if image.dtype.kind in "iu" and image.dtype.itemsize == 8:
+        raise ValueError(f"{image.dtype} voxels are labels, whose mean says nothing; use downsample")
+    if image.dtype == np.float16:  # which numba does not know
+        return downsample_mean(image.astype(np.float32), factor).astype(np.float16)
+    out = np.empty(tuple(-(-n // f) for n, f in zip(image.shape, factor, strict=True)), image.dtype)
+    kernel = _means if image.dtype.kind in "iu" else _float_means
+    kernel(np.ascontiguousarray(image), np.array(factor, np.int64), out)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _means(image: np.ndarray, factor: np.ndarray, out: np.ndarray) -> None:
+    fz, fy, fx = factor
+    nz, ny, nx = image.shape
+    for z in range(out.shape[0]):
+        for y in range(out.shape[1]):
+            for x in range(out.shape[2]):
+                total = np.int64(0)
+                n = 0
+                for k in range(z * fz, min(nz, z * fz + fz)):
+                    for j in range(y * fy, min(ny, y * fy + fy)):
+                        for i in range(x * fx, min(nx, x * fx + fx)):
+                            total += np.int64(image[k, j, i])
+                            n += 1
+                out[z, y, x] = (2 * total + n) // (2 * n)
+
+
+@numba.njit(cache=True, nogil=True)
+def _float_means(image: np.ndarray, factor: np.ndarray, out: np.ndarray) -> None:
+    fz, fy, fx = factor
+    nz, ny, nx = image.shape
+    for z in range(out.shape[0]):
+        for y in range(out.shape[1]):
+            for x in range(out.shape[2]):
+                total, n = 0.0, 0
+                for k in range(z * fz, min(nz, z * fz + fz)):
+                    for j in range(y * fy, min(ny, y * fy + fy)):
+                        for i in range(x * fx, min(nx, x * fx + fx)):
+                            total += np.float64(image[k, j, i])
+                            n += 1
+                out[z, y, x] = total / n

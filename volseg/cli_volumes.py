@@ -1,0 +1,91 @@
+"""Commands that take a volume and give a volume; `volseg.cli` lists them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from volseg.errors import UserError
+from volseg.progress import terminal_progress
+
+if TYPE_CHECKING:
+    from volseg.box import Triple
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+EXIT_INTERRUPTED = 130  # after Ctrl-C
+
+
+def convert(
+    volume: Annotated[str, typer.Argument(help="Any volume that volseg reads; em.h5::/path for one in a file.")],
+    out: Annotated[str, typer.Argument(metavar="OUT.zarr", help="The OME-Zarr group to make.")],
+    labels: Annotated[bool, typer.Option("--labels", help="Coarser levels take the most frequent label.")] = False,
+    voxel_nm: Annotated[str, typer.Option("--voxel-nm", metavar="Z,Y,X", help="Voxel size; else the file's.")] = "",
+    chunk: Annotated[str, typer.Option("--chunk", metavar="Z,Y,X", help="Voxels compressed together.")] = "64,128,128",
+    shard: Annotated[str, typer.Option("--shard", metavar="Z,Y,X", help="Voxels of one object.")] = "256,512,512",
+    dataset: Annotated[str, typer.Option("--dataset", help="The array inside a group, container or file.")] = "",
+    channel: Annotated[int | None, typer.Option("--channel", min=0, help="Which of several channels, from 0.")] = None,
+    time: Annotated[int | None, typer.Option("--time", min=0, help="Which of several times, from 0.")] = None,
+    invert: Annotated[bool, typer.Option("--invert", help="Turn gray values around.")] = False,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
+    scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Copy any volume to a sharded OME-Zarr 0.5 pyramid, block by block; a stopped one goes on when given again."""
+    size = list(_numbers(voxel_nm, "--voxel-nm", float)) if voxel_nm else None
+    given: list[tuple[str, str, Any]] = [
+        ("--voxel-nm", "input.voxel_size_nm", size), ("--dataset", "input.dataset", dataset),
+        ("--channel", "input.channel", channel), ("--time", "input.time", time), ("--invert", "input.invert", invert or None),
+        ("--workers", "cluster.workers", workers), ("--scheduler", "cluster.scheduler", scheduler),
+    ]  # fmt: skip
+    chosen = [(option, f"{key}={json.dumps(value)}") for option, key, value in given if value not in (None, "")]
+    from volseg.api_volumes import convert as run
+
+    progress = terminal_progress()
+    try:
+        made = run(
+            volume, out, labels=labels, chunk=_numbers(chunk, "--chunk"), shard=_numbers(shard, "--shard"),
+            settings=[*(sets or ()), *chosen], overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo("volseg: stopped; what is done is kept, the same command goes on from there", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    finally:
+        progress.stop()
+    size_text = " x ".join(f"{n:g}" for n in made.voxel_size_nm) + " nm" if made.voxel_size_nm else "unknown voxel size"
+    typer.echo(f"volume   {out}\nshape    {' x '.join(map(str, made.shape))} {made.dtype}, {size_text}")
+
+
+def synth(
+    out: Annotated[str, typer.Argument(help="Zarr group to make: the image, and labels/truth beside it.")],
+    shape: Annotated[str, typer.Option("--shape", metavar="Z,Y,X", help="Voxels along each axis.")] = "64,512,512",
+    seed: Annotated[int, typer.Option("--seed", help="Another seed, another volume.")] = 0,
+    block: Annotated[str, typer.Option("--block", metavar="Z,Y,X", help="Voxels made at once.")] = "64,256,256",
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a synthetic EM volume with exact instance labels."""
+    from volseg.evaluation.synthetic_volume import write_synthetic
+
+    sizes = _numbers(shape, "--shape"), _numbers(block, "--block")
+    progress = terminal_progress()
+    try:
+        write_synthetic(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, progress=progress)
+    finally:
+        progress.stop()
+    typer.echo(f"image    {out}\ntruth    {out.rstrip('/')}/labels/truth")
+
+
+def _numbers(text: str, option: str, kind: type = int) -> Triple:
+    """Three numbers above 0 that an option gives."""
+    try:
+        z, y, x = (kind(part) for part in text.split(","))
+    except ValueError:
+        whole = "whole " if kind is int else ""
+        raise UserError(f"{option} {text!r} is not three {whole}numbers such as 64,512,512") from None
+    if not min(z, y, x) > 0:
+        raise UserError(f"{option} {text!r} has an axis shorter than 1 voxel, or no length")
+    return z, y, x
