@@ -326,5 +326,17 @@ def chaos(
     bench.measure(kinds, seed, minutes, count, out, place)
 
 
+@app.command()
+def soak(
+    blocks: Annotated[int, typer.Option(min=1, help="How many small blocks.")] = 20_000,
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    place: Annotated[str, typer.Option(help="Folder of the run; a temporary one.")] = "",
+) -> None:
+    """Memory and open files of client, scheduler and workers along a run of very many blocks."""
+    from benchmarks import soak as bench
+
+    bench.measure(blocks, workers, place)
+
+
 if __name__ == "__main__":
     app()

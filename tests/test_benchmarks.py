@@ -28,6 +28,7 @@ from benchmarks import (
     repeat,
     report,
     scaling,
+    soak,
     stitch,
     throughput,
     touching,
@@ -314,6 +315,16 @@ def test_a_killed_command_goes_on_to_the_same_bytes(stand):
 def test_what_verify_finds_in_a_damaged_run_is_repaired(stand):
     episode = bench.play(stand, "verify-pyramid", 0, 0)
     assert (episode.outcome, episode.faults, episode.tracebacks) == (SAME, 1, 0)
+
+
+def test_what_a_run_of_many_blocks_holds_is_told_along_the_way(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(soak, "GRID_PLANE", (2, 3))
+    monkeypatch.setattr(soak, "SAMPLE_S", 0.2)
+    soak.measure(12, 1, str(tmp_path / "runs"))
+    rows = json.loads((tmp_path / "soak.json").read_text())["rows"]
+    assert rows[-1]["client + scheduler MB"] > 50
+    assert rows[-1]["log lines"] > 5
 
 
 def test_episodes_are_counted_by_kind():

@@ -14,6 +14,7 @@ import volseg
 from tests.helpers import SHAPE, Quiet, digest, mark, markers_of, settings
 from volseg import api
 from volseg.engine import folder, lock
+from volseg.engine.integrity import damaged_files
 from volseg.engine.layout import Layout
 from volseg.engine.receipts import Markers, Receipt
 from volseg.engine.run import Run
@@ -201,6 +202,18 @@ def test_a_second_command_is_told_who_writes(image, tmp_path):
     assert not Path(f"{out}.partial").exists()
 
 
+def test_who_wants_to_read_a_run_is_told_who_writes_it(reference, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(reference, f"{out}.partial")
+    with (
+        lock.Lock(str(out)),
+        pytest.raises(UserError, match=f"is being written by another volseg .process {os.getpid()}"),
+    ):
+        api.clean(str(out))
+    with pytest.raises(UserError, match="is not finished: give the command that began it again"):
+        api.clean(str(out))
+
+
 def test_a_lock_ends_with_its_holder(tmp_path):
     out = tmp_path / "run.volseg.zarr"
     code = f"import os; from volseg.engine.lock import Lock; Lock({str(out)!r}).__enter__(); os.kill(os.getpid(), 9)"
@@ -277,6 +290,24 @@ def test_a_result_that_is_no_run_is_not_replaced(image, unfinished):
     with pytest.raises(UserError, match="is not a volseg run, so it is left alone"):
         again(image, unfinished)
     assert (unfinished / "precious").exists()
+
+
+def test_a_marker_that_is_not_as_written_counts_for_nothing_and_verify_finds_it(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    description = Layout(reference).load_description()
+    (marker,) = (tmp_path / "run/work/markers/stitch").iterdir()
+    text = marker.read_text()
+    for damaged in (
+        text.replace('"objects": ', '"objects": 1'),
+        text[:-9],
+        "",
+        (tmp_path / "run/run.json").read_text(),
+    ):
+        marker.write_text(damaged)
+        assert not Markers(str(tmp_path / "run"), description["keys"]).done("stitch")
+        assert damaged_files(str(tmp_path / "run")) == [f"work/markers/stitch/{marker.name}"]
+    shutil.rmtree(marker.parents[1] / "link")
+    assert f"work/markers/link/0-{description['keys']['link']}.json" in damaged_files(str(tmp_path / "run"))
 
 
 def test_markers_of_other_blocks_stay(reference, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg.box import Box, Triple
 from volseg.config import Config
-from volseg.engine import folder
+from volseg.engine import folder, lock
 from volseg.engine.layout import Layout
 from volseg.engine.run import Run
 from volseg.errors import UserError, printable
@@ -187,7 +187,8 @@ def open_run(path: str) -> FinishedRun:
     where = folder.absolute(str(path).rstrip("/"))
     if not Layout(where).finished:
         if Layout(folder.partial_path(where)).described:
-            raise UserError(f"the run at {where} is not finished: give the command that began it again")
+            what = lock.writer(where) or "is not finished: give the command that began it again"
+            raise UserError(f"the run at {where} {what}")
         raise UserError(
             f"{where} is not a finished volseg run (no run.json in it); give a folder that volseg infer made"
         )

@@ -255,7 +255,9 @@ def load_run(out: str, *, recompute: bool = False) -> Run:
         if not Layout(out).finished:
             raise UserError(f"{out} is not a volseg run (no run.json in it); give a folder that volseg made")
         if not recompute:
-            raise UserError(f"the work folder of {out} was cleaned: its basins must be made anew; add --recompute")
+            raise UserError(
+                f"the work folder of {out} was cleaned: its basins must be made anew: volseg segment {out} --recompute"
+            )
         _rebuild_work(out)
     plain = Layout(path).load_description()
     run = Run.from_json(plain)

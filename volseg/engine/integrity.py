@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from volseg.engine.layout import Layout
+from volseg.engine.receipts import Markers
+from volseg.engine.run import Run
+from volseg.engine.stages import stages_of
 from volseg.errors import DamagedFileError
 from volseg.io import files, tables
 
@@ -42,4 +46,19 @@ def damaged_files(path: str) -> list[str]:
         marks = {key: mark for key, mark in marks.items() if not layout.in_work(key)}
     with ThreadPoolExecutor(tables.IO_THREADS) as pool:
         fits = pool.map(lambda item: layout.fits(*item), marks.items())
-        return [key for key, fit in zip(marks, fits, strict=True) if not fit]
+        damaged = [key for key, fit in zip(marks, fits, strict=True) if not fit]
+    return damaged + (_damaged_markers(layout, summary) if layout.begun else [])
+
+
+def _damaged_markers(layout: Layout, summary: dict) -> list[str]:
+    """Keys of the markers that nobody can read, or that are missing of blocks that are done."""
+    run = replace(Run.from_json(summary), out=layout.path)
+    stored, found = Markers(layout.path, summary["keys"]), []
+    for stage in stages_of(run).values():
+        ending = f"-{summary['keys'][stage.name]}"
+        names = [name for name in layout.markers(stage.name) if name.endswith(ending)]
+        if stage.group in ("basins", "labels") and stage.name not in run.passes:
+            names = [f"{i}{ending}" for i in range(len(stage.grid))]
+        done = {f"{i}{ending}" for i in stored.receipts(stage.name)}
+        found += [layout.marker_key(stage.name, name) for name in names if name not in done]
+    return found

@@ -244,10 +244,16 @@ class Layout:
         return [key.rpartition("/")[2].removesuffix(".json") for key in keys if key.endswith(".json")]
 
     def read_marker(self, stage: str, name: str) -> dict:
-        return json.loads(files.read_bytes(self.path, self.marker_key(stage, name)))
+        """Raises `ValueError` where it is not as it was written, or is another block's."""
+        text, _, stored = files.read_bytes(self.path, self.marker_key(stage, name)).partition(b"\n")
+        if stored.decode() != _marker_checksum(stage, name, text):
+            raise ValueError("damaged marker")
+        return json.loads(text)
 
     def write_marker(self, stage: str, name: str, receipt: dict) -> None:
-        files.write_bytes(self.path, self.marker_key(stage, name), json.dumps(receipt).encode())
+        text = json.dumps(receipt).encode()
+        data = text + b"\n" + _marker_checksum(stage, name, text).encode()
+        files.write_bytes(self.path, self.marker_key(stage, name), data)
 
     def remove_marker(self, stage: str, name: str) -> None:
         files.remove(f"{self.path}/{self.marker_key(stage, name)}")
@@ -457,6 +463,10 @@ class Layout:
         freed = files.stored_bytes(f"{self.path}/work")
         files.remove(f"{self.path}/work")
         return freed
+
+
+def _marker_checksum(stage: str, name: str, text: bytes) -> str:
+    return files.checksum(f"{stage}/{name} ".encode() + text)
 
 
 def _json(plain: dict) -> bytes:

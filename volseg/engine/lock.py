@@ -79,10 +79,19 @@ def _machine() -> str:
 
 
 def _refusal(out: str, holder: dict) -> UserError:
+    return UserError(f"output {out} {_written_by(holder)}; wait for it, end it, or give another --out")
+
+
+def _written_by(holder: dict) -> str:
     who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
-    return UserError(
-        f"output {out} is being written by another volseg ({who}); wait for it, end it, or give another --out"
-    )
+    return f"is being written by another volseg ({who})"
+
+
+def writer(out: str) -> str:
+    """``is being written by ...`` where a command holds the lock of ``out``, else ``""``."""
+    lock = _RemoteLock(out) if files.is_remote(out) else _LocalLock(out)
+    holder = lock.seen()
+    return "" if holder is None else _written_by(holder)
 
 
 @contextlib.contextmanager
@@ -150,6 +159,15 @@ class _LocalLock:
         os.ftruncate(self.file, 0)
         os.write(self.file, json.dumps(_holder()).encode())
 
+    def seen(self) -> dict | None:
+        """Who holds it; None where nobody does."""
+        try:
+            holder = _parsed(Path(self.path).read_bytes())
+        except OSError:
+            return None
+        lives = holder.get("machine") != _machine() or _process_lives(holder.get("pid"))
+        return holder if holder and lives else None
+
     def _holder(self) -> dict:
         """Who holds it; a holder that has it only just now is waited for."""
         end = time.monotonic() + HOLDER_WAIT_S
@@ -194,8 +212,11 @@ class _RemoteLock:
     def _data(self) -> bytes:
         return json.dumps({**_holder(), "id": self.id, "heartbeat": time.time()}).encode()
 
-    def _holder(self) -> dict | None:
+    def seen(self) -> dict | None:
         """Who holds it; None where nobody does."""
+        return self._holder()
+
+    def _holder(self) -> dict | None:
         try:
             return _parsed(files.read_bytes(self.folder, self.key))
         except FileNotFoundError:

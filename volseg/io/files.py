@@ -299,6 +299,15 @@ def fingerprint(path: str, key: str) -> list:
     return [size, checksum.hexdigest().decode()]
 
 
+def checksum(data: bytes) -> str:
+    """CRC-32C of ``data``, in hexadecimal digits.
+
+    >>> checksum(b"123456789")
+    'e3069283'
+    """
+    return google_crc32c.Checksum(data).hexdigest().decode()
+
+
 def sync_filesystem(path: str) -> None:
     """All that was written so far on the file system of the local folder ``path`` is on its disk; nothing on object stores."""
     if is_remote(path):
