@@ -112,3 +112,12 @@ def test_the_name_of_a_level_may_be_a_number():
 def test_a_home_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert load(sets=["predict.model=~/model.safetensors"]).predict.model == "/home/me/model.safetensors"
+
+
+def test_a_path_may_name_the_users_home_or_be_a_file_url(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.toml").write_text('[train]\nout = "~/out"\nstart = "file:///models/a.safetensors"\n')
+    for place in ("~/my.toml", f"file://{tmp_path}/my.toml"):
+        settings = load(place)
+        assert settings.train.out == f"{tmp_path}/out"
+        assert settings.train.start == "/models/a.safetensors"

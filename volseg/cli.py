@@ -14,7 +14,7 @@ import typer
 import volseg
 from volseg import __version__, cli_volumes
 from volseg.cli_volumes import EXIT_INTERRUPTED
-from volseg.config import layers, load, page
+from volseg.config import layers, load, local_path, page
 from volseg.engine import forkserver
 from volseg.errors import IncompleteRunError, UserError
 from volseg.progress import Progress, terminal_progress
@@ -287,7 +287,7 @@ def calibrate(
         from volseg.evaluation.calibrate import save_to_model
         from volseg.evaluation.stored import open_stored
 
-        save_to_model(model, best, open_stored(run))
+        save_to_model(Path(local_path(model)), best, open_stored(run))
     if not best.own:
         _run(lambda progress: api.segment(run, settings=best.settings, progress=progress))
 
@@ -415,7 +415,7 @@ def quantize(
         raise UserError("--truth and --held-out belong together: labels, and the sections of them to measure on")
     from volseg.training import quantize as form
 
-    facts = form.quantize(model, image, sections=_parts(sections), truth=truth, held_out=_parts(held))
+    facts = form.quantize(Path(local_path(model)), image, sections=_parts(sections), truth=truth, held_out=_parts(held))
     typer.echo(form.format_facts(facts))
 
 
@@ -456,7 +456,7 @@ def info(
     from volseg.inference.model import load_card, shipped
     from volseg.inference.model_card import format_card
 
-    path = model or shipped()
+    path = Path(local_path(model)) if model else shipped()
     card = load_card(path)
     typer.echo(json.dumps(card.to_json(), indent=1) if as_json else format_card(path, card))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,7 +50,14 @@ def _text(value: Any) -> Any:
 
 
 Name = Annotated[str, BeforeValidator(_text)]
-LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home
+
+
+def local_path(path: str | Path) -> str:
+    """``path`` without ``file://``, and with the user's home for ``~``."""
+    return os.path.expanduser(re.sub("^file:/+", "/", str(path)))
+
+
+LocalPath = Annotated[str, AfterValidator(local_path)]
 Planes = Annotated[tuple[Literal["xy", "xz", "yz"], ...], AfterValidator(_each_once)]
 
 
@@ -189,9 +197,9 @@ class Cluster(Section):
     workers: Count = 0  # processes that infer; 0 takes one per GPU, else one per core up to 8
     cpu_workers: Count = 0  # processes beside those of GPUs, for all else; 0 takes one per other core up to 8
     scheduler: str = ""  # tcp://host:port or tls://host:port of a running Dask scheduler; "" starts a local cluster
-    tls_ca: str = ""  # certificate authority of a tls:// scheduler, a PEM file
-    tls_cert: str = ""  # this client's certificate for it
-    tls_key: str = ""  # its key; "" takes the certificate's file
+    tls_ca: LocalPath = ""  # certificate authority of a tls:// scheduler, a PEM file
+    tls_cert: LocalPath = ""  # this client's certificate for it
+    tls_key: LocalPath = ""  # its key; "" takes the certificate's file
     memory_limit: Annotated[float, Field(ge=0)] = (
         0.0  # GB that a worker may hold; 0 takes an even share of what is free
     )
@@ -239,7 +247,7 @@ class Train(Section):
     sections: Literal[1, 3, 5] = 3  # neighboring sections seen as channels
     binning: Literal[1, 2] = 1  # the network sees squares of that many voxels a side as one, and tells of each voxel
     pretrained: bool = True  # ImageNet encoder weights from the installed package
-    start: str = ""  # an earlier volseg model to start from
+    start: LocalPath = ""  # an earlier volseg model to start from
     patch: Annotated[int, Field(ge=64)] = 256  # multiple of 32, of 64 with binning 2
     batch: Size = 8
     steps: Size = 1200
@@ -270,7 +278,7 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the least that the device computes in hardware
     processes: Count = 0  # that train together; 0 takes one per GPU
-    out: str = "runs/train"
+    out: LocalPath = "runs/train"
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -312,7 +320,7 @@ def _merge(low: dict, high: dict) -> dict:
 def read_file(path: str | Path) -> dict:
     """The tables of a TOML config file; refuses one that is missing or not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(local_path(path)).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UserError(f"cannot read config file {path}: {reason}; give the path of a TOML file") from None
