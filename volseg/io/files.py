@@ -57,6 +57,7 @@ def join_keys(*keys: str) -> str:
 
 
 _ZARR_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
+HEADER_BLOCK, HEADER_BLOCKS = 1 << 14, 1 << 10  # bytes of a remote file that are fetched at once, and how often kept
 FETCH = "fetch the file (git annex get, git lfs pull), or copy it again"
 
 
@@ -81,14 +82,42 @@ def refuse_pointer(path: str) -> None:
 
 
 def stamp(path: str) -> tuple[int, int, int]:
-    """Changes when the file at ``path`` does, so that a cached handle is not used for another file."""
+    """Changes when the file at ``path`` does, so that a cached handle is not used for another file; not for a URL."""
+    if is_remote(path):
+        return 0, 0, 0
     with decoding(path):
         status = os.stat(path)
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def open_binary(path: str) -> Any:
-    return Path(path).open("rb")
+    """The file at ``path``, to be read in small pieces; of a URL, `HEADER_BLOCK` bytes are fetched at a time."""
+    if not is_remote(path):
+        return Path(path).open("rb")
+    with answering(path):
+        fs, root = _remote(path)
+        kept = {"maxblocks": HEADER_BLOCKS}
+        return fs.open(root, "rb", block_size=HEADER_BLOCK, cache_type="blockcache", cache_options=kept)
+
+
+def size(path: str) -> int:
+    """Bytes of the file at ``path``."""
+    if not is_remote(path):
+        return os.path.getsize(path)
+    with answering(path):
+        fs, root = _remote(path)
+        return fs.size(root)
+
+
+def read_range(path: str, offset: int, count: int) -> bytes:
+    """``count`` bytes of the file at ``path``, or those before its end; of a URL, no others are fetched."""
+    if is_remote(path):
+        with answering(path):
+            fs, root = _remote(path)
+            return fs.cat_file(root, start=offset, end=offset + count)
+    with open_binary(path) as file:
+        file.seek(offset)
+        return file.read(count)
 
 
 # ------------------------------------------------------------------------------------------------- files and objects

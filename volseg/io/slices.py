@@ -1,4 +1,4 @@
-"""Volumes in folders of TIFF or PNG slices, one section each."""
+"""Volumes in folders of TIFF, PNG or JPEG slices, one section each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from volseg.io.header import CACHE_BYTES, READS, Header, check_shape, decoding, 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
 
-SUFFIXES = (".tif", ".tiff", ".png")
+JPEG = (".jpg", ".jpeg")
+SUFFIXES = (".tif", ".tiff", ".png", *JPEG)
 PNG_TYPES = {"1": "uint8", "L": "uint8", "P": "uint8", "I;16": "uint16", "I": "int32"}  # by Pillow's mode
 PNG_SAMPLES = {"LA": 2, "RGB": 3, "RGBA": 4}
 
@@ -32,8 +33,8 @@ def header(path: str, *, several: bool = False, allow_gaps: bool = False) -> Hea
     """What the headers of all slices in the folder at ``path`` say; refuses several channels unless they may be read."""
     names = _slice_names(path)
     if not names:
-        raise UserError(f"folder {path} is neither a zarr nor holds .tif or .png slices; {READS}")
-    kinds = sorted({os.path.splitext(name)[1].lower().replace("tiff", "tif") for name in names})
+        raise UserError(f"folder {path} is neither a zarr nor holds .tif, .png or .jpg slices; {READS}")
+    kinds = sorted({os.path.splitext(name)[1].lower().replace("tiff", "tif").replace("jpeg", "jpg") for name in names})
     if len(kinds) > 1:
         raise UserError(f"folder {path} mixes {' and '.join(kinds)} files; keep the slices of one volume alone")
     gap = missing(names)
@@ -133,13 +134,13 @@ class _Slice:
 
 
 class _Folder:
-    """A folder of slices in natural order; keeps decoded PNG slices for boxes that do not span the plane."""
+    """A folder of slices in natural order; keeps decoded PNG and JPEG slices for boxes that do not span the plane."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.files = _slice_names(path)
         self._png = _png
-        if self.files and self.files[0].lower().endswith(".png"):
+        if self.files and not _is_tiff(self.files[0]):
             with decoding(os.path.join(path, self.files[0])):
                 first = _slice(os.path.join(path, self.files[0]))
             self.shape = first.shape
@@ -151,7 +152,7 @@ class _Folder:
     ) -> None:
         """``plane`` holds the voxels of slice ``z`` in ``window`` (y x); ``bad`` as in `tiff.Stack.fill`."""
         file = os.path.join(self.path, self.files[z])
-        if not file.lower().endswith(".png"):
+        if _is_tiff(file):
             tiff.open_stack(file).fill(plane, 0, window, channel, bad=bad)
             return
         try:
@@ -195,13 +196,13 @@ def _slice(file: str) -> _Slice:
     if os.path.getsize(file) == 0:
         raise UserError(f"slice {file} is empty (0 bytes); copy it again")
     files.refuse_pointer(file)
-    if not file.lower().endswith(".png"):
+    if _is_tiff(file):
         stack = tiff.open_stack(file)
         if stack.shape[0] != 1:
             raise UserError(f"slice {file} holds {stack.shape[0]} pages; a folder's files hold one section each")
         return _Slice(stack.shape[1:], stack.dtype, stack.channels, stack.channels_text(), "".join(stack.notes))
     with decoding(file), files.open_binary(file) as opened:
-        image = _png_image(opened)
+        image = _image(opened, file)
         channels = PNG_SAMPLES.get(image.mode, 1)
         if channels == 1 and image.mode not in PNG_TYPES:
             raise UserError(f"slice {file} is a color image ({image.mode}); convert it to gray values")
@@ -219,18 +220,23 @@ def _palette(image: Any, file: str) -> tuple[np.ndarray | None, tuple[str, ...]]
     return tiff.grays_of_colors(colors[: len(colors) // 3 * 3].reshape(-1, 3), np.dtype("uint8"), file)
 
 
-def _png_image(opened: Any) -> Any:
-    """A PNG by its own reader: no limit on the number of voxels."""
+def _is_tiff(name: str) -> bool:
+    return name.lower().endswith((".tif", ".tiff"))
+
+
+def _image(opened: Any, file: str) -> Any:
+    """A PNG or JPEG by its own reader: no limit on the number of voxels."""
+    from PIL.JpegImagePlugin import JpegImageFile
     from PIL.PngImagePlugin import PngImageFile
 
     try:
-        return PngImageFile(opened)
+        return JpegImageFile(opened) if file.lower().endswith(JPEG) else PngImageFile(opened)
     except SyntaxError as error:
         raise OSError(reason(error)) from None
 
 
 def _png(file: str, stamp: Any) -> np.ndarray:
-    """The voxels of a PNG file, y x and samples; ``stamp`` tells a cache of them that the file has changed.
+    """The voxels of a PNG or JPEG file, y x and samples; ``stamp`` tells a cache of them that the file has changed.
 
     libpng refuses a file that ends early, of which Pillow gives what there is and zeros. Pillow gives a palette's indices
     and bits as they are, which libpng turns into colors and 255.
@@ -238,17 +244,19 @@ def _png(file: str, stamp: Any) -> np.ndarray:
     import imagecodecs
 
     with files.open_binary(file) as opened:
-        image = _png_image(opened)
+        image = _image(opened, file)
         samples = PNG_SAMPLES.get(image.mode, 1)
         nbytes = image.height * image.width * samples * np.dtype(PNG_TYPES.get(image.mode, "uint8")).itemsize
         with decoding_room(nbytes, file):
+            if file.lower().endswith(JPEG):
+                return np.asarray(image)
             opened.seek(0)
             decoded = imagecodecs.png_decode(opened.read())
             shape = (image.height, image.width, samples)[: 3 if samples > 1 else 2]
             if image.mode not in ("1", "P") and decoded.shape == shape:
                 return decoded
             opened.seek(0)
-            stored = np.asarray(_png_image(opened))
+            stored = np.asarray(_image(opened, file))
             grays, _ = _palette(image, file)
             return stored if grays is None else grays[stored]
 

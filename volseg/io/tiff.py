@@ -59,10 +59,8 @@ class Stack:
     """The sections of one TIFF file: where their bytes lie and how to decode them. Keeps no file open; thread-safe."""
 
     def __init__(self, path: str) -> None:
-        import tifffile
-
         self.path = path
-        with decoding(path), logged() as records, tifffile.TiffFile(path) as tif:
+        with decoding(path), files.open_binary(path) as file, logged() as records, _parsed(file, path) as tif:
             self.layout = layout(tif, path, records)
             key = self.layout.keyframe
             self.shape, self.channels = self.layout.shape, self.layout.channels
@@ -81,7 +79,7 @@ class Stack:
 
     def _check(self) -> None:
         """Refuses what cannot be decoded, or lies beyond the end of the file."""
-        size = os.path.getsize(self.path)
+        size = files.size(self.path)
         if self.layout.offset is not None:
             if self.layout.offset + prod(self.shape) * self.channels * self.layout.times * self.stored.itemsize > size:
                 raise UserError(
@@ -154,6 +152,12 @@ class Stack:
         """From bytes as they lie in the file: plane ``number`` behind ``offset``."""
         shape = (*self.shape[1:], self.layout.samples)
         offset += number * prod(shape) * self.stored.itemsize
+        if files.is_remote(self.path):
+            rows, row = window[0], prod(shape[1:]) * self.stored.itemsize
+            raw = files.read_range(self.path, offset + rows.start * row, (rows.stop - rows.start) * row)
+            stored = np.frombuffer(raw, self.stored).reshape(-1, *shape[1:])
+            plane[...] = stored[:, window[1], sample]
+            return
         stored = np.memmap(self.path, self.stored, mode="r", offset=offset, shape=shape)
         plane[...] = stored[window][..., sample]
 
@@ -195,9 +199,7 @@ class Stack:
         offset, count = stored.dataoffsets[i], stored.databytecounts[i]
         if not count:
             return None
-        with files.open_binary(self.path) as file:
-            file.seek(offset)
-            raw = file.read(count)
+        raw = files.read_range(self.path, offset, count)
         if len(raw) != count:
             raise OSError(f"strip {i} holds {len(raw)} of {count} bytes")
         with decoding_room(self.segment_bytes, f"a strip of {self.path}"):
@@ -205,6 +207,13 @@ class Stack:
         if data is None:
             return None
         return data[0].transpose(2, 0, 1) if self.layout.samples_are == "rows" else data[0]
+
+
+def _parsed(file: Any, path: str) -> Any:
+    """The headers of an open TIFF file."""
+    import tifffile
+
+    return tifffile.TiffFile(file, name=os.path.basename(path)) if files.is_remote(path) else tifffile.TiffFile(path)
 
 
 def _start_of_one_piece(page: Any) -> int | None:
