@@ -273,6 +273,21 @@ def scaling(
 
 
 @app.command()
+def voxels(
+    image: Annotated[str, typer.Option(help="An annotated stack.")] = f"{EPFL}/training.tif",
+    truth: Annotated[str, typer.Option(help="Its labels.")] = f"{EPFL}/training_groundtruth.tif",
+    box: Annotated[str, typer.Option(help="Part that the model never saw.")] = "140:165,0:768,0:1024",
+    stored_nm: Annotated[str, typer.Option(help="Voxel size z,y,x of the stack.")] = "5,5,5",
+    size: Annotated[list[str] | None, typer.Option(help="Voxel size z,y,x to try; repeatable.")] = None,
+    out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/voxels",
+) -> None:
+    """IoU and PQ of a volume in voxels of other sizes than the model's, as it is and resampled."""
+    from benchmarks import voxels as bench
+
+    bench.measure(image, truth, box, stored_nm, tuple(size or bench.SIZES), out)
+
+
+@app.command()
 def planes(
     image: Annotated[str, typer.Option(help="Isotropic stack.")] = f"{EPFL}/training.tif",
     truth: Annotated[str, typer.Option(help="Its labels.")] = f"{EPFL}/training_groundtruth.tif",

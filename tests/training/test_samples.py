@@ -346,3 +346,24 @@ def test_other_planes_of_what_has_none_are_refused(tmp_path, changes, message):
 def test_planes_without_xy_are_refused():
     with pytest.raises(ValidationError, match="must name xy"):
         TrainData(synth_seed=1, planes=("xz",))
+
+
+def test_volumes_get_the_voxel_size_of_the_first(tmp_path, bars):
+    image, label = bars
+    fine, coarse = tmp_path / "fine", tmp_path / "coarse"
+    fine.mkdir()
+    coarse.mkdir()
+    nm = {"voxel_size_nm": (5.0, 5.0, 5.0)}
+    settings = _write(fine, image, label, validate_on=("6:8",), **nm)
+    small = _write(
+        coarse, image[:, ::2, ::2], label[:, ::2, ::2], validate_on=("6:8",), voxel_size_nm=(10.0, 10.0, 10.0)
+    )
+    first, second = load_sources(settings.model_copy(update={"data": (*settings.data, *small.data)}))
+    assert second.image.shape == second.labels.shape == (16, *SHAPE[1:])
+    assert second.voxel_size_nm == (5.0, 5.0, 5.0)
+    assert (first.train_sections, second.train_sections) == (tuple(range(6)), tuple(range(12)))
+    assert second.validation_sections == (12, 13, 14, 15)
+    np.testing.assert_array_equal(second.labels[::2] > 0, first.labels > 0)
+    alone = load_sources(settings.model_copy(update={"voxel_size_nm": (10.0, 10.0, 10.0)}))[0]
+    assert alone.image.shape == tuple(n // 2 for n in SHAPE)
+    assert alone.validation_sections == (3,)

@@ -70,6 +70,15 @@ def match(source: Volume, model_nm: Size | None, mode: Resample, *, any_level: b
     return _matched(source, level, model_nm)
 
 
+def matches(size: Size | None, model_nm: Size | None) -> bool:
+    """Whether voxels are near enough to the model's, as far as anybody knows.
+
+    >>> matches((6.0, 5.0, 4.0), (5.0, 5.0, 5.0)), matches((10.0, 5.0, 5.0), (5.0, 5.0, 5.0)), matches(None, (5.0, 5.0, 5.0))
+    (True, False, True)
+    """
+    return size is None or model_nm is None or _is_close(size, model_nm)
+
+
 def _shape(level: Volume, model_nm: Size) -> tuple[int, int, int]:
     """Voxels of the model's size that cover the volume; an axis that is within a hundredth stays."""
     covering = shape_at(level.shape, level.voxel_size_nm, model_nm)

@@ -12,9 +12,13 @@ from volseg.box import Box
 from volseg.config import Train, TrainData
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import VOXEL_SIZE_NM, synth
+from volseg.inference.model import load_card
 from volseg.inference.normalization import gray_statistics
 from volseg.inference.tiles import MULTIPLE, PLANES
+from volseg.inference.voxel_size import matches
 from volseg.io import volume
+from volseg.io.header import TripleNm
+from volseg.io.resample import Grid, resample, shape_at
 from volseg.training.targets import UNLABELED, border_distance, contact_mask, normalize_labels, parse_sections
 
 MAX_POSITIONS = 200_000  # positions in objects, and near contacts, that are kept of a volume
@@ -97,16 +101,26 @@ def load_sources(settings: Train) -> list[Source]:
     """
     if not settings.data:
         raise UserError("train.data is empty: add a [[train.data]] table with image and label")
-    sources = [_load_named(data, settings, f"train.data[{i}]") for i, data in enumerate(settings.data)]
+    size, sources = _model_size(settings), []
+    for i, data in enumerate(settings.data):
+        sources.append(_load_named(data, settings, f"train.data[{i}]", size))
+        size = size or sources[-1].voxel_size_nm
     if settings.self_training:
         _check_self_training(sources, settings)
     return sources
 
 
-def _load_named(data: TrainData, settings: Train, table: str) -> Source:
+def _model_size(settings: Train) -> TripleNm | None:
+    """The voxel size that all volumes get; None where that of the first of them counts."""
+    if settings.voxel_size_nm or not settings.start:
+        return settings.voxel_size_nm
+    return load_card(settings.start).voxel_size_nm
+
+
+def _load_named(data: TrainData, settings: Train, table: str, size: TripleNm | None) -> Source:
     """`_load`, whose errors all name the table of the config."""
     try:
-        return _load(data, settings, table)
+        return _load(data, settings, table, size)
     except UserError as error:
         raise (error if str(error).startswith(table) else UserError(f"{table}: {error}")) from None
 
@@ -133,8 +147,9 @@ def _check_self_training(sources: list[Source], settings: Train) -> None:
         )
 
 
-def _load(data: TrainData, settings: Train, table: str) -> Source:
-    """The source that ``data`` describes; reads the sections in use and their neighbors on both sides."""
+def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | None) -> Source:
+    """The source that ``data`` describes, in voxels of about the model's size; reads the sections in use and their neighbors
+    on both sides."""
     margin = settings.sections // 2
     synthetic = data.synth_seed is not None
     place = f"{table} ({f'synth {data.synth_seed}' if synthetic else data.image})"
@@ -149,18 +164,45 @@ def _load(data: TrainData, settings: Train, table: str) -> Source:
     first, stop = max(0, min(used) - margin), min(depth, max(used) + 1 + margin)
     annotated = np.isin(np.arange(first, stop), train + held_out)
     fields = (_synthesize if synthetic else _read)(data, first, annotated)
-    train, held_out, unlabeled = (tuple(z - first for z in sections) for sections in (train, held_out, unlabeled))  # type: ignore[assignment]
+    withheld = tuple(sorted(set(named) & set(held_out))) if data.train else ()
+    lists = (train, held_out, unlabeled, [first + int(z) for z in np.flatnonzero(annotated)])
+    uses = [tuple(z - first for z in sections) for sections in lists]
+    if model_nm and not matches(fields["voxel_size_nm"], model_nm):
+        first, depth = (round(n * fields["voxel_size_nm"][0] / model_nm[0]) for n in (first, depth))
+        fields, uses = _resample(fields, uses, model_nm)
+    train, held_out, unlabeled = uses[:3]  # type: ignore[assignment]
+    annotated = np.isin(np.arange(len(fields["image"])), uses[3])
     positions = _object_positions(fields["labels"], train, place)
     size = fields["voxel_size_nm"]  # where nobody says, sections may lie far apart
     contacts = contact_mask(fields["labels"], settings.contour_width, size is not None and volume.isotropic(size))
     source = Source(
         first_section=first, train_sections=train, validation_sections=held_out, unlabeled_sections=unlabeled,
         object_positions=positions, share=data.share, depth=depth, contacts=contacts,
-        withheld_sections=tuple(sorted(set(named) & {first + z for z in held_out})) if data.train else (),
+        withheld_sections=withheld,
         contact_positions=_positions(np.flatnonzero(contacts[list(train)]), train, contacts.shape),
         distance=_distance(fields["labels"], annotated, size, settings, place), **fields,
     )  # fmt: skip
     return replace(source, resliced=tuple(_reslice(source, plane, place) for plane in data.planes if plane != "xy"))
+
+
+def _resample(fields: dict, uses: list[tuple[int, ...]], model_nm: TripleNm) -> tuple[dict, list[tuple[int, ...]]]:
+    """Fields of a `Source` in voxels of about ``model_nm``, and lists of sections as their numbers are then.
+
+    A section has the labels, and the use, of the one in which its middle lies.
+    """
+    image, size = fields["image"], fields["voxel_size_nm"]
+    shape = shape_at(image.shape, size, model_nm)
+    made_nm = tuple(n * a / b for n, a, b in zip(size, image.shape, shape, strict=True))
+    grid, box, stored = (
+        Grid.between(shape, made_nm, image.shape, size),
+        Box.from_shape(shape),
+        Box.from_shape(image.shape),
+    )
+    made = resample(lambda part: image[part.slices], image.shape, image.dtype.name, shape, box)
+    labels = grid.take(fields["labels"], stored, box)
+    section = grid.nearest(0, 0, shape[0])
+    moved = [tuple(np.flatnonzero(np.isin(section, numbers)).tolist()) for numbers in uses]
+    return {**fields, "image": made, "labels": labels, "voxel_size_nm": made_nm}, moved
 
 
 def _reslice(source: Source, plane: str, place: str) -> Source:
