@@ -308,12 +308,10 @@ def repair(
             folder.describe(replace(Run.from_json(layout.load_summary()), out=out))
         run = replace(folder.load_run(out), out=folder.partial_path(out))
 
-        def reopen() -> None:
-            folder.reopen(out)
-            folder.create_missing_arrays(run)
-
         light = prod(run.shape) <= LIGHT_VOXELS
-        return finish.execute(run, lock, reopen, shown, start=start, light=light, retry_failed=retry_failed)
+        return finish.execute(
+            run, lock, lambda: folder.reopen(out), shown, start=start, light=light, retry_failed=retry_failed
+        )
 
 
 def open(path: str | os.PathLike) -> FinishedRun:

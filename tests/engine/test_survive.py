@@ -147,6 +147,20 @@ def test_verify_names_what_is_damaged_and_repair_makes_it_again(image, reference
     assert digest(out) == digest(reference)
 
 
+def test_descriptions_of_arrays_and_groups_are_made_again_to_the_letter(reference, tmp_path):
+    """Also where they can still be read: another fill value would tell of other voxels."""
+    out = shutil.copytree(reference, tmp_path / "run.volseg.zarr")
+    described = {path.relative_to(out): path.read_text() for path in out.rglob("zarr.json")}
+    assert len(described) == 9
+    for key, text in described.items():
+        (out / key).write_text(text.replace('"fill_value": 0', '"fill_value": 1').replace('"ome"', '"omf"'))
+    (out / "work/zarr.json").unlink()
+    (out / "labels/instances/zarr.json").write_text("{")
+    volseg.repair(out)
+    assert {path.relative_to(out): path.read_text() for path in out.rglob("zarr.json")} == described
+    assert volseg.verify(out, boxes=1).ok
+
+
 def test_a_cleaned_run_is_as_it_was_written(reference, tmp_path):
     shutil.copytree(reference, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/work")

@@ -50,6 +50,7 @@ def execute(
     with cluster.connect(run.config.cluster, gpus, light=light) as client:
         wait_for_writers(run.layout.begun_path)
         prepare()
+        folder.create_missing_arrays(run)
         if warning := cluster.exposure(run.config.cluster):
             progress.message(warning)
         if (link := cluster.dashboard(client)) and not light:
@@ -153,7 +154,7 @@ def finish(
     _write_table(layout, "merges", _on_output_grid(run, merges))
     _write_pictures(run, columns)
     finest = run.given.voxel_size_nm if run.given else None
-    layout.set_attributes("", ome.multiscales("probability", "czyx", [("0", run.voxel_size_nm)], finest=finest))
+    layout.set_group("", ome.multiscales("probability", "czyx", [("0", run.voxel_size_nm)], finest=finest))
     now = time.perf_counter()
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
     files.remove_temporary(run.out)

@@ -109,7 +109,8 @@ def _create(run: Run, network: bytes | None) -> None:
     layout = run.layout
     layout.clear()
     layout.mark_begun()
-    layout.create_group()
+    layout.set_group()
+    layout.set_group("work")
     for array, form in _arrays(run).items():
         array.create(**form)
     if not run.channels:
@@ -139,8 +140,9 @@ def _arrays(run: Run) -> dict[StoredArray, dict]:
 
 
 def create_missing_arrays(run: Run) -> None:
-    """Every array that a run begins with can be opened; the shards of one that could not be are kept."""
-    run.layout.create_group()
+    """Every array that a run begins with is described as it was then; the shards that there are stay."""
+    run.layout.set_group()
+    run.layout.set_group("work")
     passes = {run.layout.plane_probabilities(stage) for stage in run.passes}
     for array, form in _arrays(run).items():
         if array not in passes or array.exists():  # where the mean of all passes is in place, they are gone
@@ -179,20 +181,16 @@ def create_labels(run: Run, markers: Markers) -> None:
     """The label arrays exist, wide enough for the number of objects; those that are so already are kept as they are."""
     layout = run.layout
     dtype = label_dtype(max((receipt.objects for receipt in markers.receipts("stitch").values()), default=0))
-    if layout.labels_dtype() == dtype and all(layout.labels(k).opens() for k in range(len(run.levels))):
-        return
-    _remove_labels(run, markers)
+    if layout.labels_dtype() != dtype:
+        _remove_labels(run, markers)
+    levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.output_voxel_size_nm))]
+    first = None if run.restored or not run.given else run.given.voxel_size_nm
+    layout.set_group("labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
+    layout.set_group("labels/instances", ome.multiscales("instances", "zyx", levels, source="../../", finest=first))
     chunk = run.config.output.chunk
     for level, (shape, _) in enumerate(run.levels):
         shard = shard_shape(run.output_grid.block, shape, chunk)
-        layout.labels(level).create(shape=shape, dtype=dtype, chunk=chunk, shard=shard, axes="zyx")
-    levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.output_voxel_size_nm))]
-    first = None if run.restored or not run.given else run.given.voxel_size_nm
-    layout.create_group("labels/instances")
-    layout.set_attributes("labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
-    layout.set_attributes(
-        "labels/instances", ome.multiscales("instances", "zyx", levels, source="../../", finest=first)
-    )
+        layout.labels(level).restore(shape=shape, dtype=dtype, chunk=chunk, shard=shard, axes="zyx")
     layout.mark_labels(dtype)
 
 

@@ -377,17 +377,9 @@ class Layout:
 
     # ---- labels and their description
 
-    def create_group(self, name: str = "") -> None:
-        """The group is there; one whose description nobody can read is made anew, what lies in it stays."""
-        where = f"{self.path}/{name}" if name else self.path
-        try:
-            arrays.create_group(where)
-        except (UserError, ValueError, KeyError, TypeError):
-            files.remove(f"{where}/zarr.json")
-            arrays.create_group(where)
-
-    def set_attributes(self, name: str, attributes: dict) -> None:
-        arrays.set_group_attributes(self.path, name, attributes)
+    def set_group(self, name: str = "", attributes: dict | None = None) -> None:
+        """The group is there with exactly these attributes; what lies in it stays."""
+        arrays.set_group(self.path, name, attributes or {})
 
     def labels_dtype(self) -> str | None:
         """Of the label arrays; None where not all of them were created."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import threading
 import warnings
@@ -20,7 +21,7 @@ import zarr
 from zarr.abc.store import Store, SuffixByteRequest
 from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.core.array import AsyncArray
-from zarr.storage import FsspecStore, LocalStore, WrapperStore, ZipStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore
 
 from volseg.box import Blocks, Box
 from volseg.errors import UserError
@@ -325,23 +326,65 @@ def create_array(
     ``chunk`` is adapted to ``shard`` by :func:`fit_chunk`. zstd level 1 without shuffle, with checksums: on EPFL labels
     it takes half the bytes of blosc with bitshuffle and is as fast to write, and a flipped bit is found on reading.
     """
+    form = {
+        "shape": shape,
+        "dtype": dtype,
+        "chunk": chunk,
+        "shard": shard,
+        "fill": fill,
+        "attributes": attributes,
+        "axes": axes,
+    }
     with files.answering(files.join(path, name)), _pipeline(_PYTHON):
         try:
-            zarr.create_array(
-                _store(files.absolute(path)),
-                name=name,
-                shape=shape,
-                dtype=np.dtype(dtype),
-                chunks=fit_chunk(chunk, shard),
-                shards=tuple(shard),
-                compressors=ZstdCodec(level=1, checksum=True),
-                fill_value=fill,
-                attributes=attributes or {},
-                dimension_names=tuple(axes) if axes else None,
-            )
+            _create(_store(files.absolute(path)), name, **form)
         except zarr.errors.ContainsArrayError:
             raise UserError(f"{files.join(path, name)} exists; remove it, or give another output path") from None
     clear_array_cache()
+
+
+def _create(
+    store: Store, name: str, *, shape: tuple[int, ...], dtype: Any, chunk: tuple[int, ...], shard: tuple[int, ...],
+    fill: int = 0, attributes: dict | None = None, axes: str | tuple[str, ...] | None = None,
+) -> None:  # fmt: skip
+    zarr.create_array(
+        store,
+        name=name,
+        shape=shape,
+        dtype=np.dtype(dtype),
+        chunks=fit_chunk(chunk, shard),
+        shards=tuple(shard),
+        compressors=ZstdCodec(level=1, checksum=True),
+        fill_value=fill,
+        attributes=attributes or {},
+        dimension_names=tuple(axes) if axes else None,
+    )
+
+
+def is_as_created(path: str, name: str, **form: Any) -> bool:
+    """Whether the array's description is the one that `create_array` gives it."""
+    documents: dict = {}
+    with _pipeline(_PYTHON):
+        _create(MemoryStore(documents), "", **form)
+    return _document_is(path, name, documents)
+
+
+def set_group(path: str, name: str, attributes: dict) -> None:
+    """There is a zarr v3 group ``name`` at ``path`` with exactly these attributes, whatever its description was."""
+    documents: dict = {}
+    with _pipeline(_PYTHON):
+        zarr.create_group(MemoryStore(documents), attributes=attributes)
+    if not _document_is(path, name, documents):
+        files.write_bytes(path, files.join_keys(name, "zarr.json"), documents["zarr.json"].to_bytes())
+        clear_array_cache()
+
+
+def _document_is(path: str, name: str, documents: dict) -> bool:
+    try:
+        stored = json.loads(files.read_bytes(path, files.join_keys(name, "zarr.json")))
+    except (FileNotFoundError, ValueError):
+        return False
+    return stored == json.loads(documents["zarr.json"].to_bytes())
 
 
 def fit_chunk(chunk: tuple[int, ...], shard: tuple[int, ...]) -> tuple[int, ...]:
