@@ -126,6 +126,7 @@ def _hash_array(folder: Path) -> str:
 
 def leavings(run: Path) -> list[str]:
     """Names beside a finished run that are its own, and temporary files in it."""
-    beside = [path.name for path in run.parent.iterdir() if path.name.startswith(run.name) and path != run]
+    own = (run.name, f"{run.name}.lock")  # a file that locks nothing by itself
+    beside = [path.name for path in run.parent.iterdir() if path.name.startswith(run.name) and path.name not in own]
     inside = [str(path.relative_to(run)) for path in run.rglob(".*.tmp")]
     return [*beside, *inside]

@@ -16,9 +16,9 @@ from random import Random
 
 from distributed.security import Security
 
-from benchmarks.chaos.command import Command
+from benchmarks.chaos.command import LIMIT_S, Command
 from benchmarks.chaos.episode import Episode, skipped
-from benchmarks.chaos.stand import Stand, wait_for_moment
+from benchmarks.chaos.stand import EXISTS, RESTARTS, Stand, wait_for_moment
 
 START_S = 40
 PIECE_BYTES = 1 << 16
@@ -146,6 +146,13 @@ class Cluster:
                 self.workers[i] = self.start_worker()
         self.wait()
 
+    def tend(self, command: Command) -> None:
+        """Until the command ends, what was killed is started again."""
+        deadline = time.monotonic() + LIMIT_S
+        while command.alive and time.monotonic() < deadline:
+            self.mend()
+            time.sleep(0.5)
+
     def close(self) -> None:
         self.wire.close()
         for command in self.started:
@@ -181,12 +188,13 @@ def elsewhere(stand: Stand, rng: Random, episode: Episode, *, fault: str) -> Epi
         if moment:
             episode.faults += _hurt(cluster, rng, fault)
             episode.notes.append(moment)
-        episode.ended(command)
-        for _ in range(4):
-            if episode.codes[-1] in (0, None):
+        for _ in range(RESTARTS + 1):
+            cluster.tend(command)
+            code = episode.ended(command)
+            if code in (0, None) or EXISTS in episode.notes[-1]:
                 break
             cluster.mend()
-            episode.ended(stand.start(line))
+            command = stand.start(line)
     return episode.judge(out, reference.hashes)
 
 

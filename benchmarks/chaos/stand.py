@@ -14,7 +14,7 @@ from benchmarks.chaos.episode import BLOCKED, Episode, hash_result
 
 SHAPE = "16,128,128"
 RESTARTS = 4  # how often a command is given again before it counts as blocked for ever
-POLL_S = 0.003
+POLL_S = 0.006
 SETTINGS = (
     "cluster.dashboard=''", "blocks.shape=[8,64,64]", "predict.tile=64", "predict.overlap=16", "predict.backend=openvino",
     "predict.precision=fp32", "stitch.min_voxels=20",

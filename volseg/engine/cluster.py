@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import dask.config
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Worker, WorkerPlugin, get_worker
+from distributed.comm import CommClosedError
 from distributed.security import Security
 
 from volseg.config import Cluster
 from volseg.engine import forkserver
 from volseg.engine.receipts import Receipt, add
-from volseg.errors import UserError
+from volseg.errors import IncompleteRunError, UserError
 
 THREADS = "VOLSEG_THREADS"  # environment of a worker: how many tiles it runs at once
 DEVICE, HOST = "GPU", "CPU"  # resources of workers: tasks for the device, tasks beside it
@@ -163,11 +164,17 @@ def _existing(config: Cluster) -> Iterator[Client]:
         raise UserError(
             f"no Dask scheduler answers at {address!r} ({reason}); start one or leave out --scheduler"
         ) from None
-    with client:
-        client.register_plugin(Counters())
-        if not client.scheduler_info(n_workers=-1)["workers"]:
-            raise UserError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
-        yield client
+    try:
+        with client:
+            client.register_plugin(Counters())
+            if not client.scheduler_info(n_workers=-1)["workers"]:
+                raise UserError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
+            yield client
+    except CommClosedError as error:
+        raise IncompleteRunError(
+            f"the connection to the scheduler at {address} was lost; what is done is kept: see that it and its workers run, "
+            "and give the same command again"
+        ) from error
 
 
 def exposure(config: Cluster) -> str:

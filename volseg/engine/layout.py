@@ -245,15 +245,14 @@ class Layout:
 
     def read_marker(self, stage: str, name: str) -> dict:
         """Raises `ValueError` where it is not as it was written, or is another block's."""
-        text, _, stored = files.read_bytes(self.path, self.marker_key(stage, name)).partition(b"\n")
-        if stored.decode() != _marker_checksum(stage, name, text):
+        receipt = json.loads(files.read_bytes(self.path, self.marker_key(stage, name)))
+        if receipt.pop("checksum", "") != _marker_checksum(stage, name, receipt):
             raise ValueError("damaged marker")
-        return json.loads(text)
+        return receipt
 
     def write_marker(self, stage: str, name: str, receipt: dict) -> None:
-        text = json.dumps(receipt).encode()
-        data = text + b"\n" + _marker_checksum(stage, name, text).encode()
-        files.write_bytes(self.path, self.marker_key(stage, name), data)
+        plain = {**receipt, "checksum": _marker_checksum(stage, name, receipt)}
+        files.write_bytes(self.path, self.marker_key(stage, name), json.dumps(plain).encode())
 
     def remove_marker(self, stage: str, name: str) -> None:
         files.remove(f"{self.path}/{self.marker_key(stage, name)}")
@@ -457,8 +456,8 @@ class Layout:
         return freed
 
 
-def _marker_checksum(stage: str, name: str, text: bytes) -> str:
-    return files.checksum(f"{stage}/{name} ".encode() + text)
+def _marker_checksum(stage: str, name: str, receipt: dict) -> str:
+    return files.checksum(f"{stage}/{name} {json.dumps(receipt)}".encode())
 
 
 def _json(plain: dict) -> bytes:
