@@ -303,6 +303,20 @@ def planes(
     bench.measure(image, truth, crop, choose, test, out, sets or [])
 
 
+@app.command()
+def fuzz(
+    cases: Annotated[int, typer.Option(min=1, help="How many files to change and read.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Another seed, other cases.")] = 0,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="As many as there is time for; 0: as many as --cases says.")
+    ] = 0,
+) -> None:
+    """Files of all kinds, changed at random and read: tracebacks, hangs, memory. Exit code 1 where any does not end well."""
+    from benchmarks import fuzz as bench
+
+    bench.measure(cases, seed, minutes)
+
+
 @app.command("bytes")
 def same_bytes(
     against: Annotated[str, typer.Option(metavar="REVISION", help="Compare with the code of this commit.")] = "",

@@ -304,7 +304,7 @@ def repair(
         folder.load_run(out)  # which says what is wrong
     with displayed(progress) as shown, Lock(out) as lock:
         layout = Layout(out)
-        if layout.finished and not layout.peek_description() and layout.begun:
+        if layout.finished and not folder.peek_run(out) and layout.begun:
             folder.describe(replace(Run.from_json(layout.load_summary()), out=out))
         run = replace(folder.load_run(out), out=folder.partial_path(out))
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -16,7 +16,7 @@ from volseg import __version__, cli_volumes
 from volseg.cli_volumes import EXIT_INTERRUPTED
 from volseg.config import layers, load, local_path, page
 from volseg.engine import forkserver
-from volseg.errors import IncompleteRunError, UserError
+from volseg.errors import IncompleteRunError, UserError, printable
 from volseg.progress import Progress, terminal_progress
 
 if TYPE_CHECKING:
@@ -63,18 +63,33 @@ RetryFailed = Annotated[
 def main() -> None:
     """Runs the command line. A user's own mistake ends it with one line and exit code 2, blocks that failed with 1."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        _end_of_usage(error)
     except UserError as error:
         typer.echo(f"volseg: {' '.join(str(error).split())}", err=True)
         sys.exit(1 if isinstance(error, IncompleteRunError) else 2)
     except OSError as error:
-        typer.echo(
-            f"volseg: {error.filename or 'the system'}: {error.strerror or error or type(error).__name__}", err=True
-        )
+        said = f"{error.filename or 'the system'}: {error.strerror or error or type(error).__name__}"
+        typer.echo(f"volseg: {printable(' '.join(said.split()))}", err=True)
         sys.exit(2)
+    except typer.Abort:
+        typer.echo("volseg: stopped", err=True)
+        sys.exit(EXIT_INTERRUPTED)
     finally:
         if "torch" not in sys.modules:  # which complains of what was not collected
             gc.freeze()  # the process ends: looking for garbage among all that libraries made would take most of a second
+
+
+def _end_of_usage(error: Any) -> NoReturn:
+    """Ends with one line for an option or a command that there is not; where nothing was given, with the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.format_message())
+        sys.exit(0)
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "volseg"
+    said = printable(" ".join(error.format_message().split()).rstrip("."))
+    typer.echo(f"volseg: {said}; {command} -h lists what there is", err=True)
+    sys.exit(2)
 
 
 # ---------------------------------------------------------------- commands

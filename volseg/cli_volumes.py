@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from volseg.config import MOST
 from volseg.errors import UserError
 from volseg.progress import terminal_progress
 
@@ -88,4 +89,6 @@ def _numbers(text: str, option: str, kind: type = int) -> Triple:
         raise UserError(f"{option} {text!r} is not three {whole}numbers such as 64,512,512") from None
     if not min(z, y, x) > 0:
         raise UserError(f"{option} {text!r} has an axis shorter than 1 voxel, or no length")
+    if z * y * x > MOST:
+        raise UserError(f"{option} {text!r} has more than {MOST} voxels")
     return z, y, x

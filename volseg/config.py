@@ -29,8 +29,9 @@ from pydantic import (
 from volseg.box import Box
 from volseg.errors import UserError
 
-Size = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+MOST = 1 << 53  # no count of voxels is larger, see `volseg.io.header.MAX_VOXELS`
+Size = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Confidence = Annotated[float, Field(ge=0.5, lt=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -94,7 +95,7 @@ class Predict(Section):
     model: LocalPath = ""  # a .safetensors file; "" takes the one that ships with volseg
     backend: Literal["auto", "openvino", "onnx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
-    tile: Annotated[int, Field(ge=32)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
+    tile: Annotated[int, Field(ge=32, le=1 << 20)] = 1280  # longest tile edge in voxels; a plane that fits is one tile
     overlap: Count = 64  # voxels shared by neighboring tiles
     batch: Count = 0  # tiles in one forward pass; 0 takes what is fastest on a GPU, and 1 on a CPU
     tta: Literal[1, 4, 8] = 1  # ways to lay a tile that are averaged: 4 flips it, 8 also transposes it
@@ -325,7 +326,9 @@ def read_file(path: str | Path) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UserError(f"cannot read config file {path}: {reason}; give the path of a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise UserError(f"config file {path} is not valid TOML: it is nested too deep") from None
+    except ValueError as error:  # also a number of thousands of digits
         raise UserError(f"config file {path} is not valid TOML: {error}") from None
 
 
@@ -343,7 +346,7 @@ def parse_set(text: str) -> dict:
         raise UserError(f"--set {text!r} is not of the form section.key=value, for instance stitch.seed=0.9")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value.strip()
     return {section: {name: parsed}}
 
@@ -403,10 +406,19 @@ def _check(
     key = ".".join(str(part) for part in first["loc"])
     where = (origin or {}).get(first["loc"][:2], where)
     if first["type"] == "extra_forbidden":
-        raise UserError(f"{where}: unknown key {key!r}{_suggest(first['loc'], tables)}")
+        raise UserError(f"{where}: unknown key {_short(key)}{_suggest(first['loc'], tables)}")
     if first["type"] == "value_error":
         raise UserError(f"{where}: {key}: {first['ctx']['error']}")
-    raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}")
+    raise UserError(f"{where}: {key} = {_short(first['input'])}: {first['msg'].lower()}")
+
+
+def _short(value: Any) -> str:
+    """A value that came, as much of it as a line holds."""
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # of a number of thousands of digits, or deep lists
+        return f"a {type(value).__name__} too long to show"
+    return shown if len(shown) <= 120 else f"{shown[:120]}..."
 
 
 Setting = str | tuple[str, str]  # "section.key=value", or the option that it comes from and this

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,15 +88,11 @@ class FinishedRun:
     @property
     def objects(self) -> pandas.DataFrame:
         """The object table, a row for each label; units stand in the column names."""
-        import pandas
-
-        return pandas.read_parquet(io.BytesIO(self.layout.read_table("objects")))
+        return self.layout.read_columns("objects").to_pandas()
 
     def objects_arrow(self) -> pyarrow.Table:
         """The object table as an Arrow table."""
-        from pyarrow import parquet
-
-        return parquet.read_table(io.BytesIO(self.layout.read_table("objects")))
+        return self.layout.read_columns("objects")
 
     @property
     def object_count(self) -> int:

@@ -242,6 +242,15 @@ def _flat(plain: dict, prefix: str = "") -> dict:
 # ---------------------------------------------------------------- a finished run, decided anew
 
 
+def peek_run(path: str) -> Run | None:
+    """The run begun at ``path``; None where there is none that this volseg can read."""
+    plain = Layout(path).peek_description()
+    try:
+        return Run.from_json({**plain, "out": path}, Layout.DESCRIPTION) if plain else None
+    except UserError:
+        return None
+
+
 def load_run(out: str, *, recompute: bool = False) -> Run:
     """The run at ``out``, or the one of that name which `segment` left unfinished; its work folder is there.
 
@@ -258,7 +267,7 @@ def load_run(out: str, *, recompute: bool = False) -> Run:
             )
         _rebuild_work(out)
     plain = Layout(path).load_description()
-    run = Run.from_json(plain)
+    run = Run.from_json({**plain, "out": path}, Layout.DESCRIPTION)
     if plain["keys"].get(run.probability_stage) != keys(run)[run.probability_stage]:
         if not recompute or path != out:
             raise UserError(
@@ -292,7 +301,7 @@ def _rebuild_work(out: str) -> None:
 def apply_settings(run: Run) -> None:
     """The run's folder takes another description; what that makes stale is gone."""
     plain = run.layout.load_description()
-    old, old_keys, new_keys = Run.from_json(plain), plain["keys"], keys(run)
+    old, old_keys, new_keys = Run.from_json(plain, Layout.DESCRIPTION), plain["keys"], keys(run)
     for stage in {*old_keys, *new_keys}:
         if old_keys.get(stage) != new_keys.get(stage):
             run.layout.remove_markers(stage)

@@ -39,7 +39,7 @@ def damaged_files(path: str) -> list[str]:
         if not layout.begun:
             raise
         return list(error.keys)
-    if not layout.fits(layout.MANIFEST, summary["manifest_mark"]):
+    if not layout.fits(layout.MANIFEST, summary.get("manifest_mark", [])):
         return [layout.MANIFEST]
     marks = layout.load_manifest()
     if not layout.begun:  # cleaned

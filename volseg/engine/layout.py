@@ -14,10 +14,11 @@ for each block.
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from volseg.errors import DamagedFileError, UserError
 from volseg.io import arrays, files, tables
 from volseg.segmentation import hierarchy, holes, objects, saddles, stitch
 from volseg.segmentation.basins import BlockBasins
+
+if TYPE_CHECKING:
+    import pyarrow
 
 FORMAT = 1  # of a run's folder; raised when an older volseg could misread a newer folder, or the other way round
 T = TypeVar("T")
@@ -215,7 +219,7 @@ class Layout:
         try:
             made_from, written = json.loads(files.read_bytes(self.path, f"work/stamps/{stage}/{i}"))
             return "" if check and not all(self.fits(*item) for item in written.items()) else made_from
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return ""
 
     def write_stamp(self, stage: str, i: int, made_from: str, written: dict[str, list]) -> None:
@@ -230,7 +234,7 @@ class Layout:
         """Whether the file still has that fingerprint."""
         try:
             return files.fingerprint(self.path, key) == mark
-        except OSError:
+        except (OSError, ValueError):  # ValueError: what is no name of a file
             return False
 
     # ---- markers
@@ -246,12 +250,12 @@ class Layout:
     def read_marker(self, stage: str, name: str) -> dict:
         """Raises `ValueError` where it is not as it was written, or is another block's."""
         receipt = json.loads(files.read_bytes(self.path, self.marker_key(stage, name)))
-        if receipt.pop("checksum", "") != _marker_checksum(stage, name, receipt):
+        if receipt.pop("checksum", "") != marker_checksum(stage, name, receipt):
             raise ValueError("damaged marker")
         return receipt
 
     def write_marker(self, stage: str, name: str, receipt: dict) -> None:
-        plain = {**receipt, "checksum": _marker_checksum(stage, name, receipt)}
+        plain = {**receipt, "checksum": marker_checksum(stage, name, receipt)}
         files.write_bytes(self.path, self.marker_key(stage, name), json.dumps(plain).encode())
 
     def remove_marker(self, stage: str, name: str) -> None:
@@ -332,6 +336,7 @@ class Layout:
     # ---- the manifest of a finished run
 
     MANIFEST: ClassVar[str] = "manifest.json"
+    DESCRIPTION: ClassVar[str] = "work/run.json"
 
     def in_work(self, key: str) -> bool:
         return key.startswith("work/")
@@ -384,7 +389,7 @@ class Layout:
         """Of the label arrays; None where not all of them were created."""
         try:
             return json.loads(files.read_bytes(self.path, "work/labels.json")).get("dtype")
-        except (FileNotFoundError, ValueError, AttributeError):
+        except (FileNotFoundError, ValueError, AttributeError, RecursionError):
             return None
 
     def mark_labels(self, dtype: str) -> None:
@@ -407,6 +412,18 @@ class Layout:
             return files.read_bytes(self.path, key)
         except FileNotFoundError:
             raise DamagedFileError(self.path, key, "is missing") from None
+
+    def read_columns(self, name: str) -> pyarrow.Table:
+        """A table of results. Raises `DamagedFileError` where it is missing, or none."""
+        import pyarrow
+        from pyarrow import parquet
+
+        data = self.read_table(name)
+        try:
+            return parquet.read_table(io.BytesIO(data))
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            state = f"is damaged ({' '.join(str(error).split())[:200]})"
+            raise DamagedFileError(self.path, f"tables/{name}.parquet", state) from None
 
     def write_picture(self, name: str, data: bytes) -> None:
         """``name``: "overlay", or "tables/volumes"."""
@@ -456,7 +473,7 @@ class Layout:
         return freed
 
 
-def _marker_checksum(stage: str, name: str, receipt: dict) -> str:
+def marker_checksum(stage: str, name: str, receipt: dict) -> str:
     return files.checksum(f"{stage}/{name} {json.dumps(receipt)}".encode())
 
 

@@ -81,7 +81,14 @@ class Receipt:
 
     @classmethod
     def from_json(cls, plain: dict) -> Receipt:
-        return cls(**plain)
+        """Raises `TypeError` for what `to_json` never gave."""
+        receipt = cls(**plain)
+        numbers = (value for name, value in vars(receipt).items() if name not in ("seconds", "files", "filled"))
+        marks = receipt.files.values() if isinstance(receipt.files, dict) else [None]
+        fits = all(isinstance(mark, list) and len(mark) == 2 and isinstance(mark[0], int) for mark in marks)
+        if not (fits and isinstance(receipt.seconds, dict) and all(isinstance(n, int | float) for n in numbers)):
+            raise TypeError("not a receipt")
+        return receipt
 
 
 def peak_bytes() -> int:
@@ -241,7 +248,7 @@ def _stored_receipts(layout: Layout, stage: str, key: str) -> Iterator[tuple[int
     def read(name: str) -> tuple[int, Receipt] | None:
         try:
             return int(name.partition("-")[0]), Receipt.from_json(layout.read_marker(stage, name))
-        except (ValueError, TypeError, AttributeError, FileNotFoundError):
+        except (ValueError, TypeError, AttributeError, RecursionError, FileNotFoundError):
             return None
 
     names = [name for name in layout.markers(stage) if name.endswith(f"-{key}")]

@@ -15,9 +15,11 @@ from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
 from volseg.config import Config
 from volseg.engine.blocks import fit, plane_blocks
 from volseg.engine.layout import Layout
+from volseg.errors import DamagedFileError
 from volseg.inference import tiles
 from volseg.inference.backends import Engine
 from volseg.io import probabilities, pyramid, volume
+from volseg.io.header import check_shape
 from volseg.io.resample import Grid
 from volseg.io.roi import RegionOfInterest
 from volseg.segmentation.distances import DistanceUnit, distance_unit
@@ -216,7 +218,30 @@ class Run:
         return {**plain, "engine": plain["engine"] or {}, "config": config}
 
     @classmethod
-    def from_json(cls, plain: dict) -> Run:
+    def from_json(cls, plain: dict, key: str = "run.json") -> Run:
+        """The run that ``plain`` describes, as the file ``key`` in its folder holds it; `DamagedFileError` for none."""
+        try:
+            run = cls._parsed(plain)
+            run._check()
+            if key == Layout.DESCRIPTION and not isinstance(plain["keys"], dict):
+                raise TypeError("its keys are none")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            state = f"is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            raise DamagedFileError(str(plain.get("out", "the run")), key, state) from None
+        return run
+
+    def _check(self) -> None:
+        """Raises `ValueError` for sizes that no run has."""
+        shape, blocks = self.source.shape, (self.predict_block, self.block, *self.pass_blocks.values())
+        for triple in (shape, *blocks):
+            if len(triple) != 3 or not all(type(n) is int and n > 0 for n in triple):
+                raise ValueError(f"{triple!r} is no shape")
+        check_shape(shape, "the volume")
+        if len(self.voxel_size_nm) != 3 or not all(0 < n < float("inf") for n in self.voxel_size_nm):
+            raise ValueError(f"{self.voxel_size_nm!r} is no size of a voxel")
+
+    @classmethod
+    def _parsed(cls, plain: dict) -> Run:
         known = {name: _tuples(plain[name]) for name in cls.__dataclass_fields__ if name in plain}
         channels = tuple(
             replace(probabilities.Channel(**c), source=_volume(c["source"])) for c in plain.get("channels", ())
@@ -238,7 +263,7 @@ class Run:
 @lru_cache(maxsize=2)
 def stored_run(path: str, run_id: str) -> Run:
     """The run whose folder is ``path``, as its workers read it; ``run_id`` has a new run at the same place read anew."""
-    return replace(Run.from_json(Layout(path).load_description()), out=path)
+    return replace(Run.from_json(Layout(path).load_description(), Layout.DESCRIPTION), out=path)
 
 
 def _volume(plain: dict | None) -> volume.Volume | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -116,9 +115,7 @@ class StoredRun:
 
     def table(self, name: str) -> dict[str, np.ndarray]:
         """Columns of ``tables/NAME.parquet``."""
-        from pyarrow import parquet
-
-        stored = parquet.read_table(io.BytesIO(self.layout.read_table(name)))
+        stored = self.layout.read_columns(name)
         return {column: stored[column].to_numpy() for column in stored.column_names}
 
     def regions(self, box: Box) -> np.ndarray:

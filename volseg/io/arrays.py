@@ -157,8 +157,11 @@ def contents(path: str) -> str:
         return ""
     if isinstance(group, zarr.Array):
         return f"; {path} is itself an array: leave input.dataset empty"
-    with _pipeline(_PYTHON):
-        names = sorted(name for name, node in group.members(max_depth=4) if isinstance(node, zarr.Array))
+    try:
+        with _pipeline(_PYTHON):
+            names = sorted(name for name, node in group.members(max_depth=4) if isinstance(node, zarr.Array))
+    except Exception as error:  # whatever the store or damaged metadata of a member raise
+        return f"; what it holds cannot be listed: {reason(error)}"
     listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"; arrays inside: {listed}: pick one with --set input.dataset={names[0]}" if names else "; it has no arrays"
 

@@ -14,7 +14,6 @@ from volseg.config import Cluster, Config, Predict
 from volseg.engine import cluster, folder
 from volseg.engine.blocks import choose_blocks, with_full_batches
 from volseg.engine.finish import gpus_of
-from volseg.engine.layout import Layout
 from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
 from volseg.errors import UserError
@@ -117,8 +116,8 @@ def _blocked(run: Run) -> Run:
 
     A restart must not choose anew: what is free is never the same twice.
     """
-    if plain := run.layout.peek_description():
-        old = Run.from_json(plain)
+    if old := folder.peek_run(run.out):
+        plain = run.layout.load_description()
         begun = replace(run, predict_block=old.predict_block, block=old.block, pass_blocks=old.pass_blocks)
         stage = run.probability_stage
         if old.config.blocks == run.config.blocks and plain["keys"].get(stage) == keys(begun)[stage]:
@@ -177,13 +176,13 @@ def _begun_engine(out: str, config: Config, path: Path) -> Engine | None:
 
     A restart must not choose anew: timing is noisy, and another choice has other bits.
     """
-    old = Layout(out).peek_description()
-    if not old:
+    old = folder.peek_run(out)
+    if not old or not old.engine:
         return None
-    same_model = old.get("model_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
-    if not same_model or old["config"]["predict"] != config.predict.model_dump(mode="json"):
+    same_model = old.model_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    if not same_model or old.config.predict != config.predict:
         return None
-    begun = Engine(**old["engine"])
+    begun = old.engine
     return Engine.here(begun.backend, begun.precision, batch=begun.batch, why=begun.why)
 
 
