@@ -343,7 +343,10 @@ def chaos(
     minutes: Annotated[float, typer.Option(min=0, help="After which no episode begins; 0: no limit.")] = 5,
     count: Annotated[int, typer.Option(min=0, help="Episodes of each kind; 0: as many as the time allows.")] = 0,
     out: Annotated[
-        str, typer.Option(help="JSON file of all episodes; results/chaos.json has the table if not given.")
+        str,
+        typer.Option(
+            help="JSON file of all episodes; what it has is kept. If not given, results/chaos.json has the table."
+        ),
     ] = "",
     place: Annotated[
         str, typer.Option(help="Folder of the episodes, with what their commands said; a temporary one.")

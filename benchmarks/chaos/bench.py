@@ -27,15 +27,18 @@ def measure(kinds: str, seed: int, minutes: float, count: int, out: str, place: 
     """A row for each kind; with all episodes they are written to ``out``. Exits with 1 where any episode ended badly.
 
     Kinds take turns until ``minutes`` are over or each had ``count`` episodes. An episode is drawn by seed, kind and number
-    alone, so one that ended badly can be played again.
+    alone, so one that ended badly can be played again; those that ``out`` has are not played again.
     """
     names = chosen(kinds)
-    episodes: list[Episode] = []
+    episodes = load(out, seed) if out else []
+    played = {(episode.kind, episode.number) for episode in episodes}
     with TemporaryDirectory(prefix="chaos-") as folder:
         stand, begin = Stand(Path(place or folder)), time.monotonic()
         for number, name in _turns(names, count):
             if minutes and time.monotonic() - begin > 60 * minutes:
                 break
+            if (name, number) in played:
+                continue
             episodes.append(play(stand, name, seed, number))
             print(line(episodes[-1]), flush=True)
             if out:
@@ -111,13 +114,20 @@ def _row(name: str, episodes: list[Episode]) -> dict:
     }
 
 
+def load(out: str, seed: int) -> list[Episode]:
+    """The episodes of an earlier call with that seed."""
+    path = Path(out)
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    return [Episode(**plain) for plain in stored.get("episodes", ())] if stored.get("seed") == seed else []
+
+
 def keep(out: str, seed: int, episodes: list[Episode]) -> None:
     """All episodes are in the JSON file ``out``."""
     plain = {**report.machine(), "seed": seed, "rows": table(episodes), "episodes": [asdict(e) for e in episodes]}
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(plain, indent=1) + "\n")
+    temporary.write_text(json.dumps(plain) + "\n")
     shutil.move(temporary, path)
 
 

@@ -15,12 +15,7 @@ from volseg.engine.integrity import damaged_files
 
 LONGEST_S = 2.5  # between the two
 HOLDER = "is being written by another volseg (process "
-REFUSALS = (
-    HOLDER,
-    "is being trained by another volseg",
-    "exists; give another --out",
-    "was changed by another command",
-)
+REFUSALS = (HOLDER, "exists; give another --out", "was cleaned: its basins must be made anew")
 MODEL_FILES = ("model.safetensors",)
 
 

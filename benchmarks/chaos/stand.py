@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -60,7 +61,7 @@ class Reference:
 
 @dataclass
 class Stand:
-    """The folder of all episodes; each job is run once undisturbed, when it is first needed."""
+    """The folder of all episodes; each job is run once undisturbed, when it is first needed, and what it gave is kept."""
 
     place: Path
     workers: int = 2
@@ -102,6 +103,9 @@ class Stand:
 
     def reference(self, job: str) -> Reference:
         """What the job gives undisturbed."""
+        kept = self.place / f"reference-{job}.json"
+        if job not in self.references and kept.exists():
+            self.references[job] = Reference(**json.loads(kept.read_text()))
         if job not in self.references:
             folder = self.place / f"reference-{job}"
             shutil.rmtree(folder, ignore_errors=True)
@@ -111,6 +115,7 @@ class Stand:
             if command.wait() != 0:
                 raise SystemExit(f"the undisturbed command failed: {' '.join(command.line)}\n{command.text[-2000:]}")
             self.references[job] = Reference(hash_result(out), time.monotonic() - begin)
+            kept.write_text(json.dumps(asdict(self.references[job])))
         return self.references[job]
 
     def prepare(self, job: str, folder: Path | None = None) -> Path:
