@@ -56,6 +56,13 @@ def free_memory() -> int:
     return min([psutil.virtual_memory().available, *limits()])
 
 
+def total_memory() -> int:
+    """Bytes of memory of the machine."""
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
 def limits(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> list[int]:
     """What each limit on this process's control group, or on one above it, leaves in bytes; cached files count as free."""
     found = []

@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import dask.config
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Worker, WorkerPlugin, get_worker
+from distributed import Client, LocalCluster, Nanny, Worker, WorkerPlugin, get_worker
 from distributed.comm import CommClosedError
+from distributed.scheduler import KilledWorker
 from distributed.security import Security
 
+from volseg import system
 from volseg.config import Cluster
-from volseg.engine import forkserver
+from volseg.engine import forkserver, guard
 from volseg.engine.receipts import Receipt, add
 from volseg.errors import IncompleteRunError, UserError
 
@@ -90,6 +94,7 @@ def _started(config: Cluster, count: int, gpu: bool) -> Iterator[LocalCluster]:
     settings = {
         "distributed.worker.multiprocessing-method": forkserver.method(),
         "distributed.worker.profile.enabled": False,  # it keeps a tree of calls for every second: 0.1 MB/s
+        "distributed.scheduler.allowed-failures": 1,  # workers that one task may end before `loop` looks after it
         "distributed.admin.tick.interval": "500ms",  # 50 times a second each process asks whether its loop is late
     }
     with dask.config.set(settings), _processes(config, count, gpu) as found:
@@ -114,6 +119,7 @@ def _processes(config: Cluster, count: int, gpu: bool) -> LocalCluster:
                 threads_per_worker=TASKS_PER_GPU if gpu else 1,
                 resources={DEVICE: TASKS_PER_GPU} if gpu else {},
                 processes=True,
+                worker_class=_Nanny,
                 memory_limit=0,
                 dashboard_address=_local_address(config.dashboard),
                 protocol="tls",  # else every user of this machine could have the workers run code
@@ -216,6 +222,77 @@ def place_here() -> int:
     except ValueError:  # not on a worker
         return 0
     return int(found[1]) if found else 0
+
+
+# ---------------------------------------------------------------- memory, and workers that die
+
+MEMORY_TOPIC = "volseg-memory"  # of events that workers log before they end themselves
+WATCH_INTERVAL_S = 0.2
+DEATH_WAIT_S = 2.0  # in which the exit code of a worker that is gone is known
+
+
+class _Nanny(Nanny):
+    """Keeps what each process of its worker ended with."""
+
+    deaths: dict[str, str] | None = None
+    kills = 0
+
+    async def instantiate(self) -> Any:
+        self.kills = guard.oom_kills()
+        return await super().instantiate()
+
+    def _on_worker_exit_sync(self, exitcode: int) -> None:
+        if self.worker_address:
+            cause = guard.cause_of_death(exitcode, guard.oom_kills() > self.kills)
+            self.deaths = {**(self.deaths or {}), self.worker_address: cause}
+        super()._on_worker_exit_sync(exitcode)
+
+
+class MemoryWatch(WorkerPlugin):
+    """Ends a worker process that holds more than its `guard.MemoryLimits`; its nanny starts another."""
+
+    name = "volseg-memory"
+
+    def __init__(self, limits: guard.MemoryLimits) -> None:
+        self.limits = limits
+
+    def setup(self, worker: Worker) -> None:
+        self.done = threading.Event()
+        if worker.nanny:  # else nobody would start another
+            threading.Thread(target=self._watch, args=[worker], daemon=True).start()
+
+    def teardown(self, worker: Worker) -> None:
+        self.done.set()
+
+    def _watch(self, worker: Worker) -> None:
+        while not self.done.wait(WATCH_INTERVAL_S):
+            if why := self.limits.exceeded(system.resident()):
+                worker.loop.add_callback(worker.log_event, MEMORY_TOPIC, {"worker": worker.address, "why": why})
+                time.sleep(WATCH_INTERVAL_S)  # the event is on its way
+                os._exit(guard.OVER_MEMORY)
+
+
+def watch_memory(client: Client, limits: guard.MemoryLimits) -> None:
+    """Workers that come to hold more than that are ended."""
+    client.register_plugin(MemoryWatch(limits))
+
+
+def cause_of_death(client: Client, error: BaseException) -> str:
+    """Why the last worker died of a task that took several; ``""`` where the error says something else."""
+    if not isinstance(error, KilledWorker):
+        return ""
+    address, end = error.last_worker.address, time.monotonic() + DEATH_WAIT_S
+    while True:
+        events = (event for _, event in client.get_events(MEMORY_TOPIC))
+        if why := next((event["why"] for event in events if event["worker"] == address), ""):
+            return f"its worker {why}; {guard.WAY_OUT}"
+        nannies = getattr(client.cluster, "workers", {}).values()
+        deaths = [nanny.deaths or {} for nanny in nannies if isinstance(nanny, _Nanny)]
+        if found := next((known[address] for known in deaths if address in known), ""):
+            return found
+        if not deaths or time.monotonic() > end:
+            return guard.cause_of_death(None, killed_for_memory=False)
+        time.sleep(0.05)
 
 
 # ---------------------------------------------------------------- counters

@@ -17,6 +17,7 @@ import numpy as np
 from volseg.box import Box
 from volseg.engine import cluster, folder, schedule
 from volseg.engine.finished import FinishedRun
+from volseg.engine.guard import MemoryLimits
 from volseg.engine.integrity import write_manifest
 from volseg.engine.keys import decision_key
 from volseg.engine.layout import Joins, Layout
@@ -56,6 +57,9 @@ def execute(
         if (link := cluster.dashboard(client)) and not light:
             progress.message(f"dashboard {link}")
         threading.Thread(target=_import_ahead, daemon=True).start()
+        if not light:
+            allowed = round(run.config.cluster.memory_limit * 1e9)
+            cluster.watch_memory(client, MemoryLimits(planned=(plan or {}).get("worker_bytes", 0), allowed=allowed))
         markers = _checked_markers(run, lock, progress)
         _consider_failures(markers, retry_failed, progress)
         run, statistics, stages_start = _run_stages(client, run, markers, lock, progress)

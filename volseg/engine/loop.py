@@ -17,8 +17,9 @@ from typing import Any
 
 from distributed import Client, Future, as_completed, get_worker
 
-from volseg.engine.cluster import DEVICE, HOST, threads
-from volseg.errors import UserError
+from volseg.engine.cluster import DEVICE, HOST, cause_of_death, threads
+from volseg.errors import OutOfMemoryError, UserError
+from volseg.system import trim_memory
 
 SHORT_TASK_S = 0.05  # seconds; items that take less share a task
 MAX_BATCHED_ITEMS = 64  # items of one task
@@ -29,13 +30,17 @@ Item = Hashable  # what names a block's task: its number, or (stage, number)
 
 @dataclass(frozen=True)
 class Failure:
-    """A block that failed, and why; ``worker`` is where, ``error`` what was raised if it is one of volseg's own."""
+    """A block that failed, and why; ``worker`` is where, ``error`` what was raised if it is one of volseg's own.
+
+    ``heavy``: it took more memory than there was, or may have, since its worker died.
+    """
 
     item: Any
     reason: str
     traceback: str = ""
     worker: str = ""
     error: UserError | None = None
+    heavy: bool = False
 
 
 def run(
@@ -48,6 +53,7 @@ def run(
     window: int = 0,
     done: Callable[[Any, Any], None] = lambda item, result: None,
     stop: Callable[[UserError], bool] = lambda error: False,
+    careful: Callable[..., Any] | None = None,
 ) -> list[Failure]:
     """Calls ``task(*args, item)`` on the workers for every item; ``done(item, result)`` here as each one ends.
 
@@ -60,18 +66,32 @@ def run(
     of items. A task is one item, or several of one stage where they take less than `SHORT_TASK_S`, since a message costs
     more than an empty block. An item that fails is tried ``tries`` times, each time after a longer pause and on another
     worker if there is one; what still fails is returned, and the rest goes on. An error for which ``stop`` is true ends
-    all: nothing more is handed out, what is under way ends, and the error is raised here.
+    all: nothing more is handed out, what is under way ends, and the error is raised here. An item that took a worker's
+    memory, or the worker, is tried by itself, while nothing else is under way: by ``careful``, which takes less memory.
     """
     call = partial(_each, partial(task, *args))
+    call_alone = partial(_each, partial(careful or task, *args))
     queues = [_Queue(client, call, *queue, window=window) for queue in _queues(client, items, device)]
     queue_of: dict[Any, _Queue] = {}
     attempts: dict[Item, int] = {}
     failures: list[Failure] = []
     stopped: list[BaseException] = []
+    alone: deque[tuple[_Queue, Failure]] = deque()
+    heavy: set[Item] = set()
+    solo: set[str] = set()  # the task that runs alone
     loop = as_completed([], loop=client.loop, raise_errors=False)
 
     def refill() -> None:
         while not stopped:
+            if alone or solo:
+                if not queue_of:
+                    queue, failure = alone.popleft()
+                    client.run(trim_memory, on_error="ignore")
+                    future = queue.submit_alone(failure.item, call_alone)
+                    solo.add(future.key)
+                    queue_of[future.key] = queue
+                    loop.update([future])
+                return
             for queue in queues:
                 futures = queue.refill()
                 queue_of.update((future.key, queue) for future in futures)
@@ -86,7 +106,11 @@ def run(
             stopped.append(failure.error)
             return
         attempts[failure.item] = attempts.get(failure.item, 0) + 1
-        if attempts[failure.item] < tries:
+        if failure.heavy:
+            heavy.add(failure.item)
+        if attempts[failure.item] < tries and failure.item in heavy:
+            alone.append((queue, failure))
+        elif attempts[failure.item] < tries:
             queue.retry(failure, RETRY_PAUSE_S * 4 ** (attempts[failure.item] - 1))
         else:
             failures.append(failure)
@@ -96,6 +120,7 @@ def run(
         finished = [future for future in batch if future.status == "finished"]
         for future, (seconds, outcomes) in zip(finished, client.gather(finished), strict=True):
             queue = queue_of.pop(future.key)
+            solo.discard(future.key)
             for item, outcome in zip(queue.complete(future.key, seconds), outcomes, strict=True):
                 if isinstance(outcome, Failure):
                     failed(queue, outcome)
@@ -104,8 +129,10 @@ def run(
                     done(item, outcome)
         for future in (future for future in batch if future.status != "finished"):
             error, queue = future.exception(), queue_of.pop(future.key)
+            solo.discard(future.key)
+            cause = cause_of_death(client, error)
             for item in queue.in_flight.pop(future.key):
-                failed(queue, Failure(item, _reason(error)))
+                failed(queue, Failure(item, cause or _reason(error), heavy=bool(cause)))
         refill()
     if stopped:
         raise stopped[0]
@@ -172,6 +199,12 @@ class _Queue:
             allow_other_workers=bool(workers),
         )  # fmt: skip
 
+    def submit_alone(self, item: Item, call: Callable) -> Future:
+        """The future of an item by itself on any worker of this queue's, by another ``call``."""
+        key = f"{_key(item)}-{uuid.uuid4().hex[:8]}"
+        self.in_flight[key] = [item]
+        return self.client.submit(call, [item], key=key, pure=False, resources=self.resources or None)
+
     def _more(self) -> list[Future]:
         if len(self.in_flight) > self.window // 2:
             return []
@@ -228,7 +261,8 @@ def _each(call: Callable[..., Any], items: list[Item]) -> tuple[float, list[Any]
             outcomes.append(call(*item) if isinstance(item, tuple) else call(item))
         except Exception as error:
             own = error if isinstance(error, UserError) else None
-            outcomes.append(Failure(item, _reason(error), traceback.format_exc(), _address(), own))
+            heavy = isinstance(error, MemoryError | OutOfMemoryError)
+            outcomes.append(Failure(item, _reason(error), traceback.format_exc(), _address(), own, heavy))
     return time.perf_counter() - start, outcomes
 
 

@@ -23,7 +23,7 @@ from functools import lru_cache
 
 from volseg.engine import cluster
 from volseg.engine.lock import writing
-from volseg.engine.predict import release_network
+from volseg.engine.predict import in_pieces, release_network
 from volseg.engine.receipts import Receipt, Timings
 from volseg.engine.run import Run, stored_run
 from volseg.engine.stages import Stage, stages_of
@@ -53,6 +53,16 @@ def process_block(path: str, run_id: str, stage_name: str, i: int) -> Receipt:
     receipt = Receipt(voxels=stage.grid[i].voxels, seconds=seconds, files=written, **told)
     cluster.count(stage_name, receipt)
     return receipt
+
+
+def process_block_in_pieces(path: str, run_id: str, stage_name: str, i: int) -> Receipt:
+    """The same in less memory and more time, to the same bytes: for a block that was too much for a worker."""
+    release_network()
+    try:
+        with in_pieces():
+            return process_block(path, run_id, stage_name, i)
+    finally:
+        release_network()
 
 
 @lru_cache(maxsize=2)

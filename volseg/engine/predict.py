@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
 import numpy as np
 
-from volseg.box import Box, inverse_axes, transpose_axes
+from volseg.box import Blocks, Box, inverse_axes, transpose_axes
 from volseg.engine import cluster
 from volseg.engine.receipts import Timings
 from volseg.engine.run import Run, needed_tiles, stored_run
@@ -23,6 +25,8 @@ from volseg.inference.normalization import scale
 from volseg.inference.sections import blend_sections, varying_tiles
 from volseg.system import trim_memory
 
+PIECES = 8  # into which a block is cut that was too much for a worker's memory
+_IN_PIECES: ContextVar[bool] = ContextVar("in_pieces", default=False)
 DEVICE_LOCK = threading.Lock()  # held by the task of this process that infers, while others read and write
 
 
@@ -64,7 +68,9 @@ def import_probabilities(run: Run, i: int, timings: Timings) -> None:
         part = run.wanted_part(box)
         if part.voxels and run.wants_any(part):
             inside = out[(slice(None), *part.slices_within(box))]
-            inside[:] = [channel.read(part) for channel in run.channels]
+            for piece in _pieces(part, 0):
+                for channel, plane in zip(run.channels, inside, strict=True):
+                    plane[piece.slices_within(part)] = channel.read(piece)
             if (mask := run.read_mask(part)) is not None:
                 inside *= mask
     with timings.phase("write"):
@@ -82,11 +88,34 @@ def _probabilities(run: Run, plane: str, box: Box, timings: Timings) -> tuple[np
         return out, {}
     with timings.phase("read"):
         mask = run.read_mask(part, plane)
-    inside = out[(slice(None), *part.slices_within(box))].transpose(0, *(1 + a for a in tiles.PLANES[plane]))
-    facts = _infer(run, plane, part, mask, inside, timings)
+    axes = tiles.PLANES[plane]
+    inside = out[(slice(None), *part.slices_within(box))].transpose(0, *(1 + a for a in axes))
+    facts: Counter[str] = Counter()
+    for piece in _pieces(part, axes[0]):
+        sections = piece.transpose(axes).slices_within(part.transpose(axes))[0]
+        some = None if mask is None else mask[sections]
+        facts.update(_infer(run, plane, piece, some, inside[:, sections], timings))
     if mask is not None:
         inside *= mask
-    return out, facts
+    return out, dict(facts)
+
+
+@contextmanager
+def in_pieces() -> Iterator[None]:
+    """Inside, blocks are read and inferred in `PIECES` along the sections and tiles one by one: to the same bytes."""
+    token = _IN_PIECES.set(True)
+    try:
+        yield
+    finally:
+        _IN_PIECES.reset(token)
+
+
+def _pieces(box: Box, axis: int) -> list[Box]:
+    """The pieces of ``box`` along an axis: one, or up to `PIECES` inside `in_pieces`."""
+    length = box.shape[axis]
+    depth = -(-length // PIECES) if _IN_PIECES.get() else length
+    block = tuple(depth if k == axis else n for k, n in enumerate(box.shape))
+    return [piece.shift(box.start) for piece in Blocks(box.shape, block)]
 
 
 def _infer(run: Run, plane: str, box: Box, mask: np.ndarray | None, out: np.ndarray, timings: Timings) -> dict:
@@ -187,4 +216,6 @@ def release_network() -> None:
 
 def _threads(run: Run) -> int:
     """Batches under way at once in this worker: on a GPU one is queued while the other is computed."""
+    if _IN_PIECES.get():
+        return 1
     return 2 if run.engine.device == "cuda" else cluster.threads_here()

@@ -16,7 +16,7 @@ from volseg import system
 from volseg.box import Blocks
 from volseg.engine import cluster, folder, loop
 from volseg.engine.layout import Values
-from volseg.engine.pipeline import process_block
+from volseg.engine.pipeline import process_block, process_block_in_pieces
 from volseg.engine.predict import release_network
 from volseg.engine.ready import Ready
 from volseg.engine.receipts import Markers, Receipt, RunStatistics
@@ -126,7 +126,7 @@ def _run_together(
     failures = loop.run(
         client, process_block, ready([stage.name for stage in reversed(stages) if not stage.on_device]), run.out, run.id,
         device=ready(inferring) if inferring else (), tries=settings.tries, window=settings.window, done=done,
-        stop=stop,
+        stop=stop, careful=process_block_in_pieces,
     )  # fmt: skip
     markers.flush()
     _refuse(run, stages, [*failures, *given_up])
