@@ -152,6 +152,8 @@ class _LocalLock:
                 holder = self._holder()
                 os.close(self.file)
                 raise _refusal(self.out, holder) from None
+            except OSError:  # a file system without locks, such as Lustre mounted without flock: nobody can hold one
+                break
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self.path).st_ino == os.fstat(self.file).st_ino:
                     break
