@@ -1,5 +1,6 @@
 """Damage, locks and restarts: nothing that is done is lost, nothing damaged is built on, no two commands write at once."""
 
+import errno
 import json
 import os
 import shutil
@@ -245,6 +246,48 @@ def test_a_lock_ends_with_its_holder(tmp_path):
     assert Path(f"{out}.lock").exists()
     with lock.Lock(str(out)):
         assert json.loads(Path(f"{out}.lock").read_text())["pid"] == os.getpid()
+
+
+def without_flock(monkeypatch, how):
+    """A system without `flock`, as Windows, or a file system that refuses it."""
+    if how == "system":
+        monkeypatch.setattr(lock, "fcntl", None)
+        return
+
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("how", ["system", "file system"])
+def test_without_flock_a_lock_is_a_file_with_a_heartbeat(tmp_path, monkeypatch, how):
+    without_flock(monkeypatch, how)
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    out = tmp_path / "run.volseg.zarr"
+    with lock.Lock(str(out)) as held:
+        first = json.loads(Path(f"{out}.lock").read_text())
+        with pytest.raises(UserError, match=rf"is being written by another volseg \(process {os.getpid()} on"):
+            lock.Lock(str(out)).__enter__()
+        end = time.monotonic() + 10
+        while json.loads(Path(f"{out}.lock").read_text())["heartbeat"] == first["heartbeat"]:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        held.check()
+    assert list(tmp_path.iterdir()) == []
+    code = "import os; from volseg.engine import lock; lock.fcntl = None\n"
+    code += f"lock.Lock({str(out)!r}).__enter__(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert Path(f"{out}.lock").exists()
+    with lock.Lock(str(out)):  # its holder's process is gone
+        assert json.loads(Path(f"{out}.lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_run_is_made_without_flock(image, reference, tmp_path, monkeypatch):
+    without_flock(monkeypatch, "system")
+    run = again(image, tmp_path / "run.volseg.zarr", progress=Quiet())
+    assert digest(run.path) == digest(reference)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.volseg.zarr"]
 
 
 def test_a_lock_on_an_object_store_is_refused_taken_over_and_lost(bucket, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -20,9 +21,10 @@ from volseg.io import files
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system that has none
 HEARTBEAT_S = 10  # on an object store, which cannot tell whether a holder still lives
 WRITERS_WAIT_S = 60
 STALE_S = 60  # after which a holder that was not heard of may be gone: clocks of two machines differ, so it is watched
@@ -34,9 +36,10 @@ class Lock:
     """While it is held, no other command writes to the output ``out``; a command that wants to is told who does.
 
     A local output has ``OUT.lock`` beside it, under the system's `flock`, so the lock of a process that is gone is gone with
-    it. On an object store the lock is an object that is written only where there is none, and anew every `HEARTBEAT_S`. It
-    is taken over where its holder's process on this machine is gone, or where it says nothing for `SILENCE_S`; a holder
-    that finds that out when it wakes up raises `IncompleteRunError`.
+    it. On an object store, and where the system or the file system has no such locks (Windows, some network mounts), the
+    lock is an object or a file that is written only where there is none, and anew every `HEARTBEAT_S`. It is taken over
+    where its holder's process on this machine is gone, or where it says nothing for `SILENCE_S`; a holder that finds that
+    out when it wakes up raises `IncompleteRunError`.
 
     Raises
     ------
@@ -46,10 +49,18 @@ class Lock:
 
     def __init__(self, out: str) -> None:
         self.out = out
-        self.lock: _LocalLock | _RemoteLock = _RemoteLock(out) if files.is_remote(out) else _LocalLock(out)
+        local = fcntl is not None and not files.is_remote(out)
+        self.lock: _LocalLock | _HeartbeatLock = _LocalLock(out) if local else _HeartbeatLock(out)
 
     def __enter__(self) -> Lock:
-        self.lock.acquire()
+        try:
+            self.lock.acquire()
+        except OSError as error:
+            if not isinstance(self.lock, _LocalLock) or error.errno not in NO_LOCKS:
+                raise
+            self.lock.discard()
+            self.lock = _HeartbeatLock(self.out)
+            self.lock.acquire()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -89,7 +100,7 @@ def _written_by(holder: dict) -> str:
 
 def writer(out: str) -> str:
     """``is being written by ...`` where a command holds the lock of ``out``, else ``""``."""
-    lock = _RemoteLock(out) if files.is_remote(out) else _LocalLock(out)
+    lock = _HeartbeatLock(out) if fcntl is None or files.is_remote(out) else _LocalLock(out)
     holder = lock.seen()
     return "" if holder is None else _written_by(holder)
 
@@ -141,8 +152,6 @@ class _LocalLock:
         self.out, self.path, self.file = out, f"{out}.lock", -1
 
     def acquire(self) -> None:
-        if fcntl is None:
-            return
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         while True:
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -177,6 +186,13 @@ class _LocalLock:
             time.sleep(0.02)
         return holder
 
+    def discard(self) -> None:
+        """The file is closed and, unless somebody wrote to it, gone."""
+        if not os.fstat(self.file).st_size:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+        os.close(self.file)
+
     def check(self) -> None:
         """The system keeps it as long as this process lives."""
 
@@ -188,10 +204,11 @@ class _LocalLock:
         os.close(self.file)
 
 
-class _RemoteLock:
+class _HeartbeatLock:
     def __init__(self, out: str) -> None:
-        self.out, self.key, self.id = out, f"{out.rpartition('/')[2]}.lock", uuid.uuid4().hex
-        self.folder = out.rpartition("/")[0]
+        self.out, self.id = out, uuid.uuid4().hex
+        self.folder, name = out.rpartition("/")[::2] if files.is_remote(out) else os.path.split(out)
+        self.key = f"{name}.lock"
         self.done = threading.Event()
         self.last = 0.0
         self.lost = False

@@ -366,8 +366,10 @@ def sync_files(path: str, keys: Iterable[str]) -> None:
 
 
 def create_bytes(path: str, key: str, data: bytes) -> bool:
-    """The object ``key`` under the URL ``path`` is ``data`` if there was none; whether there was none."""
+    """The object ``key`` under ``path`` is ``data``, all at once, if there was none; whether there was none."""
     where = join(path, key)
+    if not is_remote(where):
+        return _create_file(Path(where), data)
     try:
         with answering(where):
             fs, root = _remote(where)
@@ -378,4 +380,18 @@ def create_bytes(path: str, key: str, data: bytes) -> bool:
         if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
             return False
         raise
+    return True
+
+
+def _create_file(path: Path, data: bytes) -> bool:
+    """The same of a local file: made beside it, then linked to its name, which fails where there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")  # `_temporary` knows it
+    try:
+        temporary.write_bytes(data)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
     return True
