@@ -217,16 +217,6 @@ def test_a_second_command_is_told_who_writes(image, tmp_path):
     assert not Path(f"{out}.partial").exists()
 
 
-def test_where_the_file_system_has_no_locks_work_goes_on_without(tmp_path, monkeypatch):
-    def none(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(lock.fcntl, "flock", none)
-    with lock.Lock(str(tmp_path / "run")), lock.Lock(str(tmp_path / "run")):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
 def test_who_wants_to_read_a_run_is_told_who_writes_it(reference, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(reference, f"{out}.partial")

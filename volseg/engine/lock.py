@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import platform
@@ -24,7 +23,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system that has none
 HEARTBEAT_S = 10  # on an object store, which cannot tell whether a holder still lives
 WRITERS_WAIT_S = 60
 STALE_S = 60  # after which a holder that was not heard of may be gone: clocks of two machines differ, so it is watched
@@ -55,10 +53,7 @@ class Lock:
     def __enter__(self) -> Lock:
         try:
             self.lock.acquire()
-        except OSError as error:
-            if not isinstance(self.lock, _LocalLock) or error.errno not in NO_LOCKS:
-                raise
-            self.lock.discard()
+        except _NoLocksError:
             self.lock = _HeartbeatLock(self.out)
             self.lock.acquire()
         return self
@@ -147,6 +142,10 @@ def wait_for_writers(begun: str) -> None:
         os.close(file)
 
 
+class _NoLocksError(Exception):
+    """The file system has no locks."""
+
+
 class _LocalLock:
     def __init__(self, out: str) -> None:
         self.out, self.path, self.file = out, f"{out}.lock", -1
@@ -161,8 +160,9 @@ class _LocalLock:
                 holder = self._holder()
                 os.close(self.file)
                 raise _refusal(self.out, holder) from None
-            except OSError:  # a file system without locks, such as Lustre mounted without flock: nobody can hold one
-                break
+            except OSError:  # a file system without locks, such as Lustre mounted without flock
+                self._discard()
+                raise _NoLocksError from None
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self.path).st_ino == os.fstat(self.file).st_ino:
                     break
@@ -186,7 +186,7 @@ class _LocalLock:
             time.sleep(0.02)
         return holder
 
-    def discard(self) -> None:
+    def _discard(self) -> None:
         """The file is closed and, unless somebody wrote to it, gone."""
         if not os.fstat(self.file).st_size:
             with contextlib.suppress(FileNotFoundError):
