@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,20 @@ from volseg.system import resident
 
 SECONDS, BYTES = 15, 300 << 20  # that a command may take, of which the most is imports
 PROCESSES = ("chunk that is a bomb", "toml nested without end")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Whoever calls out of this machine fails the test."""
+    connect = socket.socket.connect
+
+    def local(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            pytest.fail(f"something calls {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: pytest.fail(f"something looks up {host}"))
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,19 @@ def shard_cut_short(folder):
     return words(INFER, "v.zarr")
 
 
+def shard_whose_index_points_beyond_its_end(folder):
+    """Without a checksum of the index: zarrs would make room for what it says, and end the process."""
+    codec = zarr.codecs.ShardingCodec(chunk_shape=(2, 20, 24), index_codecs=[zarr.codecs.BytesCodec()])
+    zarr.create_array(
+        str(folder / "v.zarr"), data=EM, chunks=EM.shape, serializer=codec, compressors=None, filters=None
+    )
+    shard = next(path for path in (folder / "v.zarr" / "c").rglob("*") if path.is_file())
+    data = bytearray(shard.read_bytes())
+    data[-8:] = struct.pack("<Q", 1 << 42)
+    shard.write_bytes(data)
+    return words(INFER, "v.zarr")
+
+
 def chunk_that_is_a_link_to_nowhere(folder):
     chunk = _stored(folder)
     chunk.unlink()
@@ -160,6 +173,7 @@ ZARRS |= {
     "chunk of noise": chunk_of_noise,
     "chunk that is a bomb": chunk_that_is_a_bomb,
     "shard cut short": shard_cut_short,
+    "shard whose index points beyond its end": shard_whose_index_points_beyond_its_end,
     "chunk that is a link to nowhere": chunk_that_is_a_link_to_nowhere,
     "NaN everywhere": not_a_number_everywhere,
     "infinity in one voxel": infinity_in_one_voxel,
@@ -348,6 +362,13 @@ def slices_of_absurd_size(folder):
     return words(INFER, "v")
 
 
+def slices_that_are_bombs(folder):
+    (folder / "v").mkdir()
+    for i in range(4):
+        (folder / "v" / f"s{i}.png").write_bytes(png(60_000, 60_000, zlib.compress(bytes(1 << 24))))
+    return words(INFER, "v")
+
+
 def slice_that_ends_early(folder):
     _slices(folder)
     path = folder / "v" / "s2.png"
@@ -393,6 +414,7 @@ SLICES = {
     "slice of another name": lambda folder: _with_slice(folder, "mean.png", png(48, 40)),
     "slice that ends early": slice_that_ends_early,
     "slices of absurd size": slices_of_absurd_size,
+    "slices that are bombs": slices_that_are_bombs,
     "slices with a gap": slices_with_a_gap,
     "slices and a link to nowhere": slices_and_a_link_to_nowhere,
     "slice of several pages": slice_of_several_pages,
@@ -430,6 +452,7 @@ SAID = {  # words that the line must hold, beside the file's name
     "no voxels": "no voxels",
     "complex": "complex64",
     "chunk that is a bomb": "far more bytes",
+    "shard whose index points beyond its end": "beyond its end",
     "NaN everywhere": "NaN",
     "infinity in one voxel": "1:2,5:6,7:8",
     "channels and none chosen": "--channel",
@@ -446,6 +469,7 @@ SAID = {  # words that the line must hold, beside the file's name
     "slices with a gap": "input.allow_gaps",
     "slices and a link to nowhere": "annex",
     "slice that ends early": "s2.png",
+    "slices that are bombs": "decodes to 3.6 GB",
     "name that is not there": "did you mean v.tif",
     "name of control characters": r"\x1b[31mred\x07",
 }

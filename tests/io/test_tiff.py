@@ -1,6 +1,7 @@
 """TIFF files of every layout read back voxel for voxel; what is no volume, or damaged, is refused by name."""
 
 import struct
+import time
 from functools import partial
 
 import imagecodecs
@@ -399,6 +400,31 @@ def test_the_depth_of_ome_voxels(tmp_path, depth):
     assert opened.voxel_size_nm == size
     assert [said in note for note in opened.notes] == [True]
     assert_reads(opened, voxels())
+
+
+LAUGHS = '<!DOCTYPE OME [<!ENTITY a0 "ha">' + "".join(f'<!ENTITY a{i + 1} "{f"&a{i};" * 10}">' for i in range(9))
+ENTITIES = {
+    "laughs": (LAUGHS + "]>", "&a9;"),
+    "a file": ('<!DOCTYPE OME [<!ENTITY a SYSTEM "file:///etc/hostname">]>', "&a;"),
+    "a server": ('<!DOCTYPE OME [<!ENTITY a SYSTEM "http://127.0.0.1:9/a">]>', "&a;"),
+    "deep": ("", "<a>" * 100_000),
+}
+
+
+@pytest.mark.parametrize("kind", ENTITIES)
+def test_entities_of_ome_xml_are_not_expanded(tmp_path, kind):
+    head, inside = ENTITIES[kind]
+    tifffile.imwrite(tmp_path / "v.ome.tif", voxels(), photometric="minisblack", metadata={"axes": "ZYX"})
+    xml = tifffile.tiffcomment(tmp_path / "v.ome.tif")
+    odd = xml.replace("<OME ", f"{head}<OME ", 1).replace("</OME>", f"<Note>{inside}</Note></OME>")
+    tifffile.tiffcomment(tmp_path / "v.ome.tif", odd.encode())
+    before, start = resident("HWM"), time.monotonic()
+    with read_or_refused():
+        opened = volume.open(tmp_path / "v.ome.tif")
+        assert_reads(opened, voxels())
+        assert not any("ha" * 20 in note for note in opened.notes)
+    assert time.monotonic() - start < 5
+    assert resident("HWM") - before < 1 << 27
 
 
 def test_ome_xml_that_is_none_is_left_out(tmp_path):

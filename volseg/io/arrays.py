@@ -257,7 +257,7 @@ def check_chunk(array: zarr.Array, folder: str, key: str, inner: Callable[[tuple
     file = Path(folder, key)
     compression, shards = frames.compression(array), frames.sharding(array.metadata)
     refuse_dangling(file, key)
-    if compression is None or not file.exists():
+    if (compression is None and shards is None) or not file.exists():
         return
     with file.open("rb") as opened:
 
@@ -269,7 +269,11 @@ def check_chunk(array: zarr.Array, folder: str, key: str, inner: Callable[[tuple
         ranges = [(0, size)]
         if shards:
             found = frames.shard_ranges(shards, array.shards, size, read)
+            if any(offset + length > size for offset, length in found.values()):
+                raise OSError("the index of this shard points beyond its end")
             ranges = [span for place, span in found.items() if inner(place)]
+        if compression is None:
+            return
         most = compression.header or size
         if any(compression.too_large(read(offset, min(length, most))) for offset, length in ranges):
             raise OSError(BOMB)

@@ -17,7 +17,9 @@ import numpy as np
 import zarr
 from zarr.codecs import (
     BloscCodec,
+    BytesCodec,
     Crc32cCodec,
+    Endian,
     GzipCodec,
     ShardingCodec,
     ShardingCodecIndexLocation,
@@ -183,6 +185,7 @@ def shard_ranges(
     index = read(size - length if at_end else 0, length) if length <= size else b""
     if len(index) != length:
         return {}  # cut short: the decoder refuses it
-    numbers = np.frombuffer(index, "<u8", 2 * prod(grid)).reshape(*grid, 2)
+    big = any(isinstance(codec, BytesCodec) and codec.endian == Endian.big for codec in shards.index_codecs)
+    numbers = np.frombuffer(index, ">u8" if big else "<u8", 2 * prod(grid)).reshape(*grid, 2)
     ranges = {place: (int(numbers[place][0]), int(numbers[place][1])) for place in np.ndindex(*grid)}
     return {place: span for place, span in ranges.items() if span[0] != ABSENT}

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 JPEG = (".jpg", ".jpeg")
 SUFFIXES = (".tif", ".tiff", ".png", *JPEG)
 PNG_TYPES = {"1": "uint8", "L": "uint8", "P": "uint8", "I;16": "uint16", "I": "int32"}  # by Pillow's mode
+LARGE_BYTES = 1 << 30  # of a decoded slice, above which its file is looked at
+MAX_RATIO = 200  # of a decoded slice to its file; images reach 10, blank ones 1000
 PNG_SAMPLES = {"LA": 2, "RGB": 3, "RGBA": 4}
 
 
@@ -209,7 +211,18 @@ def _slice(file: str) -> _Slice:
         text = f"is a color image ({image.mode}); {tiff.CONVERT}"
         _, notes = _palette(image, file)
         dtype = PNG_TYPES.get(image.mode, "uint8")
+        _refuse_bomb(image.height * image.width * channels * np.dtype(dtype).itemsize, file)
         return _Slice((image.height, image.width), dtype, channels, text, "".join(notes))
+
+
+def _refuse_bomb(nbytes: int, file: str) -> None:
+    """Refuses a large slice that would be far more than its file: no image compresses so, and each would take seconds."""
+    size = os.path.getsize(file)
+    if nbytes > LARGE_BYTES and nbytes > MAX_RATIO * size:
+        raise UserError(
+            f"slice {file} of {size} bytes decodes to {nbytes / 1e9:.3g} GB, which no image does: it is damaged, or blank; "
+            "convert the slices to zarr, which leaves out what is blank"
+        )
 
 
 def _palette(image: Any, file: str) -> tuple[np.ndarray | None, tuple[str, ...]]:
