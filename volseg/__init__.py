@@ -19,6 +19,7 @@ _MODULES = {
     "calibrate": "evaluation.calibrate",
     "convert": "api_volumes",
     "evaluate": "evaluation.evaluate",
+    "export": "api_volumes",
     "infer": "api",
     "open": "api",
     "open_volume": "api_volumes",
@@ -41,8 +42,8 @@ _MODULES = {
 }
 __all__ = [
     "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
-    "calibrate", "convert", "evaluate", "infer", "open", "open_volume", "plan", "repair", "review", "segment", "train", "tune",
-    "verify", "watershed",
+    "calibrate", "convert", "evaluate", "export", "infer", "open", "open_volume", "plan", "repair", "review", "segment",
+    "train", "tune", "verify", "watershed",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
         train,
         tune,
     )
-    from volseg.api_volumes import convert, open_volume
+    from volseg.api_volumes import convert, export, open_volume
     from volseg.box import Box
     from volseg.config import Config
     from volseg.engine.finished import FinishedRun

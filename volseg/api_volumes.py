@@ -9,6 +9,7 @@ from typing import Any
 
 from volseg.config import Config
 from volseg.engine import cluster, folder
+from volseg.engine.finished import FinishedRun, open_run
 from volseg.errors import UserError
 from volseg.inference.settings import Settings, default_out, settings_of
 from volseg.io import files, volume
@@ -156,3 +157,57 @@ def convert(
             source, out, labels=labels, chunk=chunk or convert.CHUNK, shard=shard or convert.SHARD, workers=workers
         )
         return convert.execute(job, out, chosen.cluster, shown, overwrite=overwrite)
+
+
+def export(
+    run: str | os.PathLike | FinishedRun,
+    out: str | os.PathLike,
+    *,
+    kind: str = "",
+    what: str = "labels",
+    config: str | os.PathLike | Config | dict | None = None,
+    settings: Settings = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> str:
+    """Write a finished run in a format of other programs.
+
+    The output has its name once it is whole; a call that was stopped begins anew.
+
+    Parameters
+    ----------
+    run : path or FinishedRun
+        A finished run.
+    out : path
+        The output: a local file or folder.
+    kind : str
+        ``"precomputed"``, ``"n5"``, ``"tiff"``, ``"hdf5"`` or ``"nrrd"``; by default what the ending of ``out`` names.
+    what : str
+        ``"labels"``; or one of the run's heads, such as ``"mask"``, for its probabilities (uint8, 255 is certain).
+        ``"probabilities"`` is the first head.
+    config, settings, overwrite, progress
+        As in `infer`; of the settings, ``[cluster]`` counts.
+
+    Returns
+    -------
+    str
+        The path of the output.
+
+    Raises
+    ------
+    UserError
+        Where there is no such run or format, a package is missing, or the output exists.
+
+    Examples
+    --------
+    >>> export("em.volseg.zarr", "labels.tif")  # doctest: +SKIP
+    """
+    from volseg.engine import export
+
+    opened = run if isinstance(run, FinishedRun) else open_run(os.fspath(run))
+    out = folder.absolute(os.fspath(out).rstrip("/"))
+    wanted = export.request(opened, out, kind, what)
+    with displayed(progress) as shown:
+        return export.execute(
+            opened, out, wanted, settings_of(config, settings, base={}).cluster, shown, overwrite=overwrite
+        )

@@ -458,6 +458,7 @@ def evaluate(
 
 app.command()(cli_volumes.synth)
 app.command()(cli_volumes.convert)
+app.command()(cli_volumes.export)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Commands that take a volume and give a volume; `volseg.cli` lists them."""
+"""Commands that give volumes: converted, exported, made up; `volseg.cli` lists them."""
 
 from __future__ import annotations
 
@@ -59,6 +59,33 @@ def convert(
         progress.stop()
     size_text = " x ".join(f"{n:g}" for n in made.voxel_size_nm) + " nm" if made.voxel_size_nm else "unknown voxel size"
     typer.echo(f"volume   {out}\nshape    {' x '.join(map(str, made.shape))} {made.dtype}, {size_text}")
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="A finished run.")],
+    out: Annotated[str, typer.Argument(metavar="DST", help="The file or folder to make.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="KIND", help="precomputed, n5, tiff, hdf5 or nrrd; else as DST ends.")
+    ] = "",
+    what: Annotated[str, typer.Option("--what", help="labels, or probabilities: mask, contour, ...")] = "labels",
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
+    scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a finished run in a format of other programs; see docs/export.md."""
+    given: list[tuple[str, Any]] = [("cluster.workers", workers), ("cluster.scheduler", scheduler)]
+    chosen = [f"{key}={json.dumps(value)}" for key, value in given if value]
+    from volseg.api_volumes import export
+
+    progress = terminal_progress()
+    try:
+        made = export(run, out, kind=to, what=what, settings=chosen, overwrite=overwrite, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo("volseg: stopped; nothing is left of it, the same command begins anew", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    finally:
+        progress.stop()
+    typer.echo(f"export   {made}")
 
 
 def synth(

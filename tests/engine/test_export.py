@@ -1,0 +1,161 @@
+"""A run in other programs' formats: each is read by the library that knows the format best, voxel by voxel."""
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import nrrd
+import numpy as np
+import pytest
+import tensorstore as ts
+import tifffile
+
+import volseg
+from tests.helpers import Quiet
+from volseg.engine import export
+from volseg.errors import UserError
+from volseg.io import arrays
+from volseg.io.export import single
+
+
+def export_of(run, out, **more):
+    return Path(volseg.export(run, out, settings=["cluster.workers=2"], progress=Quiet(), **more))
+
+
+def labels_of(run, level=0):
+    return np.asarray(arrays.node(run, f"labels/instances/{level}")[:])
+
+
+def read_precomputed(path, level=0):
+    spec = {"driver": "neuroglancer_precomputed", "kvstore": f"file://{path}/", "scale_index": level}
+    array = ts.open(spec).result()
+    size = [unit.to_json()[0] for unit in array.dimension_units[:3]][::-1]
+    assert array.origin == (0, 0, 0, 0)
+    return np.asarray(array[..., 0].read().result()).T, size
+
+
+def read_n5(path, level=0):
+    array = ts.open({"driver": "n5", "kvstore": f"file://{path}/s{level}/"}).result()
+    return np.asarray(array.read().result()).T, [unit.to_json()[0] for unit in array.dimension_units][::-1]
+
+
+def read_tiff(path):
+    with tifffile.TiffFile(path) as file:
+        assert file.is_imagej
+        page, facts = file.pages[0], file.imagej_metadata
+        plane = [page.tags[name].value for name in ("YResolution", "XResolution")]
+        return file.asarray(), [1000 * facts["spacing"], *(1000 * units / voxels for voxels, units in plane)]
+
+
+def read_hdf5(path):
+    with h5py.File(path) as file:
+        data = file[next(iter(file))]
+        return data[:], data.attrs["element_size_um"] * 1000
+
+
+def read_nrrd(path):
+    data, facts = nrrd.read(str(path), index_order="C")
+    assert list(facts["space units"]) == ["nm"] * 3
+    return data, np.diag(facts["space directions"])[::-1]
+
+
+READERS = {
+    "precomputed": read_precomputed, "n5": read_n5, "tif": read_tiff, "h5": read_hdf5, "nrrd": read_nrrd,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Exports are written in several blocks, which end within chunks of the volume's far side."""
+    monkeypatch.setattr(export, "BLOCK", (64, 128, 128))
+
+
+@pytest.mark.parametrize("ending", READERS)
+def test_labels_come_back_from_each_format(ending, reference, tmp_path, small_blocks):
+    made = export_of(reference, tmp_path / f"labels.{ending}")
+    data, size = READERS[ending](made)
+    np.testing.assert_array_equal(data, labels_of(reference))
+    assert data.max() == volseg.open(reference).object_count
+    np.testing.assert_allclose(size, (5, 5, 5))
+    again = volseg.open_volume(made)
+    assert again.shape == data.shape
+    np.testing.assert_allclose(again.voxel_size_nm, (5, 5, 5))
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+
+
+def test_pyramids_have_every_level_and_the_table(reference, tmp_path, small_blocks):
+    run = volseg.open(reference)
+    for kind in ("precomputed", "n5"):
+        made = export_of(run, tmp_path / f"labels.{kind}")
+        for level in range(len(run.run.levels)):
+            data, size = READERS[kind](made, level)
+            np.testing.assert_array_equal(data, labels_of(reference, level))
+            assert size == [5 * 2**level] * 3
+    info = json.loads((tmp_path / "labels.precomputed/info").read_text())
+    inline = json.loads((tmp_path / f"labels.precomputed/{info['segment_properties']}/info").read_text())["inline"]
+    assert [int(one) for one in inline["ids"]] == run.objects["id"].tolist()
+    found = {one["id"]: one for one in inline["properties"]}
+    assert found["voxels"]["values"] == run.objects["voxels"].tolist()
+    np.testing.assert_allclose(found["length_nm"]["values"], run.objects["length_nm"], rtol=1e-6)
+    assert [0 in tags for tags in found["tags"]["values"]] == run.objects["touches_border"].tolist()
+    assert found["tags"]["tags"] == ["touches_border"]
+
+
+@pytest.mark.parametrize("ending", ["tif", "precomputed"])
+def test_probabilities_go_out_by_their_name(ending, reference, tmp_path):
+    probabilities = np.asarray(volseg.open(reference).probabilities[:])
+    for channel, what in enumerate(("probabilities", "contour")):
+        data, _ = READERS[ending](export_of(reference, tmp_path / f"{what}.{ending}", what=what))
+        np.testing.assert_array_equal(data, probabilities[channel])
+
+
+def test_labels_of_anisotropic_voxels_keep_their_size_in_a_large_tiff(tmp_path, monkeypatch):
+    monkeypatch.setattr(single, "IMAGEJ_BYTES", 1 << 20)
+    data = np.arange(24, dtype=np.uint32).reshape(2, 3, 4)
+    place = single.create("tiff", str(tmp_path / "em.tif"), data.shape, data.dtype, (50, 5, 4), "labels")
+    single.write(place, volseg.Box.from_shape(data.shape), data)
+    with tifffile.TiffFile(tmp_path / "em.tif") as file:
+        assert file.is_ome
+        assert file.is_bigtiff
+        np.testing.assert_array_equal(file.asarray(), data)
+    assert volseg.open_volume(tmp_path / "em.tif").voxel_size_nm == (50, 5, 4)
+
+
+def test_an_output_is_replaced_only_when_told(reference, tmp_path, run):
+    made = export_of(reference, tmp_path / "labels.tif")
+    with pytest.raises(UserError, match=r"labels\.tif exists; give another path, or --overwrite"):
+        export_of(reference, made)
+    made.write_bytes(b"")
+    assert run("export", reference, made, "--overwrite")[0] == 0
+    np.testing.assert_array_equal(tifffile.imread(made), labels_of(reference))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="volseg export did not make it"):
+        export_of(reference, tmp_path / "mine", kind="n5", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("out", "more", "says"),
+    [
+        ("labels.xyz", {}, "tells no format; give --to KIND"),
+        ("labels", {"kind": "mov"}, "no export 'mov'; give one of precomputed"),
+        ("labels.tif", {"what": "truth"}, "holds no 'truth'; give labels or one of its probabilities: mask"),
+        ("s3://bucket/labels.n5", {}, "local path"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_a_line(out, more, says, reference, tmp_path):
+    with pytest.raises(UserError, match=says):
+        export_of(reference, out if "://" in out else tmp_path / out, **more)
+    with pytest.raises(UserError, match="would lie in the run"):
+        export_of(reference, f"{reference}/labels.tif")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_changes_meanwhile_gives_nothing(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run.zarr")
+    opened = volseg.open(tmp_path / "run.zarr")
+    facts = tmp_path / "run.zarr/run.json"
+    facts.write_text(json.dumps({**opened.summary, "objects": 0}))
+    with pytest.raises(UserError, match="was decided anew while it was exported"):
+        export_of(opened, tmp_path / "labels.tif")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]

@@ -1,0 +1,225 @@
+"""What a finished run holds, in the formats of other programs: labels, probabilities, meshes, outlines and tables.
+
+An export is written beside its output and takes that name once it is whole and the run is still the one that was read. A
+command that was stopped begins anew. Folders hold ``export.json``, which says what they are: no other folder is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from volseg import system
+from volseg.box import Blocks, Triple
+from volseg.config import Cluster
+from volseg.engine import cluster, loop
+from volseg.engine.finished import FinishedRun
+from volseg.engine.lock import Lock
+from volseg.errors import UserError
+from volseg.io import files, volume
+from volseg.io.export import chunked, single
+from volseg.io.export.properties import segment_properties
+from volseg.progress import Progress
+
+NOTE = "export.json"
+BLOCK = (128, 256, 256)  # voxels that a task holds, whole chunks of every format
+LIGHT_VOXELS = 1 << 28  # up to which processes would start slower than threads are done
+LABELS = "labels"
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of export: the endings that name it, what writes it, and whether it is a folder."""
+
+    suffixes: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    folder: bool = False
+
+
+FORMS = {
+    "precomputed": Form((".precomputed",), ("tensorstore",), folder=True),
+    "n5": Form((".n5",), ("tensorstore",), folder=True),
+    "tiff": Form((".tif", ".tiff")),
+    "hdf5": Form((".h5", ".hdf5"), ("h5py",)),
+    "nrrd": Form((".nrrd",)),
+}
+CHUNKED = ("precomputed", "n5")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of a run: the kind, and labels or the name of a head of its probabilities."""
+
+    kind: str
+    what: str = LABELS
+
+
+def request(run: FinishedRun, out: str, kind: str, what: str) -> Request:
+    """What the arguments ask for; refuses what there is not, in one line."""
+    kind = kind or _kind_of(out)
+    if kind not in FORMS:
+        raise UserError(f"there is no export {kind!r}; give one of {', '.join(FORMS)}")
+    system.require(*FORMS[kind].packages, extra="formats")
+    heads = run.run.heads
+    what = heads[0] if what == "probabilities" else what
+    if what not in (LABELS, *heads):
+        raise UserError(f"the run holds no {what!r}; give {LABELS} or one of its probabilities: {', '.join(heads)}")
+    return Request(kind, what)
+
+
+def _kind_of(out: str) -> str:
+    """The kind that the output's ending names."""
+    for kind, form in FORMS.items():
+        if out.lower().endswith(form.suffixes):
+            return kind
+    known = ", ".join(form.suffixes[0] for form in FORMS.values())
+    raise UserError(f"the name {os.path.basename(out)} tells no format; give --to KIND, or an ending such as {known}")
+
+
+def execute(
+    run: FinishedRun, out: str, wanted: Request, config: Cluster, progress: Progress, *, overwrite: bool = False
+) -> str:
+    """The export is at ``out``; returns that path.
+
+    Raises
+    ------
+    UserError
+        Where something lies at ``out`` that may not be replaced, or the run has changed meanwhile.
+    """
+    form, partial = FORMS[wanted.kind], f"{out}.partial"
+    _refuse(run, out, form, overwrite)
+    with Lock(out):
+        _refuse(run, out, form, overwrite)
+        files.remove(partial)
+        if form.folder:
+            facts = {"run": run.path, "kind": wanted.kind, "what": wanted.what}
+            files.write_bytes(partial, NOTE, json.dumps(facts).encode())
+        else:
+            os.makedirs(os.path.dirname(out), exist_ok=True)
+        try:
+            WRITERS[wanted.kind](run, partial, wanted, config, progress)
+            if run.layout.load_summary() != run.summary:
+                raise UserError(f"the run at {run.path} was decided anew while it was exported; export it again")
+        except BaseException:
+            files.remove(partial)
+            raise
+        files.remove(out)
+        files.move(partial, out)
+    return out
+
+
+def _refuse(run: FinishedRun, out: str, form: Form, overwrite: bool) -> None:
+    """Only files, and folders that an export made, are ever replaced, and no part of the run."""
+    if files.is_remote(out):
+        raise UserError(f"exports are written to a local path, and {out} is none; copy the export there afterwards")
+    if f"{out}/".startswith(f"{run.path}/") or f"{run.path}/".startswith(f"{out}/"):
+        raise UserError(f"output {out} would lie in the run {run.path}, or replace it; give another path")
+    for path in (out, f"{out}.partial"):
+        foreign = os.path.isdir(path) and not files.exists(f"{path}/{NOTE}")
+        if foreign or (form.folder and os.path.isfile(path)):
+            raise UserError(f"output {path} exists and volseg export did not make it; give another path")
+    if files.exists(out) and not overwrite:
+        raise UserError(f"output {out} exists; give another path, or --overwrite to replace it")
+
+
+def run_tasks(
+    task: Callable[..., Any], job: Any, items: list, weights: list[int], name: str, config: Cluster, progress: Progress,
+    *, light: bool,
+) -> None:  # fmt: skip
+    """``task(job, item)`` is done for each item; raises `UserError` for the first that failed."""
+    weight = dict(zip(items, weights, strict=True))
+    advance = progress.stage(name, sum(weights), 0)
+
+    def handed_out() -> Iterator[Any]:
+        yield from items
+
+    with cluster.connect(config, light=light) as client:
+        failures = loop.run(
+            client, task, handed_out(), job, tries=config.tries, window=config.window,
+            done=lambda item, _: advance(weight[item]), stop=lambda error: isinstance(error, UserError),
+        )  # fmt: skip
+    if failures:
+        raise UserError(f"{len(failures)} of {len(items)} parts of {name} failed, the first with: {failures[0].reason}")
+
+
+# ---------------------------------------------------------------- volumes
+
+
+@dataclass(frozen=True)
+class VolumeJob:
+    """Voxels to be written: every level of them, or the finest into one file; small enough to go to workers."""
+
+    kind: str
+    path: str
+    levels: tuple[volume.Volume, ...]
+    place: single.Place | None = None
+
+    def grid(self, level: int) -> Blocks:
+        """The blocks of a level."""
+        return Blocks(self.levels[level].shape, BLOCK)
+
+
+def write_block(job: VolumeJob, level: int, i: int) -> None:
+    """Block ``i`` of a level is stored."""
+    box = job.grid(level)[i]
+    data = job.levels[level].read(box)
+    if job.place:
+        single.write(job.place, box, data)
+    else:
+        chunked.write(job.kind, job.path, level, box, data)
+
+
+def levels_of(run: FinishedRun, what: str) -> tuple[volume.Volume, ...]:
+    """Labels or a channel of probabilities, at every level that is stored, finest first."""
+    if what == LABELS:
+        return volume.levels(volume.open(run.path, dataset="labels/instances/0"))
+    return volume.levels(volume.open(run.path, dataset="0", channel=run.run.heads.index(what)))
+
+
+def _write_volume(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
+    levels, place = levels_of(run, wanted.what), None
+    dtype = np.dtype(levels[0].dtype)
+    sizes = [level.voxel_size_nm or run.voxel_size_nm for level in levels]
+    if wanted.kind in CHUNKED:
+        shapes: list[tuple[Triple, Any]] = [(level.shape, size) for level, size in zip(levels, sizes, strict=True)]
+        chunked.create(wanted.kind, path, shapes, dtype, labels=wanted.what == LABELS)
+    else:
+        levels = levels[:1]
+        dtype = single.fitting(wanted.kind, dtype, run.object_count if wanted.what == LABELS else 0)
+        place = single.create(wanted.kind, path, levels[0].shape, dtype, sizes[0], wanted.what)
+    job = VolumeJob(wanted.kind, path, levels, place)
+    light = place is not None or prod(levels[0].shape) <= LIGHT_VOXELS
+    for level in range(len(levels)):
+        grid = job.grid(level)
+        items = [(level, i) for i in range(len(grid))]
+        run_tasks(
+            write_block, job, items, [box.voxels for box in grid], f"level {level}", config, progress, light=light
+        )
+
+
+def _write_precomputed(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
+    _write_volume(run, path, wanted, config, progress)
+    if wanted.what == LABELS:
+        files.write_bytes(path, "properties/info", segment_properties(columns_of(run)))
+        chunked.link(path, segment_properties="properties")
+
+
+def columns_of(run: FinishedRun) -> dict[str, np.ndarray]:
+    """Columns of the object table, by name."""
+    table = run.objects_arrow()
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+WRITERS: dict[str, Callable[[FinishedRun, str, Request, Cluster, Progress], None]] = {
+    "precomputed": _write_precomputed,
+    "n5": _write_volume,
+    "tiff": _write_volume,
+    "hdf5": _write_volume,
+    "nrrd": _write_volume,
+}

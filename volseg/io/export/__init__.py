@@ -1,0 +1,1 @@
+"""Formats out: what `volseg export` writes of a run, a module for each group of formats."""
