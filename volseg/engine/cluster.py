@@ -23,6 +23,7 @@ from distributed.security import Security
 from volseg import system
 from volseg.config import Cluster
 from volseg.engine import forkserver, guard
+from volseg.engine.certificate import temporary_certificate
 from volseg.engine.receipts import Receipt, add
 from volseg.errors import IncompleteRunError, UserError
 
@@ -123,7 +124,7 @@ def _processes(config: Cluster, count: int, gpu: bool) -> LocalCluster:
                 memory_limit=0,
                 dashboard_address=_local_address(config.dashboard),
                 protocol="tls",  # else every user of this machine could have the workers run code
-                security=Security.temporary(),
+                security=_private(),
                 silence_logs=logging.CRITICAL,
                 env={
                     **os.environ,
@@ -135,6 +136,14 @@ def _processes(config: Cluster, count: int, gpu: bool) -> LocalCluster:
             raise UserError(
                 f"cannot start {count} local workers with cluster.dashboard = {config.dashboard!r}: {reason}"
             ) from None
+
+
+def _private() -> Security:
+    """Only who has the key of this command's own certificate may connect."""
+    certificate, key = temporary_certificate()
+    roles = ("client", "scheduler", "worker")
+    pairs = {f"tls_{role}_{part}": text for role in roles for part, text in (("cert", certificate), ("key", key))}
+    return Security(require_encryption=True, tls_ca_file=certificate, **pairs)
 
 
 def _thread_cluster(count: int) -> LocalCluster:
