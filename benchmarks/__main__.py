@@ -341,6 +341,7 @@ def chaos(
     ] = "",
     seed: Annotated[int, typer.Option(help="Another seed, other moments.")] = 0,
     minutes: Annotated[float, typer.Option(min=0, help="After which no episode begins; 0: no limit.")] = 5,
+    workers: Annotated[int, typer.Option(min=1, help="Of each command.")] = 2,
     count: Annotated[int, typer.Option(min=0, help="Episodes of each kind; 0: as many as the time allows.")] = 0,
     out: Annotated[
         str,
@@ -355,7 +356,7 @@ def chaos(
     """Commands are killed, starved and lied to, given again, and what they give is compared with an undisturbed run."""
     from benchmarks.chaos import bench
 
-    bench.measure(kinds, seed, minutes, count, out, place)
+    bench.measure(kinds, seed, minutes, count, workers, out, place)
 
 
 @app.command()

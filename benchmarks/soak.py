@@ -22,6 +22,7 @@ PATTERN = (16, 128, 128)  # voxels of noise that the volume repeats
 GRID_PLANE = (32, 32)  # blocks along y and x, where there are that many
 SAMPLE_S = 1.0
 ROWS = 12
+PRINT_EVERY = 60  # samples
 
 
 def measure(blocks: int, workers: int, place: str) -> None:
@@ -78,6 +79,8 @@ def watch(source: Path, out: Path, workers: int) -> list[dict]:
         while command.poll() is None:
             with suppress(psutil.Error):
                 samples.append(_sample(psutil.Process(command.pid), time.perf_counter() - start))
+                if len(samples) % PRINT_EVERY == 0:
+                    print(samples[-1], flush=True)
             time.sleep(SAMPLE_S)
     if command.returncode:
         raise SystemExit(f"volseg ended with {command.returncode}: {log.read_text()[-2000:]}")

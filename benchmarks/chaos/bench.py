@@ -23,7 +23,7 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
-def measure(kinds: str, seed: int, minutes: float, count: int, out: str, place: str) -> list[dict]:
+def measure(kinds: str, seed: int, minutes: float, count: int, workers: int, out: str, place: str) -> list[dict]:
     """A row for each kind; with all episodes they are written to ``out``. Exits with 1 where any episode ended badly.
 
     Kinds take turns until ``minutes`` are over or each had ``count`` episodes. An episode is drawn by seed, kind and number
@@ -33,7 +33,7 @@ def measure(kinds: str, seed: int, minutes: float, count: int, out: str, place: 
     episodes = load(out, seed) if out else []
     played = {(episode.kind, episode.number) for episode in episodes}
     with TemporaryDirectory(prefix="chaos-") as folder:
-        stand, begin = Stand(Path(place or folder)), time.monotonic()
+        stand, begin = Stand(Path(place or folder), workers), time.monotonic()
         for number, name in _turns(names, count):
             if minutes and time.monotonic() - begin > 60 * minutes:
                 break

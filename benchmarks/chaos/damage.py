@@ -47,7 +47,7 @@ def _exchange(file: Path, rng: Random) -> None:
 DAMAGES: dict[str, Damage] = {
     "cut": _cut, "flipped": _flip, "zeroed": _zero, "emptied": _empty, "deleted": _delete, "exchanged": _exchange,
 }  # fmt: skip
-MOST_KEPT = 6  # states that killed commands left, of each job
+MOST_KEPT = 4  # states that killed commands left, of each job
 STORED = {
     "probabilities": ("0/c",),
     "regions": ("work/fragments/c",),
@@ -65,7 +65,7 @@ STORED = {
     "descriptions": ("work/run.json", "work/labels.json", "work/begun"),
     "metadata": ("zarr.json", "0/zarr.json", "labels", "work/fragments/zarr.json"),
     "tree": ("work/tree",),
-    "passes": ("work/predict_xy", "work/predict_xz", "work/predict_yz"),
+    "passes": ("work/predict-xy", "work/predict-xz", "work/predict-yz"),
 }
 # Of a finished run, what `volseg verify` has to find: every kind of stored thing.
 FINISHED = {
@@ -166,7 +166,7 @@ def finished(stand: Stand, rng: Random, episode: Episode, *, places: tuple[str, 
 JOBS = {"tree": ("tree",), "passes": ("planes",), "model": ("infer",)}
 KINDS = {
     **{
-        f"damaged-{name}": (unfinished, JOBS.get(name, ("segment", "infer", "holes")), {"places": places})
+        f"damaged-{name}": (unfinished, JOBS.get(name, ("segment", "holes")), {"places": places})
         for name, places in STORED.items()
     },
     **{f"verify-{name}": (finished, ("infer",), {"places": places}) for name, places in FINISHED.items()},

@@ -121,7 +121,8 @@ KINDS = {
     "kill-tree": (at_stage, ("tree",), {"stage": "contract0"}),
     "kill-rank": (at_stage, ("tree",), {"stage": "rank"}),
     "kill-holes": (at_stage, ("holes",), {"stage": "find_holes"}),
-    "kill-planes": (at_stage, ("planes",), {"stage": "predict_xz"}),
+    "kill-planes": (at_stage, ("planes",), {"stage": "predict-xz"}),
+    "kill-resampled": (at_stage, ("resampled",), {"stage": "relabel"}),
     "kill-pyramid": (at_stage, ("segment", "infer"), {"stage": "pyramid1"}),
     "kill-finish": (at_stage, ("segment", "infer", "decide"), {"stage": "SUMMARY", "role": CLIENT}),
 }  # fmt: skip

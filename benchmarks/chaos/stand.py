@@ -46,7 +46,8 @@ JOBS = {
         Job("decide", "run", ("stitch.seed=0.9", "stitch.min_voxels=30"), DECIDED),
         Job("tree", "probabilities", ("stitch.reduce=tree",), ("contract0", "rank", "assign0", "borders", *DECIDED)),
         Job("holes", "probabilities", ("stitch.fill_holes_voxels=300",), ("find_holes", "link_holes", *DECIDED)),
-        Job("planes", "image", ("predict.planes=['xy','xz','yz']",), ("predict_xy", "predict_xz", "predict_yz", "predict")),
+        Job("resampled", "image", ("input.voxel_size_nm=[7,7,7]",), ("predict", "fragments", *DECIDED)),
+        Job("planes", "image", ("predict.planes=['xy','xz','yz']",), ("predict-xy", "predict-xz", "predict-yz", "predict")),
     )
 }  # fmt: skip
 
