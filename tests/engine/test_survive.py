@@ -199,7 +199,7 @@ def test_the_blocks_that_wrote_a_file_are_known(reference):
     run = Run.from_json(Layout(reference).load_summary())
     markers = Markers(reference, Layout(reference).load_description()["keys"])
     assert markers.makers(["work/tables/0.npz"]) == {"fragments": [0]}
-    assert markers.damaged() == []
+    assert markers.damaged(markers.marks()) == []
     assert run.shape == SHAPE
 
 

@@ -73,10 +73,10 @@ def _markers(run: Run, lock: Lock) -> Markers:
 def _checked_markers(run: Run, lock: Lock, progress: Progress) -> Markers:
     """The markers of what is done and still as it was written: a restart does not build on damaged files."""
     markers = _markers(run, lock)
-    sizes = [mark[0] for stage in markers.keys for r in markers.receipts(stage).values() for mark in r.files.values()]
-    if not sizes:
+    marks = markers.marks()
+    if not marks:
         return markers
-    damaged = markers.damaged(progress.stage("check", sum(sizes), 0))
+    damaged = markers.damaged(marks, progress.stage("check", sum(mark[0] for mark in marks.values()), 0))
     if damaged:
         makers = markers.makers(damaged)
         for stage, blocks in makers.items():
@@ -164,9 +164,8 @@ def finish(
     files.remove_temporary(run.out)
     facts = _facts(run, statistics, seconds, int(columns["id"].size), plan)
     markers = Markers(run.out, keys(run))
-    written = (receipt.files for stage in markers.keys for receipt in markers.receipts(stage).values())
     facts["filled_boxes"] = _filled_boxes(markers)
-    facts["manifest_mark"] = write_manifest(layout, {key: mark for record in written for key, mark in record.items()})
+    facts["manifest_mark"] = write_manifest(layout, markers.marks())
     layout.save_summary({**run.to_json(), "out": out, "keys": keys(run), **facts})
     durable = run.config.cluster.durable
     if durable:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from volseg.engine.layout import Layout
 from volseg.errors import IncompleteRunError
@@ -36,7 +36,7 @@ class Timings:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start - others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """What the work on one block of one stage took and made; its marker holds it.
 
@@ -79,16 +79,23 @@ class Receipt:
             if f.name in always or getattr(self, f.name) != f.default
         }
 
+    def slim(self) -> Receipt:
+        """Without what takes most of the memory of millions of them: the files, and the seconds by phase."""
+        return replace(self, files=NOTHING, seconds=NOTHING)
+
     @classmethod
     def from_json(cls, plain: dict) -> Receipt:
         """Raises `TypeError` for what `to_json` never gave."""
         receipt = cls(**plain)
-        numbers = (value for name, value in vars(receipt).items() if name not in ("seconds", "files", "filled"))
+        numbers = (getattr(receipt, f.name) for f in fields(cls) if f.name not in ("seconds", "files", "filled"))
         marks = receipt.files.values() if isinstance(receipt.files, dict) else [None]
         fits = all(isinstance(mark, list) and len(mark) == 2 and isinstance(mark[0], int) for mark in marks)
         if not (fits and isinstance(receipt.seconds, dict) and all(isinstance(n, int | float) for n in numbers)):
             raise TypeError("not a receipt")
         return receipt
+
+
+NOTHING: dict = {}  # of slim receipts, which share it; nobody changes a receipt
 
 
 def peak_bytes() -> int:
@@ -137,17 +144,22 @@ class Markers:
         self.thread: threading.Thread | None = None
 
     def receipts(self, stage: str) -> dict[int, Receipt]:
-        """The receipt of each block of a stage that is done."""
+        """The receipt of each block of a stage that is done, without its files and seconds: the marker has these."""
         if stage not in self.known:
-            self.known[stage] = dict(_stored_receipts(self.layout, stage, self.keys[stage]))
+            self.known[stage] = {i: receipt.slim() for i, receipt in self.stored(stage)}
         return self.known[stage]
+
+    def stored(self, stage: str) -> Iterator[tuple[int, Receipt]]:
+        """The whole receipts of a stage, one after the other, as the markers have them."""
+        self.flush()
+        return _stored_receipts(self.layout, stage, self.keys[stage])
 
     def done(self, stage: str) -> set[int]:
         return set(self.receipts(stage))
 
     def add(self, stage: str, i: int, receipt: Receipt) -> None:
         """Block ``i`` of a stage is done; its marker follows when its files are on the disk. Raises what `flush` does."""
-        self.receipts(stage)[i] = receipt
+        self.receipts(stage)[i] = receipt.slim()
         if self.thread is None:
             self.thread = threading.Thread(target=self._write_all, daemon=True)
             self.thread.start()
@@ -213,25 +225,23 @@ class Markers:
             self.layout.remove_marker(stage, f"{i}-{self.keys[stage]}")
             self.receipts(stage).pop(i, None)
 
-    def marks(self, keys: Iterable[str]) -> dict[str, list]:
-        """The fingerprints of these files, of those that a block wrote."""
-        wanted = set(keys)
-        every = (receipt.files for stage in self.keys for receipt in self.receipts(stage).values())
-        return {key: mark for files_ in every for key, mark in files_.items() if key in wanted}
+    def marks(self, keys: Iterable[str] | None = None) -> dict[str, list]:
+        """The fingerprints of these files, of those that a block wrote, or of all."""
+        wanted = None if keys is None else set(keys)
+        every = (receipt.files for stage in self.keys for _, receipt in self.stored(stage))
+        return {key: mark for files_ in every for key, mark in files_.items() if wanted is None or key in wanted}
 
     def makers(self, damaged: Iterable[str]) -> dict[str, list[int]]:
         """By stage, the blocks that wrote any of these files."""
         wanted = set(damaged)
         made = {
-            stage: [i for i, r in self.receipts(stage).items() if not wanted.isdisjoint(r.files)] for stage in self.keys
+            stage: sorted(i for i, receipt in self.stored(stage) if not wanted.isdisjoint(receipt.files))
+            for stage in self.keys
         }
         return {stage: blocks for stage, blocks in made.items() if blocks}
 
-    def damaged(self, advance: Callable[[int], None] = lambda _: None) -> list[str]:
-        """Keys of all files that are not what their receipts say; ``advance`` is called with bytes as they are looked at."""
-        marks = {
-            key: mark for stage in self.keys for r in self.receipts(stage).values() for key, mark in r.files.items()
-        }
+    def damaged(self, marks: dict[str, list], advance: Callable[[int], None] = lambda _: None) -> list[str]:
+        """Keys of the files that do not fit these fingerprints; ``advance`` is called with bytes as they are looked at."""
 
         def look(item: tuple[str, list]) -> str:
             fits = self.layout.fits(*item)
