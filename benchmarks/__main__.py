@@ -58,6 +58,18 @@ def exact(
 
 
 @app.command()
+def formats(
+    gb: Annotated[float, typer.Option(min=0.0, help="Size of the file of each format.")] = 0.2,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that each is read; the median counts.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="One of the formats; repeatable.")] = None,
+) -> None:
+    """Reading a file of each format box by box, beside its own library alone: speed, and peak memory."""
+    from benchmarks import formats as bench
+
+    bench.measure(gb, repeats, tuple(only or ()))
+
+
+@app.command()
 def stitch(
     edges: Annotated[float, typer.Option(help="Edges of the volume that is stitched flat; 0 leaves that out.")] = 1e8,
     simulate: Annotated[float, typer.Option(help="Voxels of the volume that is stitched in a tree; 0: not.")] = 1e12,

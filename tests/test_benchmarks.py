@@ -19,6 +19,7 @@ from benchmarks import (
     epfl,
     exact,
     folds,
+    formats,
     gpu,
     heights,
     instances,
@@ -200,6 +201,18 @@ def test_stores_are_compared(monkeypatch, tmp_path):
     rows = json.loads((tmp_path / "io.json").read_text())["rows"]
     assert len(rows) == 12
     assert all(row["MB/s"] > 0 for row in rows)
+
+
+def test_every_format_is_written_and_read_by_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "PLANE", (70, 60))
+    shape = (9, 70, 60)
+    expected = np.stack(list(formats._planes(shape)))
+    whole = tuple(slice(0, n) for n in shape)
+    for name, (write, alone) in formats.FORMATS.items():
+        (tmp_path / name).mkdir()
+        path = write(tmp_path / name, shape)
+        np.testing.assert_array_equal(alone(path)(whole).view(np.uint8), expected)
+        assert formats._volseg(path)(shape) == formats._library(alone, path)(shape)
 
 
 def test_a_volume_grows_by_mirrored_copies(tmp_path):

@@ -43,9 +43,10 @@ def open_volume(
     Parameters
     ----------
     source : path or array
-        zarr array, OME-Zarr group, multi-page TIFF, or folder of TIFF or PNG slices; or an array of NumPy, zarr or dask.
+        Whatever ``docs/formats.md`` lists, such as ``"em.zarr"``, ``"em.tif"`` or ``"em.h5::/volumes/raw"``; or an array of
+        NumPy, zarr or dask.
     dataset : str
-        The array inside a zarr group; by default the full-resolution level.
+        The array inside a zarr group, an N5 container or an HDF5 file; by default the full-resolution level, or the only one.
     voxel_size_nm : tuple of float, optional
         Size of a voxel along z, y, x in nm; overrides what the file says.
     axes : str

@@ -97,7 +97,7 @@ def _end_of_usage(error: Any) -> NoReturn:
 
 @app.command()
 def infer(
-    volume: Annotated[str, typer.Argument(help="zarr array, OME-Zarr group, multi-page TIFF, or folder of slices.")],
+    volume: Annotated[str, typer.Argument(help="zarr, TIFF, HDF5, a folder of slices ...: see docs/formats.md.")],
     model: Model = "",
     out: Out = "",
     config: ConfigFile = None,

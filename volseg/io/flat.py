@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,14 +20,12 @@ import numpy as np
 from volseg import system
 from volseg.box import Box
 from volseg.errors import UserError
-from volseg.io import axes, files
+from volseg.io import axes, files, mapping
 from volseg.io.header import Header, TripleNm, check_shape, decoding, shape_text, voxel_dtype
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
 
-MAPPED_BYTES = 32 << 20  # of a file that are mapped at once: pages in use count as memory of the process
-FAULT_BYTES = 64 << 10  # that the system maps around one voxel
 UNZIPPED_BYTES = 64 << 20  # of a gzip stream that are decoded at once
 SEEK_POINTS_BYTES = 4 << 20  # between places at which decoding may start; each holds 32 KB of memory
 GZIP_MAGIC = b"\x1f\x8b"
@@ -101,42 +98,29 @@ def read(layout: Layout, volume: Volume, box: Box) -> np.ndarray:
     """The voxels of ``box`` in the file that ``layout`` describes."""
     index = axes.index(len(layout.shape), box.slices, volume.chosen)
     spans = [i if isinstance(i, slice) else slice(i, i + 1) for i in index]
-    if layout.reversed:
-        spans.reverse()
     with decoding(volume.path, box):
-        stored = _stored(layout, spans)
-    data = (stored.T if layout.reversed else stored).reshape(box.shape)
+        dtype = np.float64 if layout.scale else volume.dtype
+        if layout.gzip_at is None:
+            mapped = mapping.mapping(layout.path)
+            whole = mapped.array(layout.zyx_shape, layout.dtype, layout.offset, reversed_axes=layout.reversed)
+            view = whole[tuple(spans)]
+            data = np.empty(view.shape, dtype)
+            mapped.copy(view, data)
+        else:
+            data = _unzipped(layout, spans).astype(dtype)
+    data = data.reshape(box.shape)
     if layout.scale:
         slope, intercept = layout.scale
-        data = data.astype(np.float64) * slope + intercept
-    return np.ascontiguousarray(data, dtype=volume.dtype)
+        data = data * slope + intercept
+    return data.astype(volume.dtype, copy=False)
 
 
-def _stored(layout: Layout, spans: list[slice]) -> np.ndarray:
-    """Part of the array as the file has it, in the byte order of this machine."""
-    out = np.empty([span.stop - span.start for span in spans], layout.dtype.newbyteorder("="))
-    pieces = _mapped_pieces(layout, spans) if layout.gzip_at is None else _gzip_pieces(layout, spans)
-    for place, piece in pieces:
+def _unzipped(layout: Layout, spans: list[slice]) -> np.ndarray:
+    """Part of an array in a gzip stream, x last."""
+    out = np.empty([span.stop - span.start for span in spans], layout.dtype)
+    for place, piece in _gzip_pieces(layout, spans):
         out[place] = piece
     return out
-
-
-def _mapped_pieces(layout: Layout, spans: list[slice]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Parts of a file that is mapped piece by piece, and let go of piece by piece."""
-    row = max(FAULT_BYTES, (spans[-1].stop - spans[-1].start) * layout.dtype.itemsize)
-
-    def touched(depth: int) -> int:
-        return row * prod(span.stop - span.start for span in spans[depth:-1])
-
-    depth = next((n for n in range(len(spans) - 1) if touched(n) <= MAPPED_BYTES), len(spans) - 1)
-    with files.open_binary(layout.path) as file:
-        for place, offset, shape, inner in _items(layout, spans, depth):
-            start = offset - offset % mmap.ALLOCATIONGRANULARITY
-            length = offset - start + prod(shape) * layout.dtype.itemsize
-            with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as mapped:
-                data = np.ndarray(shape, layout.dtype, mapped, offset - start)
-                yield place, data[inner]
-                del data  # a mapping that an array refers to cannot be closed
 
 
 def _gzip_pieces(layout: Layout, spans: list[slice]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:

@@ -71,8 +71,7 @@ def read(volume: Volume, box: Box) -> np.ndarray:
     """The voxels of ``box``; only the chunks that hold them are read."""
     where = f"{volume.path}::/{volume.dataset}"
     with decoding(where, box):
-        node = _file(volume.path, files.stamp(volume.path))[volume.dataset]
-        data = node if hasattr(node, "dtype") else node[f"Channel {volume.channel}/Data"]
+        data = _data(volume.path, volume.dataset, volume.channel, files.stamp(volume.path))
         index = axes.index(data.ndim, box.slices, volume.chosen)
         with decoding_room(prod(data.chunks or (1,)) * data.dtype.itemsize, f"a chunk of {where}"):
             voxels = data[index]
@@ -91,6 +90,13 @@ def _file(path: str, stamp: Any) -> Any:
         return h5py.File(path, "r", locking="best-effort")
     except OSError as error:
         raise UserError(f"cannot open {path} as HDF5: {reason(error)}; damaged or cut short: copy it again") from None
+
+
+@lru_cache(maxsize=64)
+def _data(path: str, name: str, channel: int, stamp: Any) -> Any:
+    """An open dataset, which keeps its last chunks decoded; of an Imaris file, that of a channel."""
+    node = _file(path, stamp)[name]
+    return node if hasattr(node, "dtype") else node[f"Channel {channel}/Data"]
 
 
 def _choose(file: Any, path: str, dataset: str) -> tuple[str, int]:

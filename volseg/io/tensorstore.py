@@ -14,7 +14,7 @@ from volseg import system
 from volseg.box import Box
 from volseg.errors import UserError, printable
 from volseg.io import axes, files, ome
-from volseg.io.header import CACHE_BYTES, Header, TripleNm, check_shape, decoding_room, reason, voxel_dtype
+from volseg.io.header import Header, TripleNm, check_shape, decoding_room, reason, voxel_dtype
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -104,8 +104,6 @@ def _array(kind: str, path: str, name: str, stamp: Any) -> Any:
     spec: dict = {
         "driver": DRIVERS[kind],
         "kvstore": _kvstore(path if kind == "precomputed" else f"{path}/{name}".rstrip("/")),
-        "context": {"cache_pool": {"total_bytes_limit": CACHE_BYTES}},
-        "recheck_cached_data": "open",
     }
     if kind == "precomputed" and name:
         spec["scale_metadata"] = {"key": name}

@@ -12,7 +12,7 @@ import numpy as np
 
 from volseg.box import Blocks, Box
 from volseg.errors import UserError, printable
-from volseg.io import files, ome
+from volseg.io import files, mapping, ome
 from volseg.io.filling import filling, undecodable, zeroed
 from volseg.io.header import (
     CACHE_BYTES,
@@ -147,6 +147,24 @@ class Stack:
         want = Box((0, window[0].start, window[1].start), (1, window[0].stop, window[1].stop))
         zeroed(plane[None], want, {("", box) for box in bad or ()})
 
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether all voxels lie one after the other in a local file."""
+        return self.layout.offset is not None and not files.is_remote(self.path)
+
+    def fill_box(self, out: np.ndarray, box: Box, channel: int, time: int) -> None:
+        """``out`` holds the voxels of ``box``, where all lie in one piece, as gray values are meant."""
+        first, second = (self.layout.plane(z, channel, time) for z in (box.start[0], box.start[0] + 1))
+        stop = self.layout.plane(box.stop[0] - 1, channel, time) + 1
+        mapped = mapping.mapping(self.path)
+        planes = mapped.array((stop, *self.shape[1:], self.layout.samples), self.stored, self.layout.offset)
+        sample = channel if self.layout.samples > 1 else 0
+        mapped.copy(planes[(slice(first, stop, second - first), *box.slices[1:], sample)], out)
+        if self.highest is not None:
+            np.subtract(self.highest, out, out=out)
+        if self.grays is not None:
+            out[...] = self.grays[out]
+
     def _fill_from_map(
         self, plane: np.ndarray, offset: int, number: int, window: tuple[slice, slice], sample: int
     ) -> None:
@@ -159,8 +177,8 @@ class Stack:
             stored = np.frombuffer(raw, self.stored).reshape(-1, *shape[1:])
             plane[...] = stored[:, window[1], sample]
             return
-        stored = np.memmap(self.path, self.stored, mode="r", offset=offset, shape=shape)
-        plane[...] = stored[window][..., sample]
+        mapped = mapping.mapping(self.path)
+        mapped.copy(mapped.array(shape, self.stored, offset)[window][..., sample], plane)
 
     def _fill_from_segments(
         self, plane: np.ndarray, page: int, window: tuple[slice, slice], sample: int, layer: int = 0,
@@ -319,6 +337,10 @@ def read(volume: Volume, box: Box) -> np.ndarray:
     """The voxels of ``box``."""
     out = np.empty(box.shape, volume.dtype)
     stack = open_stack(volume.path)
+    if stack.in_one_piece:
+        with decoding(volume.path, box):
+            stack.fill_box(out, box, volume.channel, volume.time)
+        return out
     for z, plane in zip(range(box.start[0], box.stop[0]), out, strict=True):
         with decoding(f"page {z} of {volume.path}", box), filling(volume, z) as bad:
             stack.fill(plane, z, box.slices[1:], volume.channel, volume.time, bad)

@@ -124,10 +124,10 @@ def open(
     Parameters
     ----------
     path
-        A zarr array or OME-Zarr group, a multi-page TIFF, or a folder of slices; local, or an fsspec URL.
+        Whatever `volseg.io.formats` reads: local, or a URL. ``file::/inside`` names a dataset of a file.
     dataset
-        An array (or multiscales group) inside a zarr group; "" takes the full resolution of an OME-Zarr image, or the
-        labels of a volseg run.
+        An array (or multiscales group) inside a zarr group, an N5 container or an HDF5 file; "" takes the full resolution of
+        an image, the labels of a volseg run, or the only volume of a file.
     voxel_size_nm
         z y x; overrides what the file says.
     channel
