@@ -65,7 +65,8 @@ class Conversion:
     def description(self) -> dict:
         """What determines the bytes: another conversion cannot go on from these."""
         return {
-            "source": self.source.path, "dataset": self.source.dataset, "channel": self.source.channel, "time": self.source.time,
+            "source": self.source.path, "dataset": self.source.dataset,
+            "channel": self.source.channel, "time": self.source.time,
             "inverted": self.source.inverted, "shape": self.source.shape, "dtype": self.dtype.name, "labels": self.labels,
             "voxel_size_nm": self.source.voxel_size_nm, "chunk": self.chunk, "shard": self.shard,
             "checksum": self.source.checksum(),
