@@ -47,13 +47,15 @@ def test_a_worker_over_its_memory_is_ended_and_its_block_tried_alone(reference, 
     told = {"distributed.scheduler.allowed-failures": 0}
     with (
         dask.config.set(told),
-        LocalCluster(2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as workers,
+        LocalCluster(2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as workers,
     ):
         with workers.get_client() as client:
             client.register_plugin(Glutton("import-1", str(tmp_path / "mark")))
         sets = [f"cluster.scheduler={workers.scheduler_address}"]
-        run = api.segment(f"{reference}/0", tmp_path / "run", config=config, settings=sets, progress=Quiet())
-    assert (tmp_path / "mark").exists()
+        show = Quiet()
+        run = api.segment(f"{reference}/0", tmp_path / "run", config=config, settings=sets, progress=show)
+    told = [text for text in show.said if "trying it alone" in text]
+    assert any("set fewer cluster.workers" in text for text in told)
     assert digest(run.path) == digest(reference)
 
 
@@ -96,10 +98,19 @@ def die(i):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def gorge(i):
+    held = [np.ones(25_000_000) for _ in range(6)]
+    time.sleep(30)
+    del held
+
+
 def test_who_ended_a_worker_is_told():
     with cluster.connect(Cluster(workers=1, dashboard="")) as client:
-        failed = loop.run(client, die, iter([0]), tries=1)
-    assert "its worker was killed (signal 9) by somebody else than the system" in failed[0].reason
+        killed = loop.run(client, die, iter([0]), tries=1)
+        cluster.watch_memory(client, guard.MemoryLimits(allowed=500_000_000))
+        ended = loop.run(client, gorge, iter([0]), tries=1)
+    assert "its worker was killed (signal 9) by somebody else than the system" in killed[0].reason
+    assert "GB, cluster.memory_limit allows 0.50 GB; set fewer cluster.workers" in ended[0].reason
 
 
 @pytest.mark.parametrize(

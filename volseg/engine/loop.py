@@ -54,6 +54,7 @@ def run(
     done: Callable[[Any, Any], None] = lambda item, result: None,
     stop: Callable[[UserError], bool] = lambda error: False,
     careful: Callable[..., Any] | None = None,
+    tell: Callable[[Failure], None] = lambda failure: None,
 ) -> list[Failure]:
     """Calls ``task(*args, item)`` on the workers for every item; ``done(item, result)`` here as each one ends.
 
@@ -67,7 +68,8 @@ def run(
     more than an empty block. An item that fails is tried ``tries`` times, each time after a longer pause and on another
     worker if there is one; what still fails is returned, and the rest goes on. An error for which ``stop`` is true ends
     all: nothing more is handed out, what is under way ends, and the error is raised here. An item that took a worker's
-    memory, or the worker, is tried by itself, while nothing else is under way: by ``careful``, which takes less memory.
+    memory, or the worker, is tried by itself, while nothing else is under way: by ``careful``, which takes less memory;
+    ``tell`` hears of it before.
     """
     call = partial(_each, partial(task, *args))
     call_alone = partial(_each, partial(careful or task, *args))
@@ -109,6 +111,7 @@ def run(
         if failure.heavy:
             heavy.add(failure.item)
         if attempts[failure.item] < tries and failure.item in heavy:
+            tell(failure)
             alone.append((queue, failure))
         elif attempts[failure.item] < tries:
             queue.retry(failure, RETRY_PAUSE_S * 4 ** (attempts[failure.item] - 1))

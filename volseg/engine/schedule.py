@@ -121,12 +121,16 @@ def _run_together(
             return not marks or not all(markers.layout.fits(*item) for item in marks.items())
         return isinstance(error, OutOfMemoryError) and run.batch > 1
 
+    def tell(failure: loop.Failure) -> None:
+        name, i = failure.item
+        progress.message(f"{name} of block {by_name[name].grid[i]}: {failure.reason}: trying it alone, in less memory")
+
     settings = run.config.cluster
     inferring = [stage.name for stage in stages if stage.on_device]
     failures = loop.run(
         client, process_block, ready([stage.name for stage in reversed(stages) if not stage.on_device]), run.out, run.id,
         device=ready(inferring) if inferring else (), tries=settings.tries, window=settings.window, done=done,
-        stop=stop, careful=process_block_in_pieces,
+        stop=stop, careful=process_block_in_pieces, tell=tell,
     )  # fmt: skip
     markers.flush()
     _refuse(run, stages, [*failures, *given_up])
