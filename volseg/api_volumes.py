@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -166,6 +166,9 @@ def export(
     *,
     kind: str = "",
     what: str = "labels",
+    meshes: bool = False,
+    objects: Sequence[int] = (),
+    max_error_nm: float | None = None,
     config: str | os.PathLike | Config | dict | None = None,
     settings: Settings = (),
     overwrite: bool = False,
@@ -182,10 +185,18 @@ def export(
     out : path
         The output: a local file or folder.
     kind : str
-        ``"precomputed"``, ``"n5"``, ``"tiff"``, ``"hdf5"`` or ``"nrrd"``; by default what the ending of ``out`` names.
+        ``"precomputed"``, ``"n5"``, ``"tiff"``, ``"hdf5"`` or ``"nrrd"``; meshes, in nm: ``"mesh"`` (Neuroglancer's),
+        ``"obj"``, ``"ply"`` or ``"glb"``, a file for each object. By default what the ending of ``out`` names.
     what : str
         ``"labels"``; or one of the run's heads, such as ``"mask"``, for its probabilities (uint8, 255 is certain).
         ``"probabilities"`` is the first head.
+    meshes : bool
+        Whether a precomputed volume holds meshes, too.
+    objects : sequence of int
+        Labels of the objects that are wanted, where single objects are written; all by default.
+    max_error_nm : float, optional
+        How far a mesh may lie from the surface of the voxels; half the shortest edge of a voxel by default, 0 keeps every
+        triangle. Objects that are meshed from coarser voxels have as much more.
     config, settings, overwrite, progress
         As in `infer`; of the settings, ``[cluster]`` counts.
 
@@ -207,7 +218,7 @@ def export(
 
     opened = run if isinstance(run, FinishedRun) else open_run(os.fspath(run))
     out = folder.absolute(os.fspath(out).rstrip("/"))
-    wanted = export.request(opened, out, kind, what)
+    wanted = export.checked(opened, out, export.Request(kind, what, meshes, tuple(objects), max_error_nm))
     with displayed(progress) as shown:
         return export.execute(
             opened, out, wanted, settings_of(config, settings, base={}).cluster, shown, overwrite=overwrite

@@ -65,9 +65,21 @@ def export(
     run: Annotated[str, typer.Argument(help="A finished run.")],
     out: Annotated[str, typer.Argument(metavar="DST", help="The file or folder to make.")],
     to: Annotated[
-        str, typer.Option("--to", metavar="KIND", help="precomputed, n5, tiff, hdf5 or nrrd; else as DST ends.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="KIND",
+            help="precomputed, n5, tiff, hdf5, nrrd; meshes: mesh (Neuroglancer's), obj, ply, glb. Else as DST ends.",
+        ),
     ] = "",
     what: Annotated[str, typer.Option("--what", help="labels, or probabilities: mask, contour, ...")] = "labels",
+    meshes: Annotated[bool, typer.Option("--meshes", help="Add meshes to a precomputed volume.")] = False,
+    objects: Annotated[
+        list[int] | None, typer.Option("--object", metavar="ID", help="Mesh this object alone; repeatable.")
+    ] = None,
+    max_error_nm: Annotated[
+        float | None, typer.Option("--max-error-nm", min=0.0, help="Of a mesh; half a voxel if not given.")
+    ] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")] = None,
     scheduler: Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")] = "",
     overwrite: Overwrite = False,
@@ -79,7 +91,10 @@ def export(
 
     progress = terminal_progress()
     try:
-        made = export(run, out, kind=to, what=what, settings=chosen, overwrite=overwrite, progress=progress)
+        made = export(
+            run, out, kind=to, what=what, meshes=meshes, objects=objects or (), max_error_nm=max_error_nm,
+            settings=chosen, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo("volseg: stopped; nothing is left of it, the same command begins anew", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -18,12 +18,12 @@ import numpy as np
 from volseg import system
 from volseg.box import Blocks, Triple
 from volseg.config import Cluster
-from volseg.engine import cluster, loop
+from volseg.engine import cluster, loop, meshing
 from volseg.engine.finished import FinishedRun
 from volseg.engine.lock import Lock
 from volseg.errors import UserError
 from volseg.io import files, volume
-from volseg.io.export import chunked, single
+from volseg.io.export import chunked, meshes, single
 from volseg.io.export.properties import segment_properties
 from volseg.progress import Progress
 
@@ -48,29 +48,54 @@ FORMS = {
     "tiff": Form((".tif", ".tiff")),
     "hdf5": Form((".h5", ".hdf5"), ("h5py",)),
     "nrrd": Form((".nrrd",)),
+    "mesh": Form((".mesh",), ("zmesh",), folder=True),
+    "obj": Form((), ("zmesh", "trimesh"), folder=True),
+    "ply": Form((), ("zmesh", "trimesh"), folder=True),
+    "glb": Form((), ("zmesh", "trimesh"), folder=True),
 }
-CHUNKED = ("precomputed", "n5")
+CHUNKED, SINGLE, MESHES = ("precomputed", "n5"), ("tiff", "hdf5", "nrrd"), ("mesh", "obj", "ply", "glb")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a run: the kind, and labels or the name of a head of its probabilities."""
+    """What is wanted of a run.
+
+    kind          one of `FORMS`
+    what          labels, or the name of a head of its probabilities
+    meshes        whether a precomputed volume holds meshes, too
+    objects       labels of those that are wanted where single objects go out; none for all
+    max_error_nm  how far a mesh may lie from the voxels' surface; None for half the shortest edge of a voxel
+    """
 
     kind: str
     what: str = LABELS
+    meshes: bool = False
+    objects: tuple[int, ...] = ()
+    max_error_nm: float | None = None
 
 
-def request(run: FinishedRun, out: str, kind: str, what: str) -> Request:
-    """What the arguments ask for; refuses what there is not, in one line."""
-    kind = kind or _kind_of(out)
+def checked(run: FinishedRun, out: str, wanted: Request) -> Request:
+    """The request with its kind and head named; refuses what there is not, in one line."""
+    kind, heads = wanted.kind or _kind_of(out), run.run.heads
     if kind not in FORMS:
         raise UserError(f"there is no export {kind!r}; give one of {', '.join(FORMS)}")
-    system.require(*FORMS[kind].packages, extra="formats")
-    heads = run.run.heads
-    what = heads[0] if what == "probabilities" else what
+    system.require(*FORMS[kind].packages, *(("zmesh",) if wanted.meshes else ()), extra="export")
+    what = heads[0] if wanted.what == "probabilities" else wanted.what
     if what not in (LABELS, *heads):
         raise UserError(f"the run holds no {what!r}; give {LABELS} or one of its probabilities: {', '.join(heads)}")
-    return Request(kind, what)
+    if kind in CHUNKED or kind in SINGLE:
+        if wanted.meshes and (kind, what) != ("precomputed", LABELS):
+            raise UserError(
+                "meshes lie beside labels in precomputed volumes alone; leave out --meshes, or give --to mesh"
+            )
+        if wanted.objects and not wanted.meshes:
+            raise UserError(f"{kind} holds the whole volume; leave out --object, or give one of {', '.join(MESHES)}")
+    elif what != LABELS:
+        raise UserError(f"{kind} holds objects, not {what}; leave out --what")
+    unknown = sorted(set(wanted.objects) - set(columns_of(run)["id"].tolist())) if wanted.objects else []
+    if unknown:
+        raise UserError(f"the run has no object {unknown[0]}; its object table lists them: {run.layout.objects_path}")
+    return replace(wanted, kind=kind, what=what)
 
 
 def _kind_of(out: str) -> str:
@@ -78,7 +103,7 @@ def _kind_of(out: str) -> str:
     for kind, form in FORMS.items():
         if out.lower().endswith(form.suffixes):
             return kind
-    known = ", ".join(form.suffixes[0] for form in FORMS.values())
+    known = ", ".join(form.suffixes[0] for form in FORMS.values() if form.suffixes)
     raise UserError(f"the name {os.path.basename(out)} tells no format; give --to KIND, or an ending such as {known}")
 
 
@@ -131,10 +156,14 @@ def _refuse(run: FinishedRun, out: str, form: Form, overwrite: bool) -> None:
 def run_tasks(
     task: Callable[..., Any], job: Any, items: list, weights: list[int], name: str, config: Cluster, progress: Progress,
     *, light: bool,
-) -> None:  # fmt: skip
-    """``task(job, item)`` is done for each item; raises `UserError` for the first that failed."""
-    weight = dict(zip(items, weights, strict=True))
+) -> list:  # fmt: skip
+    """What ``task(job, item)`` returns for each item, in any order; raises `UserError` for the first that failed."""
+    weight, results = dict(zip(items, weights, strict=True)), []
     advance = progress.stage(name, sum(weights), 0)
+
+    def done(item: Any, result: Any) -> None:
+        results.append(result)
+        advance(weight[item])
 
     def handed_out() -> Iterator[Any]:
         yield from items
@@ -142,10 +171,11 @@ def run_tasks(
     with cluster.connect(config, light=light) as client:
         failures = loop.run(
             client, task, handed_out(), job, tries=config.tries, window=config.window,
-            done=lambda item, _: advance(weight[item]), stop=lambda error: isinstance(error, UserError),
+            done=done, stop=lambda error: isinstance(error, UserError),
         )  # fmt: skip
     if failures:
         raise UserError(f"{len(failures)} of {len(items)} parts of {name} failed, the first with: {failures[0].reason}")
+    return results
 
 
 # ---------------------------------------------------------------- volumes
@@ -208,6 +238,26 @@ def _write_precomputed(run: FinishedRun, path: str, wanted: Request, config: Clu
     if wanted.what == LABELS:
         files.write_bytes(path, "properties/info", segment_properties(columns_of(run)))
         chunked.link(path, segment_properties="properties")
+    if wanted.meshes:
+        _write_meshes(run, f"{path}/mesh", replace(wanted, kind="mesh"), config, progress)
+        chunked.link(path, mesh="mesh")
+
+
+def _write_meshes(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
+    levels = levels_of(run, LABELS)
+    error = min(run.voxel_size_nm) / 2 if wanted.max_error_nm is None else wanted.max_error_nm
+    job = meshing.MeshJob(path, wanted.kind, levels, error)
+    found = meshing.objects_of(columns_of(run), wanted.objects)
+    items = [(group,) for group in meshing.groups(found, levels[0].shape)]
+    weights = [sum(each.box.voxels for each in group) for (group,) in items]
+    if wanted.kind == "mesh":
+        meshes.describe(path)
+    light = sum(weights) <= LIGHT_VOXELS // 4  # zmesh takes longer than a copy
+    missing = run_tasks(meshing.write_meshes, job, items, weights, "meshes", config, progress, light=light)
+    if any(missing):
+        progress.message(
+            f"{sum(missing)} objects are too thin for a surface at the coarser level that their size asks for"
+        )
 
 
 def columns_of(run: FinishedRun) -> dict[str, np.ndarray]:
@@ -222,4 +272,5 @@ WRITERS: dict[str, Callable[[FinishedRun, str, Request, Cluster, Progress], None
     "tiff": _write_volume,
     "hdf5": _write_volume,
     "nrrd": _write_volume,
+    **dict.fromkeys(MESHES, _write_meshes),
 }
