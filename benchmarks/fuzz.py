@@ -290,7 +290,8 @@ def _damaged_blocks(path: str) -> list[str]:
     from volseg.engine.stages import keys
 
     run = folder.peek_run(path)
-    return Markers(path, keys(run)).damaged() if run else []
+    markers = Markers(path, keys(run)) if run else None
+    return markers.damaged(markers.marks()) if markers else []
 
 
 TIFFS: tuple[dict[str, Any], ...] = (
