@@ -227,7 +227,7 @@ def _dm(path: Path, data: np.ndarray, version: int) -> Path:
             array("Data", kind[1], voxels.size, voxels.astype(voxels.dtype.newbyteorder("<")).tobytes()),
             value("DataType", 5, "I", kind[0]),
             group("Dimensions", *(value("", 5, "I", n) for n in voxels.shape[::-1])),
-        ))  # fmt: skip
+        ), group("ImageTags"))  # fmt: skip
 
     thumbnail = image(np.zeros((4, 4), np.int32), (23, 3), (1.0, 1.0))
     root = [group("ImageList", thumbnail, image(data, kinds[data.dtype.name], SIZE_NM))]

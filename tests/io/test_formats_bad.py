@@ -33,6 +33,18 @@ def test_a_file_cut_short_is_refused(name, share, tmp_path):
         read_whole(path)
 
 
+@pytest.mark.parametrize(
+    "name", sorted(written.FILES.keys() - {"hdf5", "imaris", "big data viewer"})
+)  # have it in memory
+def test_a_file_that_shrinks_after_it_was_opened_is_refused(name, tmp_path):
+    path = make(name, tmp_path)
+    opened = volume.open(path)
+    opened.read(WHOLE)
+    cut_short(data_file(path), 0.4)
+    with refused(path.stem):
+        opened.read(WHOLE)
+
+
 @pytest.mark.parametrize("name", written.FILES)
 def test_an_empty_file_and_one_of_other_content_are_refused(name, tmp_path):
     path = make(name, tmp_path)
