@@ -191,6 +191,7 @@ class Output(Section):
     space: Literal["auto", "source", "model"] = (
         "auto"  # whose voxels labels have; auto: the source's, up to 4 times finer
     )
+    copy_image: bool = False  # copy the volume into the run, as a pyramid: a result that can be handed on alone
     keep_work: bool = True  # keep basins and edge tables, so that decoding can be repeated
 
 

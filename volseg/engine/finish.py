@@ -27,7 +27,7 @@ from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
 from volseg.errors import IncompleteRunError, OutOfMemoryError, UserError
 from volseg.inference import hardware
-from volseg.io import files, ome, volume
+from volseg.io import files, volume
 from volseg.io.resample import Grid
 from volseg.progress import Progress
 from volseg.segmentation import objects, saddles
@@ -157,8 +157,8 @@ def finish(
     merges = saddles.saddles_table(joins.rows, run.config.fragments, run.shape, run.voxel_size_nm)
     _write_table(layout, "merges", _on_output_grid(run, merges))
     _write_pictures(run, columns)
-    finest = run.given.voxel_size_nm if run.given else None
-    layout.set_group("", ome.multiscales("probability", "czyx", [("0", run.voxel_size_nm)], finest=finest))
+    folder.describe_image(run)
+    folder.describe_labels(run, columns)
     now = time.perf_counter()
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
     files.remove_temporary(run.out)

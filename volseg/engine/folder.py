@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from volseg.engine.blocks import fit, shard_shape
 from volseg.engine.layout import Layout
 from volseg.engine.receipts import Markers, Receipt
@@ -136,7 +138,23 @@ def _arrays(run: Run) -> dict[StoredArray, dict]:
             "shard": (lead, *shard),
         }
     shard = shard_shape(run.block, run.shape, chunk)
+    arrays |= _coarser_arrays(run)
     return {**arrays, layout.regions: {"shape": run.shape, "dtype": "uint32", "chunk": chunk, "shard": shard}}
+
+
+def _coarser_arrays(run: Run) -> dict[StoredArray, dict]:
+    """The same of the coarser levels of the probabilities, and of a copy of the volume."""
+    lead, chunk, arrays = len(run.heads), run.config.output.chunk, {}
+    for level, (shape, _) in list(enumerate(run.probability_levels))[1:]:
+        small_chunk, block = fit(chunk, shape), run.probability_grid(level).block
+        form = {"shape": (lead, *shape), "dtype": "uint8", "axes": "czyx", "chunk": (1, *small_chunk)}
+        shard = shard_shape(block, shape, small_chunk)
+        arrays[run.layout.probability_level(level)] = {**form, "shard": (lead, *shard)}
+    for level, (shape, _) in enumerate(run.image_levels):
+        small_chunk, shard = fit(chunk, shape), shard_shape(run.level_grid(level).block, shape, fit(chunk, shape))
+        form = {"shape": shape, "dtype": run.output_source.dtype, "axes": "zyx", "chunk": small_chunk, "shard": shard}
+        arrays[run.layout.image(level)] = form
+    return arrays
 
 
 def create_missing_arrays(run: Run) -> None:
@@ -183,15 +201,37 @@ def create_labels(run: Run, markers: Markers) -> None:
     dtype = label_dtype(max((receipt.objects for receipt in markers.receipts("stitch").values()), default=0))
     if layout.labels_dtype() != dtype:
         _remove_labels(run, markers)
-    levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.output_voxel_size_nm))]
-    first = None if run.restored or not run.given else run.given.voxel_size_nm
     layout.set_group("labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
-    layout.set_group("labels/instances", ome.multiscales("instances", "zyx", levels, source="../../", finest=first))
+    describe_labels(run)
     chunk = run.config.output.chunk
     for level, (shape, _) in enumerate(run.levels):
         shard = shard_shape(run.output_grid.block, shape, chunk)
         layout.labels(level).restore(shape=shape, dtype=dtype, chunk=chunk, shard=shard, axes="zyx")
     layout.mark_labels(dtype)
+
+
+def describe_labels(run: Run, columns: dict[str, np.ndarray] | None = None) -> None:
+    """The labels' OME metadata are there, with colors and sizes of the objects in the table ``columns``, if these are few."""
+    levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.output_voxel_size_nm))]
+    finest = run.given.voxel_size_nm if run.given and not run.restored else None
+    attributes = ome.multiscales("instances", "zyx", levels, source="../../", finest=finest)
+    if columns is not None and columns["id"].size <= ome.MAX_LISTED_LABELS:
+        listed = {name: columns[name] for name in ("voxels", "volume_um3", "confidence")}
+        attributes["ome"]["image-label"] |= ome.label_properties(columns["id"], listed)
+    run.layout.set_group("labels/instances", attributes)
+
+
+def describe_image(run: Run) -> None:
+    """The OME metadata of the probabilities are there."""
+    levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.probability_levels, run.voxel_size_nm))]
+    finest = run.given.voxel_size_nm if run.given else None
+    attributes = ome.multiscales("probability", "czyx", levels, finest=finest)
+    attributes["ome"]["omero"] = ome.channels(run.heads)
+    if run.image_levels:
+        sizes = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.output_voxel_size_nm))]
+        own = run.given.voxel_size_nm if run.given and not run.restored else None
+        run.layout.set_group("image", ome.multiscales("image", "zyx", sizes, finest=own))
+    run.layout.set_group("", {**attributes, "volseg": {"source": run.output_source.path}})
 
 
 def _remove_labels(run: Run, markers: Markers) -> None:
@@ -312,4 +352,9 @@ def apply_settings(run: Run) -> None:
     if old.block != run.block:
         run.layout.regions.remove()
         _create_regions(run)
+    if (forms := _coarser_arrays(run)) != _coarser_arrays(replace(old, out=run.out)):
+        for array in _coarser_arrays(replace(old, out=run.out)):
+            array.remove()
+        for array, form in forms.items():
+            array.create(**form)
     describe(run)

@@ -1,8 +1,9 @@
 """A run's folder: every path in it, and the one reader and writer of each file.
 
     OUT.zarr/                 OME-Zarr 0.5 group
-      0                       probabilities, uint8, channels z y x
+      LEVEL                   probabilities, uint8, channels z y x, finest first
       labels/instances/LEVEL  labels, finest first
+      image/LEVEL             the volume, where a copy was asked for
       tables/                 objects and merges as Parquet and CSV, a histogram of volumes
       overlay.png, review/    pictures
       run.json                what the finished run is and took; written last
@@ -103,9 +104,17 @@ class Layout:
     def probabilities(self) -> StoredArray:
         return StoredArray(self.path, "0")
 
+    def probability_level(self, level: int) -> StoredArray:
+        """Probabilities at a coarser resolution, for viewers."""
+        return StoredArray(self.path, str(level))
+
     def plane_probabilities(self, stage: str) -> StoredArray:
         """What a pass over planes of one orientation stores until the mean of all passes is there."""
         return StoredArray(self.path, f"work/{stage}")
+
+    def image(self, level: int = 0) -> StoredArray:
+        """The volume on the grid of the labels, where a run keeps a copy."""
+        return StoredArray(self.path, f"image/{level}")
 
     @property
     def regions(self) -> StoredArray:

@@ -7,6 +7,7 @@
     find_holes   where holes are filled: pieces of background of one block; `link_holes`: what they touch over its faces
     stitch       all tables -> the label of every basin; beyond one memory by `contract`, `rank` and `assign`
     relabel      basins -> labels of one block, and sums for the object table
+    coarsen      probabilities -> the next coarser level of one block, for viewers
     pyramid      labels -> the next coarser level of one block
 
 Their functions stand in `predict` and `instances`; `stages` says which blocks each has, what it waits for, and its key: the

@@ -17,12 +17,14 @@ from volseg.box import Blocks, Box, inverse_axes, transpose_axes
 from volseg.engine import cluster
 from volseg.engine.receipts import Timings
 from volseg.engine.run import Run, needed_tiles, stored_run
+from volseg.engine.stored import StoredArray
 from volseg.errors import UserError
 from volseg.inference import backends, tiles
 from volseg.inference.backends import Engine
 from volseg.inference.device import Call, out_of_memory_as
 from volseg.inference.normalization import scale
 from volseg.inference.sections import blend_sections, varying_tiles
+from volseg.io import pyramid
 from volseg.system import trim_memory
 
 PIECES = 8  # into which a block is cut that was too much for a worker's memory
@@ -58,6 +60,39 @@ def average_planes(run: Run, i: int, timings: Timings) -> None:
         mean = tiles.mean_over_passes(stored)
     with timings.phase("write"):
         run.layout.probabilities.write(box, mean)
+
+
+def coarsen(run: Run, i: int, timings: Timings, level: int) -> None:
+    """Block ``i`` of a coarser level of the probabilities is stored: the mean of each cell of the level above."""
+    array, levels = run.layout.probability_level, run.probability_levels
+    _coarsen(array(level - 1), array(level), run.probability_grid(level)[i], levels[level - 1 : level + 1], timings)
+
+
+def copy_image(run: Run, i: int, timings: Timings) -> None:
+    """Block ``i`` of the volume is stored in the run, on the grid of the labels."""
+    box = run.output_grid[i]
+    with timings.phase("read"):
+        voxels = run.output_source.read(box)
+    with timings.phase("write"):
+        run.layout.image().write(box, voxels)
+
+
+def coarsen_image(run: Run, i: int, timings: Timings, level: int) -> None:
+    """The same as `coarsen` of the copy of the volume."""
+    array, levels = run.layout.image, run.image_levels
+    _coarsen(array(level - 1), array(level), run.level_grid(level)[i], levels[level - 1 : level + 1], timings)
+
+
+def _coarsen(finer: StoredArray, coarser: StoredArray, box: Box, levels: list, timings: Timings) -> None:
+    """The voxels of ``box`` are stored in ``coarser``; ``levels`` are the shapes and factors of both."""
+    (above, _), (_, factor) = levels
+    with timings.phase("read"):
+        voxels = finer.read(pyramid.parent_box(box, factor, above))
+    with timings.phase("downsample"):
+        channels = voxels if voxels.ndim == 4 else voxels[None]
+        coarse = np.stack([pyramid.downsample_mean(channel, factor) for channel in channels])
+    with timings.phase("write"):
+        coarser.write(box, coarse if voxels.ndim == 4 else coarse[0])
 
 
 def import_probabilities(run: Run, i: int, timings: Timings) -> None:

@@ -152,6 +152,21 @@ class Run:
         """Shape and factor of each level of the label pyramid."""
         return pyramid.levels(self.output_shape, self.output_voxel_size_nm, self.config.output.levels)
 
+    @property
+    def image_levels(self) -> list[tuple[Triple, Triple]]:
+        """The same of the copy of the volume; none where no copy was asked for."""
+        return self.levels if self.config.output.copy_image else []
+
+    @property
+    def probability_levels(self) -> list[tuple[Triple, Triple]]:
+        """The same of the probabilities: as many, as OME-Zarr wants it of an image and its labels."""
+        return pyramid.levels(self.shape, self.voxel_size_nm, len(self.levels), smallest=1)
+
+    def probability_grid(self, level: int) -> Blocks:
+        """The blocks of one level of the probabilities."""
+        shape = self.probability_levels[level][0]
+        return Blocks(shape, fit(self.block, shape)) if level else self.predict_grid
+
     def level_grid(self, level: int) -> Blocks:
         """The blocks of one level of the label pyramid."""
         shape = self.levels[level][0]

@@ -1,6 +1,7 @@
 """Every stage of a run: its function, its blocks, its key, and what it waits for. A new stage is one more entry of `STAGES`.
 
     basins   predict (or import) -> fragments -> link, and where holes are filled -> find_holes -> link_holes
+             predict (or import) -> coarsen1 -> coarsen2 -> ...   and where a copy is asked for, image0 -> image1 -> ...
     flat     stitch                                   one process decides on all basins
     tree     contract0 -> ... -> rank -> ... -> assign0 -> borders    or a tree of blocks does
     labels   relabel -> pyramid1 -> pyramid2 -> ...
@@ -82,6 +83,30 @@ def _import(run: Run) -> list[Stage]:
     return [Stage("import", predict.import_probabilities, run.predict_grid, key, "basins")] if run.channels else []
 
 
+def _coarsen(run: Run) -> list[Stage]:
+    stages, name = [], run.probability_stage
+    for level, (_, factor) in list(enumerate(run.probability_levels))[1:]:
+        region = partial(pyramid.parent_box, factor=factor, above=run.probability_levels[level - 1][0])
+        grid, key = run.probability_grid(level), digest(probability_key(run), level, run.probability_levels, run.block)
+        function = partial(predict.coarsen, level=level)
+        stages.append(Stage(f"coarsen{level}", function, grid, key, "basins", {name: region}, report_as="coarsen"))
+        name = stages[-1].name
+    return stages
+
+
+def _image(run: Run) -> list[Stage]:
+    stages: list[Stage] = []
+    for level, (_, factor) in enumerate(run.image_levels):
+        key = digest(run.checksum, level, run.image_levels, run.output_grid.block, run.output_source.dtype)
+        if level == 0:
+            stages = [Stage("image0", predict.copy_image, run.output_grid, key, "basins", report_as="copy")]
+            continue
+        after = {stages[-1].name: partial(pyramid.parent_box, factor=factor, above=run.image_levels[level - 1][0])}
+        function = partial(predict.coarsen_image, level=level)
+        stages.append(Stage(f"image{level}", function, run.level_grid(level), key, "basins", after, report_as="copy"))
+    return stages
+
+
 def _fragments(run: Run) -> list[Stage]:
     halo = height_halo(run.config.fragments, run.voxel_size_nm)
     after = {run.probability_stage: partial(Box.grow, halo=halo)}
@@ -142,7 +167,7 @@ def _labels(run: Run) -> list[Stage]:
 
 
 STAGES: tuple[Callable[[Run], list[Stage]], ...] = (
-    _predict, _import, _fragments, _link, _holes, _stitch, _tree, _labels,
+    _predict, _import, _fragments, _link, _holes, _coarsen, _image, _stitch, _tree, _labels,
 )  # fmt: skip
 
 

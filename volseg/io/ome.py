@@ -6,11 +6,14 @@ absent, and a note says so.
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from math import isfinite
 from typing import Annotated, Any
 from xml.etree import ElementTree
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, WrapValidator
 
 from volseg.errors import printable
@@ -48,6 +51,8 @@ NM_PER_UNIT = {
     "metre": 1e9,
 }
 NO_UNIT = ("pixel", "pixels", "px", "voxel")  # what programs write where they know no unit
+MAX_LISTED_LABELS = 1000  # whose colors and sizes stand in the metadata of a label image
+CHANNEL_COLORS = ("FFFFFF", "FF0000", "00FFFF")  # of the mask, the contour, and what follows
 SMALLEST_NM, LARGEST_NM = 1e-3, 1e9  # no voxel is shorter or longer
 
 
@@ -279,6 +284,35 @@ def multiscales(
     }
     label = {"image-label": {"source": {"image": source}}} if source else {}
     return {"ome": {"version": "0.5", "multiscales": [image], **label}}
+
+
+def channels(names: tuple[str, ...]) -> dict:
+    """The ``omero`` block of channels that hold probabilities as uint8: names and colors for viewers."""
+    look = {"coefficient": 1.0, "family": "linear", "inverted": False}
+    window = {"min": 0.0, "max": 255.0, "start": 0.0, "end": 255.0}
+    listed = [
+        {"label": name, "color": color, "active": color == CHANNEL_COLORS[0], "window": window, **look}
+        for name, color in zip(names, cycle(CHANNEL_COLORS))
+    ]
+    return {"channels": listed, "rdefs": {"model": "color"}}
+
+
+def label_properties(ids: np.ndarray, columns: dict[str, np.ndarray]) -> dict:
+    """Colors and properties of ``image-label`` for each label; a label has the color that it has in pictures."""
+    numbers, rows = ids.tolist(), zip(*(column.tolist() for column in columns.values()), strict=True)
+    known = [{name: value for name, value in zip(columns, row, strict=True) if value == value} for row in rows]
+    colors = np.round(255 * label_colors(ids)).astype(int).tolist()
+    return {
+        "version": "0.5",
+        "colors": [{"label-value": i, "rgba": [*color, 255]} for i, color in zip(numbers, colors, strict=True)],
+        "properties": [{"label-value": i, **row} for i, row in zip(numbers, known, strict=True)],
+    }
+
+
+def label_colors(ids: np.ndarray) -> np.ndarray:
+    """RGB from 0 to 1 of each label, float64 (n, 3): its number alone decides."""
+    hue = (ids.astype(np.uint64) * np.uint64(0x9E3779B1) % np.uint64(1 << 32)).astype(np.float64) / (1 << 32)
+    return np.array([colorsys.hsv_to_rgb(h, 0.75, 1.0) for h in hue]).reshape(-1, 3)
 
 
 def _written_axis(name: str, unit: str) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import io
 from itertools import pairwise
 
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from volseg.box import Box
 from volseg.errors import UserError
+from volseg.io.ome import label_colors
 from volseg.io.volume import Volume, open_channels
 
 PANEL_EDGE = 1024  # longest edge of one panel, voxels
@@ -67,8 +67,7 @@ def grayscale(plane: np.ndarray) -> np.ndarray:
 def label_overlay(image: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """A gray plane (uint8) with its objects tinted and outlined, RGB. An id has the same color in every picture."""
     distinct, index = np.unique(ids, return_inverse=True)
-    hue = (distinct.astype(np.uint64) * np.uint64(0x9E3779B1) % np.uint64(1 << 32)).astype(np.float64) / (1 << 32)
-    color = 255 * np.array([colorsys.hsv_to_rgb(h, 0.75, 1.0) for h in hue])
+    color = 255 * label_colors(distinct)
     out = np.repeat(image[..., None], 3, axis=-1)
     inside, edge = ids > 0, label_outline(ids)
     tint = color[index.reshape(ids.shape)[inside]]

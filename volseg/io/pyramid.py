@@ -12,18 +12,21 @@ from volseg.box import Box, Triple
 SMALLEST_LEVEL = 64  # a level whose longest axis is at most this is the last one
 
 
-def levels(shape: Triple, voxel_size_nm: tuple[float, float, float] | None, count: int) -> list[tuple[Triple, Triple]]:
+def levels(
+    shape: Triple, voxel_size_nm: tuple[float, float, float] | None, count: int, smallest: int = SMALLEST_LEVEL
+) -> list[tuple[Triple, Triple]]:
     """Up to ``count`` levels, finest first: each one's shape and its factor (z y x) against the level above.
 
-    An axis is halved while its voxels are at most the square root of 2 longer than the shortest, so that voxels tend to
-    cubes; without a voxel size all axes are. The first factor is (1, 1, 1).
+    The first whose longest axis has ``smallest`` voxels or fewer is the last. An axis is halved while its voxels are at most
+    the square root of 2 longer than the shortest, so that voxels tend to cubes; without a voxel size all axes are. The first
+    factor is (1, 1, 1).
 
     >>> levels((100, 400, 400), (50, 5, 5), 3)
     [((100, 400, 400), (1, 1, 1)), ((100, 200, 200), (1, 2, 2)), ((100, 100, 100), (1, 2, 2))]
     """
     size = tuple(voxel_size_nm or (1.0, 1.0, 1.0))
     pairs = [(tuple(shape), (1, 1, 1))]
-    while len(pairs) < count and max(pairs[-1][0]) > SMALLEST_LEVEL:
+    while len(pairs) < count and max(pairs[-1][0]) > smallest:
         above = pairs[-1][0]
         limit = sqrt(2) * min(s for s, n in zip(size, above, strict=True) if n > 1)
         factor = tuple(2 if n > 1 and s <= limit else 1 for s, n in zip(size, above, strict=True))
@@ -117,26 +120,50 @@ def downsample_mean(image: np.ndarray, factor: Triple) -> np.ndarray:
     if image.dtype == np.float16:  # which numba does not know
         return downsample_mean(image.astype(np.float32), factor).astype(np.float16)
     out = np.empty(tuple(-(-n // f) for n, f in zip(image.shape, factor, strict=True)), image.dtype)
-    kernel = _means if image.dtype.kind in "iu" else _float_means
-    kernel(np.ascontiguousarray(image), np.array(factor, np.int64), out)
+    image, factors = np.ascontiguousarray(image), np.array(factor, np.int64)
+    if image.dtype.kind in "iu":
+        _means(image, factors, np.empty(image.shape[2], np.int64 if image.dtype.itemsize > 2 else np.int32), out)
+    else:
+        _float_means(image, factors, out)
     return out
 
 
+# Rows are summed first, which is done many voxels at a time; then those of each cell along x. The sum of a cell and its
+# count are whole numbers, so halves are rounded up exactly.
 @numba.njit(cache=True, nogil=True)
-def _means(image: np.ndarray, factor: np.ndarray, out: np.ndarray) -> None:
+def _means(image: np.ndarray, factor: np.ndarray, row: np.ndarray, out: np.ndarray) -> None:
     fz, fy, fx = factor
     nz, ny, nx = image.shape
     for z in range(out.shape[0]):
         for y in range(out.shape[1]):
-            for x in range(out.shape[2]):
+            row[:] = 0
+            rows = 0
+            for k in range(z * fz, min(nz, z * fz + fz)):
+                for j in range(y * fy, min(ny, y * fy + fy)):
+                    line = image[k, j]
+                    for x in range(nx):
+                        row[x] += line[x]
+                    rows += 1
+            line_out, whole = out[z, y], nx // fx
+            shift = 0
+            while (1 << shift) < rows * fx:
+                shift += 1
+            half = rows * fx // 2
+            if 1 << shift != rows * fx:
+                whole = 0
+            elif fx == 2:
+                for x in range(whole):
+                    line_out[x] = (row[2 * x] + row[2 * x + 1] + half) >> shift
+            else:
+                for x in range(whole):
+                    line_out[x] = (row[x] + half) >> shift
+            for x in range(whole, out.shape[2]):
                 total = np.int64(0)
                 n = 0
-                for k in range(z * fz, min(nz, z * fz + fz)):
-                    for j in range(y * fy, min(ny, y * fy + fy)):
-                        for i in range(x * fx, min(nx, x * fx + fx)):
-                            total += np.int64(image[k, j, i])
-                            n += 1
-                out[z, y, x] = (2 * total + n) // (2 * n)
+                for i in range(x * fx, min(nx, x * fx + fx)):
+                    total += row[i]
+                    n += rows
+                line_out[x] = (2 * total + n) // (2 * n)
 
 
 @numba.njit(cache=True, nogil=True)
