@@ -141,10 +141,12 @@ class Run:
 
     @property
     def output_grid(self) -> Blocks:
-        """The blocks in which labels are written: the run's own or, where labels are brought back, about as many."""
+        """The blocks in which labels are written: the run's own or, where labels are brought back, those that neither hold more
+        voxels nor cover more space."""
         if not self.restored:
             return self.grid
-        scaled = (-(-b * n // m) for b, n, m in zip(self.block, self.output_shape, self.shape, strict=True))
+        pairs = zip(self.block, self.output_shape, self.shape, strict=True)
+        scaled = (min(b, -(-b * n // m)) for b, n, m in pairs)
         return Blocks(self.output_shape, fit(tuple(scaled), self.output_shape))
 
     @property

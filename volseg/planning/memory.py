@@ -37,6 +37,7 @@ FRAGMENT_TABLES = 3  # as many bytes as its table has, beyond the usual, does a 
 TABLES_PER_BLOCK_TABLE = 1.33  # bytes of all tables for each one of the blocks' own
 LINK_TABLES = 3.5  # as many does its link take
 RELABEL_BYTES = 22  # for each voxel of a block that is relabeled
+RESTORE_BYTES = 14  # more where labels are brought back to the source's grid
 MIN_SIDE = 16  # voxels along each axis below which no block is cut to save memory
 
 
@@ -69,7 +70,7 @@ def stage_bytes(run: Run, threads: int, rates: Rates | None = None) -> dict[str,
         **stages,
         "fragments": _fragments(run, run.block) + round(FRAGMENT_TABLES * extra),
         "link": round(LINK_TABLES * table),
-        "relabel": RELABEL_BYTES * prod(run.block),
+        "relabel": (RELABEL_BYTES + RESTORE_BYTES * run.restored) * prod(run.block),
     }
 
 
