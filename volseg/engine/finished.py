@@ -15,7 +15,7 @@ from volseg.config import Config
 from volseg.engine import folder, lock
 from volseg.engine.layout import Layout
 from volseg.engine.run import Run
-from volseg.errors import UserError, printable
+from volseg.errors import DamagedFileError, UserError, printable
 from volseg.io import arrays, pictures
 
 if TYPE_CHECKING:
@@ -117,6 +117,13 @@ class FinishedRun:
 
     def report(self) -> list[str]:
         """What it gave and took, as lines of text."""
+        try:
+            return self._report()
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            state = f"is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            raise DamagedFileError(self.path, "run.json", state) from None
+
+    def _report(self) -> list[str]:
         facts, voxels = self.summary, self.run.wanted_voxels
         peak = facts["peak_bytes"]
         return [

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from volseg.io.volume import Volume
 
 
+MAX_LEVEL_NAME = 1000  # characters of a level's path
+
+
 def is_zarr(path: str) -> bool:
     return path.endswith(".zarr") or any(os.path.exists(os.path.join(path, name)) for name in arrays.ZARR_FILES)
 
@@ -76,6 +79,10 @@ def _full_resolution(group: zarr.Group, path: str, dataset: str) -> tuple[str, t
         odd = "".join(f"; {note}" for note in notes[:1])
         raise UserError(f"zarr group {where} has no OME-Zarr multiscales{arrays.contents(path)}{odd}")
     level = "/".join(part for part in images[0].datasets[0].path.split("/") if part not in ("", "."))
+    if len(level) > MAX_LEVEL_NAME:
+        raise UserError(
+            f"zarr group {where} lists a level whose name has {len(level)} characters: its metadata are damaged"
+        )
     return files.join_keys(dataset, level), notes
 
 
