@@ -127,7 +127,8 @@ def convert(
     labels : bool
         Whether coarser levels take the most frequent label; else they take the mean.
     chunk, shard : tuple of int, optional
-        Voxels that are compressed together, and stored in one object: z, y, x.
+        Voxels that are compressed together, and stored in one object: z, y, x. If not given, 64 x 128 x 128, and
+        256 x 512 x 512 or, of a source stored section by section, 64 x 1024 x 1024.
     config, settings, overwrite, progress
         As in `infer`; of the settings, ``[input]`` and ``[cluster]`` count.
 
@@ -154,9 +155,7 @@ def convert(
         for note in getattr(source, "notes", ()):
             shown.message(note)
         workers = cluster.worker_pool(chosen.cluster).workers
-        job = convert.plan(
-            source, out, labels=labels, chunk=chunk or convert.CHUNK, shard=shard or convert.SHARD, workers=workers
-        )
+        job = convert.plan(source, out, labels=labels, chunk=chunk, shard=shard, workers=workers)
         return convert.execute(job, out, chosen.cluster, shown, overwrite=overwrite)
 
 

@@ -23,8 +23,10 @@ def convert(
     out: Annotated[str, typer.Argument(metavar="OUT.zarr", help="The OME-Zarr group to make.")],
     labels: Annotated[bool, typer.Option("--labels", help="Coarser levels take the most frequent label.")] = False,
     voxel_nm: Annotated[str, typer.Option("--voxel-nm", metavar="Z,Y,X", help="Voxel size; else the file's.")] = "",
-    chunk: Annotated[str, typer.Option("--chunk", metavar="Z,Y,X", help="Voxels compressed together.")] = "64,128,128",
-    shard: Annotated[str, typer.Option("--shard", metavar="Z,Y,X", help="Voxels of one object.")] = "256,512,512",
+    chunk: Annotated[
+        str, typer.Option("--chunk", metavar="Z,Y,X", help="Voxels compressed together; 64,128,128.")
+    ] = "",
+    shard: Annotated[str, typer.Option("--shard", metavar="Z,Y,X", help="Voxels of an object; 256,512,512.")] = "",
     dataset: Annotated[str, typer.Option("--dataset", help="The array inside a group, container or file.")] = "",
     channel: Annotated[int | None, typer.Option("--channel", min=0, help="Which of several channels, from 0.")] = None,
     time: Annotated[int | None, typer.Option("--time", min=0, help="Which of several times, from 0.")] = None,
@@ -49,7 +51,8 @@ def convert(
     progress = terminal_progress()
     try:
         made = run(
-            volume, out, labels=labels, chunk=_numbers(chunk, "--chunk"), shard=_numbers(shard, "--shard"),
+            volume, out, labels=labels, chunk=_numbers(chunk, "--chunk") if chunk else None,
+            shard=_numbers(shard, "--shard") if shard else None,
             settings=[*(sets or ()), *chosen], overwrite=overwrite, progress=progress,
         )  # fmt: skip
     except KeyboardInterrupt:

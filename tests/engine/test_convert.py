@@ -193,7 +193,7 @@ def test_a_source_that_cannot_be_read_ends_with_one_line_and_no_output(run, tmp_
 
 
 def test_a_conversion_on_an_object_store_is_no_image_before_it_is_whole(bucket, tmp_path, monkeypatch):
-    data = voxels("uint8", (9, 70, 70))
+    data = voxels("uint8", (9, 70, 40))
     np.save(tmp_path / "em.npy", data)
     out = f"{bucket}/converted.zarr"
 
@@ -215,5 +215,8 @@ def test_blocks_hold_whole_chunks_of_the_source_where_memory_allows(tmp_path):
     assert convert.block_shape(plane, (64, 512, 512), 1 << 40) == (64, 5120, 6144)
     assert convert.block_shape(plane, (64, 512, 512), 1 << 28) == (64, 512, 6144)
     assert convert.block_shape(plane, (64, 512, 512), 1) == (64, 512, 512)
+    assert convert.default_shard(plane, (64, 128, 128)) == (64, 1024, 1024)
+    assert convert.default_shard(plane, (100, 100, 3000)) == (100, 1000, 3000)
     deep = replace(plane, chunk=(300, 64, 64))
+    assert convert.default_shard(deep, (64, 128, 128)) == (256, 512, 512)
     assert convert.block_shape(deep, (64, 512, 512), 1 << 40) == (320, 512, 512)

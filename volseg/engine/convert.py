@@ -31,7 +31,11 @@ from volseg.progress import Progress
 from volseg.system import free_memory
 
 JOURNAL = "convert.json"
-CHUNK, SHARD = (64, 128, 128), (256, 512, 512)  # voxels that are compressed together, and stored in one object
+CHUNK = (64, 128, 128)  # voxels that are compressed together
+SHARD, SHARD_OF_SECTIONS = (
+    (256, 512, 512),
+    (64, 1024, 1024),
+)  # and stored in one object; of a source in sections, flat ones
 BLOCK_BYTES = 1 << 30  # of the source that a task holds at most, where chunks of the source are large
 PIECE_BYTES = 64 << 20  # of a level that are held while the next one is made from them
 LIGHT_BYTES = 1 << 29  # up to which processes would start slower than threads are done
@@ -74,9 +78,14 @@ class Conversion:
 
 
 def plan(
-    source: volume.Volume, out: str, *, labels: bool, chunk: Triple, shard: Triple, workers: int = 1
+    source: volume.Volume, out: str, *, labels: bool, chunk: Triple | None, shard: Triple | None, workers: int = 1
 ) -> Conversion:
-    """The conversion of ``source`` to ``out``, by so many ``workers``; refuses what has no pyramid."""
+    """The conversion of ``source`` to ``out``, by so many ``workers``; refuses what has no pyramid.
+
+    Without a ``shard``, that of `default_shard` is taken.
+    """
+    chunk = chunk or CHUNK
+    shard = shard or default_shard(source, chunk)
     dtype = np.dtype(source.dtype)
     if dtype.kind in "iu" and dtype.itemsize > 2 and not labels:
         raise UserError(f"{source.path} holds {source.dtype} voxels, as labels do: add --labels, or save it in 16 bits")
@@ -92,6 +101,13 @@ def plan(
     room = min(BLOCK_BYTES, free_memory() // (4 * workers))
     levels = tuple(pyramid.levels(source.shape, source.voxel_size_nm, MAX_LEVELS))
     return Conversion(source, partial_path(out), labels, chunk, shard, block_shape(source, shard, room), levels)
+
+
+def default_shard(source: volume.Volume, chunk: Triple) -> Triple:
+    """A whole number of chunks near `SHARD` or, of a source stored section by section, near `SHARD_OF_SECTIONS`."""
+    near = SHARD if source.chunk[0] >= min(chunk[0], source.shape[0]) else SHARD_OF_SECTIONS
+    z, y, x = (max(1, s // c) * c for s, c in zip(near, chunk, strict=True))
+    return z, y, x
 
 
 def block_shape(source: volume.Volume, shard: Triple, room: int) -> Triple:
