@@ -12,6 +12,7 @@ from benchmarks import __main__ as benchmarks
 from tests.helpers import ROOT
 from volseg import cli
 from volseg.config import load
+from volseg.segmentation.objects import merge, objects_table
 
 
 def test_the_picture_of_exactness_is_what_the_watershed_computes():
@@ -76,3 +77,12 @@ def test_functions_in_the_readme_are_there():
     compile(example, "README.md", "exec")
     assert set(re.findall(r"\bvolseg\.(\w+)", example)) <= set(volseg.__all__)
     assert all(hasattr(volseg.FinishedRun, name) for name in re.findall(r"\brun\.(?!zarr)(\w+)", example))
+
+
+def test_the_data_dictionary_names_every_column():
+    sums = merge([])
+    columns = objects_table(sums, (1, 1, 1), (1.0, 1.0, 1.0))
+    named = re.findall(
+        r"`(\w+)`", "".join(line.split("|")[1] for line in (ROOT / "docs/objects.md").open() if "| `" in line)
+    )
+    assert set(named) == set(columns)

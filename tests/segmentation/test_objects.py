@@ -190,3 +190,30 @@ def test_no_objects_make_an_empty_table():
     result = objects_table(merge([]), (4, 4, 4), (1.0, 1.0, 1.0))
     assert all(len(column) == 0 for column in result.values())
     assert rows_of(np.zeros((2, 3, 4)))["id"].size == 0
+
+
+def test_shapes_of_a_ball_a_rod_and_a_plate():
+    """A ball is round; a rod is long; a plate is flat; each knows who is nearest."""
+    label = np.zeros((60, 60, 120), np.int64)
+    z, y, x = np.ogrid[:60, :60, :120]
+    label[(z - 30) ** 2 + (y - 30) ** 2 + (x - 30) ** 2 <= 20**2] = 1
+    label[28:32, 28:32, 60:100] = 2
+    label[5:45, 5:45, 110:112] = 3
+    result = rows_of(label, (5.0, 5.0, 5.0))
+    volume = np.bincount(label.ravel())[1:]
+    np.testing.assert_allclose(result["equivalent_diameter_nm"], 5 * np.cbrt(6 * volume / np.pi))
+    assert result["elongation"] == pytest.approx([1, 10, 1], rel=0.01)
+    assert result["flatness"] == pytest.approx([1, 1, 20], rel=0.01)
+    assert 0.6 < result["sphericity"][0] < 0.75
+    faces = 2 * 16 + 4 * 160
+    assert result["sphericity"][1] == pytest.approx(np.pi ** (1 / 3) * (6 * 640) ** (2 / 3) / faces)
+    assert result["nearest_id"].tolist() == [2, 3, 2]
+    assert result["nearest_nm"][0] == pytest.approx(5 * np.linalg.norm([30 - 29.5, 30 - 29.5, 30 - 79.5]))
+
+
+def test_an_object_alone_has_no_neighbor():
+    label = np.zeros((4, 4, 4), np.int64)
+    label[1:3, 1:3, 1:3] = 1
+    result = rows_of(label, (1.0, 1.0, 1.0))
+    assert result["nearest_id"].tolist() == [0]
+    assert np.isnan(result["nearest_nm"]).all()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
+from scipy.spatial import cKDTree
 
 from volseg.box import Box, Triple, VoxelSize
 
@@ -305,6 +306,11 @@ def objects_table(
     ``axis_major_length`` in 3-D). For a straight rod that is 1.29 of its length, which is sqrt(12) * ``sd0_nm``; for a
     bent one it is about its reach, not its path.
 
+    ``equivalent_diameter_nm`` is that of the sphere with its volume. ``elongation`` is ``sd0_nm / sd1_nm`` and ``flatness``
+    ``sd1_nm / sd2_nm``, both at least 1, as ITK defines them. ``sphericity`` is the surface of that sphere as a share of the
+    object's (Wadell 1932); since voxel faces overestimate surfaces, a ball has about 0.67. ``nearest_id`` is the object whose
+    centroid is nearest, ``nearest_nm`` how far that is; 0 and NaN where there is no other.
+
     ``confidence`` is the probability at an object's deepest point less that of the lowest saddle to another object; all of
     it where there is no other, NaN where it is not given.
 
@@ -340,10 +346,29 @@ def objects_table(
     columns["min_probability"] = rows["min_probability"] / 255.0
     unknown = np.full(rows.size, np.nan)
     columns["confidence"] = unknown if confidence is None else confidence[rows["id"].astype(np.int64) - 1]
+    volume_nm3 = rows["voxels"] * float(np.prod(size))
+    columns["equivalent_diameter_nm"] = np.cbrt(6 * volume_nm3 / np.pi)
+    columns["elongation"], columns["flatness"] = sd[:, 0] / sd[:, 1], sd[:, 1] / sd[:, 2]
+    area_nm2 = 1e6 * columns["surface_area_um2"]
+    ball_nm2 = np.cbrt(np.pi) * np.cbrt(6 * volume_nm3) ** 2
+    columns["sphericity"] = np.divide(ball_nm2, area_nm2, out=np.full(rows.size, np.nan), where=area_nm2 > 0)
+    centroids = np.stack([columns[f"centroid_{axis}_nm"] for axis in "zyx"], axis=1)
+    columns["nearest_id"], columns["nearest_nm"] = _nearest(rows["id"], centroids)
     contact_rows = np.searchsorted(rows["id"], sums.contacts).ravel()
     columns["neighbors"] = np.bincount(contact_rows, minlength=rows.size)
     columns["touches_border"] = np.any((rows["start"] == 0) | (rows["stop"] == np.array(shape)), axis=1)
     return columns
+
+
+def _nearest(ids: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The object whose centroid is nearest to each one's, and how far it is; 0 and NaN where there is no other."""
+    if len(ids) < 2:
+        return np.zeros(len(ids), np.uint64), np.full(len(ids), np.nan)
+    distance, row = cKDTree(centroids).query(centroids, k=2)
+    own = row[:, 0] == np.arange(len(ids))
+    other = np.where(own, 1, 0)
+    each = np.arange(len(ids))
+    return ids[row[each, other]], distance[each, other]
 
 
 def _covariance(rows: np.ndarray, size: np.ndarray) -> np.ndarray:
