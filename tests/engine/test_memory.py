@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import dask.config
@@ -132,7 +133,7 @@ def test_no_healthy_worker_is_ended():
     limits = guard.MemoryLimits(planned=10**9)
     assert not limits.exceeded(5 * 10**9, free=lambda: 10**12)
     assert not limits.exceeded(15 * 10**8, free=lambda: 0)
-    assert "no memory is left" in limits.exceeded(21 * 10**8, free=lambda: 0)
+    assert "no memory is left" in limits.exceeded(24 * 10**8, free=lambda: 0)
     assert not guard.MemoryLimits().exceeded(10**12, free=lambda: 0)
     assert "cluster.memory_limit allows 1.00 GB" in guard.MemoryLimits(allowed=10**9).exceeded(2 * 10**9)
 
@@ -142,7 +143,10 @@ def test_pieces_give_the_same_bytes(image, tmp_path):
     config = settings(input={"roi": "1:20,10:140,20:160"}, cluster={"workers": 1})
     run = prepare.from_image(volume.open(image), config, folder.partial_path(str(tmp_path / "run")))
     folder.begin(run, overwrite=False)
-    whole, pieces = (f(run.out, run.id, "predict", 0) for f in (process_block, process_block_in_pieces))
-    assert whole.files == pieces.files
-    assert whole.files
+    read = partial(run.layout.probabilities.read, run.predict_grid[0])
+    whole, stored = process_block(run.out, run.id, "predict", 0), read()
+    run.layout.probabilities.write(run.predict_grid[0], np.zeros_like(stored))
+    pieces = process_block_in_pieces(run.out, run.id, "predict", 0)
+    assert stored.any()
+    np.testing.assert_array_equal(read(), stored)  # within a shard, zarrs orders chunks by chance
     assert whole.inferred_voxels == pieces.inferred_voxels

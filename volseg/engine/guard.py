@@ -12,6 +12,7 @@ from volseg import system
 
 OVER_MEMORY = 77  # exit code of a worker that ended itself for its memory
 TOLERANCE = 1.25  # times what it may hold (`cluster.memory_limit`) that a worker holds before it is ended
+SLACK_BYTES = 300_000_000  # beyond that: libraries and compiled code, which a plan of a small worker underestimates
 GENEROUS = 2.0  # times what was planned, where nothing was said and memory is short
 SHORT_SHARE = 0.05  # share of the memory free below which it is short
 WAY_OUT = "set fewer cluster.workers, a smaller predict.tile, or smaller blocks.shape"
@@ -29,9 +30,13 @@ class MemoryLimits:
 
         What was planned is an estimate: a worker beyond it does no harm as long as there is memory for all.
         """
-        if self.allowed and held > TOLERANCE * self.allowed:
+        if self.allowed and held > TOLERANCE * self.allowed + SLACK_BYTES:
             return f"held {held / 1e9:.2f} GB, cluster.memory_limit allows {self.allowed / 1e9:.2f} GB"
-        if self.planned and held > GENEROUS * self.planned and free() < SHORT_SHARE * system.total_memory():
+        if (
+            self.planned
+            and held > GENEROUS * self.planned + SLACK_BYTES
+            and free() < SHORT_SHARE * system.total_memory()
+        ):
             return f"held {held / 1e9:.2f} GB, {self.planned / 1e9:.2f} GB were planned, and no memory is left"
         return ""
 
