@@ -57,6 +57,31 @@ def test_settings_in_the_readme_exist():
 def test_links_and_paths_lead_to_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    named = re.findall(r"`((?:volseg|tests|docs|docker|configs)/[\w./]+\.\w+)`", text)
+    missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    assert missing + [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_modules_named_in_the_design_exist():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    folders = "|".join(path.name for path in (ROOT / "volseg").iterdir() if path.is_dir())
+    missing = [
+        name for name in re.findall(rf"`((?:{folders})/\w+)`", text) if not (ROOT / "volseg" / f"{name}.py").exists()
+    ]
+    assert missing == []
+
+
+def test_functions_in_the_readme_are_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    compile(example, "README.md", "exec")
+    assert set(re.findall(r"\bvolseg\.(\w+)", example)) <= set(volseg.__all__)
+    assert all(hasattr(volseg.FinishedRun, name) for name in re.findall(r"\brun\.(?!zarr)(\w+)", example))
+
+
+def test_the_data_dictionary_names_every_column():
+    sums = merge([])
+    columns = objects_table(sums, (1, 1, 1), (1.0, 1.0, 1.0))
     lines = (ROOT / "docs" / "objects.md").read_text(encoding="utf-8").splitlines()
     named = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in lines if line.startswith("| `")))
     assert set(named) == set(columns)
