@@ -219,8 +219,8 @@ def test_scheduler_and_worker_of_compose_do_volsegs_work(tmp_path: Path):
     logs = tmp_path / "scheduler.log", tmp_path / "worker.log"
     with started("scheduler", ports, logs[0]) as scheduler, started("worker", ports, logs[1]) as worker:
         wait_until_healthy("scheduler", ports, dict(zip(logs, (scheduler, worker), strict=True)))
-        knobs = Cluster(scheduler=on_loopback("tcp://scheduler:8786", ports))
-        with cluster.connect(knobs) as client:
+        options = Cluster(scheduler=on_loopback("tcp://scheduler:8786", ports))
+        with cluster.connect(options) as client:
             failures = loop.run(client, square, range(5), done=results.__setitem__)
 
     assert failures == []

@@ -1,4 +1,4 @@
-"""Every knob on one page. A key in a TOML file, a ``--set section.key=value`` and a field here have one name.
+"""Every setting on one page. A key in a TOML file, a ``--set section.key=value`` and a field here have one name.
 
 Layers, later ones win: the defaults here, the model file's own values, the config file, ``--set``.
 """

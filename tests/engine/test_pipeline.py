@@ -247,8 +247,8 @@ def small(reference):
 
 def test_a_batch_that_does_not_fit_the_memory_is_halved_and_the_run_begins_again(image, small, tmp_path):
     out, show = str(tmp_path / "run.volseg.zarr"), Quiet()
-    knobs = {"predict": {"backend": "torch", "precision": "fp32", "batch": 1024}}
-    api.infer(image, out, config=settings(**knobs, cluster={"scheduler": small}), progress=show)
+    options = {"predict": {"backend": "torch", "precision": "fp32", "batch": 1024}}
+    api.infer(image, out, config=settings(**options, cluster={"scheduler": small}), progress=show)
     said = [text for text in show.said if "beginning again" in text]
     assert "1024 tiles of 64 x 64 at once (" in said[0]
     assert said[0].endswith("beginning again, 512 at once")
@@ -258,8 +258,8 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved_and_the_run_begins_again
     assert facts["config"]["predict"]["batch"] == 1024
     assert facts["engine"]["why"].count("memory holds no more") == 1
     again = str(tmp_path / "again.volseg.zarr")
-    knobs["predict"]["batch"] = fits
-    api.infer(image, again, config=settings(**knobs, cluster={"workers": 1}), progress=Quiet())
+    options["predict"]["batch"] = fits
+    api.infer(image, again, config=settings(**options, cluster={"workers": 1}), progress=Quiet())
     np.testing.assert_array_equal(*(zarr.open_array(f"{run}/0", mode="r")[:] for run in (out, again)))
 
 
@@ -527,11 +527,11 @@ def test_a_scheduler_that_does_not_answer_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("options", "said"),
     [({"tile": 127, "overlap": 48}, r"overlap = 48 is more than half of a tile of 64.*tile = 127.*set 32 or less"),
      ({"tile": 32, "overlap": 16}, r"tile = 32: this network takes multiples of 64; set 64 or more")],
 )  # fmt: skip
-def test_tiles_that_a_network_which_bins_cannot_take_are_refused(image, knobs, said):
+def test_tiles_that_a_network_which_bins_cannot_take_are_refused(image, options, said):
     """Half of a tile of 127 is more for a network that takes multiples of 32: only the model file tells."""
     with pytest.raises(UserError, match=said):
-        describe.from_image(volume.open(image), settings(predict=knobs), "out")
+        describe.from_image(volume.open(image), settings(predict=options), "out")

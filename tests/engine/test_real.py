@@ -62,9 +62,9 @@ def test_the_forest_agrees_with_a_watershed_of_the_whole_volume(part):
     """scikit-image with the same seeds: it may differ where heights tie, on at most 1 % of the mask."""
     stored = arrays.open_array(str(part / "whole"), "0")
     probability = np.asarray(stored[:])
-    knobs = Fragments(threshold=0.5, smooth=(2, 2, 2))
-    height = block_heights(probability, Box.from_shape(PART.shape), PART.shape, knobs)
-    level = seed_height(0.8, knobs)
+    options = Fragments(threshold=0.5, smooth=(2, 2, 2))
+    height = block_heights(probability, Box.from_shape(PART.shape), PART.shape, options)
+    level = seed_height(0.8, options)
     ours = labeled(height, probability[0], level)
     height = height[1:-1, 1:-1, 1:-1]
     mask = height != OUTSIDE

@@ -26,9 +26,9 @@ def marks(out, stage):
     return found
 
 
-def begun(image, out, **knobs):
+def begun(image, out, **options):
     """A run of which nothing is done."""
-    run = describe.from_image(volume.open(image), settings(**CUT, cluster=knobs), folder.partial_path(out))
+    run = describe.from_image(volume.open(image), settings(**CUT, cluster=options), folder.partial_path(out))
     folder.begin(run, overwrite=False)
     return run
 

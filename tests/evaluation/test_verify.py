@@ -70,8 +70,8 @@ def test_a_sound_run_is_equal_in_every_check(run):
 
 
 def test_a_run_on_a_grid_of_26_neighbors_that_follows_distance_is_equal_in_every_check(copy):
-    knobs = {"connectivity": 26, "height": "distance", "distance_nm": 40}
-    decide(str(copy), lambda _: settings(fragments=knobs, blocks={"shape": BLOCK}), progress=Quiet())
+    options = {"connectivity": 26, "height": "distance", "distance_nm": 40}
+    decide(str(copy), lambda _: settings(fragments=options, blocks={"shape": BLOCK}), progress=Quiet())
     stored = open_stored(copy)
     assert stored.config.fragments.connectivity == 26
     result = verify(copy)

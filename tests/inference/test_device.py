@@ -51,8 +51,8 @@ def em(tmp_path_factory):
 
 def begun(em, networks, out, heads, **predict):
     """A run by torch in float32 that was begun."""
-    knobs = {"tile": 64, "overlap": 16, "backend": "torch", "precision": "fp32", "model": networks[heads], **predict}
-    run = describe.from_image(volume.open(em), settings(predict=knobs), str(out))
+    options = {"tile": 64, "overlap": 16, "backend": "torch", "precision": "fp32", "model": networks[heads], **predict}
+    run = describe.from_image(volume.open(em), settings(predict=options), str(out))
     folder.begin(run, overwrite=False)
     return run
 
@@ -108,7 +108,7 @@ def plainly(run, plane, box, wanted):
 
 
 @pytest.mark.parametrize(
-    ("heads", "plane", "box", "masked", "knobs"),
+    ("heads", "plane", "box", "masked", "options"),
     [
         (2, "xy", None, False, {}),
         (3, "xy", "1:4,5:70,20:61", True, {"batch": 2}),
@@ -116,8 +116,8 @@ def plainly(run, plane, box, wanted):
     ],
     ids=["two heads", "three heads, a window, a mask, batches", "tiles past the end, all turns"],
 )
-def test_torch_makes_the_bytes_that_numpy_makes(em, networks, tmp_path, heads, plane, box, masked, knobs):
-    run = begun(em, networks, tmp_path / "run", heads, **knobs)
+def test_torch_makes_the_bytes_that_numpy_makes(em, networks, tmp_path, heads, plane, box, masked, options):
+    run = begun(em, networks, tmp_path / "run", heads, **options)
     box = Box.parse(box) if box else Box.from_shape(run.shape)
     shape = box.transpose(tiles.PLANES[plane]).shape
     wanted = np.random.default_rng(1).random(shape) < 0.001 if masked else None

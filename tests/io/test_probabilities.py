@@ -44,9 +44,9 @@ from volseg.segmentation.heights import to_uint8
 BOTH = {"probabilities": {"mask_channel": 0, "contour_channel": 1}}
 
 
-def stored(path, out, block=None, **knobs):
+def stored(path, out, block=None, **options):
     """What a run stores of the probabilities at ``path``."""
-    made = begin_run(path, out, load(base={"probabilities": knobs, "blocks": {"shape": block} if block else {}}))
+    made = begin_run(path, out, load(base={"probabilities": options, "blocks": {"shape": block} if block else {}}))
     do_stages(made, "import")
     return arrays.open_array(str(out), "0")[:]
 
@@ -149,7 +149,7 @@ def test_bools_are_certain(tmp_path):
 
 
 def refusals(tmp_path):
-    """Name -> (data, what knobs say, what the line must say)."""
+    """Name -> (data, what options say, what the line must say)."""
     ramp = np.linspace(0, 1, 6 * 40 * 50, dtype=np.float32).reshape(6, 40, 50)
     two = np.stack([ramp, ramp])
     return {
@@ -172,10 +172,10 @@ def refusals(tmp_path):
 @pytest.mark.parametrize("case", [*refusals(Path())])
 def test_what_is_no_probability_is_refused_before_anything_is_made(tmp_path, case):
     zarr.create_array(tmp_path / "other.zarr", data=np.zeros((6, 40, 51), np.uint8))
-    data, knobs, said = refusals(tmp_path)[case]
+    data, options, said = refusals(tmp_path)[case]
     zarr.create_array(tmp_path / "p.zarr", data=data)
     with pytest.raises(UserError, match=said):
-        segment_probabilities(tmp_path / "p.zarr", tmp_path / "out", probabilities=knobs)
+        segment_probabilities(tmp_path / "p.zarr", tmp_path / "out", probabilities=options)
     assert not list(tmp_path.glob("out*"))
 
 

@@ -119,8 +119,8 @@ def test_mask_and_box_decide_the_keys(em, mask, plain, tmp_path):
     run = plain[0]
     image = volume.open(em)
     other = write_volume(str(tmp_path / "mask.zarr"), np.ones(SHAPE, np.uint8))
-    found = [find(Input(**knobs), SHAPE, image.voxel_size_nm)
-             for knobs in ({}, {"roi": "0:7,0:9,0:9"}, {"mask": mask}, {"mask": other})]  # fmt: skip
+    found = [find(Input(**options), SHAPE, image.voxel_size_nm)
+             for options in ({}, {"roi": "0:7,0:9,0:9"}, {"mask": mask}, {"mask": other})]  # fmt: skip
     assert len({keys(replace(run, roi=one))["predict"] for one in found}) == 4
     again = replace(run, roi=found[2])
     assert keys(Run.from_json(again.to_json())) == keys(again)

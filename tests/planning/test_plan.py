@@ -170,15 +170,19 @@ def test_a_plan_of_more_than_one_worker_is_shorter(tmp_path):
 
 def test_two_workers_keep_within_a_small_limit_and_change_nothing(noise, tmp_path):
     """Blocks are cut to fit, each worker holds less than its limit, and the labels are those of other blocks."""
-    knobs = {"predict": {"tile": 128, "overlap": 32}, "stitch": {"min_voxels": 10}, "input": {"roi": "0:3,0:200,0:260"}}
+    options = {
+        "predict": {"tile": 128, "overlap": 32},
+        "stitch": {"min_voxels": 10},
+        "input": {"roi": "0:3,0:200,0:260"},
+    }
     limit = 0.36
-    config = settings(**knobs, cluster={"workers": 2, "memory_limit": limit})
-    free = describe.from_image(volume.open(noise), settings(**knobs, cluster={"workers": 2}), str(tmp_path / "x"))
+    config = settings(**options, cluster={"workers": 2, "memory_limit": limit})
+    free = describe.from_image(volume.open(noise), settings(**options, cluster={"workers": 2}), str(tmp_path / "x"))
     tight = describe.from_image(volume.open(noise), config, str(tmp_path / "x"))
     assert np.prod(tight.block) < np.prod(free.block)
     outs = [str(tmp_path / name) for name in ("tight.zarr", "free.zarr")]
     summary = api.infer(noise, outs[0], config=config, progress=Quiet())
-    run_stages(noise, outs[1], **knobs, cluster={"workers": 1})
+    run_stages(noise, outs[1], **options, cluster={"workers": 1})
     assert summary.actual["worker_bytes"] < limit * GB
     assert digest(outs[0]) == digest(outs[1])
 

@@ -75,10 +75,10 @@ def test_each_rule_tells_how_near_it_came(rules, expected):
 
 
 def test_confidence_is_the_depth_below_the_lowest_saddle():
-    basins, knobs = basins_of(VALLEYS * 1632, (1, 1, 7)), Fragments()  # a tenth of all heights for each unit
+    basins, options = basins_of(VALLEYS * 1632, (1, 1, 7)), Fragments()  # a tenth of all heights for each unit
     label = label_basins(basins, Rules(4 * 1632))
-    np.testing.assert_allclose(saddles.confidence(basins, label, knobs), [0.2, 0.6, 0.8])
-    np.testing.assert_allclose(saddles.confidence(basins, np.minimum(label, 1), knobs), [1.0])
+    np.testing.assert_allclose(saddles.confidence(basins, label, options), [0.2, 0.6, 0.8])
+    np.testing.assert_allclose(saddles.confidence(basins, np.minimum(label, 1), options), [1.0])
 
 
 def test_confidence_of_distances_is_that_of_probabilities():
