@@ -5,7 +5,7 @@ import pytest
 
 from tests.io import formats as written
 from tests.io.helpers import SHAPE, assert_reads, refused, voxels
-from volseg.io import volume
+from volseg.io import mapping, volume
 
 
 @pytest.mark.parametrize("name", written.EVERY)
@@ -281,3 +281,11 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(tmp_path, mon
     monkeypatch.setattr(system, "installed", lambda one: one != package and installed(one))
     with refused(f"{package} is not installed", "pip install 'volseg[formats]'"):
         volume.open(path)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_box_larger_than_what_is_kept_of_a_file_is_copied_in_parts(order, tmp_path, monkeypatch):
+    data = voxels("uint16", (30, 70, 80))
+    np.save(tmp_path / "em.npy", np.asarray(data, order=order))
+    monkeypatch.setattr(mapping, "KEPT_BYTES", 10_000)
+    assert_reads(volume.open(tmp_path / "em.npy"), data)

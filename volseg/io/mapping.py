@@ -31,12 +31,9 @@ class Mapping:
 
     def copy(self, view: np.ndarray, out: np.ndarray) -> None:
         """``out`` holds what ``view``, a part of an :meth:`array`, does; its type may be another."""
-        nbytes = spread(view)
-        if nbytes <= KEPT_BYTES:
-            out[...] = view
-            self._count(nbytes)
-            return
-        step = max(1, view.shape[0] * KEPT_BYTES // nbytes)
+        slowest = max(range(view.ndim), key=lambda axis: abs(view.strides[axis]) if view.shape[axis] > 1 else 0)
+        view, out = np.moveaxis(view, slowest, 0), np.moveaxis(out, slowest, 0)
+        step = max(1, view.shape[0] * KEPT_BYTES // max(1, spread(view)))
         for start in range(0, view.shape[0], step):
             part = view[start : start + step]
             out[start : start + step] = part
