@@ -237,7 +237,7 @@ def place_here() -> int:
 
 MEMORY_TOPIC = "volseg-memory"  # of events that workers log before they end themselves
 WATCH_INTERVAL_S = 0.2
-DEATH_WAIT_S = 2.0  # in which the exit code of a worker that is gone is known
+DEATH_WAIT_S = 15.0  # in which, on a busy machine, too, the exit code of a worker that is gone is known
 
 
 class _Nanny(Nanny):
