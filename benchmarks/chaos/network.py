@@ -20,7 +20,7 @@ from benchmarks.chaos.command import LIMIT_S, Command
 from benchmarks.chaos.episode import Episode, skipped
 from benchmarks.chaos.stand import EXISTS, RESTARTS, Stand, wait_for_moment
 
-START_S = 40
+START_S = 120
 PIECE_BYTES = 1 << 16
 JUMPS_S = (-86400, -3600, 90, 7200, 86400 * 400)
 FAKETIME = (
@@ -56,6 +56,7 @@ class Wire:
                 except OSError:
                     near.close()
                     continue
+                far.settimeout(None)  # that was for connecting; what is idle stays
                 self.connections += [near, far]
                 for ends in ((near, far), (far, near)):
                     threading.Thread(target=self._pass, args=ends, daemon=True).start()
