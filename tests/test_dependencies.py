@@ -55,8 +55,8 @@ def makers() -> dict[str, set[str]]:
 
 
 def extra_modules() -> set[str]:
-    """What can be imported only because of an extra that users install; not fsspec, which dask brings as well."""
-    extras = set.union(*(names(lines) for name, lines in EXTRAS.items() if name != "test")) - {"fsspec"}
+    """What can be imported only because of an extra that users install; not what dask and distributed bring as well."""
+    extras = set.union(*(names(lines) for name, lines in EXTRAS.items() if name != "test")) - {"fsspec", "tornado"}
     modules = {top for top, held in makers().items() if extras & held}
     assert {"torch", "segmentation_models_pytorch", "onnxruntime", "matplotlib", "optuna"} <= modules
     return modules

@@ -30,6 +30,7 @@ _MODULES = {
     "train": "api",
     "tune": "api",
     "verify": "evaluation.verify",
+    "view": "evaluation.view",
     "watershed": "segmentation.watershed",
     "Box": "box",
     "Config": "config",
@@ -43,7 +44,7 @@ _MODULES = {
 __all__ = [
     "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
     "calibrate", "convert", "evaluate", "export", "infer", "open", "open_volume", "plan", "repair", "review", "segment",
-    "train", "tune", "verify", "watershed",
+    "train", "tune", "verify", "view", "watershed",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from volseg.evaluation.evaluate import evaluate
     from volseg.evaluation.review import review
     from volseg.evaluation.verify import verify
+    from volseg.evaluation.view import view
     from volseg.progress import Progress
     from volseg.segmentation.watershed import watershed
 

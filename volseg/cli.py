@@ -459,6 +459,7 @@ def evaluate(
 app.command()(cli_volumes.synth)
 app.command()(cli_volumes.convert)
 app.command()(cli_volumes.export)
+app.command()(cli_volumes.view)
 
 
 @app.command()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
+import subprocess
+import sys
+import threading
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -104,6 +109,46 @@ def export(
     finally:
         progress.stop()
     typer.echo(f"export   {made}")
+
+
+def view(
+    run: Annotated[str, typer.Argument(help="A finished run.")],
+    object: Annotated[int | None, typer.Option("--object", metavar="ID", help="Go to this object.")] = None,
+    review: Annotated[
+        int | None, typer.Option("--review", metavar="N", help="Go to the N-th decision that volseg review lists.")
+    ] = None,
+    screenshot: Annotated[
+        str, typer.Option("--screenshot", metavar="FILE.png", help="Take a picture and end; needs Chromium.")
+    ] = "",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to serve on; a free one if 0.")] = 0,
+    napari: Annotated[bool, typer.Option("--napari", help="Open napari; without it, print the command.")] = False,
+) -> None:
+    """Show a finished run in Neuroglancer, on this machine; Ctrl-C ends."""
+    from volseg.evaluation import view as module
+
+    if napari:
+        from volseg.engine.finished import open_run
+
+        _open_napari(module.napari_command(open_run(run).path))
+        return
+    with module.view(run, object=object, review=review, port=port) as shown:
+        if screenshot:
+            shown.screenshot(screenshot)
+            typer.echo(f"picture  {screenshot}")
+            return
+        with contextlib.suppress(KeyboardInterrupt):
+            typer.echo(f"{shown.url}\nshowing {shown.run}; Ctrl-C ends")
+            threading.Event().wait()
+
+
+def _open_napari(command: list[str]) -> None:
+    """Runs napari where it is installed."""
+    from volseg import system
+
+    if all(map(system.installed, ("napari", "napari_ome_zarr"))):
+        subprocess.run([sys.executable, "-m", *command], check=False)
+        return
+    typer.echo(f"napari is not installed here; pip install 'napari[all]' napari-ome-zarr, then: {shlex.join(command)}")
 
 
 def synth(
