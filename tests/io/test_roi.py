@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ from tests.helpers import RUN_STAGES_SETTINGS, Quiet, digest, run_stages, settin
 from volseg import api
 from volseg.box import Box
 from volseg.config import Input, load
+from volseg.engine import instances
 from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
 from volseg.io import files, volume
 from volseg.io.roi import RegionOfInterest, find, full_counts
+from volseg.segmentation.basins import watershed_block
+from volseg.segmentation.heights import OUTSIDE
 
 SHAPE = (7, 70, 90)
 
@@ -166,3 +170,26 @@ def test_a_coarse_mask_is_its_nearest_voxel(data):
     assert found.meets(box) == voxels[at].any()
     whole = np.ix_(*(np.arange(n) // f for n, f in zip(shape, factor, strict=True)))
     assert full_counts(found)["voxels"] == voxels[whole].sum()
+
+
+@pytest.mark.parametrize("connectivity", [6, 26])
+def test_a_block_without_mask_has_one_table_whatever_its_shape(connectivity):
+    box = Box((4, 8, 0), (9, 15, 6))
+    height = np.full(tuple(n + 2 for n in box.shape), OUTSIDE, np.int32)
+    _, table = watershed_block(height, np.zeros(box.shape, np.uint8), box, (20, 20, 20), connectivity)
+    for name, expected in vars(table).items():
+        stored = getattr(instances.no_basins(connectivity), name)
+        np.testing.assert_array_equal(stored, expected)
+        assert getattr(stored, "dtype", None) == getattr(expected, "dtype", None)
+
+
+def test_what_is_not_wanted_is_not_stored(em, tmp_path):
+    run, _ = run_stages(em, tmp_path / "run", input={"roi": "0:3,0:30,0:30"}, blocks={"shape": (3, 30, 30)})
+    layout, far = run.layout, Box((6, 60, 60), SHAPE)
+    for array in (layout.probabilities, layout.regions, layout.labels()):
+        stored = [
+            path for path in Path(array.path, array.name).rglob("*") if path.is_file() and path.name != "zarr.json"
+        ]
+        assert len(stored) <= 8 < len(run.grid)
+        assert array.is_empty(far)
+    assert not layout.probabilities.is_empty(Box.from_shape(SHAPE))

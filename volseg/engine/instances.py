@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from volseg import system
+from volseg.box import Box
 from volseg.engine import restore
 from volseg.engine.keys import basins_key, decision_key
 from volseg.engine.layout import BlockLabels, Destinations, HoleContacts, Joins, Values
@@ -19,7 +20,7 @@ from volseg.errors import DamagedFileError
 from volseg.io import pyramid
 from volseg.segmentation import hierarchy, holes, objects, saddles, stitch
 from volseg.segmentation.basins import BlockBasins, watershed_block
-from volseg.segmentation.heights import block_heights, height_halo
+from volseg.segmentation.heights import OUTSIDE, block_heights, height_halo
 from volseg.segmentation.rules import Rules, label_basins, label_dtype
 
 # ---------------------------------------------------------------- basins
@@ -29,6 +30,10 @@ def find_basins(run: Run, i: int, timings: Timings) -> None:
     """Basins of block ``i`` are stored, with the table of how they touch."""
     box, settings = run.grid[i], run.config.fragments
     around = box.grow(height_halo(settings, run.voxel_size_nm)).clip(run.shape)
+    if settings.threshold > 0 and run.layout.probabilities.is_empty(around):
+        run.layout.regions.clear(box)
+        run.layout.block_basins.save(no_basins(settings.connectivity), i)
+        return
     with timings.phase("read"):
         probability = run.layout.probabilities.read(around)
     with timings.phase("basins"):
@@ -38,6 +43,13 @@ def find_basins(run: Run, i: int, timings: Timings) -> None:
     with timings.phase("write"):
         run.layout.regions.write(box, regions)
         run.layout.block_basins.save(basins, i)
+
+
+@lru_cache(maxsize=2)
+def no_basins(connectivity: int) -> BlockBasins:
+    """The table of a block without mask, whatever its shape."""
+    box, height = Box((0, 0, 0), (1, 1, 1)), np.full((3, 3, 3), OUTSIDE, np.int32)
+    return watershed_block(height, np.zeros(box.shape, np.uint8), box, box.shape, connectivity)[1]
 
 
 def link(run: Run, i: int, timings: Timings) -> dict:
@@ -246,6 +258,10 @@ def relabel(run: Run, i: int, timings: Timings) -> dict:
     stamp = _stamp(basins_key(run), label, *behind)
 
     def make() -> None:
+        if label.size == 1:  # no region, and no hole
+            layout.labels().clear(box)
+            layout.object_sums.save(objects.merge([]), i)
+            return
         with timings.phase("read"):
             regions = layout.regions.read(box)
             mask = layout.probabilities.read(box, channel=0)
@@ -268,6 +284,10 @@ def _relabel_restored(run: Run, i: int, timings: Timings) -> dict:
     stamp = _stamp(basins_key(run), str(run.output_shape), *labels.values())
 
     def make() -> None:
+        if all(label.size == 1 for label in labels.values()):
+            layout.labels().clear(box)
+            layout.object_sums.save(objects.merge([]), i)
+            return
         with timings.phase("read"):
             block = restore.output_block(run, i, labels)
         with timings.phase("measure"):
@@ -288,6 +308,9 @@ def downsample(run: Run, i: int, timings: Timings, level: int) -> dict:
     stamps = [run.layout.read_stamp(finer_stage, j, check=False) for j in run.level_grid(level - 1).overlapping(parent)]
 
     def make() -> None:
+        if run.layout.labels(level - 1).is_empty(parent):
+            run.layout.labels(level).clear(box)
+            return
         with timings.phase("read"):
             finer = run.layout.labels(level - 1).read(parent)
         with timings.phase("downsample"):

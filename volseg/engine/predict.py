@@ -34,28 +34,34 @@ DEVICE_LOCK = threading.Lock()  # held by the task of this process that infers, 
 
 def predict(run: Run, i: int, timings: Timings) -> dict:
     """Probabilities of block ``i`` are stored: those of its xy planes."""
-    box = run.predict_grid[i]
-    probabilities, facts = _probabilities(run, "xy", box, timings)
-    with timings.phase("write"):
-        run.layout.probabilities.write(box, probabilities)
-    return facts
+    return _store_probabilities(run, "xy", run.predict_grid[i], run.layout.probabilities, timings)
 
 
 def predict_plane(run: Run, i: int, timings: Timings, stage: str) -> dict:
     """Probabilities of block ``i`` of one pass are stored in the work folder."""
     plane = run.passes[stage]
-    box = run.pass_grid(plane)[i]
+    return _store_probabilities(run, plane, run.pass_grid(plane)[i], run.layout.plane_probabilities(stage), timings)
+
+
+def _store_probabilities(run: Run, plane: str, box: Box, array: StoredArray, timings: Timings) -> dict:
+    """Probabilities of one pass are stored for ``box``; facts of a `Receipt`."""
+    if not run.wants_any(run.wanted_part(box)):
+        array.clear(box)
+        return {}
     probabilities, facts = _probabilities(run, plane, box, timings)
     with timings.phase("write"):
-        run.layout.plane_probabilities(stage).write(box, probabilities)
+        array.write(box, probabilities)
     return facts
 
 
 def average_planes(run: Run, i: int, timings: Timings) -> None:
     """Probabilities of block ``i`` are stored: the mean of what the passes stored."""
-    box = run.predict_grid[i]
+    box, passes = run.predict_grid[i], [run.layout.plane_probabilities(stage) for stage in run.passes]
+    if all(array.is_empty(box) for array in passes):
+        run.layout.probabilities.clear(box)
+        return
     with timings.phase("read"):
-        stored = [run.layout.plane_probabilities(stage).read(box) for stage in run.passes]
+        stored = [array.read(box) for array in passes]
     with timings.phase("average"):
         mean = tiles.mean_over_passes(stored)
     with timings.phase("write"):
@@ -86,8 +92,12 @@ def coarsen_image(run: Run, i: int, timings: Timings, level: int) -> None:
 def _coarsen(finer: StoredArray, coarser: StoredArray, box: Box, levels: list, timings: Timings) -> None:
     """The voxels of ``box`` are stored in ``coarser``; ``levels`` are the shapes and factors of both."""
     (above, _), (_, factor) = levels
+    parent = pyramid.parent_box(box, factor, above)
+    if finer.is_empty(parent):
+        coarser.clear(box)
+        return
     with timings.phase("read"):
-        voxels = finer.read(pyramid.parent_box(box, factor, above))
+        voxels = finer.read(parent)
     with timings.phase("downsample"):
         channels = voxels if voxels.ndim == 4 else voxels[None]
         coarse = np.stack([pyramid.downsample_mean(channel, factor) for channel in channels])
@@ -98,16 +108,18 @@ def _coarsen(finer: StoredArray, coarser: StoredArray, box: Box, levels: list, t
 def import_probabilities(run: Run, i: int, timings: Timings) -> None:
     """Probabilities of block ``i`` are stored as another network made them, as uint8."""
     box = run.predict_grid[i]
+    part = run.wanted_part(box)
+    if not run.wants_any(part):
+        run.layout.probabilities.clear(box)
+        return
     with timings.phase("read"):
         out = np.zeros((len(run.heads), *box.shape), np.uint8)
-        part = run.wanted_part(box)
-        if part.voxels and run.wants_any(part):
-            inside = out[(slice(None), *part.slices_within(box))]
-            for piece in _pieces(part, 0):
-                for channel, plane in zip(run.channels, inside, strict=True):
-                    plane[piece.slices_within(part)] = channel.read(piece)
-            if (mask := run.read_mask(part)) is not None:
-                inside *= mask
+        inside = out[(slice(None), *part.slices_within(box))]
+        for piece in _pieces(part, 0):
+            for channel, plane in zip(run.channels, inside, strict=True):
+                plane[piece.slices_within(part)] = channel.read(piece)
+        if (mask := run.read_mask(part)) is not None:
+            inside *= mask
     with timings.phase("write"):
         run.layout.probabilities.write(box, out)
 
@@ -119,8 +131,6 @@ def _probabilities(run: Run, plane: str, box: Box, timings: Timings) -> tuple[np
     """Probabilities of ``box``, uint8, channels z y x, 0 where no voxel is wanted; with them, what `_infer` returns."""
     out = np.zeros((len(run.heads), *box.shape), np.uint8)
     part = run.wanted_part(box)
-    if not part.voxels or not run.wants_any(part):
-        return out, {}
     with timings.phase("read"):
         mask = run.read_mask(part, plane)
     axes = tiles.PLANES[plane]

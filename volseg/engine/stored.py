@@ -153,6 +153,28 @@ class StoredArray:
         arrays.write(arrays.open_array(self.path, self.name), box, data)
         record_written(self.path, self.keys_of(box))
 
+    def is_empty(self, box: Box) -> bool:
+        """Whether no shard under ``box`` is stored, so that every voxel there is 0; on an object store, False unasked.
+
+        Raises `DamagedFileError` where the array itself cannot be opened.
+        """
+        if files.is_remote(self.path):
+            return False
+        with self._readable(box):
+            arrays.open_array(self.path, self.name)
+        return not any(files.exists(f"{self.path}/{key}") for key in self.keys_of(box))
+
+    def clear(self, box: Box) -> None:
+        """The voxels of ``box``, which covers whole shards, are 0: none of its shards is stored."""
+        if files.is_remote(self.path):
+            array = arrays.open_array(self.path, self.name)
+            self.write(box, np.zeros((*array.shape[:-3], *box.shape), array.dtype))
+            return
+        keys = self.keys_of(box)
+        for key in keys:
+            files.remove(f"{self.path}/{key}")
+        record_written(self.path, keys)
+
     def create(self, **layout: Any) -> None:
         arrays.create_array(self.path, self.name, **layout)
 
