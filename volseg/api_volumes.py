@@ -185,7 +185,8 @@ def export(
         The output: a local file or folder.
     kind : str
         ``"precomputed"``, ``"n5"``, ``"tiff"``, ``"hdf5"`` or ``"nrrd"``; meshes, in nm: ``"mesh"`` (Neuroglancer's),
-        ``"obj"``, ``"ply"`` or ``"glb"``, a file for each object. By default what the ending of ``out`` names.
+        ``"obj"``, ``"ply"`` or ``"glb"``, a file for each object; ``"rois"``, outlines in each section for ImageJ; and the
+        object table, ``"csv"``, ``"parquet"`` or ``"anndata"``. By default what the ending of ``out`` names.
     what : str
         ``"labels"``; or one of the run's heads, such as ``"mask"``, for its probabilities (uint8, 255 is certain).
         ``"probabilities"`` is the first head.

@@ -77,13 +77,14 @@ def export(
         typer.Option(
             "--to",
             metavar="KIND",
-            help="precomputed, n5, tiff, hdf5, nrrd; meshes: mesh (Neuroglancer's), obj, ply, glb. Else as DST ends.",
+            help="precomputed, n5, tiff, hdf5, nrrd; meshes: mesh (Neuroglancer's), obj, ply, glb; rois; the object table: "
+            "csv, parquet, anndata. Else as DST ends.",
         ),
     ] = "",
     what: Annotated[str, typer.Option("--what", help="labels, or probabilities: mask, contour, ...")] = "labels",
     meshes: Annotated[bool, typer.Option("--meshes", help="Add meshes to a precomputed volume.")] = False,
     objects: Annotated[
-        list[int] | None, typer.Option("--object", metavar="ID", help="Mesh this object alone; repeatable.")
+        list[int] | None, typer.Option("--object", metavar="ID", help="Mesh or outline this object alone; repeatable.")
     ] = None,
     max_error_nm: Annotated[
         float | None, typer.Option("--max-error-nm", min=0.0, help="Of a mesh; half a voxel if not given.")

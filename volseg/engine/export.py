@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -16,14 +17,15 @@ from typing import Any
 import numpy as np
 
 from volseg import system
-from volseg.box import Blocks, Triple
+from volseg.box import Blocks, Box, Triple
 from volseg.config import Cluster
 from volseg.engine import cluster, loop, meshing
 from volseg.engine.finished import FinishedRun
 from volseg.engine.lock import Lock
 from volseg.errors import UserError
 from volseg.io import files, volume
-from volseg.io.export import chunked, meshes, single
+from volseg.io.export import chunked, meshes, rois, single
+from volseg.io.export.objects import write_anndata
 from volseg.io.export.properties import segment_properties
 from volseg.progress import Progress
 
@@ -52,6 +54,10 @@ FORMS = {
     "obj": Form((), ("zmesh", "trimesh"), folder=True),
     "ply": Form((), ("zmesh", "trimesh"), folder=True),
     "glb": Form((), ("zmesh", "trimesh"), folder=True),
+    "rois": Form((".zip",), ("roifile",)),
+    "csv": Form((".csv",)),
+    "parquet": Form((".parquet",)),
+    "anndata": Form((".h5ad",), ("h5py",)),
 }
 CHUNKED, SINGLE, MESHES = ("precomputed", "n5"), ("tiff", "hdf5", "nrrd"), ("mesh", "obj", "ply", "glb")
 
@@ -260,6 +266,37 @@ def _write_meshes(run: FinishedRun, path: str, wanted: Request, config: Cluster,
         )
 
 
+# ---------------------------------------------------------------- outlines and tables
+
+
+def _write_rois(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
+    """A region for each object in each section, object by object; what is held is a slab of one object's box."""
+    labels = levels_of(run, LABELS)[0]
+    found = meshing.objects_of(columns_of(run), wanted.objects)
+    advance = progress.stage("outlines", sum(each.box.voxels for each in found), 0)
+    digits = len(str(max((each.label for each in found), default=0))), len(str(labels.shape[0]))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for each in found:
+            (z0, y0, x0), (z1, y1, x1) = each.box.start, each.box.stop
+            depth = max(1, meshes.SLAB_VOXELS // ((y1 - y0) * (x1 - x0)))
+            for z in range(z0, z1, depth):
+                slab = Box((z, y0, x0), (min(z + depth, z1), y1, x1))
+                for section, mask in enumerate(labels.read(slab) == each.label, z):
+                    outer = [outline + np.array((x0, y0)) for outline in rois.outlines(mask)]
+                    if outer:
+                        name = f"{each.label:0{digits[0]}}-z{section:0{digits[1]}}"
+                        file.writestr(f"{name}.roi", rois.encode(name, section, outer))
+                advance(slab.voxels)
+
+
+def _write_table(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
+    """The object table, as the run has it."""
+    if wanted.kind == "anndata":
+        write_anndata(path, columns_of(run))
+    else:
+        files.write_atomic(path, run.layout.read_table("objects", wanted.kind))
+
+
 def columns_of(run: FinishedRun) -> dict[str, np.ndarray]:
     """Columns of the object table, by name."""
     table = run.objects_arrow()
@@ -273,4 +310,6 @@ WRITERS: dict[str, Callable[[FinishedRun, str, Request, Cluster, Progress], None
     "hdf5": _write_volume,
     "nrrd": _write_volume,
     **dict.fromkeys(MESHES, _write_meshes),
+    "rois": _write_rois,
+    **dict.fromkeys(("csv", "parquet", "anndata"), _write_table),
 }
