@@ -30,7 +30,8 @@ def find_basins(run: Run, i: int, timings: Timings) -> None:
     """Basins of block ``i`` are stored, with the table of how they touch."""
     box, settings = run.grid[i], run.config.fragments
     around = box.grow(height_halo(settings, run.voxel_size_nm)).clip(run.shape)
-    if settings.threshold > 0 and run.layout.probabilities.is_empty(around):
+    nothing = not run.wants_any(run.wanted_part(around)) or run.layout.probabilities.is_empty(around)
+    if settings.threshold > 0 and nothing:
         run.layout.regions.clear(box)
         run.layout.block_basins.save(no_basins(settings.connectivity), i)
         return

@@ -70,8 +70,14 @@ def average_planes(run: Run, i: int, timings: Timings) -> None:
 
 def coarsen(run: Run, i: int, timings: Timings, level: int) -> None:
     """Block ``i`` of a coarser level of the probabilities is stored: the mean of each cell of the level above."""
-    array, levels = run.layout.probability_level, run.probability_levels
-    _coarsen(array(level - 1), array(level), run.probability_grid(level)[i], levels[level - 1 : level + 1], timings)
+    array, levels, box = run.layout.probability_level, run.probability_levels, run.probability_grid(level)[i]
+    finest = box
+    for k in range(level, 0, -1):
+        finest = pyramid.parent_box(finest, levels[k][1], levels[k - 1][0])
+    if not run.wants_any(run.wanted_part(finest)):
+        array(level).clear(box)
+        return
+    _coarsen(array(level - 1), array(level), box, levels[level - 1 : level + 1], timings)
 
 
 def copy_image(run: Run, i: int, timings: Timings) -> None:
