@@ -32,6 +32,7 @@ def bad_inputs(tmp_path):
     zarr.save_array(str(tmp_path / "four.zarr"), np.zeros((2, 3, 4, 5), np.uint8))
     zarr.save_array(str(tmp_path / "complex.zarr"), np.zeros((3, 4, 5), np.complex64))
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "notes.txt").write_text("contrast is good below section 40")
     return {
         "absent": (tmp_path / "absent.tif", "no such"),
         "empty file": (empty, "empty"),
@@ -43,7 +44,7 @@ def bad_inputs(tmp_path):
         "NaN": (tmp_path / "nan.zarr", "NaN"),
         "complex": (tmp_path / "complex.zarr", "complex64"),
         "empty folder": (tmp_path / "nothing", "nothing"),
-        "not a volume": (stack(tmp_path / "notes.txt"), "notes.txt"),
+        "not a volume": (tmp_path / "notes.txt", "notes.txt"),
     }
 
 
