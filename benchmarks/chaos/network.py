@@ -119,7 +119,13 @@ class Cluster:
 
     def start_scheduler(self) -> Command:
         line = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
-        return self._start([*line, "--host", f"tls://127.0.0.1:{self.port}", "--no-dashboard", *self._tls()])
+        command = self._start([*line, "--host", f"tls://127.0.0.1:{self.port}", "--no-dashboard", *self._tls()])
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:  # a worker that comes before it does not come again
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                break
+            time.sleep(0.1)
+        return command
 
     def start_worker(self) -> Command:
         line = [sys.executable, "-m", "distributed.cli.dask_worker", f"tls://127.0.0.1:{self.wire.port}"]
@@ -141,7 +147,6 @@ class Cluster:
         """What was killed is there again, as an administrator would see to."""
         if not self.scheduler.alive:
             self.scheduler = self.start_scheduler()
-            time.sleep(2)
         for i, worker in enumerate(self.workers):
             if not worker.alive:
                 self.workers[i] = self.start_worker()
