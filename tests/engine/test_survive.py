@@ -152,7 +152,7 @@ def test_descriptions_of_arrays_and_groups_are_made_again_to_the_letter(referenc
     """Also where they can still be read: another fill value would tell of other voxels."""
     out = shutil.copytree(reference, tmp_path / "run.volseg.zarr")
     described = {path.relative_to(out): path.read_text() for path in out.rglob("zarr.json")}
-    assert len(described) == 9
+    assert len(described) >= 9
     for key, text in described.items():
         (out / key).write_text(text.replace('"fill_value": 0', '"fill_value": 1').replace('"ome"', '"omf"'))
     (out / "work/zarr.json").unlink()

@@ -201,12 +201,13 @@ def create_labels(run: Run, markers: Markers) -> None:
     dtype = label_dtype(max((receipt.objects for receipt in markers.receipts("stitch").values()), default=0))
     if layout.labels_dtype() != dtype:
         _remove_labels(run, markers)
-    layout.set_group("labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
-    describe_labels(run)
     chunk = run.config.output.chunk
     for level, (shape, _) in enumerate(run.levels):
         shard = shard_shape(run.output_grid.block, shape, chunk)
         layout.labels(level).restore(shape=shape, dtype=dtype, chunk=chunk, shard=shard, axes="zyx")
+    # after the arrays: making one makes the groups above it, without attributes, where a store does not show them yet
+    layout.set_group("labels", {"ome": {"version": "0.5", "labels": ["instances"]}})
+    describe_labels(run)
     layout.mark_labels(dtype)
 
 
