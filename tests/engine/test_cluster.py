@@ -3,12 +3,12 @@
 import asyncio
 
 import pytest
-from distributed import Client
-from distributed.comm import connect
+from distributed import Client, LocalCluster
+from distributed.comm import CommClosedError, connect
 
 from volseg.config import Cluster
 from volseg.engine import cluster
-from volseg.errors import UserError
+from volseg.errors import IncompleteRunError, UserError
 
 
 def test_nobody_else_can_have_local_workers_run_code():
@@ -42,3 +42,12 @@ def test_a_scheduler_that_is_not_there_is_refused_in_a_line():
         cluster.connect(Cluster(scheduler="tcp://127.0.0.1:1")),
     ):
         pass
+
+
+def test_a_scheduler_that_is_lost_ends_in_one_line_that_says_how_to_go_on():
+    with LocalCluster(n_workers=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=":0") as local:
+        settings = Cluster(scheduler=local.scheduler_address)
+        with pytest.raises(IncompleteRunError, match="was lost; what is done is kept"), cluster.connect(settings):
+            raise CommClosedError("Stream is closed")
+        with pytest.raises(KeyError), cluster.connect(settings):  # what is no lost connection stays what it is
+            raise KeyError

@@ -179,17 +179,44 @@ def _existing(config: Cluster) -> Iterator[Client]:
         raise UserError(
             f"no Dask scheduler answers at {address!r} ({reason}); start one or leave out --scheduler"
         ) from None
+    state = "begun"
     try:
-        with client:
+        with _silent(), client:
             client.register_plugin(Counters())
             if not client.scheduler_info(n_workers=-1)["workers"]:
                 raise UserError(f"the scheduler at {address} has no workers; start some with: dask worker {address}")
-            yield client
-    except CommClosedError as error:
-        raise IncompleteRunError(
-            f"the connection to the scheduler at {address} was lost; what is done is kept: see that it and its workers run, "
-            "and give the same command again"
-        ) from error
+            try:
+                yield client
+                state = "done"
+            except Exception:
+                state = "begun" if client.status == "running" else "lost"
+                raise
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # which one a lost connection raises depends on what was under way, also while it is closed
+        if state == "begun" and not isinstance(error, CommClosedError):
+            raise
+        if state != "done":
+            raise IncompleteRunError(
+                f"the connection to the scheduler at {address} was lost; what is done is kept: see that it and its workers "
+                "run, and give the same command again"
+            ) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, Dask's client writes no tracebacks of connections that it loses: what comes of it is said once."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def exposure(config: Cluster) -> str:
