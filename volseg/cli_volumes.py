@@ -118,6 +118,9 @@ def view(
     review: Annotated[
         int | None, typer.Option("--review", metavar="N", help="Go to the N-th decision that volseg review lists.")
     ] = None,
+    image: Annotated[
+        str, typer.Option("--image", metavar="VOLUME", help="Show this volume below; the run's own if not given.")
+    ] = "",
     screenshot: Annotated[
         str, typer.Option("--screenshot", metavar="FILE.png", help="Take a picture and end; needs Chromium.")
     ] = "",
@@ -132,7 +135,7 @@ def view(
 
         _open_napari(module.napari_command(open_run(run).path))
         return
-    with module.view(run, object=object, review=review, port=port) as shown:
+    with module.view(run, object=object, review=review, image=image or None, port=port) as shown:
         if screenshot:
             shown.screenshot(screenshot)
             typer.echo(f"picture  {screenshot}")

@@ -97,6 +97,17 @@ def test_a_decision_is_gone_to_and_marked(reference):
     assert state["layers"][4]["annotations"][0]["description"] == str(first)
 
 
+def test_a_volume_that_has_moved_is_left_out_or_given(reference, image, tmp_path):
+    shutil.copytree(reference, tmp_path / "run.zarr")
+    facts = json.loads((tmp_path / "run.zarr/run.json").read_text())
+    facts["source"]["path"] = str(tmp_path / "gone.zarr")
+    (tmp_path / "run.zarr/run.json").write_text(json.dumps(facts))
+    assert list(module.layers_of(volseg.open(tmp_path / "run.zarr"))) == ["mask", "contour", "labels"]
+    given = module.layers_of(volseg.open(tmp_path / "run.zarr"), image)
+    assert list(given) == ["image", "mask", "contour", "labels"]
+    assert given["image"].levels[0].path == image
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -35,6 +35,7 @@ PATCH = 256  # voxels along y and x of the part by which contrast is chosen
 SHOWN_VOXELS = 500  # of a section that a panel shows
 RED = "#uicontrol invlerp normalized\nvoid main() { emitRGBA(vec4(1.0, 0.3, 0.1, 0.6 * normalized())); }"
 SCREENSHOT_PIXELS = (1200, 900)  # along x and y
+SORTED = ">volume_um3 |length_nm |mean_probability"  # of the list of segments: the largest first, two columns more
 READ_FAILED = 500  # HTTP status
 
 
@@ -116,7 +117,12 @@ class View:
 
 
 def view(
-    run: str | os.PathLike | FinishedRun, *, object: int | None = None, review: int | None = None, port: int = 0
+    run: str | os.PathLike | FinishedRun,
+    *,
+    object: int | None = None,
+    review: int | None = None,
+    image: str | os.PathLike | None = None,
+    port: int = 0,
 ) -> View:
     """Show a finished run in Neuroglancer, on this machine.
 
@@ -131,6 +137,8 @@ def view(
         The label of an object to go to.
     review : int, optional
         The number, from 1, of an uncertain decision to go to: see `volseg.review`.
+    image : path, optional
+        The volume to show below the labels, where the run's own has moved or, of a run of probabilities, is not known.
     port : int
         On which to serve; any free one by default.
 
@@ -151,7 +159,7 @@ def view(
     """
     system.require("neuroglancer", extra="view")
     opened = run if isinstance(run, FinishedRun) else open_run(os.fspath(run))
-    layers = layers_of(opened)
+    layers = layers_of(opened, image)
     return View(opened, layers, _look(opened, layers[LABELS], object, review), port)
 
 
@@ -160,13 +168,12 @@ def napari_command(path: str) -> list[str]:
     return ["napari", "--plugin", "napari-ome-zarr", path]
 
 
-def layers_of(run: FinishedRun) -> dict[str, Served]:
+def layers_of(run: FinishedRun, image: str | os.PathLike | None = None) -> dict[str, Served]:
     """What is shown of a run, by name, from below."""
-    columns = columns_of(run)
-    source = None if run.run.channels else run.run.given or run.run.source
-    layers = {}
-    if source is not None and _readable(source):
-        layers[IMAGE] = Served(IMAGE, _sized(volume.levels(source), run.run.voxel_size_nm))
+    columns, layers = columns_of(run), {}
+    source = volume.open(os.fspath(image)) if image else _own_image(run)
+    if source is not None:
+        layers[IMAGE] = Served(IMAGE, _sized(volume.levels(source), run.voxel_size_nm))
     for head in run.run.heads:
         layers[head] = Served(head, levels_of(run, head))
     meshed = system.installed("zmesh")
@@ -179,13 +186,16 @@ def _sized(levels: tuple[volume.Volume, ...], size: tuple[float, float, float]) 
     return tuple(level if level.voxel_size_nm else replace(level, voxel_size_nm=size) for level in levels)
 
 
-def _readable(source: volume.Volume) -> bool:
-    """Whether the volume is still where it was."""
+def _own_image(run: FinishedRun) -> volume.Volume | None:
+    """The volume that the run was made of; None where it is gone, or the run was made of probabilities."""
+    source = run.run.given or run.run.source
+    if run.run.channels:
+        return None
     try:
         source.read(Box((0, 0, 0), (1, 1, 1)))
     except (UserError, OSError):
-        return False
-    return True
+        return None
+    return source
 
 
 # ---------------------------------------------------------------- where to look
@@ -254,6 +264,7 @@ def _describe(state: Any, run: FinishedRun, layers: dict[str, Served], look: Loo
             state.layers[name] = neuroglancer.SegmentationLayer(source=source, segments=list(look.objects))
             layer = state.layers[name]
             layer.selected_alpha, layer.not_selected_alpha, layer.tab = 0.3, 0.15 if look.objects else 0.0, "segments"
+            layer.segment_query = SORTED
         elif name == IMAGE:
             low, high = _contrast(served)
             controls = {"normalized": {"range": [low, high]}}

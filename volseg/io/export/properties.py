@@ -21,8 +21,8 @@ def segment_properties(columns: Mapping[str, np.ndarray]) -> bytes:
     Returns
     -------
     bytes
-        JSON. Truth values become tags; integers beyond 32 bits become float32; a column with a number that is not finite
-        is left out, since JSON has none.
+        JSON. Real numbers have six digits, about what float32 holds. Truth values become tags; integers beyond 32 bits
+        become float32; a column with a number that is not finite is left out, since JSON has none.
 
     Examples
     --------
@@ -51,7 +51,8 @@ def _number(name: str, values: np.ndarray) -> dict:
     kind = KINDS[values.dtype.kind]
     if values.dtype.kind != "f" and values.size and not _within(values, np.iinfo(kind)):
         kind = np.float32
-    return {"id": name, "type": "number", "data_type": np.dtype(kind).name, "values": values.astype(kind).tolist()}
+    numbers = [float(f"{value:.6g}") for value in values.tolist()] if kind == np.float32 else values.tolist()
+    return {"id": name, "type": "number", "data_type": np.dtype(kind).name, "values": numbers}
 
 
 def _within(values: np.ndarray, limits: np.iinfo) -> bool:
