@@ -136,6 +136,10 @@ def view(
         _open_napari(module.napari_command(open_run(run).path))
         return
     with module.view(run, object=object, review=review, image=image or None, port=port) as shown:
+        if module.IMAGE not in shown.layers:
+            typer.echo(
+                "volseg: the volume below the labels is not known, or not there any more; give --image VOLUME", err=True
+            )
         if screenshot:
             shown.screenshot(screenshot)
             typer.echo(f"picture  {screenshot}")
