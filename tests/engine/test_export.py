@@ -102,6 +102,15 @@ def test_pyramids_have_every_level_and_the_table(reference, tmp_path, small_bloc
     assert found["tags"]["tags"] == ["touches_border"]
 
 
+def test_worker_processes_write_the_same(reference, tmp_path, small_blocks, monkeypatch):
+    light = export_of(reference, tmp_path / "threads.precomputed", meshes=True)
+    monkeypatch.setattr(export, "LIGHT_VOXELS", 0)
+    heavy = export_of(reference, tmp_path / "processes.precomputed", meshes=True)
+    written = {path.relative_to(light) for path in light.rglob("*") if path.is_file() and path.name != "export.json"}
+    assert written == {path.relative_to(heavy) for path in heavy.rglob("*") if path.is_file()} - {Path("export.json")}
+    assert all((light / path).read_bytes() == (heavy / path).read_bytes() for path in written)
+
+
 @pytest.mark.parametrize("ending", ["tif", "precomputed"])
 def test_probabilities_go_out_by_their_name(ending, reference, tmp_path):
     probabilities = np.asarray(volseg.open(reference).probabilities[:])

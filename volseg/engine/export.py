@@ -194,11 +194,12 @@ class VolumeJob:
     kind: str
     path: str
     levels: tuple[volume.Volume, ...]
-    place: single.Place | None = None
+    place: single.Place | None
+    block: Triple
 
     def grid(self, level: int) -> Blocks:
         """The blocks of a level."""
-        return Blocks(self.levels[level].shape, BLOCK)
+        return Blocks(self.levels[level].shape, self.block)
 
 
 def write_block(job: VolumeJob, level: int, i: int) -> None:
@@ -229,7 +230,7 @@ def _write_volume(run: FinishedRun, path: str, wanted: Request, config: Cluster,
         levels = levels[:1]
         dtype = single.fitting(wanted.kind, dtype, run.object_count if wanted.what == LABELS else 0)
         place = single.create(wanted.kind, path, levels[0].shape, dtype, sizes[0], wanted.what)
-    job = VolumeJob(wanted.kind, path, levels, place)
+    job = VolumeJob(wanted.kind, path, levels, place, BLOCK)
     light = place is not None or prod(levels[0].shape) <= LIGHT_VOXELS
     for level in range(len(levels)):
         grid = job.grid(level)
