@@ -25,7 +25,7 @@ from volseg.engine.lock import Lock
 from volseg.engine.run import Run
 from volseg.engine.stages import keys
 from volseg.errors import UserError
-from volseg.inference import hardware
+from volseg.inference import hardware, voxel_size
 from volseg.inference.settings import Settings, settings_of
 from volseg.io import files, probabilities, volume
 from volseg.planning import measure, prepare
@@ -215,7 +215,8 @@ def _with_settings(old: Run, out: str, config: Any, settings: Settings) -> Run:
     """The run as it is to be decided anew; refuses what its probabilities depend on."""
     chosen = settings_of(config, settings, base=old.config.model_dump(mode="json", exclude={"train"}))
     block = old.block if chosen.blocks == old.config.blocks else choose_blocks(old.shape, chosen.blocks.shape)[1]
-    run = replace(old, out=folder.partial_path(out), config=chosen, block=block)
+    restored = bool(old.given) and voxel_size.in_source(chosen.output.space, old.given, old.source)
+    run = replace(old, out=folder.partial_path(out), config=chosen, block=block, restored=restored)
     fixed = ("input", "predict", "probabilities")
     stage = run.probability_stage
     if keys(run)[stage] != keys(old)[stage] or any(getattr(chosen, s) != getattr(old.config, s) for s in fixed):

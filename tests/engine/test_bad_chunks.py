@@ -114,6 +114,10 @@ def test_labels_do_not_depend_on_blocks(voxels, tmp_path):
         assert any(line.startswith("filled ") and bad[0] in line for line in run.report())
         digests.add(digest(run.path))
     assert len(digests) == 1
+    api.clean(run)
+    run = api.segment(run, recompute=True, progress=Quiet())
+    assert list(run.summary["filled_boxes"].values()) == [bad]
+    assert digest(run.path) in digests
 
 
 @pytest.mark.parametrize("damaged", [with_bad_piece_of_a_shard, with_bad_shard, with_bad_page])

@@ -1,5 +1,7 @@
 """A finished run as other programs read it: valid OME-Zarr, whole in itself."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorstore
@@ -67,3 +69,7 @@ def test_deciding_anew_keeps_or_changes_levels(run):
     assert len(zarr.open_group(again.path, mode="r").attrs["ome"]["multiscales"][0]["datasets"]) == 2
     open_ome_zarr(zarr.open_group(again.path, mode="r"))
     assert volseg.verify(again, boxes=1).ok
+    quiet = Quiet()
+    again = volseg.segment(run, settings=["output.copy_image=false"], progress=quiet)
+    assert not Path(again.path, "image").exists()
+    assert not any("not as it was written" in line for line in quiet.said)

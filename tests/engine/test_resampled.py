@@ -1,5 +1,7 @@
 """Runs of volumes whose voxels are not the model's: the same labels for every cutting, in both spaces."""
 
+import shutil
+
 import numpy as np
 import pytest
 import tifffile
@@ -7,6 +9,7 @@ import zarr
 
 import volseg
 from tests.helpers import SHAPE, Quiet, settings, write_volume
+from volseg import api
 from volseg.box import Box
 from volseg.evaluation.calibrate import calibrate
 from volseg.evaluation.review import review
@@ -107,6 +110,21 @@ def test_other_commands_know_both_grids(restored):
         assert (decision.z, decision.y, decision.x) < again.shape
         assert all(place < n for place, n in zip((decision.z, decision.y, decision.x), again.shape, strict=True))
     assert again.show().size == (2 * again.shape[2], again.shape[1])
+
+
+def test_space_is_decided_anew_and_the_source_may_be_gone(coarse, own, tmp_path):
+    source = shutil.copytree(coarse, tmp_path / "em.zarr")
+    run = infer(str(source), tmp_path / "run.zarr", output={"space": "model", "copy_image": True})
+    np.testing.assert_array_equal(run.labels[:], own.labels[:])
+    run = volseg.segment(run, settings=["output.space=source"], progress=Quiet())
+    gray = zarr.open_array(f"{source}/0", mode="r")[:]
+    np.testing.assert_array_equal(run.labels[:], own.labels[:][:, 1::2, 1::2])
+    shutil.rmtree(source)
+    api.clean(run)
+    run = volseg.segment(run, recompute=True, progress=Quiet())
+    np.testing.assert_array_equal(run.labels[:], own.labels[:][:, 1::2, 1::2])
+    np.testing.assert_array_equal(zarr.open_array(f"{run.path}/image/0", mode="r")[:], gray)
+    assert run.show().size == (2 * run.shape[2], run.shape[1])
 
 
 def test_rules_in_voxels_are_the_models(coarse, tmp_path):

@@ -42,6 +42,15 @@ def test_finer_voxels_lie_on_lines_between_stored_ones(dtype):
     assert np.abs(whole(values, shape) - expected).max() <= (2.5 if dtype == "uint8" else 0.6)
 
 
+@pytest.mark.parametrize(("dtype", "like"), [(">u2", "uint16"), (">f4", "float32"), ("float16", "float32")])
+def test_types_that_numba_does_not_know(dtype, like):
+    values = np.random.default_rng(2).integers(0, 255, (4, 6, 8)).astype(dtype)
+    for shape in ((2, 3, 4), (5, 9, 16)):
+        made, expected = whole(values, shape), whole(values.astype(like), shape)
+        assert made.dtype == np.dtype(dtype).newbyteorder("=")
+        np.testing.assert_allclose(made.astype(float), expected, rtol=1e-3 if dtype == "float16" else 0)
+
+
 def test_a_constant_stays_what_it_is():
     for value in (0, 1, 255):
         values = np.full((5, 7, 9), value, np.uint8)

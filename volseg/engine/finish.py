@@ -156,8 +156,8 @@ def finish(
     _write_table(layout, "objects", columns)
     merges = saddles.saddles_table(joins.rows, run.config.fragments, run.shape, run.voxel_size_nm)
     _write_table(layout, "merges", _on_output_grid(run, merges))
-    _write_pictures(run, columns)
     folder.describe_image(run)
+    _write_pictures(run, columns)
     folder.describe_labels(run, columns)
     now = time.perf_counter()
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
@@ -238,17 +238,9 @@ def _write_pictures(run: Run, columns: dict[str, np.ndarray]) -> None:
     labels = volume.open(run.out, dataset="labels/instances/0")
     with ThreadPoolExecutor(1) as beside:
         histogram = beside.submit(pictures.volume_histogram, columns)
-        overlay = pictures.overlay(_pictured(run), labels, columns)
+        overlay = pictures.overlay(pictures.pictured_volume(run.output_source, run.out), labels, columns)
         run.layout.write_picture("overlay", overlay)
         run.layout.write_picture("tables/volumes", histogram.result())
-
-
-def _pictured(run: Run) -> Any:
-    """What pictures show below the labels, on their grid."""
-    from volseg.io import pictures
-
-    source = run.output_source
-    return source if run.restored else pictures.pictured_volume(source, run.out)
 
 
 def _on_output_grid(run: Run, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

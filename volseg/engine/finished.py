@@ -154,8 +154,7 @@ class FinishedRun:
         if not 0 <= z < self.shape[0]:
             raise UserError(f"section {z} is not in the volume; give one from 0 to {self.shape[0] - 1}")
         plane = Box((z, *part.start[1:]), (z + 1, *part.stop[1:]))
-        seen = self.run.given if self.run.restored else pictures.pictured_volume(self.run.source, self.path)
-        gray = pictures.grayscale(seen.read(plane)[0])
+        gray = pictures.grayscale(pictures.pictured_volume(self.run.output_source, self.path).read(plane)[0])
         ids = np.asarray(self.labels[plane.slices])[0]
         return Image.fromarray(
             np.concatenate([np.repeat(gray[..., None], 3, -1), pictures.label_overlay(gray, ids)], axis=1)

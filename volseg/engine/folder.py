@@ -328,12 +328,17 @@ def reopen(out: str) -> None:
 
 
 def _rebuild_work(out: str) -> None:
-    """A cleaned run has a work folder again in which its probabilities count as done."""
-    run = replace(Run.from_json(Layout(out).load_summary()), out=out)
+    """A cleaned run has a work folder again in which its probabilities, and a copy of the volume, count as done."""
+    summary = Layout(out).load_summary()
+    run = replace(Run.from_json(summary), out=out)
     _create_regions(run)
-    stage, markers = stages_of(run)[run.probability_stage], Markers(out, keys(run))
-    for i, box in enumerate(stage.grid):
-        markers.add(stage.name, i, Receipt(voxels=box.voxels, files=run.layout.probabilities.fingerprints(box)))
+    stages, markers = stages_of(run), Markers(out, keys(run))
+    kept = {run.probability_stage: run.layout.probabilities, "image0": run.layout.image()}
+    filled = tuple((where, box) for where, boxes in summary.get("filled_boxes", {}).items() for box in boxes)
+    for name, array in ((name, array) for name, array in kept.items() if name in stages):
+        for i, box in enumerate(stages[name].grid):
+            markers.add(name, i, Receipt(voxels=box.voxels, files=array.fingerprints(box), filled=filled))
+            filled = ()  # one block tells of all
     markers.flush()
     run.layout.mark_begun()
     describe(run)
@@ -353,9 +358,13 @@ def apply_settings(run: Run) -> None:
     if old.block != run.block:
         run.layout.regions.remove()
         _create_regions(run)
-    if (forms := _coarser_arrays(run)) != _coarser_arrays(replace(old, out=run.out)):
-        for array in _coarser_arrays(replace(old, out=run.out)):
+    forms, old_forms = _coarser_arrays(run), _coarser_arrays(replace(old, out=run.out))
+    for array, form in old_forms.items():
+        if forms.get(array) != form:
             array.remove()
-        for array, form in forms.items():
+    for array, form in forms.items():
+        if old_forms.get(array) != form:
             array.create(**form)
+    if not run.image_levels:
+        files.remove(f"{run.out}/image")
     describe(run)

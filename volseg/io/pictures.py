@@ -11,18 +11,20 @@ from PIL import Image, ImageDraw, ImageFont
 from volseg.box import Box
 from volseg.errors import UserError
 from volseg.io.ome import label_colors
-from volseg.io.volume import Volume, open_channels
+from volseg.io.volume import Volume, open_channels, resampled
 
 PANEL_EDGE = 1024  # longest edge of one panel, voxels
 HISTOGRAM_BINS = 30  # of the histogram
 
 
 def pictured_volume(source: Volume, run: str) -> Volume:
-    """What pictures of the run at ``run`` show: its source or, where that is gone, the mask probabilities that it stored."""
+    """What pictures of the run at ``run`` show, on the grid of ``source``: it or, where it is gone, the mask probabilities that
+    the run stored."""
     try:
         source.read(Box((0, 0, 0), (1, 1, 1)))
     except UserError:
-        return open_channels(run, dataset="0")[0]
+        mask = open_channels(run, dataset="0")[0]
+        return mask if mask.shape == source.shape else resampled(mask, source.shape)
     return source
 
 

@@ -180,16 +180,18 @@ def _taps(stored: int, shape: int, start: int, stop: int, bits: int) -> tuple[np
 
 def _weigh(values: np.ndarray, taps: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """The weighted sums of stored voxels, of their type."""
-    bits, out = _weight_bits(values.dtype), np.empty([len(index) for index, _ in taps], values.dtype)
+    dtype = values.dtype.newbyteorder("=")
+    values = np.ascontiguousarray(values, np.float32 if dtype == np.float16 else dtype)  # what numba knows
+    bits, out = _weight_bits(dtype), np.empty([len(index) for index, _ in taps], dtype)
     if bits:
         kind = np.dtype(np.uint32 if bits == 8 else np.int64)
         arguments = [part for index, weight in taps for part in (index, weight.astype(kind))]
-        _weigh_integers(np.ascontiguousarray(values), *arguments, kind.type(1 << (3 * bits - 1)), 3 * bits, out)
+        _weigh_integers(values, *arguments, kind.type(1 << (3 * bits - 1)), 3 * bits, out)
         return out
     arguments = [part for pair in taps for part in pair]
     sums = np.empty(out.shape, np.float64)
-    _weigh_floats(np.ascontiguousarray(values), *arguments, sums)
-    return (sums if values.dtype.kind == "f" else np.floor(sums + 0.5)).astype(values.dtype)
+    _weigh_floats(values, *arguments, sums)
+    return (sums if dtype.kind == "f" else np.floor(sums + 0.5)).astype(dtype)
 
 
 # Both kernels: stored rows are summed to one row first, which is then summed along x. Invariant: the order of a voxel's sums
