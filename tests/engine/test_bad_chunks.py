@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 
+import volseg
 from tests.helpers import Quiet, digest, segment_here, settings
 from volseg import api
 from volseg.box import Blocks, Box
@@ -102,6 +103,15 @@ def test_what_cannot_be_decoded_is_0_however_it_is_read(voxels, tmp_path, damage
         assert (opened.read(box) == expected[box.slices]).all()
     with pytest.raises(UserError, match=r"cannot read .*or go on with 0 in its place: --set input\.on_bad_chunk=skip"):
         volume.open(path).read(Box.from_shape(SHAPE))
+
+
+def test_a_conversion_tells_what_it_filled(voxels, tmp_path):
+    path, bad = with_bad_chunk(tmp_path, voxels)
+    quiet = Quiet()
+    made = volseg.convert(path, tmp_path / "out.zarr", settings=["input.on_bad_chunk=skip"], progress=quiet)
+    assert not made.read(Box.parse(bad[0])).any()
+    assert any(line.startswith("filled ") and bad[0] in line for line in quiet.said)
+    assert json.loads((tmp_path / "out.zarr/convert.json").read_text())["filled"] == bad
 
 
 def test_labels_do_not_depend_on_blocks(voxels, tmp_path):

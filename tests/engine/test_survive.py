@@ -369,6 +369,15 @@ def test_a_marker_that_is_not_as_written_counts_for_nothing_and_verify_finds_it(
     assert f"work/markers/link/0-{description['keys']['link']}.json" in damaged_files(str(tmp_path / "run"))
 
 
+def test_a_run_from_before_a_stage_was_new_is_whole(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    summary = Layout(reference).load_summary()
+    del summary["keys"]["coarsen1"]
+    (tmp_path / "run/run.json").write_text(json.dumps(summary))
+    shutil.rmtree(tmp_path / "run/work/markers/coarsen1")
+    assert damaged_files(str(tmp_path / "run")) == []
+
+
 def test_markers_of_other_blocks_stay(reference, tmp_path):
     shutil.copytree(reference, tmp_path / "run")
     run = Run.from_json({**Layout(reference).load_description(), "out": str(tmp_path / "run")})

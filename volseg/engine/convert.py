@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
@@ -26,6 +26,7 @@ from volseg.engine.folder import partial_path
 from volseg.engine.lock import Lock
 from volseg.errors import IncompleteRunError, UserError
 from volseg.io import arrays, files, ome, pyramid, volume
+from volseg.io.filling import filled_line, recording_filled
 from volseg.io.header import shape_text
 from volseg.progress import Progress
 from volseg.system import free_memory
@@ -124,12 +125,14 @@ def block_shape(source: volume.Volume, shard: Triple, room: int) -> Triple:
 # ---------------------------------------------------------------- what one task does
 
 
-def write_block(job: Conversion, level: int, i: int) -> dict[str, list]:
-    """Block ``i`` of a level is stored; the fingerprints of its shards, of absent ones (all zero) ``[0, ""]``."""
+def write_block(job: Conversion, level: int, i: int) -> tuple[dict[str, list], list[str]]:
+    """Block ``i`` of a level is stored: the fingerprints of its shards, of absent ones (all zero) ``[0, ""]``; and the boxes
+    of the source that cannot be decoded and are 0."""
     box = job.grid(level)[i]
     array = arrays.open_array(job.path, str(level))
-    arrays.write(array, box, job.source.read(box) if level == 0 else _downsampled(job, level, box))
-    return {key: _fingerprint(job.path, key) for key in _keys(array, level, box)}
+    with recording_filled() as filled:
+        arrays.write(array, box, job.source.read(box) if level == 0 else _downsampled(job, level, box))
+    return {key: _fingerprint(job.path, key) for key in _keys(array, level, box)}, [str(one) for _, one in filled]
 
 
 def _keys(array: Any, level: int, box: Box) -> list[str]:
@@ -172,6 +175,8 @@ def execute(
         for level in range(len(job.levels)):
             _write_level(client, job, level, journal, config, progress, lock)
         lock.check()
+        if journal.filled:
+            progress.message(filled_line(job.source.path, sorted(journal.filled), f"filled in {out}/{JOURNAL}"))
         return _finish(job, out, journal)
 
 
@@ -195,20 +200,21 @@ def _finished(out: str) -> bool:
 
 
 class Journal:
-    """What is stored so far: fingerprints by key, written beside it now and then."""
+    """What is stored so far: fingerprints by key, and the boxes that were filled with 0; written beside it now and then."""
 
-    def __init__(self, path: str, description: dict, marks: dict[str, list]) -> None:
-        self.path, self.description, self.marks = path, description, marks
+    def __init__(self, path: str, description: dict, marks: dict[str, list], filled: Iterable[str] = ()) -> None:
+        self.path, self.description, self.marks, self.filled = path, description, marks, set(filled)
         self.due = 0.0
 
-    def add(self, marks: dict[str, list]) -> None:
+    def add(self, marks: dict[str, list], filled: Iterable[str]) -> None:
         self.marks.update(marks)
+        self.filled.update(filled)
         if time.monotonic() >= self.due:
             self.save()
 
     def save(self) -> None:
         start = time.monotonic()
-        document = {"of": self.description, "files": self.marks}
+        document = {"of": self.description, "files": self.marks, "filled": sorted(self.filled)}
         files.write_bytes(self.path, JOURNAL, json.dumps(document).encode())
         end = time.monotonic()
         self.due = end + max(JOURNAL_S, (end - start) / JOURNAL_SHARE)
@@ -238,7 +244,8 @@ def _begin(job: Conversion, overwrite: bool, progress: Progress) -> Journal:
         progress.message(
             f"{job.path}/{damaged[0]} and {len(damaged) - 1} more are not as they were written: written again"
         )
-    return Journal(job.path, description, {key: mark for key, mark in marks.items() if found[key] == mark})
+    kept = {key: mark for key, mark in marks.items() if found[key] == mark}
+    return Journal(job.path, description, kept, stored.get("filled", ()))
 
 
 def _stored_journal(path: str) -> dict | None:
@@ -275,9 +282,9 @@ def _write_level(
         f"level {level}", prod(grid.shape), prod(grid.shape) - sum(grid[i].voxels for _, i in items)
     )
 
-    def done(item: tuple[int, int], marks: dict[str, list]) -> None:
+    def done(item: tuple[int, int], stored: tuple[dict[str, list], list[str]]) -> None:
         lock.check()
-        journal.add(marks)
+        journal.add(*stored)
         advance(grid[item[1]].voxels)
 
     def handed_out() -> Iterator[tuple[int, int]]:

@@ -15,8 +15,9 @@ from volseg.config import Config
 from volseg.engine import folder, lock
 from volseg.engine.layout import Layout
 from volseg.engine.run import Run
-from volseg.errors import DamagedFileError, UserError, printable
+from volseg.errors import DamagedFileError, UserError
 from volseg.io import arrays, pictures
+from volseg.io.filling import filled_line
 
 if TYPE_CHECKING:
     import dask.array
@@ -129,7 +130,7 @@ class FinishedRun:
         return [
             *([] if self.object_count else [f"no object: {facts['why_no_object']}"]),
             f"{self.object_count} objects in {voxels / 1e6:.1f} million voxels",
-            *_filled_lines(facts.get("filled_boxes", {})),
+            *(filled_line(*filled, "filled_boxes in run.json") for filled in facts.get("filled_boxes", {}).items()),
             *_time_lines(facts, voxels),
             f"peak memory {peak['worker'] / 2**30:.2f} GiB in the largest worker, {peak['client'] / 2**30:.2f} GiB in this "
             "process",
@@ -196,14 +197,6 @@ def open_run(path: str) -> FinishedRun:
     run = FinishedRun(where)
     _ = run.summary  # refuses a folder of another version
     return run
-
-
-def _filled_lines(filled: dict[str, list[str]]) -> Iterator[str]:
-    """What of a source could not be decoded."""
-    for where, boxes in filled.items():
-        voxels = sum(Box.parse(box).voxels for box in boxes)
-        more = f" and {len(boxes) - 1} more (filled_boxes in run.json)" if len(boxes) > 1 else ""
-        yield printable(f"filled   {voxels} voxels of {where} with 0, which cannot be decoded: box {boxes[0]}{more}")
 
 
 def _time_lines(facts: dict, voxels: int) -> Iterator[str]:

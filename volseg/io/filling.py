@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from volseg.box import Box
-from volseg.errors import UserError
+from volseg.errors import UserError, printable
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -51,6 +51,13 @@ def zeroed(data: np.ndarray, box: Box, filled: Filled) -> np.ndarray:
     for _, part in filled:
         data[part.intersect(box).slices_within(box)] = 0
     return data
+
+
+def filled_line(where: str, boxes: list[str], listed: str) -> str:
+    """What a user is told of the boxes of ``where`` that were filled; ``listed`` is where all of them stand."""
+    voxels = sum(Box.parse(box).voxels for box in boxes)
+    more = f" and {len(boxes) - 1} more ({listed})" if len(boxes) > 1 else ""
+    return printable(f"filled   {voxels} voxels of {where} with 0, which cannot be decoded: box {boxes[0]}{more}")
 
 
 @contextmanager
