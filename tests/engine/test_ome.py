@@ -11,6 +11,7 @@ from ome_zarr_models import open_ome_zarr
 
 import volseg
 from tests.helpers import Quiet, settings
+from volseg.errors import UserError
 from volseg.io import pyramid, volume
 
 
@@ -73,3 +74,13 @@ def test_deciding_anew_keeps_or_changes_levels(run):
     again = volseg.segment(run, settings=["output.copy_image=false"], progress=quiet)
     assert not Path(again.path, "image").exists()
     assert not any("not as it was written" in line for line in quiet.said)
+
+
+def test_a_copy_without_coarser_levels_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"int64, of which no coarser levels are made.*leave out output\.copy_image"):
+        volseg.infer(
+            np.ones((4, 64, 64), np.int64),
+            str(tmp_path / "run"),
+            config=settings(output={"copy_image": True}),
+            progress=Quiet(),
+        )

@@ -130,7 +130,10 @@ class FinishedRun:
         return [
             *([] if self.object_count else [f"no object: {facts['why_no_object']}"]),
             f"{self.object_count} objects in {voxels / 1e6:.1f} million voxels",
-            *(filled_line(*filled, "filled_boxes in run.json") for filled in facts.get("filled_boxes", {}).items()),
+            *(
+                filled_line(where, boxes, "filled_boxes in run.json")
+                for where, boxes in facts.get("filled_boxes", {}).items()
+            ),
             *_time_lines(facts, voxels),
             f"peak memory {peak['worker'] / 2**30:.2f} GiB in the largest worker, {peak['client'] / 2**30:.2f} GiB in this "
             "process",

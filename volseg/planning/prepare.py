@@ -39,6 +39,11 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
         raise UserError(
             f"{source.path} holds {source.dtype}; inference wants gray values: convert it to uint8 or float32"
         )
+    if config.output.copy_image and source.dtype in ("int64", "uint64"):
+        raise UserError(
+            f"{source.path} holds {source.dtype}, of which no coarser levels are made: convert it to uint8 or float32, or "
+            "leave out output.copy_image"
+        )
     matched = voxel_size.match(source, card.voxel_size_nm, config.input.resample, any_level=not config.input.dataset)
     given, source = matched.given, replace(matched.volume, path=folder.absolute(source.path))
     voxel_size_nm = source.voxel_size_nm or card.voxel_size_nm or (1.0, 1.0, 1.0)
