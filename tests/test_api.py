@@ -13,7 +13,7 @@ import volseg
 from tests.helpers import SHAPE, digest, markers_of, run_stages, settings
 from volseg.box import Box
 from volseg.engine import stages
-from volseg.engine.layout import Values
+from volseg.engine.block_tables import Values
 from volseg.engine.stages import Stage, same
 from volseg.errors import UserError
 

@@ -191,19 +191,8 @@ def _meaning(channel: int | None, time: int | None, invert: bool, padding: str, 
     return _options(
         ("--channel", "input.channel", channel), ("--time", "input.time", time),
         ("--invert", "input.invert", invert or None), ("--padding", "input.padding", value),
-        ("--voxel-nm", "input.voxel_size_nm", _lengths("--voxel-nm", voxel_nm)),
+        ("--voxel-nm", "input.voxel_size_nm", list(cli_volumes.numbers(voxel_nm, "--voxel-nm", float)) if voxel_nm else []),
     )  # fmt: skip
-
-
-def _lengths(option: str, text: str) -> list[float]:
-    """Three lengths z,y,x; none where the option was not given."""
-    try:
-        lengths = [float(n) for n in text.split(",")] if text else []
-    except ValueError:
-        lengths = [0.0]
-    if len(lengths) not in (0, 3):
-        raise UserError(f"{option} {text!r} is not three lengths z,y,x in nm, such as 50,4,4")
-    return lengths
 
 
 def _options(*given: tuple[str, str, Any]) -> list[tuple[str, str]]:
@@ -263,7 +252,7 @@ def segment(
         ("--contour", "probabilities.contour", contour), ("--distance", "probabilities.distance", distance),
         ("--inverted", "probabilities.inverted", inverted), ("--workers", "cluster.workers", workers),
         ("--scheduler", "cluster.scheduler", scheduler), ("--mask", "input.mask", mask), ("--roi", "input.roi", roi),
-        ("--voxel-nm", "input.voxel_size_nm", _lengths("--voxel-nm", voxel_nm)),
+        ("--voxel-nm", "input.voxel_size_nm", list(cli_volumes.numbers(voxel_nm, "--voxel-nm", float)) if voxel_nm else []),
     )  # fmt: skip
     from volseg import api
 
@@ -438,24 +427,7 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-@app.command()
-def evaluate(
-    pred: Annotated[str, typer.Argument(help="A run, or a volume of labels.")],
-    truth: Annotated[str, typer.Argument(help="A volume of labels, or a 0/255 mask.")],
-    box: Annotated[str, typer.Option("--box", metavar="z0:z1,y0:y1,x0:x1", help="Score only this part.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Score labels against the truth: foreground and instances."""
-    from volseg.evaluation.evaluate import read_roi
-
-    scores = volseg.evaluate(pred, truth, box=box or None)
-    typer.echo(json.dumps(scores.to_json(), indent=1) if as_json else str(scores))
-    if not scores.instances.truth_objects:
-        typer.echo(f"volseg: {truth} holds no object here, so most of these scores say nothing", err=True)
-    if not box and (roi := read_roi(pred)):
-        typer.echo(f"volseg: {pred} did only {roi}, all else counts as missed; --box {roi} scores that part", err=True)
-
-
+app.command()(cli_volumes.evaluate)
 app.command()(cli_volumes.synth)
 app.command()(cli_volumes.convert)
 app.command()(cli_volumes.export)

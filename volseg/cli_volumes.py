@@ -44,7 +44,7 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Copy any volume to a sharded OME-Zarr 0.5 pyramid, block by block; a stopped one goes on when given again."""
-    size = list(_numbers(voxel_nm, "--voxel-nm", float)) if voxel_nm else None
+    size = list(numbers(voxel_nm, "--voxel-nm", float)) if voxel_nm else None
     given: list[tuple[str, str, Any]] = [
         ("--voxel-nm", "input.voxel_size_nm", size), ("--dataset", "input.dataset", dataset),
         ("--channel", "input.channel", channel), ("--time", "input.time", time), ("--invert", "input.invert", invert or None),
@@ -56,8 +56,8 @@ def convert(
     progress = terminal_progress()
     try:
         made = run(
-            volume, out, labels=labels, chunk=_numbers(chunk, "--chunk") if chunk else None,
-            shard=_numbers(shard, "--shard") if shard else None,
+            volume, out, labels=labels, chunk=numbers(chunk, "--chunk") if chunk else None,
+            shard=numbers(shard, "--shard") if shard else None,
             settings=[*(sets or ()), *chosen], overwrite=overwrite, progress=progress,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -169,7 +169,7 @@ def synth(
     """Make a synthetic EM volume with exact instance labels."""
     from volseg.evaluation.synthetic_volume import write_synthetic
 
-    sizes = _numbers(shape, "--shape"), _numbers(block, "--block")
+    sizes = numbers(shape, "--shape"), numbers(block, "--block")
     progress = terminal_progress()
     try:
         write_synthetic(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, progress=progress)
@@ -178,13 +178,31 @@ def synth(
     typer.echo(f"image    {out}\ntruth    {out.rstrip('/')}/labels/truth")
 
 
-def _numbers(text: str, option: str, kind: type = int) -> Triple:
+def evaluate(
+    pred: Annotated[str, typer.Argument(help="A run, or a volume of labels.")],
+    truth: Annotated[str, typer.Argument(help="A volume of labels, or a 0/255 mask.")],
+    box: Annotated[str, typer.Option("--box", metavar="z0:z1,y0:y1,x0:x1", help="Score only this part.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score labels against the truth: foreground and instances."""
+    from volseg.evaluation import evaluate as evaluation
+    from volseg.evaluation.evaluate import read_roi
+
+    scores = evaluation.evaluate(pred, truth, box=box or None)
+    typer.echo(json.dumps(scores.to_json(), indent=1) if as_json else str(scores))
+    if not scores.instances.truth_objects:
+        typer.echo(f"volseg: {truth} holds no object here, so most of these scores say nothing", err=True)
+    if not box and (roi := read_roi(pred)):
+        typer.echo(f"volseg: {pred} did only {roi}, all else counts as missed; --box {roi} scores that part", err=True)
+
+
+def numbers(text: str, option: str, kind: type = int) -> Triple:
     """Three numbers above 0 that an option gives."""
     try:
         z, y, x = (kind(part) for part in text.split(","))
     except ValueError:
-        whole = "whole " if kind is int else ""
-        raise UserError(f"{option} {text!r} is not three {whole}numbers such as 64,512,512") from None
+        wanted = "whole numbers z,y,x such as 64,512,512" if kind is int else "lengths z,y,x in nm such as 50,4,4"
+        raise UserError(f"{option} {text!r} is not three {wanted}") from None
     if not min(z, y, x) > 0:
         raise UserError(f"{option} {text!r} has an axis shorter than 1 voxel, or no length")
     if z * y * x > MOST:

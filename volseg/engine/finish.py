@@ -16,11 +16,12 @@ import numpy as np
 
 from volseg.box import Box
 from volseg.engine import cluster, folder, schedule
+from volseg.engine.block_tables import Joins
 from volseg.engine.finished import FinishedRun
 from volseg.engine.guard import MemoryLimits
 from volseg.engine.integrity import write_manifest
 from volseg.engine.keys import decision_key
-from volseg.engine.layout import Joins, Layout
+from volseg.engine.layout import Layout
 from volseg.engine.lock import Lock, wait_for_writers
 from volseg.engine.receipts import Markers, RunStatistics, peak_bytes
 from volseg.engine.run import Run, redundancy

@@ -11,8 +11,8 @@ import numpy as np
 from volseg import system
 from volseg.box import Box
 from volseg.engine import restore
+from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, Values
 from volseg.engine.keys import basins_key, decision_key
-from volseg.engine.layout import BlockLabels, Destinations, HoleContacts, Joins, Values
 from volseg.engine.receipts import Timings
 from volseg.engine.run import Run
 from volseg.engine.stored import recording, side_by_side

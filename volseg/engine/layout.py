@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
+from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, Values
 from volseg.engine.stored import StoredArray, Tables, load_table, record_known, record_written
 from volseg.errors import DamagedFileError, UserError
 from volseg.io import arrays, files, tables
@@ -34,59 +35,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of a run's folder; raised when an older volseg could misread a newer folder, or the other way round
 T = TypeVar("T")
-
-
-# ---------------------------------------------------------------- what small tables hold
-
-
-@dataclass(frozen=True)
-class BlockLabels:
-    """The decision on one block.
-
-    label  of each of its regions, ``label[0]`` is 0; where holes are filled, those of its holes follow
-    basin  the volume's basin (from 0) of each region; empty where a tree decided
-    hole   the volume's hole (from 0) of each of its holes
-    """
-
-    label: np.ndarray
-    basin: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    hole: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-
-
-@dataclass(frozen=True)
-class HoleContacts:
-    """Pairs of holes, and of holes and regions, that touch over a block's far faces: see `holes.face_contacts`."""
-
-    pairs: np.ndarray
-
-
-@dataclass(frozen=True)
-class Joins:
-    """How each join was decided: rows of `saddles.rank_saddles`, and each object's ``confidence``."""
-
-    rows: np.ndarray
-    confidence: np.ndarray
-
-
-@dataclass(frozen=True)
-class Destinations:
-    """What became of the components that a part of the tree was given.
-
-    destination  of each component: its number one level up, or what finished here
-    labeled      which of those that finished here are objects
-    sizes        how many components each part below gave
-    """
-
-    destination: np.ndarray
-    labeled: np.ndarray
-    sizes: np.ndarray
-
-
-@dataclass(frozen=True)
-class Values:
-    """One array."""
-
-    values: np.ndarray
 
 
 # ---------------------------------------------------------------- the folder

@@ -15,7 +15,7 @@ import numpy as np
 from volseg import system
 from volseg.box import Blocks
 from volseg.engine import cluster, folder, loop
-from volseg.engine.layout import Values
+from volseg.engine.block_tables import Values
 from volseg.engine.pipeline import process_block, process_block_in_pieces
 from volseg.engine.predict import release_network
 from volseg.engine.ready import Ready
