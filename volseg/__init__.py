@@ -17,12 +17,12 @@ keep_numba_cache()  # before anything imports numba, which looks for a place whe
 
 _MODULES = {
     "calibrate": "evaluation.calibrate",
-    "convert": "api_volumes",
+    "convert": "api",
     "evaluate": "evaluation.evaluate",
-    "export": "api_volumes",
+    "export": "api",
     "infer": "api",
     "open": "api",
-    "open_volume": "api_volumes",
+    "open_volume": "io.volume",
     "plan": "api",
     "repair": "api",
     "review": "evaluation.review",
@@ -49,6 +49,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from volseg.api import (
+        convert,
+        export,
         infer,
         open,
         plan,
@@ -57,7 +59,6 @@ if TYPE_CHECKING:
         train,
         tune,
     )
-    from volseg.api_volumes import convert, export, open_volume
     from volseg.box import Box
     from volseg.config import Config
     from volseg.engine.finished import FinishedRun
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from volseg.evaluation.review import review
     from volseg.evaluation.verify import verify
     from volseg.evaluation.view import view
+    from volseg.io.volume import open_volume
     from volseg.progress import Progress
     from volseg.segmentation.watershed import watershed
 

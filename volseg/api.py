@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from volseg import system
-from volseg.api_volumes import VolumeLike, displayed, output_path, worker_readable
 from volseg.config import Config
 from volseg.engine import cluster, finish, folder
 from volseg.engine.blocks import choose_blocks
@@ -26,15 +25,16 @@ from volseg.engine.run import Run
 from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.inference import hardware, voxel_size
-from volseg.inference.settings import Settings, settings_of
+from volseg.inference.settings import Settings, default_out, settings_of
 from volseg.io import files, probabilities, volume
 from volseg.planning import measure, prepare
 from volseg.planning import plan as planning
-from volseg.progress import Progress
+from volseg.progress import Progress, displayed
 
 if TYPE_CHECKING:
     from volseg.planning.plan import Plan
 
+VolumeLike = Any  # a path, or an array with shape, dtype and slices: NumPy, zarr, dask
 LIGHT_VOXELS = 1 << 29  # up to which `segment` needs no worker processes
 
 
@@ -94,17 +94,24 @@ def infer(
     >>> run.labels.shape  # doctest: +SKIP
     """
     start, chosen = time.perf_counter(), settings_of(config, settings, model_path=model)
-    out = output_path(path, out)
+    out = _output_path(path, out)
     with displayed(progress) as shown:
         if isinstance(path, (str, os.PathLike)):
             folder.refuse_run(str(path))
-        with worker_readable(path, chosen, out) as source:
+        with volume.readable_by_workers(path, chosen.input, out) as source:
             folder.check_output([source], out, overwrite)
             run = prepare.from_image(source, chosen, folder.partial_path(out))
             shown.message(prepare.headline(run))
             for note in filter(None, (*prepare.notes(run), hardware.unused_gpu_reason())):
                 shown.message(note)
             return _execute(run, out, lambda: _begin(run, [source], out, overwrite, shown), shown, start, retry_failed)
+
+
+def _output_path(path: VolumeLike, out: str | os.PathLike | None) -> str:
+    """The absolute path of an output."""
+    if out is None and not isinstance(path, (str, os.PathLike)):
+        raise UserError('an array has no name to call its run by: give out="em.volseg.zarr"')
+    return folder.absolute(str(out or default_out(path)).rstrip("/"))
 
 
 def _begin(run: Run, sources: list[volume.Volume], out: str, overwrite: bool, progress: Progress) -> None:
@@ -181,7 +188,7 @@ def _segment_probabilities(
     path: VolumeLike, out: str | os.PathLike | None, config: Config, overwrite: bool, retry_failed: bool,
     progress: Progress | None,
 ) -> FinishedRun:  # fmt: skip
-    start, out = time.perf_counter(), output_path(path, out)
+    start, out = time.perf_counter(), _output_path(path, out)
     with displayed(progress) as shown, _readable_channels(path, config, out) as readable:
         channels = probabilities.named_channels(readable, config.probabilities, config.input)
         sources = [channel.source for channel in channels if channel.source]
@@ -265,8 +272,8 @@ def plan(
     chosen = settings_of(config, settings, model_path=model)
     if isinstance(path, (str, os.PathLike)):
         folder.refuse_run(str(path))
-    out = output_path(path, out)
-    with worker_readable(path, chosen, out) as source:
+    out = _output_path(path, out)
+    with volume.readable_by_workers(path, chosen.input, out) as source:
         run = prepare.from_image(source, chosen, folder.partial_path(out))
         return _plan(run)
 
@@ -331,6 +338,133 @@ def clean(path: str | os.PathLike | FinishedRun) -> int | None:
     run = path if isinstance(path, FinishedRun) else open(path)
     with Lock(run.path):
         return open(run.path).layout.remove_work()  # opened once more: another command may have taken it meanwhile
+
+
+# ---------------------------------------------------------------- other formats
+
+
+def convert(
+    path: VolumeLike,
+    out: str | os.PathLike,
+    *,
+    labels: bool = False,
+    chunk: tuple[int, int, int] | None = None,
+    shard: tuple[int, int, int] | None = None,
+    config: str | os.PathLike | Config | dict | None = None,
+    settings: Settings = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> volume.Volume:
+    """Copy any volume to a sharded OME-Zarr 0.5 pyramid, block by block.
+
+    A conversion that was stopped goes on where it was. The output has its final name only once it is whole and patches of
+    it were compared with the source.
+
+    Parameters
+    ----------
+    path : path or array
+        The volume (z, y, x): see `open_volume`.
+    out : path
+        The output, an OME-Zarr group.
+    labels : bool
+        Whether coarser levels take the most frequent label; else they take the mean.
+    chunk, shard : tuple of int, optional
+        Voxels that are compressed together, and stored in one object: z, y, x. If not given, 64 x 128 x 128, and
+        256 x 512 x 512 or, of a source stored section by section, 64 x 1024 x 1024.
+    config, settings, overwrite, progress
+        As in `infer`; of the settings, ``[input]`` and ``[cluster]`` count.
+
+    Returns
+    -------
+    Volume
+        The finest level of the output.
+
+    Raises
+    ------
+    UserError
+        For a bad volume, an existing output, or one begun with other settings.
+    IncompleteRunError
+        When blocks failed; the rest is kept, and the same call goes on from there.
+
+    Examples
+    --------
+    >>> convert("em.h5::/volumes/raw", "em.zarr", settings=["input.voxel_size_nm=[50, 5, 5]"])  # doctest: +SKIP
+    """
+    from volseg.engine import convert
+
+    chosen, out = settings_of(config, settings, base={}), _output_path(path, out)
+    with displayed(progress) as shown, volume.readable_by_workers(path, chosen.input, out) as source:
+        for note in getattr(source, "notes", ()):
+            shown.message(note)
+        workers = cluster.worker_pool(chosen.cluster).workers
+        job = convert.plan(source, out, labels=labels, chunk=chunk, shard=shard, workers=workers)
+        return convert.execute(job, out, chosen.cluster, shown, overwrite=overwrite)
+
+
+def export(
+    run: str | os.PathLike | FinishedRun,
+    out: str | os.PathLike,
+    *,
+    kind: str = "",
+    what: str = "labels",
+    meshes: bool = False,
+    objects: Sequence[int] = (),
+    max_error_nm: float | None = None,
+    config: str | os.PathLike | Config | dict | None = None,
+    settings: Settings = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> str:
+    """Write a finished run in a format of other programs.
+
+    The output has its name once it is whole; a call that was stopped begins anew.
+
+    Parameters
+    ----------
+    run : path or FinishedRun
+        A finished run.
+    out : path
+        The output: a local file or folder.
+    kind : str
+        ``"precomputed"``, ``"n5"``, ``"tiff"``, ``"hdf5"`` or ``"nrrd"``; meshes, in nm: ``"mesh"`` (Neuroglancer's),
+        ``"obj"``, ``"ply"`` or ``"glb"``, a file for each object; ``"rois"``, outlines in each section for ImageJ; and the
+        object table, ``"csv"``, ``"parquet"`` or ``"anndata"``. By default what the ending of ``out`` names.
+    what : str
+        ``"labels"``; or one of the run's heads, such as ``"mask"``, for its probabilities (uint8, 255 is certain).
+        ``"probabilities"`` is the first head.
+    meshes : bool
+        Whether a precomputed volume holds meshes, too.
+    objects : sequence of int
+        Labels of the objects that are wanted, where single objects are written; all by default.
+    max_error_nm : float, optional
+        How far a mesh may lie from the surface of the voxels; half the shortest edge of a voxel by default, 0 keeps every
+        triangle. Objects that are meshed from coarser voxels have as much more.
+    config, settings, overwrite, progress
+        As in `infer`; of the settings, ``[cluster]`` counts.
+
+    Returns
+    -------
+    str
+        The path of the output.
+
+    Raises
+    ------
+    UserError
+        Where there is no such run or format, a package is missing, or the output exists.
+
+    Examples
+    --------
+    >>> export("em.volseg.zarr", "labels.tif")  # doctest: +SKIP
+    """
+    from volseg.engine import export
+
+    opened = run if isinstance(run, FinishedRun) else open_run(os.fspath(run))
+    out = folder.absolute(os.fspath(out).rstrip("/"))
+    wanted = export.checked(opened, out, export.Request(kind, what, meshes, tuple(objects), max_error_nm))
+    with displayed(progress) as shown:
+        return export.execute(
+            opened, out, wanted, settings_of(config, settings, base={}).cluster, shown, overwrite=overwrite
+        )
 
 
 # ---------------------------------------------------------------- training

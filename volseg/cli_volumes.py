@@ -51,7 +51,7 @@ def convert(
         ("--workers", "cluster.workers", workers), ("--scheduler", "cluster.scheduler", scheduler),
     ]  # fmt: skip
     chosen = [(option, f"{key}={json.dumps(value)}") for option, key, value in given if value not in (None, "")]
-    from volseg.api_volumes import convert as run
+    from volseg.api import convert as run
 
     progress = terminal_progress()
     try:
@@ -96,7 +96,7 @@ def export(
     """Write a finished run in a format of other programs; see docs/export.md."""
     given: list[tuple[str, Any]] = [("cluster.workers", workers), ("cluster.scheduler", scheduler)]
     chosen = [f"{key}={json.dumps(value)}" for key, value in given if value]
-    from volseg.api_volumes import export
+    from volseg.api import export
 
     progress = terminal_progress()
     try:

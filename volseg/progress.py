@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 LINE_INTERVAL_S = 10  # between lines of progress where there is no terminal
@@ -177,3 +178,13 @@ def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def displayed(progress: Progress | None) -> Iterator[Progress]:
+    """Progress as asked for, else as suits where this runs; ended afterwards."""
+    progress = progress or default_progress()
+    try:
+        yield progress
+    finally:
+        progress.stop()

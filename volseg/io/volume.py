@@ -4,7 +4,8 @@ URLs. Arrays from Python become volumes, too."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from os import PathLike
@@ -34,6 +35,7 @@ __all__ = [
     "open_input_channels",
     "open_volume",
     "patches",
+    "readable_by_workers",
     "resampled",
 ]
 
@@ -350,6 +352,21 @@ def materialize(volume: Volume | ArrayVolume, path: str | Path) -> Volume:
         return volume
     array_volume.copy(volume, path)
     return replace(open(path, dataset="0", voxel_size_nm=volume.voxel_size_nm), notes=volume.notes)
+
+
+@contextmanager
+def readable_by_workers(source: Any, settings: Input, out: str) -> Iterator[Volume]:
+    """The volume in ``source`` as workers can read it: an array in memory is copied beside ``out``, for as long as this lasts.
+
+    It stays where a run does not end, which goes on from it.
+    """
+    opened = open_input(source, settings)
+    if isinstance(opened, Volume):
+        yield opened
+        return
+    copy = f"{out}.input.zarr"
+    yield materialize(opened, copy)
+    files.remove(copy)
 
 
 def _size_nm(size: Sequence[float] | None) -> TripleNm | None:
