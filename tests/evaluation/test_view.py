@@ -122,13 +122,18 @@ def test_what_is_not_in_the_run_is_said_in_a_line(more, says, reference):
 
 
 def test_the_command_prints_the_address_and_ends_with_ctrl_c(reference):
-    words = [sys.executable, "-m", "volseg", "view", reference]
+    """What a shell starts in the background has Ctrl-C ignored: the command is started as one in the foreground."""
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from volseg.cli import main; main()"
+    words = [sys.executable, "-c", start, "view", reference]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        url = process.stdout.readline().strip()
-        with urllib.request.urlopen(url, timeout=20) as page:
-            assert b"<html" in page.read().lower()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        try:
+            url = process.stdout.readline().strip()
+            with urllib.request.urlopen(url, timeout=20) as page:
+                assert b"<html" in page.read().lower()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
 
 
 def test_napari_is_told_by_its_command_where_it_is_not_installed(reference, run):
