@@ -18,7 +18,7 @@ from tests.corpus import others, runs, volumes
 from tests.helpers import LIGHT, digest, segment_here, settings
 from volseg.system import resident
 
-SECONDS, BYTES = 15, 300 << 20  # that a command may take, of which the most is imports
+SECONDS, BYTES = 120, 300 << 20  # a command that takes longer hangs; memory beyond what is imported
 PROCESSES = ("chunk that is a bomb", "toml nested without end")
 
 

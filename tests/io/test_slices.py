@@ -1,7 +1,6 @@
 """Folders of slices read back voxel for voxel; what is no volume, or damaged, is refused by name."""
 
 import struct
-import time
 import zlib
 
 import numpy as np
@@ -269,16 +268,12 @@ def test_a_png_that_ends_early_is_refused_by_name(tmp_path, kind):
         volume.open(tmp_path / "v").read(WHOLE)
 
 
-def test_a_plane_that_the_memory_does_not_hold_is_refused_before_it_is_decoded(tmp_path):
+def test_a_plane_that_decodes_to_far_more_than_its_file_is_refused_before_it_is_decoded(tmp_path):
     (tmp_path / "v").mkdir()
     for i in range(2):
         (tmp_path / "v" / f"s{i}.png").write_bytes(png([[0]], width=10**6, height=10**6))
-    opened = volume.open(tmp_path / "v")
-    assert opened.shape == (2, 10**6, 10**6)
-    start = time.monotonic()
-    with refused("s0.png decodes to 1e+03 GB", "memory are free", "zarr"):
-        opened.checksum()
-    assert time.monotonic() - start < 20
+    with refused("s0.png of 67 bytes decodes to 1e+03 GB", "damaged", "zarr"):
+        volume.open(tmp_path / "v")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])

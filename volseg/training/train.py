@@ -17,6 +17,7 @@ from volseg.config import Config, Train
 from volseg.engine.lock import Lock
 from volseg.errors import UserError
 from volseg.inference import model
+from volseg.inference.model_card import check_encoder_name
 from volseg.system import tune_malloc
 from volseg.training import checkpoint, distributed, report
 from volseg.training.card import closing_lines, data_wait_share, model_card
@@ -176,6 +177,10 @@ def _round_to_half(network: torch.nn.Module) -> None:
 def check_settings(config: Config) -> None:
     """Raise `UserError` for settings that no run could use."""
     settings = config.train
+    try:
+        check_encoder_name(settings.encoder)
+    except ValueError as error:
+        raise UserError(f"train.encoder = {settings.encoder!r}: {error}") from None
     if config.fragments.height == "head" and not settings.distance_nm:
         raise UserError("fragments.height = 'head' follows a distance that this network would not learn: set "
                         "train.distance_nm, for instance to 100, or take another height")  # fmt: skip
