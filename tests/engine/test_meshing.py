@@ -103,5 +103,5 @@ def test_neighbors_are_read_together_and_give_the_same(reference, tmp_path, monk
 def test_an_object_that_is_not_there_is_named(reference, tmp_path):
     with pytest.raises(UserError, match="the run has no object 999; its object table lists them"):
         volseg.export(reference, tmp_path / "meshes", kind="obj", objects=[1, 999], progress=Quiet())
-    with pytest.raises(UserError, match="tiff holds all objects; leave out --object"):
+    with pytest.raises(UserError, match="tiff holds the whole volume; leave out --object, or give one of mesh"):
         volseg.export(reference, tmp_path / "em.tif", objects=[1], progress=Quiet())
