@@ -18,6 +18,7 @@ keep_numba_cache()  # before anything imports numba, which looks for a place whe
 _MODULES = {
     "calibrate": "evaluation.calibrate",
     "convert": "api",
+    "doctor": "planning.doctor",
     "evaluate": "evaluation.evaluate",
     "export": "api",
     "infer": "api",
@@ -43,8 +44,8 @@ _MODULES = {
 }
 __all__ = [
     "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
-    "calibrate", "convert", "evaluate", "export", "infer", "open", "open_volume", "plan", "repair", "review", "segment",
-    "train", "tune", "verify", "view", "watershed",
+    "calibrate", "convert", "doctor", "evaluate", "export", "infer", "open", "open_volume", "plan", "repair", "review",
+    "segment", "train", "tune", "verify", "view", "watershed",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from volseg.evaluation.verify import verify
     from volseg.evaluation.view import view
     from volseg.io.volume import open_volume
+    from volseg.planning.doctor import doctor
     from volseg.progress import Progress
     from volseg.segmentation.watershed import watershed
 

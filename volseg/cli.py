@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import volseg
-from volseg import __version__, cli_volumes
+from volseg import __version__, cli_machine, cli_volumes
 from volseg.cli_volumes import EXIT_INTERRUPTED
 from volseg.config import layers, load, local_path, page
 from volseg.engine import forkserver
@@ -432,6 +432,7 @@ app.command()(cli_volumes.synth)
 app.command()(cli_volumes.convert)
 app.command()(cli_volumes.export)
 app.command()(cli_volumes.view)
+app.command()(cli_machine.doctor)
 
 
 @app.command()

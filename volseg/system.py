@@ -98,7 +98,7 @@ def keep_numba_cache() -> None:
     numba, which gives up otherwise, looks at ``NUMBA_CACHE_DIR`` when it is imported.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    if "NUMBA_CACHE_DIR" in os.environ or _writable(Path(__file__).parent / "__pycache__") or _writable(home):
+    if "NUMBA_CACHE_DIR" in os.environ or writable(Path(__file__).parent / "__pycache__") or writable(home):
         return
     os.environ["NUMBA_CACHE_DIR"] = str(private_folder("numba"))
     if "numba" in sys.modules:
@@ -117,7 +117,7 @@ def private_folder(name: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"volseg-{name}-"))
 
 
-def _writable(folder: Path) -> bool:
+def writable(folder: Path) -> bool:
     """Whether files can be written to ``folder``, which need not be there yet."""
     there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)

@@ -100,6 +100,21 @@ def writer(out: str) -> str:
     return "" if holder is None else _written_by(holder)
 
 
+def flocks(folder: str | os.PathLike) -> bool:
+    """Whether files in a folder can be locked by the system; else locks are files with a heartbeat."""
+    if fcntl is None:
+        return False
+    path = Path(folder, f".volseg-{uuid.uuid4().hex}.lock")
+    try:
+        with path.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        path.unlink(missing_ok=True)
+    return True
+
+
 @contextlib.contextmanager
 def writing(begun: str) -> Iterator[None]:
     """Inside, this worker writes to the run whose mark is the local file ``begun``: see `wait_for_writers`."""

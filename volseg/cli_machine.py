@@ -1,0 +1,28 @@
+"""Commands about this machine and this installation; `volseg.cli` lists them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    folder: Annotated[str, typer.Argument(help="Where runs are to be written: its disk is looked at.")] = ".",
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.0, help="For how long each backend is tried; 0 leaves that out.")
+    ] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at this machine: devices, backends, codecs, versions, disk, memory, ports, caches, permissions.
+
+    Each line is ok, absent (needed by some commands alone), warning or failed, with what to do. Exit code 1 where a run
+    cannot work here.
+    """
+    from volseg.planning.doctor import doctor as look
+
+    found = look(folder, seconds=seconds, say=None if as_json else typer.echo)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.summary)
+    if not found.ok:
+        raise typer.Exit(1)
