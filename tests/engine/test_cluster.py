@@ -2,6 +2,7 @@
 
 import asyncio
 
+import psutil
 import pytest
 from distributed import Client, LocalCluster
 from distributed.comm import CommClosedError, connect
@@ -21,6 +22,25 @@ def test_nobody_else_can_have_local_workers_run_code():
         with pytest.raises((OSError, TypeError, ValueError)):
             asyncio.run(_connect(address))
         assert client.submit(sum, [1, 2]).result() == 3
+
+
+def listening():
+    """Every port on which this process or one below it listens."""
+    tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return {(c.laddr.ip, c.laddr.port) for each in tree for c in each.net_connections("inet") if c.status == "LISTEN"}
+
+
+def test_without_a_dashboard_no_port_is_open_but_those_of_scheduler_nanny_and_worker():
+    before = listening()
+    with cluster.connect(Cluster(workers=1, dashboard="")) as client:
+        known = client.scheduler_info()
+        addresses = [known["address"], *known["workers"], *(worker["nanny"] for worker in known["workers"].values())]
+        opened = {f"tls://{ip}:{port}" for ip, port in listening() - before}
+        assert opened == set(addresses)
+        assert cluster.dashboard(client) == ""
+    with cluster.connect(Cluster(workers=1), light=True) as client:
+        assert client.submit(sum, [1, 2]).result() == 3
+        assert listening() == before
 
 
 async def _connect(address):

@@ -15,7 +15,7 @@ from typing import Any
 
 import dask.config
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Nanny, Worker, WorkerPlugin, get_worker
+from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin, get_worker
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 from distributed.security import Security
@@ -89,7 +89,7 @@ def connect(config: Cluster, gpus: int = 0, *, light: bool = False) -> Iterator[
 
 
 @contextmanager
-def _started(config: Cluster, count: int, gpu: bool) -> Iterator[LocalCluster]:
+def _started(config: Cluster, count: int, gpu: bool) -> Iterator[SpecCluster]:
     """A local cluster of ``count`` worker processes; where they have a ``gpu`` each, others beside them."""
     forkserver.start()
     settings = {
@@ -104,28 +104,25 @@ def _started(config: Cluster, count: int, gpu: bool) -> Iterator[LocalCluster]:
         yield found
 
 
-def _add_cpu_workers(found: LocalCluster, count: int) -> None:
+def _add_cpu_workers(found: SpecCluster, count: int) -> None:
     """The cluster has so many workers; those that are new do what needs no device, one task at a time."""
     found.new_spec = {**found.new_spec, "options": {**found.new_spec["options"], "nthreads": 1, "resources": {HOST: 1}}}
     found.scale(count)
     found.wait_for_workers(count, timeout=60)
 
 
-def _processes(config: Cluster, count: int, gpu: bool) -> LocalCluster:
+def _processes(config: Cluster, count: int, gpu: bool) -> SpecCluster:
     with warnings.catch_warnings(), forkserver.deaf_to_interrupts():
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         try:
-            return LocalCluster(
-                n_workers=count,
-                threads_per_worker=TASKS_PER_GPU if gpu else 1,
-                resources={DEVICE: TASKS_PER_GPU} if gpu else {},
-                processes=True,
-                worker_class=_Nanny,
-                memory_limit=0,
-                dashboard_address=_local_address(config.dashboard),
-                protocol="tls",  # else every user of this machine could have the workers run code
+            return _local_cluster(
+                _Nanny,
+                count,
+                dashboard=config.dashboard,
                 security=_private(),
-                silence_logs=logging.CRITICAL,
+                nthreads=TASKS_PER_GPU if gpu else 1,
+                resources={DEVICE: TASKS_PER_GPU} if gpu else {},
+                worker_class=Worker if config.dashboard else _PortlessWorker,
                 env={
                     **os.environ,
                     THREADS: str(max(1, CPU_COUNT // count)),
@@ -138,6 +135,43 @@ def _processes(config: Cluster, count: int, gpu: bool) -> LocalCluster:
             ) from None
 
 
+def _local_cluster(
+    worker: type, count: int, *, dashboard: str, security: Security | None, **options: Any
+) -> SpecCluster:
+    """What Dask's `LocalCluster` is, with classes of scheduler and worker that open no port for HTTP where none is wanted.
+
+    With ``security`` all is encrypted: else every user of this machine could have the workers run code. Without, scheduler
+    and workers are in this process and have no ports at all.
+    """
+    place = {"protocol": "tls://", "host": "127.0.0.1"} if security else {"protocol": "inproc://"}
+    shown: dict[str, Any] = {"dashboard": bool(dashboard), "dashboard_address": _local_address(dashboard)}
+    common = {**place, "security": security or Security()}
+    spec = {"cls": worker, "options": {**common, "memory_limit": 0, "silence_logs": logging.CRITICAL, **options}}
+    scheduler = {"cls": Scheduler if dashboard else _PortlessScheduler, "options": {**common, "port": 0, **shown}}
+    return SpecCluster(
+        workers=dict.fromkeys(range(count), spec),
+        scheduler=scheduler,
+        worker=spec,
+        security=security,
+        silence_logs=logging.CRITICAL,
+    )
+
+
+class _Portless:
+    """A Dask node that serves no HTTP: Dask would, on a free port, where nobody asked for a dashboard, too."""
+
+    def start_http_server(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _PortlessScheduler(_Portless, Scheduler):
+    pass
+
+
+class _PortlessWorker(_Portless, Worker):
+    pass
+
+
 def _private() -> Security:
     """Only who has the key of this command's own certificate may connect."""
     certificate, key = temporary_certificate()
@@ -146,14 +180,9 @@ def _private() -> Security:
     return Security(require_encryption=True, tls_ca_file=certificate, **pairs)
 
 
-def _thread_cluster(count: int) -> LocalCluster:
+def _thread_cluster(count: int) -> SpecCluster:
     """A cluster of threads in this process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Port .* is already in use")
-        return LocalCluster(
-            n_workers=1, threads_per_worker=count, processes=False, memory_limit=0, dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        )  # fmt: skip
+    return _local_cluster(_PortlessWorker, 1, dashboard="", security=None, nthreads=count)
 
 
 def _local_address(address: str) -> str | None:
