@@ -222,7 +222,9 @@ class TrainData(Section):
     synth_shape: tuple[Size, Size, Size] = (64, 512, 512)
     train: tuple[str | int, ...] = ()  # sections to learn from: numbers and "start:stop" ranges; empty takes all others
     validate_on: tuple[str | int, ...] = ()  # contiguous sections held out
-    unlabeled: int | None = None  # label value that the loss ignores
+    first_number: Count | None = None  # number of the image's first section in the names of a folder of annotated ones
+    unlabeled: int | None = None  # label value that the loss ignores; 0 for scribbles
+    background: int = 0  # label value outside of objects; of scribbles, the one that was drawn there
     unlabeled_sections: tuple[str | int, ...] | None = None  # for self-training; None takes those between ``train``
     planes: Planes = ("xy",)  # of patches to learn from; others than xy for voxels as long as wide
     share: Annotated[float, Field(gt=0)] = 1.0  # how often this volume is drawn, against the others
@@ -232,6 +234,15 @@ class TrainData(Section):
     def _one_source(self) -> TrainData:
         if (self.synth_seed is None) != bool(self.image) or bool(self.image) != bool(self.label):
             raise ValueError("needs image and label, or synth_seed alone")
+        return self
+
+    @model_validator(mode="after")
+    def _background_is_known(self) -> TrainData:
+        if self.unlabeled == self.background:
+            raise ValueError(
+                f"unlabeled and background are both {self.background}; give background the value that was drawn outside of "
+                "objects, such as 1"
+            )
         return self
 
     @field_validator("planes")

@@ -205,7 +205,7 @@ def test_sections_at_the_end_repeat():
 
 
 def test_labels_of_another_shape_are_refused_with_both_shapes(tmp_path, bars):
-    with pytest.raises(UserError, match=r"\(8, 160, 192\).*\(7, 160, 192\)"):
+    with pytest.raises(UserError, match=r"8 x 160 x 192.*7 x 160 x 192"):
         load_sources(_write(tmp_path, bars[0], bars[1][:7]))
 
 

@@ -33,7 +33,7 @@ PNG_SAMPLES = {"LA": 2, "RGB": 3, "RGBA": 4}
 
 def header(path: str, *, several: bool = False, allow_gaps: bool = False) -> Header:
     """What the headers of all slices in the folder at ``path`` say; refuses several channels unless they may be read."""
-    names = _slice_names(path)
+    names = slice_names(path)
     if not names:
         raise UserError(f"folder {path} is neither a zarr nor holds .tif, .png or .jpg slices; {READS}")
     kinds = sorted({os.path.splitext(name)[1].lower().replace("tiff", "tif").replace("jpeg", "jpg") for name in names})
@@ -140,7 +140,7 @@ class _Folder:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.files = _slice_names(path)
+        self.files = slice_names(path)
         self._png = _png
         if self.files and not _is_tiff(self.files[0]):
             with decoding(os.path.join(path, self.files[0])):
@@ -183,7 +183,7 @@ def _number(digits: str) -> int:
     return int(digits[:4000])
 
 
-def _slice_names(path: str) -> list[str]:
+def slice_names(path: str) -> list[str]:
     """Names of the slices in a folder, in natural order; refuses links to nowhere, which are slices that are missing."""
     names = [n for n in os.listdir(path) if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
     for name in sorted(names, key=_natural):
@@ -272,6 +272,39 @@ def _png(file: str, stamp: Any) -> np.ndarray:
             stored = np.asarray(_image(opened, file))
             grays, _ = _palette(image, file)
             return stored if grays is None else grays[stored]
+
+
+def plane(file: str) -> np.ndarray:
+    """The voxels of the slice in ``file``, y x; of one with several samples that are all alike, as of gray values saved as RGB,
+    one of them. An opaque alpha channel does not count.
+
+    Raises
+    ------
+    UserError
+        It is damaged, holds several pages, or is a color image.
+    """
+    facts = _slice(file)
+    with decoding(f"slice {file}"):
+        if _is_tiff(file):
+            stack = tiff.open_stack(file)
+            out = np.empty((facts.channels, *facts.shape), facts.dtype)
+            for channel in range(facts.channels):
+                stack.fill(out[channel], 0, (slice(0, facts.shape[0]), slice(0, facts.shape[1])), channel)
+        else:
+            decoded = _png(file, files.stamp(file))
+            out = decoded[None] if decoded.ndim == 2 else np.moveaxis(decoded, -1, 0)
+    colors = out[:-1] if len(out) in (2, 4) and (out[-1] == out[-1].flat[0]).all() else out
+    if (colors != colors[:1]).any():
+        raise UserError(
+            f"slice {file} is a color image of {facts.channels} channels, and labels are one number for each voxel; save it "
+            "with 8 or 16 bits of gray, an object a value"
+        )
+    return colors[0]
+
+
+def plane_shape(file: str) -> tuple[int, int]:
+    """The shape y x of the slice in ``file``, from its header."""
+    return _slice(file).shape
 
 
 def read(volume: Volume, box: Box) -> np.ndarray:

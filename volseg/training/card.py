@@ -89,7 +89,8 @@ def closing_lines(scores: dict, decoding: Decoding, state: State) -> Iterator[st
     if decoding.iou is None:
         yield f"no section was held out, so decoding is left as set: {text}"
     else:
-        yield f"calibrated there: {text}: IoU {decoding.iou:.3f} PQ {decoding.pq:.3f}"
+        objects = "" if decoding.pq is None else f" PQ {decoding.pq:.3f}"
+        yield f"calibrated there: {text}: IoU {decoding.iou:.3f}{objects}"
     share = 100 * data_wait_share(state)
     yield f"the loader kept the network waiting for {share:.1f} % of {state.seconds / 60:.1f} minutes"
 

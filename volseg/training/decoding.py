@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -46,6 +46,8 @@ class ValidationSlab:
         How much the volume counts.
     voxel_size_nm
         Size of a voxel along z, y, x.
+    scribbles
+        Whether the truth tells of voxels alone, and not where objects end.
     """
 
     probability: np.ndarray
@@ -53,6 +55,7 @@ class ValidationSlab:
     source: int
     share: float
     voxel_size_nm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    scribbles: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Decoding:
     iou
         Intersection over union of the foreground; None where nothing is held out.
     pq
-        Panoptic quality of the objects; None where nothing is held out.
+        Panoptic quality of the objects; None where nothing is held out, or scribbles alone.
     iou_curve
         ``iou`` at each of `THRESHOLDS`.
     candidates
@@ -95,7 +98,8 @@ class Decoding:
         """Return what a model's card says of how good it was: empty where nothing was held out."""
         if self.iou is None:
             return {}
-        return {"threshold": self.threshold, "iou": self.iou, "pq": self.pq}
+        scores = {"threshold": self.threshold, "iou": self.iou}
+        return scores if self.pq is None else {**scores, "pq": self.pq}
 
 
 def calibrate(network: torch.nn.Module, sources: list[Source], config: Config) -> Decoding:
@@ -104,7 +108,7 @@ def calibrate(network: torch.nn.Module, sources: list[Source], config: Config) -
     First smoothing and threshold, by the IoU of the foreground; then seed level and smallest object, by the PQ of the
     objects that basins and decisions make of each slab of consecutive sections. Sources count by their ``share``. A
     setting of ``config`` stays where no other gains at least `MIN_GAIN_IOU` or `MIN_GAIN_PQ`: a dozen sections do not tell
-    more. Without held-out sections, all settings stay.
+    more. Without held-out sections, all settings stay; with scribbles alone, those of objects.
     """
     default = Decoding(
         config.fragments.threshold, config.fragments.smooth, config.stitch.seed, config.stitch.min_voxels
@@ -116,7 +120,12 @@ def calibrate(network: torch.nn.Module, sources: list[Source], config: Config) -
     if not curve.any():
         return default
     chosen = config.fragments.model_copy(update={"smooth": smooth, "threshold": threshold})
-    candidates = score_objects(slabs, config.model_copy(update={"fragments": chosen}))
+    whole = [slab for slab in slabs if not slab.scribbles]
+    if not whole:
+        return replace(
+            default, threshold=threshold, smooth=smooth, iou=float(curve.max()), iou_curve=tuple(curve.tolist())
+        )
+    candidates = score_objects(whole, config.model_copy(update={"fragments": chosen}))
     best = candidates[0]
     return Decoding(
         threshold, smooth, best["seed"], best["min_voxels"], iou=float(curve.max()), pq=best["pq"],
@@ -131,7 +140,7 @@ def validation_slabs(network: torch.nn.Module, source: Source, number: int, conf
     with numpy_forward(network, config.train.precision) as forward:
         for run in np.split(sections, np.flatnonzero(np.diff(sections) > 1) + 1) if sections.size else []:
             probability = predict_sections_uint8(forward, sections=run.tolist(), **source_tiles(source, config))
-            yield ValidationSlab(probability, source.labels[run], number, source.share, size)
+            yield ValidationSlab(probability, source.labels[run], number, source.share, size, source.scribbles)
 
 
 def foreground(probability: np.ndarray, settings: Fragments) -> np.ndarray:

@@ -118,7 +118,7 @@ def data_rows(sources: tuple[Source, ...] | list[Source]) -> list[dict]:
         }
         withheld = source.withheld_sections
         advice = [f"not learnt from, since held out: {_format_sections(withheld)} of train"] if withheld else []
-        rows.append({"row": row, "advice": [*annotation["advice"], *advice]})
+        rows.append({"row": row, "advice": [*annotation["advice"], *advice], "notes": list(source.notes)})
     return rows
 
 
@@ -134,8 +134,9 @@ def format_data(sources: list[Source]) -> str:
     """Return what each volume holds as lines of text, with advice where there is reason."""
     rows = data_rows(sources)
     table = format_table(list(rows[0]["row"]), [row["row"].values() for row in rows])
+    notes = [f"labels: {text}" for row in rows for text in row["notes"]]
     advice = [f"advice: {row['row']['volume']}: {text}" for row in rows for text in row["advice"]]
-    return "\n".join([table, *advice])
+    return "\n".join([table, *notes, *advice])
 
 
 # ---------------------------------------------------------------- curves
@@ -324,7 +325,8 @@ def _result(report: Report) -> dict[str, str]:
         )
     if decoding.iou is not None:
         result["calibrated"] = f"IoU {decoding.iou:.3f} at mask threshold {decoding.threshold:.2f}"
-        result["objects there"] = f"PQ {decoding.pq:.3f}"
+        if decoding.pq is not None:
+            result["objects there"] = f"PQ {decoding.pq:.3f}"
     result["loader wait"] = f"{100 * report.data_wait_share:.1f} % of the time"
     return result
 
@@ -340,6 +342,10 @@ def _decoding(decoding: Decoding, figures: dict[str, bytes]) -> list[str]:
     if decoding.iou is None:
         why = "No section was held out, so these are the settings given, not chosen."
         return [f"<p class=note>{why}</p>", _key_value_table(rows)]
+    if decoding.pq is None:
+        why = "Scribbles do not say where objects end, so seed and sizes are the settings given, not chosen."
+        curve = _figure(figures["threshold"], "IoU of the held-out scribbles at each threshold of the mask.")
+        return [_key_value_table(rows), curve, f"<p class=note>{why}</p>"]
     candidates = [{**row, "pq": f"{row['pq']:.4f}"} for row in decoding.candidates[:MAX_CANDIDATES]]
     curve = _figure(figures["threshold"], "IoU of the held-out sections at each threshold of the mask.")
     return [_key_value_table(rows), curve, "<p class=note>Best candidates:</p>", _table(candidates)]
@@ -347,7 +353,7 @@ def _decoding(decoding: Decoding, figures: dict[str, bytes]) -> list[str]:
 
 def _data(sources: tuple[Source, ...]) -> str:
     rows = data_rows(sources)
-    advice = "".join(f"<li>{html.escape(text)}</li>" for row in rows for text in row["advice"])
+    advice = "".join(f"<li>{html.escape(text)}</li>" for row in rows for text in (*row["notes"], *row["advice"]))
     return _table([row["row"] for row in rows]) + (f"<ul class=note>{advice}</ul>" if advice else "")
 
 

@@ -19,10 +19,11 @@ from volseg.training.augmentation import (
     sampling_grid,
 )
 from volseg.training.sources import Source, unlabeled_patches
-from volseg.training.targets import UNLABELED, mask_and_contour
+from volseg.training.targets import UNLABELED, mask_and_contour, near_unlabeled
 
 OBJECT_SHARE = 0.5  # share of patches centered near an object
 CONTACT_SHARE = 0.4  # share of these centered near a contact of two objects, where there is one
+UNKNOWN = 2  # the mask's target where nobody annotated
 
 
 def context_sections(z: int, sections: int, depth: int) -> np.ndarray:
@@ -57,8 +58,9 @@ def annotated_batch(
     images
         float32 (B, sections, P, P), standardized gray values.
     targets
-        uint8 (B, heads + 1, P, P): mask, contour, perhaps distance (255 for ``distance_nm``), and how much the loss
-        counts: 0 where nobody annotated, ``contact_weight`` where objects touch, else 1.
+        uint8 (B, heads + 1, P, P): mask (`UNKNOWN` where nobody annotated), contour, perhaps distance (255 for
+        ``distance_nm``), and how much the loss of the heads beside the mask counts: 0 where nobody annotated or that may
+        hide a border, ``contact_weight`` where objects touch, else 1.
     """
     seeds = [(settings.seed, step, i) for i in range(settings.batch)[part]]
     pairs = [annotated_sample(sources, settings, np.random.default_rng(seed)) for seed in seeds]
@@ -172,23 +174,30 @@ def _targets(labels: np.ndarray, contacts: np.ndarray, *distance: np.ndarray, se
     """Mask, contour, ``distance`` and weight, uint8; the weight is 0 on unlabeled voxels and where they hide a border."""
     missing = labels == UNLABELED
     mask, contour = mask_and_contour(np.where(missing, np.uint32(0), labels), settings.contour_width)
-    if missing.any() and settings.contour_width:
-        missing = ndimage.binary_dilation(missing, iterations=settings.contour_width)
-    weight = np.where(contacts, settings.contact_weight, 1) * ~missing
+    mask[missing] = UNKNOWN
+    weight = np.where(contacts, settings.contact_weight, 1) * ~near_unlabeled(missing, settings.contour_width)
     return np.stack([mask, contour | contacts, *distance, weight.astype(np.uint8)])
 
 
 def _draw_position(source: Source, patch: int, rng: np.random.Generator) -> tuple[int, float, float]:
-    """A patch's section and center: near an object or a contact for half of them, else anywhere; moved inside."""
+    """A patch's section and center: near an object or a contact for half of them, else anywhere, or near a scribble of
+    background; moved inside."""
     plane = source.image.shape[1:]
     if rng.random() < OBJECT_SHARE:
         near_contact = len(source.contact_positions) and rng.random() < CONTACT_SHARE
         positions = source.contact_positions if near_contact else source.object_positions
-        z, *center = positions[rng.integers(len(positions))] + [0, *rng.integers(-patch // 3, patch // 3 + 1, 2)]
+        z, *center = _near(positions, patch, rng)
+    elif source.background_positions is not None:
+        z, *center = _near(source.background_positions, patch, rng)
     else:
         z = source.train_sections[rng.integers(len(source.train_sections))]
         center = [rng.uniform(0, n) for n in plane]
     return int(z), *_clamp_center(source, patch, center)
+
+
+def _near(positions: np.ndarray, patch: int, rng: np.random.Generator) -> np.ndarray:
+    """One of the positions (z, y, x), moved in its section by up to a third of a patch."""
+    return positions[rng.integers(len(positions))] + [0, *rng.integers(-patch // 3, patch // 3 + 1, 2)]
 
 
 def _clamp_center(source: Source, patch: int, center: Sequence[float]) -> tuple[float, float]:

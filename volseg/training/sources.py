@@ -17,6 +17,7 @@ from volseg.inference.normalization import gray_statistics
 from volseg.inference.tiles import MULTIPLE, PLANES
 from volseg.inference.voxel_size import matches
 from volseg.io import volume
+from volseg.io.annotation import Annotation, open_annotation
 from volseg.io.header import TripleNm
 from volseg.io.resample import Grid, resample, shape_at
 from volseg.training.targets import UNLABELED, border_distance, contact_mask, normalize_labels, parse_sections
@@ -66,6 +67,12 @@ class Source:
         The sections to learn from as volumes whose sections lie along other axes.
     withheld_sections
         Sections of the volume that were named to learn from, but are held out.
+    scribbles
+        Whether objects are annotated in part, so that their extent is not known.
+    background_positions
+        (n, 3) annotated voxels outside of objects on the sections to learn from; None but of scribbles.
+    notes
+        What was decided when the labels were opened, a line each.
     """
 
     name: str
@@ -88,6 +95,9 @@ class Source:
     depth: int
     resliced: tuple[Source, ...] = ()
     withheld_sections: tuple[int, ...] = ()
+    scribbles: bool = False
+    background_positions: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_sources(settings: Train) -> list[Source]:
@@ -153,9 +163,12 @@ def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | Non
     margin = settings.sections // 2
     synthetic = data.synth_seed is not None
     place = f"{table} ({f'synth {data.synth_seed}' if synthetic else data.image})"
-    depth = data.synth_shape[0] if synthetic else volume.open(data.image).shape[0]
+    image = None if synthetic else volume.open(data.image, voxel_size_nm=data.voxel_size_nm)
+    depth = image.shape[0] if image else data.synth_shape[0]
     held_out = parse_sections(data.validate_on, depth)
-    named = parse_sections(data.train or (f"0:{depth}",), depth)
+    named = parse_sections(data.train, depth)
+    annotation = open_annotation(data.label, image, first_number=data.first_number) if image else None
+    named = _annotated_sections(annotation, named, held_out, depth)
     train = [z for z in named if z not in set(held_out)]
     if not train:
         raise UserError(f"{place}: every section is held out; leave some to learn from")
@@ -163,7 +176,10 @@ def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | Non
     used = train + held_out + unlabeled
     first, stop = max(0, min(used) - margin), min(depth, max(used) + 1 + margin)
     annotated = np.isin(np.arange(first, stop), train + held_out)
-    fields = (_synthesize if synthetic else _read)(data, first, annotated)
+    if image is None or annotation is None:
+        fields = _synthesize(data, first, annotated)
+    else:
+        fields = _read(data, image, annotation, first, annotated)
     withheld = tuple(sorted(set(named) & set(held_out))) if data.train else ()
     lists = (train, held_out, unlabeled, [first + int(z) for z in np.flatnonzero(annotated)])
     uses = [tuple(z - first for z in sections) for sections in lists]
@@ -178,11 +194,26 @@ def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | Non
     source = Source(
         first_section=first, train_sections=train, validation_sections=held_out, unlabeled_sections=unlabeled,
         object_positions=positions, share=data.share, depth=depth, contacts=contacts,
-        withheld_sections=withheld,
+        withheld_sections=withheld, scribbles=data.unlabeled == 0, notes=annotation.notes if annotation else (),
+        background_positions=_background_positions(fields["labels"], train) if data.unlabeled == 0 else None,
         contact_positions=_positions(np.flatnonzero(contacts[list(train)]), train, contacts.shape),
         distance=_distance(fields["labels"], annotated, size, settings, place), **fields,
     )  # fmt: skip
     return replace(source, resliced=tuple(_reslice(source, plane, place) for plane in data.planes if plane != "xy"))
+
+
+def _annotated_sections(annotation: Annotation | None, named: list[int], held_out: list[int], depth: int) -> list[int]:
+    """The sections to learn from: those named, else all that may be annotated; refuses named ones that are not."""
+    if annotation is None or annotation.sections is None:
+        return named or list(range(depth))
+    missing = sorted({*named, *held_out} - set(annotation.sections))
+    if missing:
+        others = ", ".join(map(str, annotation.sections[:12])) + (", ..." if len(annotation.sections) > 12 else "")
+        raise UserError(
+            f"section {missing[0]} has no annotation in {annotation.path}, which annotates {others}; correct train and "
+            "validate_on"
+        )
+    return named or list(annotation.sections)
 
 
 def _resample(fields: dict, uses: list[tuple[int, ...]], model_nm: TripleNm) -> tuple[dict, list[tuple[int, ...]]]:
@@ -225,7 +256,7 @@ def _reslice(source: Source, plane: str, place: str) -> Source:
     sections = tuple(range(len(image)))
     return replace(
         source, image=image, labels=labels, contacts=contacts, distance=reslice(source.distance), first_section=0,
-        train_sections=sections, validation_sections=(), unlabeled_sections=(),
+        train_sections=sections, validation_sections=(), unlabeled_sections=(), background_positions=None,
         object_positions=_object_positions(labels, sections, place),
         contact_positions=_positions(np.flatnonzero(contacts), sections, contacts.shape),
     )  # fmt: skip
@@ -271,20 +302,18 @@ def _synthesize(data: TrainData, first: int, annotated: np.ndarray) -> dict:
     }  # fmt: skip
 
 
-def _read(data: TrainData, first: int, annotated: np.ndarray) -> dict:
+def _read(data: TrainData, image: volume.Volume, annotation: Annotation, first: int, annotated: np.ndarray) -> dict:
     """Sections of an annotated volume from ``first`` on, as fields of `Source`.
 
-    ``annotated`` says of each section whether its labels count; the others' are 0 whatever the file holds.
+    ``annotated`` says of each section whether its labels count; the others' are background whatever the file holds.
     """
-    image, label = volume.open(data.image, voxel_size_nm=data.voxel_size_nm), volume.open(data.label)
-    if image.shape != label.shape:
-        raise UserError(
-            f"image {data.image} has shape {image.shape} z y x, label {data.label} has {label.shape}; "
-            "give labels of the image's shape"
-        )
     box = Box((first, 0, 0), (first + len(annotated), *image.shape[1:]))
-    voxels, stored = image.read(box), label.read(box) * annotated[:, None, None]
-    labels, note = normalize_labels(stored, unlabeled=data.unlabeled)
+    voxels, stored = image.read(box), annotation.read(first, first + len(annotated))
+    if 0 <= data.background <= np.iinfo(np.int64).max and np.can_cast(
+        np.min_scalar_type(data.background), stored.dtype
+    ):
+        stored[~annotated] = data.background
+    labels, note = normalize_labels(stored, unlabeled=data.unlabeled, background=data.background)
     mean, std = gray_statistics(image.shape, image.read)
     return {
         "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std,
@@ -322,8 +351,16 @@ def _object_positions(labels: np.ndarray, sections: Sequence[int], place: str) -
             f"{place}: no labeled voxel on the {len(sections)} sections to learn from; check label and train"
         )
     if inside.size == np.count_nonzero(chosen != UNLABELED):
-        raise UserError(f"{place}: every annotated voxel is in an object; give labels with background 0")
+        raise UserError(
+            f"{place}: every annotated voxel is in an object; give labels with background 0, or set background to the value "
+            "that was drawn outside of objects"
+        )
     return _positions(inside, sections, labels.shape)
+
+
+def _background_positions(labels: np.ndarray, sections: Sequence[int]) -> np.ndarray:
+    """Up to `MAX_POSITIONS` annotated positions outside of objects, evenly spread."""
+    return _positions(np.flatnonzero(labels[list(sections)] == 0), sections, labels.shape)
 
 
 def _positions(indices: np.ndarray, sections: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:

@@ -18,7 +18,7 @@ from volseg.system import trim_memory
 from volseg.training import distributed, losses
 from volseg.training.checkpoint import State
 from volseg.training.precision import autocast, resolve_precision
-from volseg.training.samples import annotated_batch, mixed_batch, prefetch_batches
+from volseg.training.samples import UNKNOWN, annotated_batch, mixed_batch, prefetch_batches
 from volseg.training.sources import Source
 
 WARM_UP_SHARE = 0.1  # share of the run in which the learning rate rises
@@ -224,7 +224,9 @@ def _batch_tensors(
     images, stored, *unlabeled = (torch.from_numpy(array).to(device) for array in patches)
     targets, weight, annotated = stored[:, :-1].float(), stored[:, -1:].float(), len(images)
     targets[:, 2:] /= 255
-    weights = torch.cat([(weight > 0).float(), *[weight] * (targets.shape[1] - 1)], 1)
+    known = targets[:, :1] != UNKNOWN
+    targets[:, :1] *= known
+    weights = torch.cat([known.float(), *[weight] * (targets.shape[1] - 1)], 1)
     if unlabeled and len(unlabeled[0]):
         clean, changed = unlabeled
         annotated -= len(changed)

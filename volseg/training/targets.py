@@ -17,7 +17,9 @@ MAX_STRAY_SHARE = 0.005  # share of a mask's voxels that may lie between 0 and t
 MASK_VALUES = {1, 255, 65535}  # how one bit is written by the common tools
 
 
-def normalize_labels(array: np.ndarray, *, unlabeled: int | None = None) -> tuple[np.ndarray, dict]:
+def normalize_labels(
+    array: np.ndarray, *, unlabeled: int | None = None, background: int = 0
+) -> tuple[np.ndarray, dict]:
     """Return instance labels for an annotation of any of the common encodings.
 
     An array is a mask if each section holds at most one value besides 0, and these values are all out of 1, 255 and
@@ -31,6 +33,8 @@ def normalize_labels(array: np.ndarray, *, unlabeled: int | None = None) -> tupl
         (z, y, x) of any integer type, bool, or a float type that holds whole numbers.
     unlabeled
         Value of voxels that nobody annotated.
+    background
+        Value outside of objects. Where it is another than 0, and 0 is not ``unlabeled``, 0 is an object.
 
     Returns
     -------
@@ -56,6 +60,12 @@ def normalize_labels(array: np.ndarray, *, unlabeled: int | None = None) -> tupl
     """
     array = _as_integers(array)
     missing = array == unlabeled if unlabeled is not None else None
+    if background:
+        if not (array == background).any():
+            raise UserError(
+                f"labels hold no voxel of background = {background}; correct it, or leave it out where it is 0"
+            )
+        array = np.where(array == background, 0, np.where(array == 0, np.array(background, array.dtype), array))
     if missing is not None:
         array = np.where(missing, 0, array)
     found = [_mask_value(section) for section in array]
@@ -129,6 +139,24 @@ def mask_and_contour(labels: np.ndarray, width: int) -> tuple[np.ndarray, np.nda
         disc = offset[:, None] ** 2 + offset**2 <= (width - 1) ** 2
         contour = ndimage.binary_dilation(contour, disc.reshape((1,) * (labels.ndim - 2) + disc.shape))
     return (labels != 0).view(np.uint8), contour.view(np.uint8)
+
+
+def near_unlabeled(missing: np.ndarray, width: int) -> np.ndarray:
+    """Return the voxels of a section that nobody annotated, and those so near that a contour there may be missing.
+
+    Parameters
+    ----------
+    missing
+        bool (y, x): nobody annotated.
+    width
+        How far a contour reaches from a border, see `mask_and_contour`.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool (y, x).
+    """
+    return ndimage.binary_dilation(missing, iterations=width) if width and missing.any() else missing
 
 
 def _mark_label_changes(labels: np.ndarray, marked: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from volseg.inference.tiles import grid as tile_grid
 from volseg.training import losses
 from volseg.training.precision import autocast
 from volseg.training.sources import Source
-from volseg.training.targets import UNLABELED, mask_and_contour
+from volseg.training.targets import UNLABELED, mask_and_contour, near_unlabeled
 
 MIN_PROBABILITY = 1e-6  # and 1 less that is the greatest, of which a loss is taken
 
@@ -69,7 +69,9 @@ def section_targets(source: Source, z: int, settings: Train) -> tuple[torch.Tens
     targets = [mask, contour | source.contacts[z]]
     if source.distance is not None:
         targets.append(source.distance[z] / np.float32(255))
-    return torch.from_numpy(np.stack(targets)).float(), torch.from_numpy(valid).float().expand(len(targets), -1, -1)
+    others = [~near_unlabeled(~valid, settings.contour_width)] * (len(targets) - 1)
+    weights = np.stack([valid, *others])
+    return torch.from_numpy(np.stack(targets)).float(), torch.from_numpy(weights).float()
 
 
 def validate(network: torch.nn.Module, sources: list[Source], config: Config) -> dict:
