@@ -83,7 +83,7 @@ def test_a_run_on_a_grid_of_26_neighbors_that_follows_distance_is_equal_in_every
 
 def test_a_run_under_every_rule_is_equal_too(copy):
     rules = ["persistence=0.02", "join_mean=0.5", "fill_holes_voxels=3000", "max_voxels=60000"]
-    change = [f"stitch.{rule}" for rule in (*rules, "min_volume_nm3=3e5", "seed=0.93")]
+    change = [f"stitch.{rule}" for rule in (*rules, "min_volume_nm3=3e6", "count_cut=true", "seed=0.93")]
     before = open_stored(copy).objects["id"].size
     decide(str(copy), lambda c: load(sets=change, base=c.model_dump(mode="json", exclude={"train"})), progress=Quiet())
     result = verify(copy)

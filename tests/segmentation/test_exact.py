@@ -131,9 +131,15 @@ def borders(object_of, faces, flat):
 def dropped_and_filled(height, object_of, edges, rules):
     """Voxels that are in no object; those of filled holes have come to their object in ``object_of``."""
     flat = height.ravel()
+    places = np.indices(height.shape).reshape(3, -1).T
+    on_face = ((places == 0) | (places == np.array(height.shape) - 1)) @ np.array(rules.cut_weights)
+
+    def is_small(members):
+        return len(members) < rules.min_voxels and on_face[list(members)].sum() < rules.min_cut
+
     empty = {
         v for v, o in object_of.items()
-        if len(o) < rules.min_voxels or not (rules.keep_unseeded or min(flat[list(o)]) <= rules.seeds[1])
+        if is_small(o) or not (rules.keep_unseeded or min(flat[list(o)]) <= rules.seeds[1])
     }  # fmt: skip
     fill(object_of, empty, edges, rules.fill_voxels)
     outside = set(np.flatnonzero(flat == OUTSIDE).tolist())
@@ -329,6 +335,8 @@ def test_two_valleys_meet_at_their_ridge():
         (Rules(4, min_voxels=2, fill_voxels=1), [1, 1, 2, 2, 2, 2, 2]),
         (Rules(4, min_voxels=3, fill_voxels=1), [0, 0, 1, 1, 1, 1, 1]),  # the left hole has two voxels
         (Rules(4, max_voxels=2), [1, 1, 0, 0, 0, 0, 2]),
+        (Rules(4, min_voxels=3, cut_weights=(0, 0, 1), min_cut=1), [1, 1, 2, 2, 2, 2, 3]),
+        (Rules(4, min_voxels=3, cut_weights=(1, 0, 0), min_cut=2), [1, 1, 2, 2, 2, 2, 0]),
         (Rules(0), [1, 1, 1, 1, 1, 1, 1]),
         (Rules(-1), [0] * 7),
         (Rules(-1, keep_unseeded=True), [1] * 7),

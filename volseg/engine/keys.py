@@ -26,7 +26,7 @@ def probability_key(run: Run) -> str:
 def basins_key(run: Run) -> str:
     """Of basins and their edge tables."""
     unit = vars(run.distance_unit)
-    return digest(probability_key(run), run.config.fragments.model_dump(), unit, run.block, EDGE.names)
+    return digest(probability_key(run), run.config.fragments.model_dump(), unit, run.block, EDGE.names, "cut")
 
 
 def holes_key(run: Run) -> str:

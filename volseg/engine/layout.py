@@ -127,7 +127,9 @@ class Layout:
             return None
         stored = load_table(self.path, "work/basins.npz", dict)
         made_from = str(stored.pop("made_from", ""))
-        return stitch.Basins(**stored) if key in (None, made_from) else None
+        if "cut" not in stored or key not in (None, made_from):  # without it: of an earlier volseg
+            return None
+        return stitch.Basins(**stored)
 
     def has_basins(self) -> bool:
         return files.exists(f"{self.path}/work/basins.npz")

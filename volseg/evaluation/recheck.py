@@ -238,7 +238,8 @@ def _against_rule(
     region_label[region.ravel()[::-1]] = label.ravel()[::-1]  # of its first voxel, which is written last
     region_label[0] = 0
     voxels = np.bincount(root, weights=table.voxels, minlength=size).astype(np.int64)[root]
-    kept = (voxels >= rules.min_voxels) & (seeded[root] | rules.keep_unseeded)
+    kept = rules.is_large(voxels, stitch.sum_by_group(table.cut, root, size)[root])
+    kept &= seeded[root] | rules.keep_unseeded
     complete = complete[root]
     kept &= (rules.max_voxels == NO_LIMIT) | (complete & (voxels <= rules.max_voxels) & (not run.fills))
     stored = region_label[1:]

@@ -42,6 +42,8 @@ class BlockBasins:
         int64 (n,): lowest linear index among them.
     probability_sum
         int64 (n,): sum of the stored mask probability (uint8) over them.
+    cut
+        int64 (n, 3): those of them on the volume's outer faces, of the faces across z, across y and across x.
     edges
         EDGE: between regions of this block, one for each pair, sorted by pair.
     crossing_edges
@@ -58,6 +60,7 @@ class BlockBasins:
     voxels: np.ndarray
     first: np.ndarray
     probability_sum: np.ndarray
+    cut: np.ndarray
     edges: np.ndarray
     crossing_edges: np.ndarray
     face_voxel: np.ndarray
@@ -120,10 +123,10 @@ def watershed_block(
     raster = _Raster(height.shape, box, shape)
     is_exit = raster.is_halo(roots)
     region.ravel()[roots[is_exit]] = 0  # so that only voxels of the block have a region
-    core, voxels, first, probability_sum = _measure(region, probability, roots.size, spans)
+    has_block = np.array([(start > 0, stop < n) for start, stop, n in zip(box.start, box.stop, shape, strict=True)])
+    core, voxels, first, probability_sum, cut = _measure(region, probability, roots.size, has_block, spans)
     forward = steps[len(steps) // 2 :]
-    has_block = [(start > 0, stop < n) for start, stop, n in zip(box.start, box.stop, shape, strict=True)]
-    face = _face_voxels(region, np.array(has_block), spans)
+    face = _face_voxels(region, has_block, spans)
     table = BlockBasins(
         root=raster.in_volume(roots),
         minimum=height.ravel()[roots],
@@ -131,6 +134,7 @@ def watershed_block(
         voxels=voxels,
         first=raster.in_volume(first),
         probability_sum=probability_sum,
+        cut=cut,
         edges=_inner_edges(region, height, roots.size, raster, forward, spans),
         crossing_edges=_crossing_edges(region, height, raster, forward, face),
         face_voxel=raster.in_volume(face),
@@ -276,27 +280,33 @@ def _follow(
 
 @njit(cache=True, nogil=True)
 def _measure(
-    region: np.ndarray, probability: np.ndarray, count: int, spans: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    region: np.ndarray, probability: np.ndarray, count: int, has_block: np.ndarray, spans: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """``region`` without its frame; by region: voxels in the block, first of them (index in the frame's array), sum of
-    ``probability``."""
+    ``probability``, voxels on faces of the volume. ``has_block`` is as in `_face_voxels`."""
     nz, ny, nx = region.shape
     core = np.zeros((nz - 2, ny - 2, nx - 2), np.int32)
     voxels = np.zeros(count, np.int64)
     first = np.zeros(count, np.int64)
     probability_sum = np.zeros(count, np.int64)
+    cut = np.zeros((count, 3), np.int64)
     for z in range(1, nz - 1):
+        z_cut = (not has_block[0, 0] and z == 1) or (not has_block[0, 1] and z == nz - 2)
         for y in range(1, ny - 1):
+            y_cut = (not has_block[1, 0] and y == 1) or (not has_block[1, 1] and y == ny - 2)
             for x in range(spans[z, y, 0], spans[z, y, 1]):
                 r = region[z, y, x] - 1
                 if r < 0:
                     continue
+                cut[r, 0] += z_cut
+                cut[r, 1] += y_cut
+                cut[r, 2] += (not has_block[2, 0] and x == 1) or (not has_block[2, 1] and x == nx - 2)
                 core[z - 1, y - 1, x - 1] = r + 1
                 if voxels[r] == 0:
                     first[r] = (z * ny + y) * nx + x
                 voxels[r] += 1
                 probability_sum[r] += probability[z - 1, y - 1, x - 1]
-    return core, voxels, first, probability_sum
+    return core, voxels, first, probability_sum, cut
 
 
 @njit(cache=True, nogil=True)

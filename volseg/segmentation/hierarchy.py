@@ -46,7 +46,7 @@ OUTER = np.dtype([("component", np.uint32), ("region", np.int64), ("neighbor", n
 ANSWER_FIELDS = ["component", "region", "neighbor"]  # what `join` keeps of a second side
 ANSWER = np.dtype([(field, OUTER[field]) for field in ANSWER_FIELDS])
 DRAIN = -1  # `high` of what joins before all edges; heights are not negative
-SUMS = ("minimum", "voxels", "first", "probability_sum")
+SUMS = ("minimum", "voxels", "first", "probability_sum", "cut")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Graph:
         int32 (components,): lowest height so far.
     voxels, first, probability_sum
         int64 (components,): as in `BlockBasins`, so far.
+    cut
+        int64 (components, 3): as in `BlockBasins`, so far.
     inner
         INNER: edges between components, numbered from 0.
     outer
@@ -70,6 +72,7 @@ class Graph:
     voxels: np.ndarray
     first: np.ndarray
     probability_sum: np.ndarray
+    cut: np.ndarray
     inner: np.ndarray
     outer: np.ndarray
 
@@ -128,7 +131,8 @@ def block_graph(i: int, table: BlockBasins, links: Mapping[int, Links]) -> Graph
         drains = links[j].drains[links[j].drains[:, 1] >> 32 == i]
         edges = links[j].edges[links[j].edges["b"] >> 32 == i]
         outer += [_outer_drains(drains[:, 1], drains[:, 0]), _outer_edges(edges["b"], edges["a"], edges)]
-    return Graph(table.minimum, table.voxels, table.first, table.probability_sum, inner, np.concatenate(outer))
+    sums = {field: getattr(table, field) for field in SUMS}
+    return Graph(**sums, inner=inner, outer=np.concatenate(outer))
 
 
 def _outer_drains(region: np.ndarray, neighbor: np.ndarray) -> np.ndarray:
@@ -279,12 +283,13 @@ def _sum(graph: Graph, root: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarr
         "voxels": sum_by_group(graph.voxels, group, groups),
         "first": min_by_group(graph.first, group, groups),
         "probability_sum": sum_by_group(graph.probability_sum, group, groups),
+        "cut": sum_by_group(graph.cut, group, groups),
     }
 
 
 def labeled(finished: Graph, rules: Rules) -> np.ndarray:
     """Which finished objects have a label, by the rules that see an object's sums and nothing else; bool (objects,)."""
-    has_size = (finished.voxels >= rules.min_voxels) & (finished.voxels <= rules.max_voxels)
+    has_size = rules.is_large(finished.voxels, finished.cut) & (finished.voxels <= rules.max_voxels)
     return has_size if rules.keep_unseeded else has_size & (finished.minimum <= rules.seeds[1])
 
 

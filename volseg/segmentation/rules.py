@@ -7,7 +7,8 @@ The rules, in this order:
 2. persistence: two sides also join when the shallower one is less than that deep below their saddle.
 3. mean: of touching components, those whose whole border has the lowest mean height join first, then the next, while
    that mean is low enough; borders of what has joined are added up (`agglomerate.agglomerate`).
-4. too small, or without a seed: dropped.
+4. too small, or without a seed: dropped. What a face of the volume cuts may count as large as its cut says
+   (`cut_size`): of an object of a hundred sections, the volume may hold two.
 5. holes: dropped components that touch each other are one hole; a hole that is small enough and touches exactly one of
    the labeled components joins it. Then the same again with the background in it: a hole is now what has no object, dropped
    or outside the mask, connected by voxel faces (or as the mask is, inside the mask), and its background may not reach
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, prod
+from math import ceil, gcd, prod
 
 import numpy as np
 
@@ -56,6 +57,9 @@ class Rules:
         Whether objects without a seed are labeled.
     low_height
         Greatest height of a seed, where that is above ``seed_height``.
+    cut_weights, min_cut
+        Of what the volume's faces cut, the voxels there across z, y and x are weighted so and added up; objects that reach
+        ``min_cut`` are not too small.
     """
 
     seed_height: int
@@ -66,6 +70,8 @@ class Rules:
     fill_voxels: int = 0
     keep_unseeded: bool = False
     low_height: int = -1
+    cut_weights: tuple[int, int, int] = (0, 0, 0)
+    min_cut: int = NO_LIMIT
 
     @classmethod
     def from_config(cls, config: Config, voxel_size_nm: VoxelSize) -> Rules:
@@ -91,15 +97,19 @@ class Rules:
         """
         stitch, fragments = config.stitch, config.fragments
         voxel_nm3 = prod(Fraction(str(n)) for n in voxel_size_nm)
+        min_voxels = max(stitch.min_voxels, ceil(Fraction(str(stitch.min_volume_nm3)) / voxel_nm3))
+        weights, min_cut = cut_size(min_voxels, voxel_size_nm) if stitch.count_cut else ((0, 0, 0), NO_LIMIT)
         return cls(
             seed_height=seed_height(stitch.seed, fragments, voxel_size_nm),
             persistence=height_difference(stitch.persistence, fragments, voxel_size_nm),
             join_height=seed_height(stitch.join_mean, fragments, voxel_size_nm) if stitch.join_mean else -1,
-            min_voxels=max(stitch.min_voxels, ceil(Fraction(str(stitch.min_volume_nm3)) / voxel_nm3)),
+            min_voxels=min_voxels,
             max_voxels=stitch.max_voxels or NO_LIMIT,
             fill_voxels=stitch.fill_holes_voxels,
             keep_unseeded=stitch.keep_unseeded,
             low_height=seed_height(stitch.seed_low, fragments, voxel_size_nm) if stitch.seed_low else -1,
+            cut_weights=weights,
+            min_cut=min_cut,
         )
 
     @property
@@ -110,6 +120,46 @@ class Rules:
         """
         low = max(self.seed_height, self.low_height)
         return self.seed_height, low, max(self.persistence, int(low > self.seed_height))
+
+    def is_large(self, voxels: np.ndarray, cut: np.ndarray) -> np.ndarray:
+        """Which objects are not too small; bool (n,).
+
+        Parameters
+        ----------
+        voxels
+            int64 (n,): of each object.
+        cut
+            int64 (n, 3): those of them on the volume's faces across z, y and x.
+        """
+        return (voxels >= self.min_voxels) | (cut @ np.array(self.cut_weights) >= self.min_cut)
+
+
+def cut_size(min_voxels: int, voxel_size_nm: VoxelSize) -> tuple[tuple[int, int, int], int]:
+    """`Rules.cut_weights` and `Rules.min_cut` that take an object for the cube that stands on its cut.
+
+    A cube whose side is a square of the cut's area has that area to the power 3/2 as its volume. Weights are areas of a
+    voxel's sides, in hundredths of the shortest edge, as small as whole numbers allow; ``min_cut`` is the side of the cube of
+    ``min_voxels`` squared, rounded up.
+
+    Examples
+    --------
+    1000 voxels are a cube whose side has 100; of voxels five times as high, a face across z is as large as one across y
+    where it has five times the voxels.
+
+    >>> cut_size(1000, (5.0, 5.0, 5.0)), cut_size(1000, (25.0, 5.0, 5.0))
+    (((1, 1, 1), 100), ((1, 5, 5), 293))
+    """
+    shortest = min(voxel_size_nm)
+    edges = [round(100 * n / shortest) for n in voxel_size_nm]
+    common = gcd(*edges)
+    z, y, x = (n // common for n in edges)
+    square = (min_voxels * z * y * x) ** 2
+    side = round(square ** (1 / 3))
+    while side**3 < square:
+        side += 1
+    while side and (side - 1) ** 3 >= square:
+        side -= 1
+    return (y * x, z * x, z * y), min(side, NO_LIMIT)
 
 
 def label_basins(basins: Basins, rules: Rules, holes: Holes | None = None) -> np.ndarray:
@@ -137,7 +187,7 @@ def label_basins(basins: Basins, rules: Rules, holes: Holes | None = None) -> np
     >>> edges = np.zeros(2, EDGE)
     >>> edges["a"], edges["b"], edges["high"] = [1, 0], [2, 1], [7, 9]
     >>> voxels, first = np.array([4, 3, 2]), np.array([0, 4, 7])
-    >>> basins = Basins(np.array([0, 1, 5], np.int32), voxels, first, 255 * voxels, edges)
+    >>> basins = Basins(np.array([0, 1, 5], np.int32), voxels, first, 255 * voxels, np.zeros((3, 3), np.int64), edges)
     >>> label_basins(basins, Rules(3)).tolist(), label_basins(basins, Rules(9)).tolist()
     ([1, 2, 2], [1, 1, 1])
     >>> label_basins(basins, Rules(3, min_voxels=5)).tolist()
@@ -164,7 +214,7 @@ def label_components(basins: Basins, rules: Rules, component: np.ndarray, holes:
     """`label_basins`, where ``component`` is what `components` gave for rules that join alike."""
     group, first = rank_components(component, basins.first)
     voxels = sum_by_group(basins.voxels, group, first.size)
-    labeled = voxels >= rules.min_voxels
+    labeled = rules.is_large(voxels, sum_by_group(basins.cut, group, first.size))
     if not rules.keep_unseeded:
         labeled &= min_by_group(basins.minimum.astype(np.int64), group, first.size) <= rules.seeds[1]
     if holes is not None or (rules.fill_voxels and not labeled.all()):

@@ -232,7 +232,7 @@ def block_borders(i: int, table: BlockBasins, links: Links, label_of: Callable[[
 def object_graph(blocks: Iterable[BlockBorders]) -> Basins:
     """The objects 1..n of the volume and their borders, each object as one basin.
 
-    First voxels and sums of probability are left 0.
+    First voxels, sums of probability and cuts are left 0.
     """
     blocks = list(blocks)
     basin = np.concatenate([block.label for block in blocks]) - 1
@@ -242,7 +242,8 @@ def object_graph(blocks: Iterable[BlockBorders]) -> Basins:
     edges["a"], edges["b"] = edges["a"] - 1, edges["b"] - 1
     minimum = min_by_group(np.concatenate([block.minimum for block in blocks]), basin, count).astype(np.int32)
     voxels = sum_by_group(np.concatenate([block.voxels for block in blocks]), basin, count)
-    return Basins(minimum, voxels, np.zeros(count, np.int64), np.zeros(count, np.int64), edges)
+    nothing = np.zeros(count, np.int64)
+    return Basins(minimum, voxels, nothing, nothing, np.zeros((count, 3), np.int64), edges)
 
 
 # ---------------------------------------------------------------- tables

@@ -59,6 +59,8 @@ class Basins:
         int32 (n,): height at the basin's minimum.
     voxels, first, probability_sum
         int64 (n,): as in `BlockBasins`, now complete.
+    cut
+        int64 (n, 3): as in `BlockBasins`, now complete.
     edges
         EDGE: ``a < b`` are numbers of basins from 0; one for each pair that touches, in the total order of edges.
     """
@@ -67,6 +69,7 @@ class Basins:
     voxels: np.ndarray
     first: np.ndarray
     probability_sum: np.ndarray
+    cut: np.ndarray
     edges: np.ndarray
 
 
@@ -182,7 +185,8 @@ def gather(tables: Iterable[BlockBasins], links: Iterable[Links]) -> tuple[Basin
     >>> basins.edges[["a", "b", "high", "high_voxel", "low"]].tolist(), [basin.tolist() for basin in basin_of]
     ([(0, 1, 9, 3, 3)], [[0, 1], [1]])
     """
-    columns: dict[str, list[np.ndarray]] = {field: [] for field in ("minimum", "voxels", "first", "probability_sum")}
+    sums = ("minimum", "voxels", "first", "probability_sum", "cut")
+    columns: dict[str, list[np.ndarray]] = {field: [] for field in sums}
     drains, edges = [np.empty((0, 2), np.int64)], _EdgeBuffer()
     for i, (table, block_links) in enumerate(zip(tables, links, strict=True)):
         for field, column in columns.items():
@@ -198,6 +202,7 @@ def gather(tables: Iterable[BlockBasins], links: Iterable[Links]) -> tuple[Basin
         voxels=sum_by_group(_concatenate(columns, "voxels"), basin, count),
         first=min_by_group(_concatenate(columns, "first"), basin, count),
         probability_sum=sum_by_group(_concatenate(columns, "probability_sum"), basin, count),
+        cut=sum_by_group(np.concatenate([np.empty((0, 3), np.int64), *columns.pop("cut")]), basin, count),
         edges=_basin_edges(edges.rows(), basin, offset, count),
     )
     return basins, np.split(basin, offset[1:-1])
@@ -284,12 +289,12 @@ def _concatenate(columns: dict[str, list[np.ndarray]], field: str, dtype: type =
 
 
 def sum_by_group(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    """The sum of ``values`` in each of ``groups``, int64; ``group`` has the group (from 0) of each value.
+    """The sum of ``values`` in each of ``groups``, int64; ``group`` has the group (from 0) of each value, or row of values.
 
     >>> sum_by_group(np.array([5, 6, 7]), np.array([0, 2, 0]), 3).tolist()
     [12, 0, 6]
     """
-    out = np.zeros(groups, np.int64)
+    out = np.zeros((groups, *values.shape[1:]), np.int64)
     np.add.at(out, group, values)
     return out
 
