@@ -279,7 +279,7 @@ class Train(Section):
     )
     distance_weight: Annotated[float, Field(ge=0)] = 1.0  # of that head's loss
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    augment: tuple[Literal["flip", "affine", "elastic", "gray", "neighbors"], ...] = (
+    augment: tuple[Literal["flip", "affine", "elastic", "gray", "neighbors", "domain"], ...] = (
         "flip", "affine", "elastic", "gray", "neighbors",
     )  # fmt: skip
     self_training: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of a batch from sections that nobody annotated

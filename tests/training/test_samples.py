@@ -247,7 +247,7 @@ def test_without_augmentation_patches_are_cut_out_as_they_are(tmp_path, bars):
     assert np.isin(np.round(gray[:, 0, 8:12, 8:12] * 4) / 4, means).mean() > 0.2
 
 
-@pytest.mark.parametrize("kind", ["flip", "affine", "elastic", "gray", "neighbors"])
+@pytest.mark.parametrize("kind", ["flip", "affine", "elastic", "gray", "neighbors", "domain"])
 def test_each_augmentation_changes_patches(tmp_path, bars, kind):
     image = np.random.default_rng(0).integers(1, 255, SHAPE).astype(np.uint8)
     settings = _write(tmp_path, image, bars[1]).model_copy(update={"augment": ()})

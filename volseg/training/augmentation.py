@@ -8,6 +8,9 @@ from scipy import ndimage
 
 from volseg.config import Train
 
+DOMAIN_SHARE = 0.35  # share of patches that "domain" makes look like those of another microscope
+MAX_DOMAIN_SCALE = 2.0  # it reads voxels up to that much smaller or larger
+
 
 def disturb_neighbors(
     planes: np.ndarray, settings: Train, rng: np.random.Generator
@@ -40,6 +43,10 @@ def disturb_neighbors(
             offsets[i] = rng.normal(0, 3, 2)
         else:
             blurred.append(i)
+    if "domain" in settings.augment and rng.random() < DOMAIN_SHARE:  # all sections jitter, as where they are thick
+        jitter = rng.normal(0, rng.uniform(0, 4), (len(planes), 2)).astype(np.float32)
+        jitter[middle] = 0
+        offsets += jitter
     return planes, offsets, blurred
 
 
@@ -57,6 +64,8 @@ def sampling_grid(settings: Train, rng: np.random.Generator) -> tuple[np.ndarray
     rotation = rng.uniform(-0.4, 0.4) if "affine" in augment and rng.random() < 0.3 else 0.0
     angle = quarter_turns * np.pi / 2 + rotation
     scale = np.exp(rng.uniform(-0.25, 0.25)) if "affine" in augment and rng.random() < 0.3 else 1.0
+    if "domain" in augment and rng.random() < DOMAIN_SHARE:
+        scale *= MAX_DOMAIN_SCALE ** rng.uniform(-1, 1)
     elastic = "elastic" in augment and rng.random() < 0.3
     knots = rng.normal(0, rng.uniform(0, 6), (2, 5, 5)) if elastic else np.zeros((2, 5, 5))
     cos, sin = np.float32(scale * np.cos(angle)), np.float32(scale * np.sin(angle))
@@ -82,6 +91,32 @@ def change_intensity(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     image = image * np.float32(np.exp(rng.uniform(-0.25, 0.25))) + np.float32(rng.normal(0, 0.2))
     if rng.random() < 0.3:
         image = image + np.float32(rng.uniform(0, 0.3)) * rng.standard_normal(image.shape, np.float32)
+    return image.astype(np.float32, copy=False)
+
+
+def randomize_domain(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a standardized ``image`` float32 (sections, P, P) as another microscope or staining might show it.
+
+    `DOMAIN_SHARE` of all patches change: gamma, focus, contrast, charging (a smooth field that is added), uneven staining (one
+    that multiplies), brightness and noise, each far more than in `change_intensity`. After Tobin et al., "Domain
+    randomization", IROS 2017, arXiv:1703.06907.
+    """
+    if rng.random() >= DOMAIN_SHARE:
+        return image
+    if rng.random() < 0.5:
+        low, span = image.min(), max(float(np.ptp(image)), 1e-3)
+        image = ((image - low) / span) ** np.float32(np.exp(rng.uniform(-0.8, 0.8))) * np.float32(span) + low
+        image = (image - image.mean()) / max(float(image.std()), 1e-3)
+    if rng.random() < 0.4:
+        image = ndimage.gaussian_filter(image, (0, *[rng.uniform(0.5, 2.5)] * 2))
+    basis = _interpolation_weights(image.shape[-1], 4)
+    charging, staining = (
+        basis @ rng.normal(0, rng.uniform(0, most), (4, 4)).astype(np.float32) @ basis.T for most in (0.5, 0.3)
+    )
+    contrast = np.exp(staining + np.float32(rng.uniform(-0.6, 0.6)))
+    image = image * contrast + charging + np.float32(rng.normal(0, 0.4))
+    if rng.random() < 0.5:
+        image = image + np.float32(rng.uniform(0, 0.7)) * rng.standard_normal(image.shape, np.float32)
     return image.astype(np.float32, copy=False)
 
 

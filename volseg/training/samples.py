@@ -14,6 +14,7 @@ from volseg.config import Train
 from volseg.training.augmentation import (
     change_intensity,
     disturb_neighbors,
+    randomize_domain,
     resample_linear,
     resample_nearest,
     sampling_grid,
@@ -167,7 +168,9 @@ def _augmented(
     image = _standardized(raw, source)
     for i in blurred:
         image[i] = ndimage.gaussian_filter(image[i], 2.0)
-    return change_intensity(image, rng) if "gray" in settings.augment else image
+    if "gray" in settings.augment:
+        image = change_intensity(image, rng)
+    return randomize_domain(image, rng) if "domain" in settings.augment else image
 
 
 def _targets(labels: np.ndarray, contacts: np.ndarray, *distance: np.ndarray, settings: Train) -> np.ndarray:
