@@ -143,6 +143,23 @@ def test_an_output_is_replaced_only_when_told(reference, tmp_path, run):
         export_of(reference, tmp_path / "mine", kind="n5", overwrite=True)
 
 
+@pytest.mark.parametrize("ending", ["tif", "n5"])
+def test_what_lies_beside_an_output_is_replaced_only_if_an_export_left_it(reference, tmp_path, ending):
+    out, beside = tmp_path / f"labels.{ending}", tmp_path / f"labels.{ending}.partial"
+    beside.write_text("mine")
+    with pytest.raises(UserError, match=r"\.partial exists and volseg export did not make it"):
+        export_of(reference, out, overwrite=True)
+    assert beside.read_text() == "mine"
+    beside.unlink()
+    beside.mkdir()
+    export_of(reference, out)  # of one that was killed as it began
+    beside.mkdir()
+    (beside / "export.json").write_text("{}")
+    (beside / "half").write_text("of an export that was killed")
+    export_of(reference, out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
 @pytest.mark.parametrize(
     ("out", "more", "says"),
     [

@@ -1,7 +1,8 @@
 """What a finished run holds, in the formats of other programs: labels, probabilities, meshes, outlines and tables.
 
-An export is written beside its output and takes that name once it is whole and the run is still the one that was read. A
-command that was stopped begins anew. Folders hold ``export.json``, which says what they are: no other folder is replaced.
+An export is written beside its output, into a folder, and takes its name once it is whole and the run is still the one that
+was read. A command that was stopped begins anew. Folders hold ``export.json``, which says what they are: no other folder is
+replaced.
 """
 
 from __future__ import annotations
@@ -128,20 +129,19 @@ def execute(
     with Lock(out):
         _refuse(run, out, form, overwrite)
         files.remove(partial)
-        if form.folder:
-            facts = {"run": run.path, "kind": wanted.kind, "what": wanted.what}
-            files.write_bytes(partial, NOTE, json.dumps(facts).encode())
-        else:
-            os.makedirs(os.path.dirname(out), exist_ok=True)
+        facts = {"run": run.path, "kind": wanted.kind, "what": wanted.what}
+        files.write_bytes(partial, NOTE, json.dumps(facts).encode())
+        made = partial if form.folder else f"{partial}/{os.path.basename(out)}"
         try:
-            WRITERS[wanted.kind](run, partial, wanted, config, progress)
+            WRITERS[wanted.kind](run, made, wanted, config, progress)
             if run.layout.load_summary() != run.summary:
                 raise UserError(f"the run at {run.path} was decided anew while it was exported; export it again")
         except BaseException:
             files.remove(partial)
             raise
         files.remove(out)
-        files.move(partial, out)
+        files.move(made, out)
+        files.remove(partial)
     return out
 
 
@@ -151,9 +151,11 @@ def _refuse(run: FinishedRun, out: str, form: Form, overwrite: bool) -> None:
         raise UserError(f"exports are written to a local path, and {out} is none; copy the export there afterwards")
     if f"{out}/".startswith(f"{run.path}/") or f"{run.path}/".startswith(f"{out}/"):
         raise UserError(f"output {out} would lie in the run {run.path}, or replace it; give another path")
-    for path in (out, f"{out}.partial"):
+    partial = f"{out}.partial"
+    for path, folder in ((out, form.folder), (partial, True)):
         foreign = os.path.isdir(path) and not files.exists(f"{path}/{NOTE}")
-        if foreign or (form.folder and os.path.isfile(path)):
+        begun = path == partial and not files.holds_files(path)  # of an export that was killed as it began
+        if (foreign and not begun) or (folder and os.path.isfile(path)):
             raise UserError(f"output {path} exists and volseg export did not make it; give another path")
     if files.exists(out) and not overwrite:
         raise UserError(f"output {out} exists; give another path, or --overwrite to replace it")
