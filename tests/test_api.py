@@ -44,6 +44,21 @@ def test_a_zarr_array_is_read_where_it_lies(image, reference, tmp_path):
     assert run.run.source.path.startswith(image)
 
 
+def test_an_output_that_exists_is_refused_before_an_array_is_read(reference, tmp_path):
+    class Unread:
+        shape, dtype = (8, 64, 64), np.dtype(np.uint8)
+
+        def __getitem__(self, index):
+            raise AssertionError(index)
+
+    (tmp_path / "precious").mkdir()
+    for work in (volseg.infer, volseg.segment, volseg.convert):
+        for out, said in ((tmp_path / "precious", "is left alone"), (reference, "exists")):
+            with pytest.raises(UserError, match=said):
+                work(Unread(), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
 def test_an_array_needs_a_name(image):
     with pytest.raises(UserError, match=r'give out="em\.volseg\.zarr"'):
         volseg.infer(np.zeros((4, 64, 64), np.uint8))

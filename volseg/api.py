@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.inference import hardware, voxel_size
 from volseg.inference.settings import Settings, default_out, settings_of
-from volseg.io import files, probabilities, volume
+from volseg.io import probabilities, volume
 from volseg.planning import measure, prepare
 from volseg.planning import plan as planning
 from volseg.progress import Progress, displayed
@@ -94,7 +94,7 @@ def infer(
     >>> run.labels.shape  # doctest: +SKIP
     """
     start, chosen = time.perf_counter(), settings_of(config, settings, model_path=model)
-    out = _output_path(path, out)
+    out = _output_path(path, out, partial(folder.refuse_existing, overwrite=overwrite))
     with displayed(progress) as shown:
         if isinstance(path, (str, os.PathLike)):
             folder.refuse_run(str(path))
@@ -107,11 +107,17 @@ def infer(
             return _execute(run, out, lambda: _begin(run, [source], out, overwrite, shown), shown, start, retry_failed)
 
 
-def _output_path(path: VolumeLike, out: str | os.PathLike | None) -> str:
-    """The absolute path of an output."""
-    if out is None and not isinstance(path, (str, os.PathLike)):
+def _output_path(
+    path: VolumeLike, out: str | os.PathLike | None, refuse: Callable[[str], None] = lambda out: None
+) -> str:
+    """The absolute path of an output; that of an array, which is copied first, ``refuse`` has looked at."""
+    if isinstance(path, (str, os.PathLike)):
+        return folder.absolute(str(out or default_out(path)).rstrip("/"))
+    if out is None:
         raise UserError('an array has no name to call its run by: give out="em.volseg.zarr"')
-    return folder.absolute(str(out or default_out(path)).rstrip("/"))
+    out = folder.absolute(str(out).rstrip("/"))
+    refuse(out)
+    return out
 
 
 def _begin(run: Run, sources: list[volume.Volume], out: str, overwrite: bool, progress: Progress) -> None:
@@ -173,23 +179,13 @@ def segment(
     return _segment_probabilities(path, out, settings_of(config, settings, base={}), overwrite, retry_failed, progress)
 
 
-@contextmanager
-def _readable_channels(source: VolumeLike, config: Config, out: str) -> Iterator[VolumeLike]:
-    """Probabilities as `probabilities.named_channels` takes them: an array in memory is copied, see `worker_readable`."""
-    if isinstance(source, (str, os.PathLike)):
-        yield os.fspath(source)
-        return
-    copy = f"{out}.input.zarr"
-    yield probabilities.stored_channels(source, config.probabilities, config.input, copy)
-    files.remove(copy)
-
-
 def _segment_probabilities(
     path: VolumeLike, out: str | os.PathLike | None, config: Config, overwrite: bool, retry_failed: bool,
     progress: Progress | None,
 ) -> FinishedRun:  # fmt: skip
-    start, out = time.perf_counter(), _output_path(path, out)
-    with displayed(progress) as shown, _readable_channels(path, config, out) as readable:
+    start, out = time.perf_counter(), _output_path(path, out, partial(folder.refuse_existing, overwrite=overwrite))
+    readable_channels = probabilities.readable_by_workers(path, config.probabilities, config.input, out)
+    with displayed(progress) as shown, readable_channels as readable:
         channels = probabilities.named_channels(readable, config.probabilities, config.input)
         sources = [channel.source for channel in channels if channel.source]
         folder.check_output(sources, out, overwrite)
@@ -392,7 +388,8 @@ def convert(
     """
     from volseg.engine import convert
 
-    chosen, out = settings_of(config, settings, base={}), _output_path(path, out)
+    chosen = settings_of(config, settings, base={})
+    out = _output_path(path, out, partial(convert.refuse_existing, overwrite=overwrite))
     with displayed(progress) as shown, volume.readable_by_workers(path, chosen.input, out) as source:
         for note in getattr(source, "notes", ()):
             shown.message(note)

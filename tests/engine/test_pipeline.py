@@ -42,8 +42,6 @@ from volseg.engine.run import Run
 from volseg.engine.stages import stages_of
 from volseg.errors import IncompleteRunError, UserError
 from volseg.evaluation import calibrate, review
-from volseg.evaluation.synthetic import synth
-from volseg.evaluation.synthetic_volume import write_synthetic
 from volseg.evaluation.verify import verify
 from volseg.inference import model
 from volseg.io import arrays, files, volume
@@ -339,15 +337,6 @@ def test_the_table_counts_the_labels(reference):
     table = pandas.read_parquet(f"{reference}/tables/objects.parquet")
     assert table["id"].tolist() == ids.tolist() == list(range(1, len(ids) + 1))
     assert table["voxels"].tolist() == voxels.tolist()
-
-
-def test_synthetic_volumes_do_not_see_the_blocks(tmp_path):
-    for name, block in (("a", (20, 40, 50)), ("b", (7, 16, 33))):
-        write_synthetic(str(tmp_path / name), (20, 40, 50), block, seed=3, overwrite=False, progress=Quiet())
-    want = synth(Box.from_shape((20, 40, 50)), seed=3)
-    for name in "ab":
-        for array, part in zip(("0", "labels/truth/0"), want, strict=True):
-            np.testing.assert_array_equal(zarr.open_array(str(tmp_path / name / array), mode="r")[:], part)
 
 
 def test_a_run_from_and_to_an_object_store(bucket, image, reference):

@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from tests.helpers import Quiet, Stops
 from volseg.box import Box
+from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
+from volseg.evaluation.synthetic_volume import write_synthetic
 
 BIG = Box((4000, 900, 2000), (4060, 960, 2064))
 FAR = Box((1_000_000, 999_990, 999_983), (1_000_020, 1_000_021, 1_000_007))
@@ -142,3 +146,33 @@ def touching(labels: np.ndarray) -> set[tuple[int, int]]:
         meet = (a != b) & (a > 0) & (b > 0)
         found |= {(int(min(p)), int(max(p))) for p in zip(a[meet], b[meet], strict=True)}
     return found
+
+
+def test_synthetic_volumes_do_not_see_the_blocks(tmp_path):
+    for name, block in (("a", (20, 40, 50)), ("b", (7, 16, 33))):
+        write_synthetic(str(tmp_path / name), (20, 40, 50), block, seed=3, overwrite=False, progress=Quiet())
+    want = synth(Box.from_shape((20, 40, 50)), seed=3)
+    for name in "ab":
+        for array, part in zip(("0", "labels/truth/0"), want, strict=True):
+            np.testing.assert_array_equal(zarr.open_array(str(tmp_path / name / array), mode="r")[:], part)
+
+
+def test_a_synthetic_volume_that_was_not_finished_leaves_nothing(tmp_path):
+    """One that is stopped takes away what it wrote; what a killed one left is gone with the next."""
+    out, beside = tmp_path / "em.zarr", tmp_path / "em.zarr.partial"
+
+    def write(progress=None):
+        write_synthetic(str(out), (4, 8, 8), (4, 8, 8), seed=3, overwrite=True, progress=progress or Quiet())
+
+    with pytest.raises(KeyboardInterrupt):
+        write(Stops("synth"))
+    assert list(tmp_path.iterdir()) == []
+    (beside / "labels").mkdir(parents=True)
+    (beside / "zarr.json").write_text("{")
+    write()
+    assert list(tmp_path.iterdir()) == [out]
+    beside.mkdir()
+    (beside / "precious").touch()
+    with pytest.raises(UserError, match=r"partial exists and volseg synth did not make it, so it is left alone"):
+        write()
+    assert (beside / "precious").exists()

@@ -181,10 +181,15 @@ def execute(
 
 
 def _refuse(job: Conversion, out: str, overwrite: bool) -> None:
-    """Nothing that a conversion did not make is ever replaced, nor what it reads from."""
+    """No conversion replaces what it reads from, nor what `refuse_existing` keeps."""
     if f"{files.absolute(job.source.path)}/".startswith((f"{out}/", f"{job.path}/")):
         raise UserError(f"output {out} would replace the volume it is made from; give another path")
-    for path in {out, job.path}:
+    refuse_existing(out, overwrite)
+
+
+def refuse_existing(out: str, overwrite: bool) -> None:
+    """Nothing that a conversion did not make is ever replaced, and a conversion only where ``overwrite`` says so."""
+    for path in {out, partial_path(out)}:
         if files.exists(path) and not files.exists(files.join(path, JOURNAL)):
             raise UserError(
                 f"output {path} exists and volseg convert did not make it, so it is left alone; give another path"

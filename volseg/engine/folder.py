@@ -53,15 +53,15 @@ def refuse_run(path: str) -> None:
 def check_output(sources: list[volume.Volume], out: str, overwrite: bool) -> None:
     """A run may be made at ``out``; on an object store, what ``overwrite`` is to replace is gone."""
     for source in sources:
-        _refuse_existing(absolute(source.path), out, overwrite)
+        if f"{absolute(source.path)}/".startswith((f"{out}/", f"{partial_path(out)}/")):
+            raise UserError(f"output {out} would replace the volume it is made from; give another --out")
+    refuse_existing(out, overwrite)
     if files.is_remote(out) and overwrite and Layout(out).finished:
         files.remove(out)
 
 
-def _refuse_existing(source: str, out: str, overwrite: bool) -> None:
-    """Nothing that a run did not make is ever replaced, nor what it reads from."""
-    if f"{source}/".startswith((f"{out}/", f"{partial_path(out)}/")):
-        raise UserError(f"output {out} would replace the volume it is made from; give another --out")
+def refuse_existing(out: str, overwrite: bool) -> None:
+    """Nothing that a run did not make is ever replaced, and a run only where ``overwrite`` says so."""
     for path in {out, partial_path(out)}:
         if files.exists(path) and not (Layout(path).finished or Layout(path).begun or _bare(path, out)):
             raise UserError(f"output {path} exists and is not a volseg run, so it is left alone; give another --out")

@@ -7,6 +7,9 @@ blocks do not change it, and no pass over the whole volume comes first.
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +18,7 @@ import numpy as np
 from volseg.box import Box
 from volseg.config import Input, Probabilities
 from volseg.errors import UserError
-from volseg.io import volume
+from volseg.io import files, volume
 from volseg.io.filling import recording_filled, zeroed
 from volseg.segmentation.heights import to_uint8
 
@@ -125,6 +128,17 @@ def stored_channels(array: Any, settings: Probabilities, source: Input, path: st
     }
     any_one = next(iter(stored.values()), None) or volume.materialize(channels[0], f"{path}/0")
     return tuple(stored.get(number, any_one) for number in range(len(channels)))
+
+
+@contextmanager
+def readable_by_workers(source: Any, settings: Probabilities, given: Input, out: str) -> Iterator[Any]:
+    """Probabilities as `named_channels` takes them: a path, or volumes, see `volume.readable_by_workers`."""
+    if isinstance(source, (str, os.PathLike)):
+        yield os.fspath(source)
+        return
+    copy = f"{out}.input.zarr"
+    yield stored_channels(source, settings, given, copy)
+    files.remove(copy)
 
 
 def _select(volumes: tuple[volume.Volume, ...], number: int | None, name: str) -> volume.Volume:
