@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,52 +11,45 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import volseg
-from volseg import __version__, cli_machine, cli_volumes
-from volseg.cli_volumes import EXIT_INTERRUPTED
+from volseg import __version__, cli_machine, cli_models, cli_output, cli_volumes
+from volseg.cli_options import (
+    Backend,
+    Channel,
+    ConfigFile,
+    Invert,
+    Mask,
+    Model,
+    Out,
+    Overwrite,
+    Padding,
+    Precision,
+    RetryFailed,
+    Roi,
+    Scheduler,
+    Sets,
+    Time,
+    VoxelNm,
+    Workers,
+    toml,
+)
+from volseg.cli_output import EXIT_INTERRUPTED, emit
 from volseg.config import layers, load, local_path, page
 from volseg.engine import forkserver
 from volseg.errors import IncompleteRunError, UserError, printable
-from volseg.progress import Progress, terminal_progress
+from volseg.progress import Progress
 
 if TYPE_CHECKING:
     from volseg.engine.finished import FinishedRun
 
 app = typer.Typer(
     name="volseg",
+    cls=cli_output.Group,
     help="Instance labels for electron-microscopy volumes of any size. Cutting up never changes the answer.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; see configs/.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
-Model = Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")]
-Out = Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")]
-Scheduler = Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")]
-Mask = Annotated[
-    str, typer.Option("--mask", metavar="VOLUME", help="Do nothing where this volume is 0; may be coarser.")
-]
-Roi = Annotated[str, typer.Option("--roi", metavar="z0:z1,y0:y1,x0:x1", help="Do only this part.")]
-Channel = Annotated[int | None, typer.Option("--channel", min=0, help="Which of several channels, from 0.")]
-Time = Annotated[int | None, typer.Option("--time", min=0, help="Which of several times, from 0.")]
-Invert = Annotated[bool, typer.Option("--invert", help="Turn gray values around: the volume's objects are too bright.")]
-Padding = Annotated[
-    str, typer.Option("--padding", metavar="VALUE", help="Gray value around the image: does not count.")
-]
-VoxelNm = Annotated[
-    str, typer.Option("--voxel-nm", metavar="Z,Y,X", help="Size of a voxel in nm, whatever the file says.")
-]
-Backend = Annotated[str, typer.Option("--backend", help="auto, openvino, onnx or torch.")]
-Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16, fp16 or int8.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-RetryFailed = Annotated[
-    bool,
-    typer.Option("--retry-failed/--skip-failed", help="Blocks that failed before: try them again, or do the rest."),
-]
 
 
 def main() -> None:
@@ -125,11 +117,12 @@ def infer(
     from volseg.inference.settings import settings_of
 
     settings = settings_of(config, [*(sets or ()), *given])
-    _run(
+    made = _run(
         lambda progress: api.infer(
             volume, out or None, config=settings, overwrite=overwrite, retry_failed=retry_failed, progress=progress
         )
     )
+    _tell(made)
 
 
 @app.command()
@@ -151,7 +144,6 @@ def plan(
     padding: Padding = "",
     voxel_nm: VoxelNm = "",
     price: Annotated[float | None, typer.Option("--price-per-hour", min=0.0, help="Of all workers together.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what an infer would take, from a few tiles: voxels inferred, bytes, memory, time, cost. Nothing is written.
 
@@ -166,7 +158,7 @@ def plan(
     told = made.to_json()
     if price is not None:
         told["cost"] = price * made.total_seconds / 3600
-    typer.echo(json.dumps(told, indent=1) if as_json else planning.format_plan(made, price))
+    emit(planning.format_plan(made, price), told)
     if made.refusal:
         raise UserError(made.refusal)
 
@@ -197,7 +189,7 @@ def _meaning(channel: int | None, time: int | None, invert: bool, padding: str, 
 
 def _options(*given: tuple[str, str, Any]) -> list[tuple[str, str]]:
     """Settings of the options that were given: ``(option, "section.key=value")``."""
-    return [(option, f"{key}={_toml(value)}") for option, key, value in given if value not in (None, "", [])]
+    return [(option, f"{key}={toml(value)}") for option, key, value in given if value not in (None, "", [])]
 
 
 def _channel(name: str, more: str) -> Any:
@@ -256,12 +248,13 @@ def segment(
     )  # fmt: skip
     from volseg import api
 
-    _run(
+    made = _run(
         lambda progress: api.segment(
             path, out or None, config=config, settings=[*(sets or ()), *given], overwrite=overwrite, recompute=recompute,
             retry_failed=retry_failed, progress=progress,
         )
     )  # fmt: skip
+    _tell(made)
 
 
 @app.command()
@@ -278,22 +271,28 @@ def calibrate(
     from volseg import api
 
     result = volseg.calibrate(run, truth, box=box or None)
-    typer.echo(str(result))
     best = result.best
+    gains = {"own": best.pq - result.own.pq, "default": best.pq - result.default.pq}
+    text = (
+        f"{result}\nchosen   " + ", ".join(text.replace("=", " = ") for text in best.settings) + "\n"
+        f"gain     PQ {gains['own']:+.4f} over the run's own settings, {gains['default']:+.4f} over the defaults, on the same "
+        "annotations"
+    )
     if not best.pq:
         raise UserError(f"no setting matches any object of {truth} there: are these the labels of this volume?")
-    typer.echo("chosen   " + ", ".join(text.replace("=", " = ") for text in best.settings))
-    typer.echo(
-        f"gain     PQ {best.pq - result.own.pq:+.4f} over the run's own settings, {best.pq - result.default.pq:+.4f} over the "
-        "defaults, on the same annotations"
-    )
     if model:
         from volseg.evaluation.calibrate import save_to_model
         from volseg.evaluation.stored import open_stored
 
         save_to_model(Path(local_path(model)), best, open_stored(run))
-    if not best.own:
-        _run(lambda progress: api.segment(run, settings=best.settings, progress=progress))
+    if not cli_output.wants_json():
+        typer.echo(text)
+    made = None if best.own else _run(lambda progress: api.segment(run, settings=best.settings, progress=progress))
+    plain = {**result.to_json(), "chosen": list(best.settings), "gain": gains, "decided_anew": made and made.to_json()}
+    if cli_output.wants_json():
+        emit("", plain)
+    elif made:
+        emit(_report(made), {})
 
 
 @app.command()
@@ -301,12 +300,11 @@ def verify(
     run: Annotated[str, typer.Argument(help="A finished run.")],
     blocks: Annotated[int, typer.Option("--blocks", min=1, help="How many random boxes to recompute.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="Another seed, other boxes.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Recompute parts of a run with other blocks and compare them bit for bit. Exit code 1 where they differ."""
 
     result = volseg.verify(run, boxes=blocks, seed=seed)
-    typer.echo(json.dumps(result.to_json(), indent=1) if as_json else str(result))
+    emit(str(result), result.to_json())
     if not result.ok:
         raise typer.Exit(1)
 
@@ -316,7 +314,7 @@ def repair(run: Annotated[str, typer.Argument(help="A finished run.")], retry_fa
     """Make again what of a run is missing or damaged, as volseg verify tells, and just that."""
     from volseg import api
 
-    _run(lambda progress: api.repair(run, retry_failed=retry_failed, progress=progress))
+    _tell(_run(lambda progress: api.repair(run, retry_failed=retry_failed, progress=progress)))
 
 
 @app.command()
@@ -327,128 +325,32 @@ def review(
     """List the least certain joins and borders, with a picture of each in RUN/review."""
 
     result = volseg.review(run, top=top)
-    typer.echo(str(result))
-    typer.echo(f"page     {result.page}")
+    emit(f"{result}\npage     {result.page}", result.to_json())
 
 
-def _run(start: Callable[[Progress], FinishedRun]) -> None:
-    """Shows the progress of a run, and what came of it."""
-    progress = terminal_progress()
-    try:
-        run = start(progress)
-    except KeyboardInterrupt:
-        typer.echo("volseg: stopped; what is done is kept, the same command goes on from there", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    finally:
-        progress.stop()
+def _run(start: Callable[[Progress], FinishedRun]) -> FinishedRun:
+    """Shows the progress of a run."""
+    with cli_output.shown("what is done is kept, the same command goes on from there") as progress:
+        return start(progress)
+
+
+def _tell(run: FinishedRun) -> None:
+    """What came of a run."""
+    emit(_report(run), {"path": run.path, **run.to_json()})
+
+
+def _report(run: FinishedRun) -> str:
     from volseg.planning.plan import compare_with
 
-    typer.echo("\n".join([*run.report(), *compare_with(run.plan, run.actual), *run.places()]))
+    return "\n".join([*run.report(), *compare_with(run.plan, run.actual), *run.places()])
 
 
-def _toml(value: str | float | list[str]) -> str:
-    """``value`` as TOML."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(help="TOML file with a [train] table; see configs/epfl.toml.")],
-    sets: Sets = None,
-) -> None:
-    """Train a model on annotated sections."""
-    settings = load(config, sets or ())
-    from volseg.training.checkpoint import CHECKPOINT_NAME
-    from volseg.training.train import train as run
-
-    _until_stopped(lambda: run(settings), Path(settings.train.out, CHECKPOINT_NAME))
-
-
-def _until_stopped(work: Callable[[], Any], checkpoint: Path | None = None) -> None:
-    """Does ``work``; Ctrl-C ends it with a line that says how to go on."""
-    try:
-        work()
-    except KeyboardInterrupt:
-        nothing = checkpoint is not None and not checkpoint.exists()
-        goes_on = "begins anew: nothing was learnt yet" if nothing else "goes on from the last checkpoint"
-        typer.echo(f"volseg: stopped; the same command {goes_on}", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-@app.command()
-def tune(
-    config: Annotated[Path, typer.Argument(help="TOML file with a [train] table that holds sections out.")],
-    sets: Sets = None,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="How many settings to try.")] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", min=0.0, help="Time budget; 0 for none.")] = None,
-) -> None:
-    """Search a learning rate and batch size, and write the best into a config for volseg train."""
-    flags = [f"tune.trials={trials}"] * (trials is not None) + [f"tune.minutes={minutes}"] * (minutes is not None)
-    settings = load(config, [*(sets or ()), *flags])
-    from volseg.training.tune import tune as run
-
-    _until_stopped(lambda: run(settings))
-
-
-@app.command()
-def backends(
-    volume: Annotated[str, typer.Argument(help="A volume; some of its tiles are tried.")],
-    model: Model = "",
-    config: ConfigFile = None,
-    sets: Sets = None,
-) -> None:
-    """Try every backend and precision that this machine has on a volume: speed, and distance from float32."""
-    settings = load(config, [*(sets or ()), *[f"predict.model={_toml(model)}"] * bool(model)])
-    from volseg.inference import autoselect as probe
-    from volseg.planning import prepare as describe
-
-    rows = describe.try_backends(volume, settings)
-    typer.echo(f"{probe.format_measurements(rows)}\nfastest  {probe.fastest(rows).name}")
-
-
-@app.command()
-def quantize(
-    model: Annotated[Path, typer.Argument(help="Model file; its quantized form is stored in it.")],
-    image: Annotated[str, typer.Argument(help="A volume that the model was trained on.")],
-    sections: Annotated[str, typer.Option("--sections", metavar="0:120,130", help="Sections to calibrate on.")] = "",
-    truth: Annotated[str, typer.Option("--truth", help="Labels of the volume: measure what it loses.")] = "",
-    held: Annotated[str, typer.Option("--held-out", metavar="140:165", help="Sections to measure on.")] = "",
-) -> None:
-    """Add an INT8 form to a model file; with --truth and --held-out, auto takes it where it loses little. Needs nncf."""
-    if bool(truth) != bool(held):
-        raise UserError("--truth and --held-out belong together: labels, and the sections of them to measure on")
-    from volseg.training import quantize as form
-
-    facts = form.quantize(Path(local_path(model)), image, sections=_parts(sections), truth=truth, held_out=_parts(held))
-    typer.echo(form.format_facts(facts))
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-app.command()(cli_volumes.evaluate)
-app.command()(cli_volumes.synth)
-app.command()(cli_volumes.convert)
-app.command()(cli_volumes.export)
-app.command()(cli_volumes.view)
-app.command()(cli_machine.doctor)
-
-
-@app.command()
-def info(
-    model: Annotated[Path | None, typer.Argument(help="Model file; the shipped one if not given.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The whole card, with every setting of its training.")
-    ] = False,
-) -> None:
-    """Print a model's card: what it is for, what it learnt from, how good it is."""
-    from volseg.inference.model import load_card, shipped
-    from volseg.inference.model_card import format_card
-
-    path = Path(local_path(model)) if model else shipped()
-    card = load_card(path)
-    typer.echo(json.dumps(card.to_json(), indent=1) if as_json else format_card(path, card))
+MORE: tuple[Callable[..., None], ...] = (
+    cli_models.train, cli_models.tune, cli_models.backends, cli_models.quantize, cli_volumes.evaluate, cli_volumes.synth,
+    cli_volumes.convert, cli_volumes.export, cli_volumes.view, cli_models.info, cli_machine.doctor,
+)  # fmt: skip
+for command in MORE:
+    app.command()(command)
 
 
 @app.command()
@@ -458,7 +360,8 @@ def clean(run: Annotated[str, typer.Argument(help="A finished run.")]) -> None:
 
     freed = api.clean(run)
     size = "" if freed is None else f" ({freed / 1e9:.2f} GB)"
-    typer.echo(f"removed {run.rstrip('/')}/work{size}; volseg segment then needs --recompute")
+    removed = f"{run.rstrip('/')}/work"
+    emit(f"removed {removed}{size}; volseg segment then needs --recompute", {"removed": removed, "bytes": freed})
 
 
 @app.command()
@@ -466,17 +369,13 @@ def settings(
     model: Model = "",
     config: ConfigFile = None,
     sets: Sets = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print every setting of an infer as a config file, and where it comes from if it is no default."""
     from volseg.inference.model import load_card, shipped
 
     base = load_card(model or load(config, sets or ()).predict.model or shipped()).decode
     found = load(config, sets or (), base=base)
-    if as_json:
-        typer.echo(json.dumps(found.model_dump(mode="json"), indent=1))
-    else:
-        typer.echo(page(found, layers(config, sets or (), base)))
+    emit(page(found, layers(config, sets or (), base)), found.model_dump(mode="json"))
 
 
 @app.callback(invoke_without_command=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
+
+from volseg.cli_output import emit, wants_json
 
 
 def doctor(
@@ -13,7 +14,6 @@ def doctor(
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.0, help="For how long each backend is tried; 0 leaves that out.")
     ] = 2.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at this machine: devices, backends, codecs, versions, disk, memory, ports, caches, permissions.
 
@@ -22,7 +22,7 @@ def doctor(
     """
     from volseg.planning.doctor import doctor as look
 
-    found = look(folder, seconds=seconds, say=None if as_json else typer.echo)
-    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.summary)
+    found = look(folder, seconds=seconds, say=None if wants_json() else typer.echo)
+    emit(found.summary, found.to_json())
     if not found.ok:
         raise typer.Exit(1)

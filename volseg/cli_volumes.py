@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from volseg.cli_output import emit, note, shown
 from volseg.config import MOST
 from volseg.errors import UserError
-from volseg.progress import terminal_progress
 
 if TYPE_CHECKING:
     from volseg.box import Triple
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-EXIT_INTERRUPTED = 130  # after Ctrl-C
 
 
 def convert(
@@ -53,20 +52,17 @@ def convert(
     chosen = [(option, f"{key}={json.dumps(value)}") for option, key, value in given if value not in (None, "")]
     from volseg.api import convert as run
 
-    progress = terminal_progress()
-    try:
+    with shown("what is done is kept, the same command goes on from there") as progress:
         made = run(
             volume, out, labels=labels, chunk=numbers(chunk, "--chunk") if chunk else None,
             shard=numbers(shard, "--shard") if shard else None,
             settings=[*(sets or ()), *chosen], overwrite=overwrite, progress=progress,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        typer.echo("volseg: stopped; what is done is kept, the same command goes on from there", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    finally:
-        progress.stop()
     size_text = " x ".join(f"{n:g}" for n in made.voxel_size_nm) + " nm" if made.voxel_size_nm else "unknown voxel size"
-    typer.echo(f"volume   {out}\nshape    {' x '.join(map(str, made.shape))} {made.dtype}, {size_text}")
+    emit(
+        f"volume   {out}\nshape    {' x '.join(map(str, made.shape))} {made.dtype}, {size_text}",
+        {"volume": out, "shape": made.shape, "dtype": str(made.dtype), "voxel_size_nm": made.voxel_size_nm},
+    )
 
 
 def export(
@@ -98,18 +94,12 @@ def export(
     chosen = [f"{key}={json.dumps(value)}" for key, value in given if value]
     from volseg.api import export
 
-    progress = terminal_progress()
-    try:
+    with shown("nothing is left of it, the same command begins anew") as progress:
         made = export(
             run, out, kind=to, what=what, meshes=meshes, objects=objects or (), max_error_nm=max_error_nm,
             settings=chosen, overwrite=overwrite, progress=progress,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        typer.echo("volseg: stopped; nothing is left of it, the same command begins anew", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    finally:
-        progress.stop()
-    typer.echo(f"export   {made}")
+    emit(f"export   {made}", {"export": made})
 
 
 def view(
@@ -135,17 +125,15 @@ def view(
 
         _open_napari(module.napari_command(open_run(run).path))
         return
-    with module.view(run, object=object, review=review, image=image or None, port=port) as shown:
-        if module.IMAGE not in shown.layers:
-            typer.echo(
-                "volseg: the volume below the labels is not known, or not there any more; give --image VOLUME", err=True
-            )
+    with module.view(run, object=object, review=review, image=image or None, port=port) as viewer:
+        if module.IMAGE not in viewer.layers:
+            note("the volume below the labels is not known, or not there any more; give --image VOLUME")
         if screenshot:
-            shown.screenshot(screenshot)
-            typer.echo(f"picture  {screenshot}")
+            viewer.screenshot(screenshot)
+            emit(f"picture  {screenshot}", {"picture": screenshot})
             return
         with contextlib.suppress(KeyboardInterrupt):
-            typer.echo(f"{shown.url}\nshowing {shown.run}; Ctrl-C ends")
+            emit(f"{viewer.url}\nshowing {viewer.run}; Ctrl-C ends", {"url": viewer.url, "run": str(viewer.run)})
             threading.Event().wait()
 
 
@@ -156,7 +144,8 @@ def _open_napari(command: list[str]) -> None:
     if all(map(system.installed, ("napari", "napari_ome_zarr"))):
         subprocess.run([sys.executable, "-m", *command], check=False)
         return
-    typer.echo(f"napari is not installed here; pip install 'napari[all]' napari-ome-zarr, then: {shlex.join(command)}")
+    text = f"napari is not installed here; pip install 'napari[all]' napari-ome-zarr, then: {shlex.join(command)}"
+    emit(text, {"command": command})
 
 
 def synth(
@@ -170,30 +159,27 @@ def synth(
     from volseg.evaluation.synthetic_volume import write_synthetic
 
     sizes = numbers(shape, "--shape"), numbers(block, "--block")
-    progress = terminal_progress()
-    try:
+    with shown("give the same command with --overwrite to begin anew") as progress:
         write_synthetic(out.rstrip("/"), *sizes, seed=seed, overwrite=overwrite, progress=progress)
-    finally:
-        progress.stop()
-    typer.echo(f"image    {out}\ntruth    {out.rstrip('/')}/labels/truth")
+    truth = f"{out.rstrip('/')}/labels/truth"
+    emit(f"image    {out}\ntruth    {truth}", {"image": out, "truth": truth})
 
 
 def evaluate(
     pred: Annotated[str, typer.Argument(help="A run, or a volume of labels.")],
     truth: Annotated[str, typer.Argument(help="A volume of labels, or a 0/255 mask.")],
     box: Annotated[str, typer.Option("--box", metavar="z0:z1,y0:y1,x0:x1", help="Score only this part.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score labels against the truth: foreground and instances."""
     from volseg.evaluation import evaluate as evaluation
     from volseg.evaluation.evaluate import read_roi
 
     scores = evaluation.evaluate(pred, truth, box=box or None)
-    typer.echo(json.dumps(scores.to_json(), indent=1) if as_json else str(scores))
+    emit(str(scores), scores.to_json())
     if not scores.instances.truth_objects:
-        typer.echo(f"volseg: {truth} holds no object here, so most of these scores say nothing", err=True)
+        note(f"{truth} holds no object here, so most of these scores say nothing")
     if not box and (roi := read_roi(pred)):
-        typer.echo(f"volseg: {pred} did only {roi}, all else counts as missed; --box {roi} scores that part", err=True)
+        note(f"{pred} did only {roi}, all else counts as missed; --box {roi} scores that part")
 
 
 def numbers(text: str, option: str, kind: type = int) -> Triple:

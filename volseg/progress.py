@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from volseg import log
+
 LINE_INTERVAL_S = 10  # between lines of progress where there is no terminal
+LOG_INTERVAL_S = 60  # between lines of progress in a log
+KEPT_LINES = 1000  # of a log that has no place to be written to yet
 
 
 class Progress(Protocol):
@@ -145,6 +151,48 @@ def terminal_progress() -> Progress:
     return Bars() if sys.stderr.isatty() else Lines()
 
 
+class LoggedProgress:
+    """Shows what another `Progress` shows, and has it in a log, too: the logger ``volseg``, and what `attach` names."""
+
+    def __init__(self, shown: Progress) -> None:
+        self.shown = shown
+        self.kept: deque[str] = deque(maxlen=KEPT_LINES)
+        self.sink: Callable[[str], None] | None = None
+
+    def attach(self, sink: Callable[[str], None]) -> None:
+        """Lines go to ``sink`` from here on, those that were said before first."""
+        self.sink = sink
+        while self.kept:
+            sink(self.kept.popleft())
+
+    def record(self, text: str, level: int = logging.INFO) -> None:
+        """Has a thing in the log that is not shown."""
+        log.LOGGER.log(level, "%s", text)
+        (self.sink or self.kept.append)(log.line(text, level))
+
+    def message(self, text: str) -> None:
+        self.shown.message(text)
+        self.record(text)
+
+    def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        advance, stage = self.shown.stage(name, voxels, done), _StageProgress(name, voxels, done)
+        last = stage.start
+        self.record(f"{name}: {voxels / 1e6:.2f} million" + f", {done / 1e6:.2f} done before" * (done > 0))
+
+        def advanced(more: int) -> None:
+            nonlocal last
+            advance(more)
+            stage.done, now = stage.done + more, time.monotonic()
+            if more and (stage.done >= voxels or now - last > LOG_INTERVAL_S):
+                self.record(stage.line(now))
+                last = now
+
+        return advanced
+
+    def stop(self) -> None:
+        self.shown.stop()
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -181,9 +229,9 @@ def _cell(value: object) -> str:
 
 
 @contextmanager
-def displayed(progress: Progress | None) -> Iterator[Progress]:
-    """Progress as asked for, else as suits where this runs; ended afterwards."""
-    progress = progress or default_progress()
+def displayed(progress: Progress | None) -> Iterator[LoggedProgress]:
+    """Progress as asked for, else as suits where this runs, in the log, too; ended afterwards."""
+    progress = LoggedProgress(progress or default_progress())
     try:
         yield progress
     finally:

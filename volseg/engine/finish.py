@@ -25,6 +25,7 @@ from volseg.engine.layout import Layout
 from volseg.engine.lock import Lock, wait_for_writers
 from volseg.engine.receipts import Markers, RunStatistics, peak_bytes
 from volseg.engine.run import Run, redundancy
+from volseg.engine.run_log import RunProgress
 from volseg.engine.stages import keys
 from volseg.errors import IncompleteRunError, OutOfMemoryError, UserError
 from volseg.inference import hardware
@@ -48,10 +49,25 @@ def execute(
     ``lock`` is held for that name. The command was given at ``start``; ``light`` work needs no processes; ``plan`` is
     stored beside what the run took. Blocks that failed before are tried again unless ``retry_failed`` is off.
     """
+    told = RunProgress(progress, start)
+    try:
+        finished = _execute(run, lock, prepare, told, start, light, plan, retry_failed)
+        told.end(finished)
+        return finished
+    except BaseException as error:
+        told.fail(error)
+        raise
+
+
+def _execute(
+    run: Run, lock: Lock, prepare: Callable[[], None], progress: RunProgress, start: float, light: bool, plan: dict | None,
+    retry_failed: bool,
+) -> FinishedRun:  # fmt: skip
     gpus = 0 if light else gpus_of(run)
     with cluster.connect(run.config.cluster, gpus, light=light) as client:
         wait_for_writers(run.layout.begun_path)
         prepare()
+        progress.begin(run)
         folder.create_missing_arrays(run)
         if warning := cluster.exposure(run.config.cluster):
             progress.message(warning)

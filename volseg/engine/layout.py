@@ -7,6 +7,7 @@
       tables/                 objects and merges as Parquet and CSV, a histogram of volumes
       overlay.png, review/    pictures
       run.json                what the finished run is and took; written last
+      log.txt                 what each command said that worked on it
       work/                   all that a restart, or another decision from the same basins, needs
 
 No other module knows a name in this folder. Tables of arrays are NPZ files, one for each block; arrays are zarr, a shard
@@ -304,6 +305,7 @@ class Layout:
         """Not itself, what names it, nor what later commands write."""
         apart = (
             "run.json",
+            "log.txt",
             self.MANIFEST,
             "review/",
             "work/markers/",
@@ -392,6 +394,20 @@ class Layout:
         """What describes labels that are about to change."""
         for name in ("review", "tables/merges.parquet", "tables/merges.csv"):
             files.remove(f"{self.path}/{name}")
+
+    @property
+    def log_path(self) -> str:
+        return f"{self.path}/log.txt"
+
+    def load_log(self) -> bytes:
+        """What was said; nothing where there is no log."""
+        try:
+            return files.read_bytes(self.path, "log.txt")
+        except FileNotFoundError:
+            return b""
+
+    def save_log(self, text: bytes) -> None:
+        files.write_bytes(self.path, "log.txt", text)
 
     @property
     def labels_path(self) -> str:

@@ -1,0 +1,106 @@
+"""Commands about models: trained, tuned, tried, quantized, described; `volseg.cli` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from volseg.cli_options import ConfigFile, Model, Sets, toml
+from volseg.cli_output import EXIT_INTERRUPTED, emit, say, wants_json
+from volseg.config import load, local_path
+from volseg.errors import UserError
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file with a [train] table; see configs/epfl.toml.")],
+    sets: Sets = None,
+) -> None:
+    """Train a model on annotated sections."""
+    settings = load(config, sets or ())
+    from volseg.training.checkpoint import CHECKPOINT_NAME
+    from volseg.training.train import train as run
+
+    path = _until_stopped(lambda: run(settings, say), Path(settings.train.out, CHECKPOINT_NAME))
+    if wants_json():
+        from volseg.inference.model import load_card
+
+        emit("", {"model": str(path), "report": str(path.with_name("report.html")), "card": load_card(path).to_json()})
+
+
+def _until_stopped(work: Callable[[], Path], checkpoint: Path | None = None) -> Path:
+    """Does ``work``; Ctrl-C ends it with a line that says how to go on."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        nothing = checkpoint is not None and not checkpoint.exists()
+        goes_on = "begins anew: nothing was learnt yet" if nothing else "goes on from the last checkpoint"
+        typer.echo(f"volseg: stopped; the same command {goes_on}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def tune(
+    config: Annotated[Path, typer.Argument(help="TOML file with a [train] table that holds sections out.")],
+    sets: Sets = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="How many settings to try.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", min=0.0, help="Time budget; 0 for none.")] = None,
+) -> None:
+    """Search a learning rate and batch size, and write the best into a config for volseg train."""
+    flags = [f"tune.trials={trials}"] * (trials is not None) + [f"tune.minutes={minutes}"] * (minutes is not None)
+    settings = load(config, [*(sets or ()), *flags])
+    from volseg.training.tune import tune as run
+
+    path = _until_stopped(lambda: run(settings, say))
+    if wants_json():
+        emit("", {"config": str(path), "train": load(path).train.model_dump(mode="json")})
+
+
+def backends(
+    volume: Annotated[str, typer.Argument(help="A volume; some of its tiles are tried.")],
+    model: Model = "",
+    config: ConfigFile = None,
+    sets: Sets = None,
+) -> None:
+    """Try every backend and precision that this machine has on a volume: speed, and distance from float32."""
+    settings = load(config, [*(sets or ()), *[f"predict.model={toml(model)}"] * bool(model)])
+    from volseg.inference import autoselect as probe
+    from volseg.planning import prepare as describe
+
+    rows = describe.try_backends(volume, settings)
+    fastest = probe.fastest(rows).name
+    plain = {"candidates": list(map(vars, rows)), "fastest": fastest}
+    emit(f"{probe.format_measurements(rows)}\nfastest  {fastest}", plain)
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Model file; its quantized form is stored in it.")],
+    image: Annotated[str, typer.Argument(help="A volume that the model was trained on.")],
+    sections: Annotated[str, typer.Option("--sections", metavar="0:120,130", help="Sections to calibrate on.")] = "",
+    truth: Annotated[str, typer.Option("--truth", help="Labels of the volume: measure what it loses.")] = "",
+    held: Annotated[str, typer.Option("--held-out", metavar="140:165", help="Sections to measure on.")] = "",
+) -> None:
+    """Add an INT8 form to a model file; with --truth and --held-out, auto takes it where it loses little. Needs nncf."""
+    if bool(truth) != bool(held):
+        raise UserError("--truth and --held-out belong together: labels, and the sections of them to measure on")
+    from volseg.training import quantize as form
+
+    facts = form.quantize(Path(local_path(model)), image, sections=_parts(sections), truth=truth, held_out=_parts(held))
+    emit(form.format_facts(facts), facts)
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def info(
+    model: Annotated[Path | None, typer.Argument(help="Model file; the shipped one if not given.")] = None,
+) -> None:
+    """Print a model's card: what it is for, what it learnt from, how good it is; as JSON with all settings of training."""
+    from volseg.inference.model import load_card, shipped
+    from volseg.inference.model_card import format_card
+
+    path = Path(local_path(model)) if model else shipped()
+    card = load_card(path)
+    emit(format_card(path, card), card.to_json())

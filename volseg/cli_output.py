@@ -1,0 +1,151 @@
+"""How commands tell things: results on standard output, as text or JSON; all else on standard error and in a log file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from volseg import __version__, log
+from volseg.errors import UserError
+from volseg.progress import Progress, Silent, terminal_progress
+
+EXIT_INTERRUPTED = 130  # after Ctrl-C
+
+
+@dataclass(frozen=True)
+class Output:
+    """How the command under way tells things: see the help of the options of these names."""
+
+    json: bool = False
+    verbose: bool = False
+    quiet: bool = False
+    log_file: str = ""
+
+
+_CURRENT: ContextVar[Output] = ContextVar("output", default=Output())  # noqa: B039  it is frozen
+
+
+def _every_command(
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print the log, with times and tracebacks, in place of progress.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors alone.")] = False,
+    log_file: Annotated[str, typer.Option("--log-file", metavar="FILE", help="Add the log to this file.")] = "",
+) -> None:
+    """The options that every command takes."""
+
+
+class Group(TyperGroup):
+    """Commands each of which takes the options of `Output`, too."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        app = typer.Typer(add_completion=False)
+        app.command()(_every_command)
+        for name, command in self.commands.items():
+            command.params += [option for option in typer.main.get_command(app).params if option.name != "help"]
+            command.callback = _telling(name, command.callback)
+
+
+def _telling(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with that name, within which things are told as its options want it."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **values: Any) -> Any:
+        with _told(Output(*(values.pop(option) for option in Output.__dataclass_fields__))):
+            return function(*args, **values)
+
+    return call
+
+
+@contextmanager
+def _told(output: Output) -> Iterator[None]:
+    if output.quiet and output.verbose:
+        raise UserError("--quiet and --verbose are opposites; leave out one of them")
+    before, level, handlers = _CURRENT.set(output), log.LOGGER.level, _handlers(output)
+    try:
+        if handlers:
+            log.LOGGER.setLevel(logging.DEBUG)
+        for handler in handlers:
+            handler.setFormatter(log.LineFormatter())
+            log.LOGGER.addHandler(handler)
+        log.LOGGER.info("volseg %s: %s", __version__, shlex.join(sys.argv))
+        yield
+        log.LOGGER.debug("ended")
+    except typer.Exit:
+        raise
+    except BaseException as error:
+        log.LOGGER.debug("ended by %s", type(error).__name__, exc_info=True)
+        raise
+    finally:
+        for handler in handlers:
+            log.LOGGER.removeHandler(handler)
+            handler.close()
+        log.LOGGER.setLevel(level)
+        _CURRENT.reset(before)
+
+
+def _handlers(output: Output) -> list[logging.Handler]:
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)] if output.verbose else []
+    if output.log_file:
+        try:
+            handlers.append(logging.FileHandler(output.log_file, encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"cannot write the log file {output.log_file}: {error.strerror or error}; give --log-file a file in a folder "
+                "that exists"
+            ) from None
+    return handlers
+
+
+# ---------------------------------------------------------------- what commands call
+
+
+def emit(text: str, plain: Any) -> None:
+    """The result of a command, on standard output: as text, or ``plain`` as JSON."""
+    typer.echo(json.dumps(plain, indent=1, default=str) if _CURRENT.get().json else text)
+
+
+def wants_json() -> bool:
+    """Whether the result is to be JSON, so that nothing else may stand on standard output."""
+    return _CURRENT.get().json
+
+
+def note(text: str) -> None:
+    """Something worth knowing beside the result, on standard error."""
+    log.LOGGER.info(text)
+    if not (_CURRENT.get().quiet or _CURRENT.get().verbose):
+        typer.echo(f"volseg: {text}", err=True)
+
+
+def say(text: str) -> None:
+    """A line about work under way: on standard output, or on standard error where JSON stands there."""
+    log.LOGGER.info(text)
+    if not (_CURRENT.get().quiet or _CURRENT.get().verbose):
+        typer.echo(text, err=_CURRENT.get().json)
+
+
+@contextmanager
+def shown(stopped: str) -> Iterator[Progress]:
+    """The progress of work; Ctrl-C ends it with what is said then."""
+    silent = _CURRENT.get().quiet or _CURRENT.get().verbose
+    progress: Progress = Silent() if silent else terminal_progress()
+    try:
+        yield progress
+    except KeyboardInterrupt:
+        typer.echo(f"volseg: stopped; {stopped}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    finally:
+        progress.stop()
