@@ -19,11 +19,15 @@ from volseg.segmentation.heights import OUTSIDE, block_heights, mask_level
 from volseg.training.decoding import (
     THRESHOLDS,
     ValidationSlab,
+    annotated_slab,
     best_mask,
     calibrate,
+    cut_basins,
     foreground,
+    only_sections,
     score_objects,
     threshold_overlaps,
+    usual_size,
     validation_slabs,
 )
 from volseg.training.sources import load_sources
@@ -85,6 +89,43 @@ def test_settings_stay_where_nothing_is_gained(tables, tmp_path):
     assert score_objects([slab], config)[0]["seed"] == config.stitch.seed
     assert score_objects([slab], config)[0]["min_voxels"] == config.stitch.min_voxels
     assert best_mask([slab], config.fragments)[0] == config.fragments.smooth
+
+
+def cubes(side, count):
+    """A slab of cubes in a row along x, before them as many quarters that a face cuts, and a false speck after each."""
+    chance = np.zeros((2, 3 * side, 2 * side, 2 * side * count), np.uint8)
+    for z, edge in ((side, side), (0, side // 2)):
+        for i in range(count):
+            chance[0, z : z + edge, 2 : 2 + side, 2 * side * i : 2 * side * i + edge] = 250
+    labels = (chance[0] > 0).astype(np.uint32)
+    for i in range(count):
+        chance[0, side, -3:-1, 2 * side * i + 1 : 2 * side * i + 3] = 250
+    return ValidationSlab(chance, labels, 0, 1.0)
+
+
+@pytest.mark.parametrize(("count", "least"), [(6, 8**3 // 4), (3, int((8 * 4) ** 1.5) // 4)])
+def test_sizes_are_those_of_objects_that_annotated_sections_confirm(tables, tmp_path, count, least):
+    """Of six whole cubes no other is looked at; of three, also those that faces cut."""
+    config = config_of(tables, tmp_path)
+    config = config.model_copy(update={"fragments": config.fragments.model_copy(update={"smooth": (0, 0, 0)})})
+    slab = only_sections(cubes(8, count), (1, 2, 8, 9))
+    size = usual_size(cut_basins(slab, config.fragments), config, slab.voxel_size_nm)
+    assert (size, only_sections(slab, (99,))) == (least, None)
+    assert usual_size(cut_basins(only_sections(slab, (23,)), config.fragments), config, slab.voxel_size_nm) is None
+
+
+def test_held_out_sections_are_scored_among_the_objects_that_they_are_part_of(known):
+    """Two held-out sections show specks, and yet sizes are those of the volume."""
+    config, source, network = known
+    network.forward = lambda images: Known.forward(network, images) + 3
+    around = annotated_slab(network, source, 0, config)
+    assert around.labels.shape == source.labels.shape
+    held_out = only_sections(around, source.validation_sections)
+    (slab,) = validation_slabs(network, source, 0, config)
+    np.testing.assert_array_equal(held_out.probability[:, list(source.validation_sections)], slab.probability)
+    assert (held_out.labels != UNLABELED).any(axis=(1, 2)).sum() == len(source.validation_sections)
+    whole, part = (cut_basins(each, config.fragments)[0].voxels.max() for each in (held_out, slab))
+    assert whole > part
 
 
 def test_smoothing_is_dropped_where_it_harms(tables, tmp_path):

@@ -78,10 +78,10 @@ def test_a_height_that_nothing_learns_is_refused_at_once(tables, tmp_path):
 
 def test_a_card_keeps_what_its_seed_was_chosen_with():
     given = {"fragments": {"height": "contour", "threshold": 0.4}, "stitch": {"keep_unseeded": True, "reduce": "tree"}}
-    chosen = Decoding(0.3, (0, 1, 1), 0.7, 250)
+    chosen = Decoding(0.3, (0, 1, 1), 0.7, 250, True)
     assert decoding_tables(resolve(("test", given)), chosen) == {
         "fragments": {"height": "contour", "threshold": 0.3, "smooth": [0, 1, 1]},
-        "stitch": {"keep_unseeded": True, "seed": 0.7, "min_voxels": 250},
+        "stitch": {"keep_unseeded": True, "seed": 0.7, "min_voxels": 250, "count_cut": True},
     }
     assert decoding_tables(Config(), chosen) == chosen.tables()
     assert decoding_tables(Config(), None) == {}

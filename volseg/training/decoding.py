@@ -1,15 +1,22 @@
-"""The decoding that is best on held-out sections: smoothing and threshold first, then seeds and sizes."""
+"""The decoding that is best on held-out sections: smoothing and threshold first, then seeds and sizes.
+
+A few sections cut every object, and then no size is too small. So the volume that counts most is predicted beyond them, as
+far as it is in memory, and its objects are decided there: their sizes are those of a run, and only voxels of held-out
+sections are scored. A dozen objects say little about the smallest one, so `usual_size` has a say too: it knows how large
+objects are that annotated sections confirm, learned from or not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 
 import numpy as np
 import torch
 
-from volseg.box import Box, Triple
+from volseg.box import Box, Triple, VoxelSize
 from volseg.config import Config, Fragments
 from volseg.evaluation.contingency import Contingency
 from volseg.evaluation.metrics import score_instances
@@ -26,8 +33,12 @@ from volseg.training.validate import numpy_forward, source_tiles
 THRESHOLDS = np.arange(20, 81, 2) / 100  # of the mask
 SMOOTHING_PASSES = (0, 1, 2)  # along z, and in the plane
 SEEDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-MIN_VOXELS = (0, 100, 250, 500, 1000, 2000)
-MIN_GAIN_IOU, MIN_GAIN_PQ = 0.001, 0.005  # a setting stays as it is unless another is better by this
+MIN_VOXELS = (0, 100, 250, 500, 1000, 2000, 4000, 8000, 16000, 32000)
+MIN_GAIN_IOU = 0.001  # a setting stays as it is unless another is better by this
+MIN_GAIN_OBJECTS = 0.5  # or by a PQ that is worth so many of the true objects
+CONTEXT_VOXELS = 1 << 26  # of a volume, at most, that are predicted around what is scored
+MIN_OBJECTS = 5  # of which sizes are told
+SMALL_PERCENTILE, SMALL_SHARE = 10, 0.25  # of their sizes, and the share of it below which nothing is an object
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +59,8 @@ class ValidationSlab:
         Size of a voxel along z, y, x.
     scribbles
         Whether the truth tells of voxels alone, and not where objects end.
+    first
+        Index of the first of them in its volume.
     """
 
     probability: np.ndarray
@@ -56,6 +69,7 @@ class ValidationSlab:
     share: float
     voxel_size_nm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     scribbles: bool = False
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ class Decoding:
     ----------
     threshold, smooth
         Settings of ``[fragments]``.
-    seed, min_voxels
+    seed, min_voxels, count_cut
         Settings of ``[stitch]``.
     iou
         Intersection over union of the foreground; None where nothing is held out.
@@ -82,6 +96,7 @@ class Decoding:
     smooth: Triple
     seed: float
     min_voxels: int
+    count_cut: bool = False
     iou: float | None = None
     pq: float | None = None
     iou_curve: tuple[float, ...] = ()
@@ -91,7 +106,7 @@ class Decoding:
         """Return the tables of a config, as a model's card stores them."""
         return {
             "fragments": {"threshold": self.threshold, "smooth": list(self.smooth)},
-            "stitch": {"seed": self.seed, "min_voxels": self.min_voxels},
+            "stitch": {"seed": self.seed, "min_voxels": self.min_voxels, "count_cut": self.count_cut},
         }
 
     def scores(self) -> dict:
@@ -105,32 +120,120 @@ class Decoding:
 def calibrate(network: torch.nn.Module, sources: list[Source], config: Config) -> Decoding:
     """Return the decoding that is best on the held-out sections.
 
-    First smoothing and threshold, by the IoU of the foreground; then seed level and smallest object, by the PQ of the
-    objects that basins and decisions make of each slab of consecutive sections. Sources count by their ``share``. A
-    setting of ``config`` stays where no other gains at least `MIN_GAIN_IOU` or `MIN_GAIN_PQ`: a dozen sections do not tell
-    more. Without held-out sections, all settings stay; with scribbles alone, those of objects.
+    First smoothing and threshold, by the IoU of the foreground; then the smallest object from `usual_size` of the volume
+    with the largest ``share``, which also says that objects cut by the volume's faces count by their cut; last, seed level
+    and smallest object by the PQ of what is decided. Sources count by their ``share``. A setting stays where no other gains
+    at least `MIN_GAIN_IOU` or `MIN_GAIN_OBJECTS`: a dozen sections do not tell more. Without held-out sections all settings
+    stay but sizes; with scribbles alone, those of objects.
     """
-    default = Decoding(
-        config.fragments.threshold, config.fragments.smooth, config.stitch.seed, config.stitch.min_voxels
+    stitching = config.stitch
+    result = Decoding(
+        config.fragments.threshold, config.fragments.smooth, stitching.seed, stitching.min_voxels, stitching.count_cut
     )
-    slabs = [slab for i, source in enumerate(sources) for slab in validation_slabs(network, source, i, config)]
-    if not slabs:
-        return default
-    smooth, threshold, curve = best_mask(slabs, config.fragments)
-    if not curve.any():
-        return default
-    chosen = config.fragments.model_copy(update={"smooth": smooth, "threshold": threshold})
+    main = max(range(len(sources)), key=lambda i: sources[i].share)
+    slabs = [slab for i, s in enumerate(sources) if i != main for slab in validation_slabs(network, s, i, config)]
+    tells = bool(sources[main].validation_sections) or not sources[main].scribbles
+    around = annotated_slab(network, sources[main], main, config) if tells else None
+    held_out = around and only_sections(around, sources[main].validation_sections)
+    slabs += [held_out] if held_out else list(validation_slabs(network, sources[main], main, config))
+    if slabs:
+        smooth, threshold, curve = best_mask([_trimmed(slab) for slab in slabs], config.fragments)
+        if not curve.any():
+            return result
+        result = replace(
+            result, threshold=threshold, smooth=smooth, iou=float(curve.max()), iou_curve=tuple(curve.tolist())
+        )
+    chosen = config.fragments.model_copy(update={"smooth": result.smooth, "threshold": result.threshold})
+    config = config.model_copy(update={"fragments": chosen})
+    basins = around and not around.scribbles and cut_basins(around, chosen)
+    if basins and (size := usual_size(basins, config, around.voxel_size_nm)):
+        result = replace(result, min_voxels=size, count_cut=True)
+        sizes = {"min_voxels": size, "count_cut": True}
+        config = config.model_copy(update={"stitch": stitching.model_copy(update=sizes)})
     whole = [slab for slab in slabs if not slab.scribbles]
     if not whole:
-        return replace(
-            default, threshold=threshold, smooth=smooth, iou=float(curve.max()), iou_curve=tuple(curve.tolist())
-        )
-    candidates = score_objects(whole, config.model_copy(update={"fragments": chosen}))
+        return result
+    candidates = score_objects(whole, config)
     best = candidates[0]
-    return Decoding(
-        threshold, smooth, best["seed"], best["min_voxels"], iou=float(curve.max()), pq=best["pq"],
-        iou_curve=tuple(curve.tolist()), candidates=tuple(candidates),
-    )  # fmt: skip
+    return replace(
+        result, seed=best["seed"], min_voxels=best["min_voxels"], pq=best["pq"], candidates=tuple(candidates)
+    )
+
+
+def annotated_slab(network: torch.nn.Module, source: Source, number: int, config: Config) -> ValidationSlab | None:
+    """Return a source around its held-out sections, or else its sections to learn from, up to `CONTEXT_VOXELS`.
+
+    All annotated sections are labeled, learned from or not. None where those held out are more than that.
+    """
+    depth, most = len(source.image), CONTEXT_VOXELS // source.image[0].size
+    middle = source.validation_sections or source.train_sections
+    start, stop = min(middle), max(middle) + 1
+    if stop - start > most and source.validation_sections:
+        return None
+    start = max(0, min((start + stop - most) // 2, depth - most))
+    stop = min(depth, start + most)
+    sections = range(start, stop)
+    with numpy_forward(network, config.train.precision) as forward:
+        probability = predict_sections_uint8(forward, sections=sections, **source_tiles(source, config))
+    size = source.voxel_size_nm or (1.0, 1.0, 1.0)
+    slab = ValidationSlab(
+        probability, source.labels[start:stop], number, source.share, size, source.scribbles, first=start
+    )
+    return only_sections(slab, (*source.train_sections, *source.validation_sections))
+
+
+def only_sections(slab: ValidationSlab, sections: Sequence[int]) -> ValidationSlab | None:
+    """Return ``slab`` with the truth of these sections of its source alone; None where it has none of them."""
+    chosen = np.isin(np.arange(len(slab.labels)) + slab.first, sections)
+    labels = np.where(chosen[:, None, None], slab.labels, np.uint32(UNLABELED))
+    return replace(slab, labels=labels) if chosen.any() else None
+
+
+def _trimmed(slab: ValidationSlab) -> ValidationSlab:
+    """``slab`` without the sections that change nothing about the mask where there is truth."""
+    known = np.flatnonzero((slab.labels != UNLABELED).any(axis=(1, 2)))
+    if not known.size:
+        return slab
+    around = slice(max(0, known[0] - max(SMOOTHING_PASSES)), known[-1] + 1 + max(SMOOTHING_PASSES))
+    return replace(slab, probability=slab.probability[:, around], labels=slab.labels[around])
+
+
+def usual_size(basins: tuple[stitch.Basins, Contingency], config: Config, voxel_size_nm: VoxelSize) -> int | None:
+    """Return the size below which nothing is an object, in voxels: a quarter of what one in ten objects does not reach.
+
+    Of objects that the truth confirms, since most of what it knows of them is in true ones. Those that no face cuts are
+    looked at where they are at least `MIN_OBJECTS`, else all, the cut ones as the cubes on their cuts.
+
+    Parameters
+    ----------
+    basins
+        What `cut_basins` gave.
+    config
+        Its ``[stitch]`` decides, without sizes.
+    voxel_size_nm
+        Size of a voxel along z, y, x.
+
+    Returns
+    -------
+    int or None
+        None where fewer than `MIN_OBJECTS` are confirmed.
+    """
+    table, overlap = basins
+    every = config.stitch.model_copy(update={"min_voxels": 0, "min_volume_nm3": 0.0, "max_voxels": 0})
+    label = label_basins(table, Rules.from_config(config.model_copy(update={"stitch": every}), voxel_size_nm))
+    objects = overlap.relabeled(np.r_[0, label])
+    count = int(label.max(initial=0)) + 1
+    known = np.bincount(objects.pred.astype(np.int64), objects.counts, count)
+    true = np.bincount(objects.pred.astype(np.int64), objects.counts * (objects.truth > 0), count)
+    confirmed = (2 * true > known) & (np.arange(count) > 0)
+    cut, voxels = stitch.sum_by_group(table.cut, label, count), stitch.sum_by_group(table.voxels, label, count)
+    areas = prod(voxel_size_nm) / np.array(voxel_size_nm)
+    size = np.maximum(voxels, (cut @ areas) ** 1.5 / prod(voxel_size_nm))
+    whole = confirmed & ~cut.any(axis=1)
+    used = whole if whole.sum() >= MIN_OBJECTS else confirmed
+    if used.sum() < MIN_OBJECTS:
+        return None
+    return int(SMALL_SHARE * np.percentile(size[used], SMALL_PERCENTILE))
 
 
 def validation_slabs(network: torch.nn.Module, source: Source, number: int, config: Config) -> Iterator[ValidationSlab]:
@@ -140,7 +243,8 @@ def validation_slabs(network: torch.nn.Module, source: Source, number: int, conf
     with numpy_forward(network, config.train.precision) as forward:
         for run in np.split(sections, np.flatnonzero(np.diff(sections) > 1) + 1) if sections.size else []:
             probability = predict_sections_uint8(forward, sections=run.tolist(), **source_tiles(source, config))
-            yield ValidationSlab(probability, source.labels[run], number, source.share, size, source.scribbles)
+            labels, first = source.labels[run], int(run[0])
+            yield ValidationSlab(probability, labels, number, source.share, size, source.scribbles, first)
 
 
 def foreground(probability: np.ndarray, settings: Fragments) -> np.ndarray:
@@ -216,22 +320,23 @@ def threshold_overlaps(level: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def score_objects(slabs: list[ValidationSlab], config: Config) -> list[dict]:
     """Return candidates of ``seed`` and ``min_voxels`` with the ``pq`` of the objects that they give, best first.
 
-    The settings of ``config`` stand first unless another gains at least `MIN_GAIN_PQ`.
+    The settings of ``config`` stand first unless another gains at least `MIN_GAIN_OBJECTS`.
     """
     own = (config.stitch.seed, config.stitch.min_voxels)
-    cut = [_cut_basins(slab, config.fragments) for slab in slabs]
+    cut = [cut_basins(slab, config.fragments) for slab in slabs]
     rows = []
     for seed, size in dict.fromkeys([own, *product((s for s in SEEDS if s > config.stitch.seed_low), MIN_VOXELS)]):
         changed = config.stitch.model_copy(update={"seed": seed, "min_voxels": size})
         pq = _panoptic_quality(slabs, cut, config.model_copy(update={"stitch": changed}))
         rows.append({"seed": seed, "min_voxels": size, "pq": pq})
     best = sorted(rows, key=lambda row: (-row["pq"], abs(row["seed"] - own[0]), abs(row["min_voxels"] - own[1])))
-    stays = best[0]["pq"] < rows[0]["pq"] + MIN_GAIN_PQ
+    true_objects = sum(np.unique(overlap.truth[overlap.truth > 0]).size for _, overlap in cut)
+    stays = best[0]["pq"] < rows[0]["pq"] + MIN_GAIN_OBJECTS / max(1, true_objects)
     return [rows[0], *(row for row in best if row is not rows[0])] if stays else best
 
 
-def _cut_basins(slab: ValidationSlab, settings: Fragments) -> tuple[stitch.Basins, Contingency]:
-    """The basins of a slab, as a run of one block would cut them, and how they (from 1) overlap true objects."""
+def cut_basins(slab: ValidationSlab, settings: Fragments) -> tuple[stitch.Basins, Contingency]:
+    """Return the basins of a slab, as a run of one block would cut them, and how they (from 1) overlap true objects."""
     shape = slab.labels.shape
     box = Box.from_shape(shape)
     height = block_heights(slab.probability, box, shape, settings, slab.voxel_size_nm)
