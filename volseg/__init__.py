@@ -22,6 +22,7 @@ _MODULES = {
     "evaluate": "evaluation.evaluate",
     "export": "api",
     "infer": "api",
+    "init": "training.init",
     "open": "api",
     "open_volume": "io.volume",
     "plan": "api",
@@ -44,7 +45,7 @@ _MODULES = {
 }
 __all__ = [
     "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
-    "calibrate", "convert", "doctor", "evaluate", "export", "infer", "open", "open_volume", "plan", "repair", "review",
+    "calibrate", "convert", "doctor", "evaluate", "export", "infer", "init", "open", "open_volume", "plan", "repair", "review",
     "segment", "train", "tune", "verify", "view", "watershed",
 ]  # fmt: skip
 
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from volseg.planning.doctor import doctor
     from volseg.progress import Progress
     from volseg.segmentation.watershed import watershed
+    from volseg.training.init import init
 
 
 def __getattr__(name: str) -> Any:

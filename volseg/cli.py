@@ -30,6 +30,7 @@ from volseg.cli_options import (
     Time,
     VoxelNm,
     Workers,
+    numbers,
     toml,
 )
 from volseg.cli_output import EXIT_INTERRUPTED, emit
@@ -183,7 +184,7 @@ def _meaning(channel: int | None, time: int | None, invert: bool, padding: str, 
     return _options(
         ("--channel", "input.channel", channel), ("--time", "input.time", time),
         ("--invert", "input.invert", invert or None), ("--padding", "input.padding", value),
-        ("--voxel-nm", "input.voxel_size_nm", list(cli_volumes.numbers(voxel_nm, "--voxel-nm", float)) if voxel_nm else []),
+        ("--voxel-nm", "input.voxel_size_nm", list(numbers(voxel_nm, "--voxel-nm", float)) if voxel_nm else []),
     )  # fmt: skip
 
 
@@ -244,7 +245,7 @@ def segment(
         ("--contour", "probabilities.contour", contour), ("--distance", "probabilities.distance", distance),
         ("--inverted", "probabilities.inverted", inverted), ("--workers", "cluster.workers", workers),
         ("--scheduler", "cluster.scheduler", scheduler), ("--mask", "input.mask", mask), ("--roi", "input.roi", roi),
-        ("--voxel-nm", "input.voxel_size_nm", list(cli_volumes.numbers(voxel_nm, "--voxel-nm", float)) if voxel_nm else []),
+        ("--voxel-nm", "input.voxel_size_nm", list(numbers(voxel_nm, "--voxel-nm", float)) if voxel_nm else []),
     )  # fmt: skip
     from volseg import api
 
@@ -346,8 +347,8 @@ def _report(run: FinishedRun) -> str:
 
 
 MORE: tuple[Callable[..., None], ...] = (
-    cli_models.train, cli_models.tune, cli_models.backends, cli_models.quantize, cli_volumes.evaluate, cli_volumes.synth,
-    cli_volumes.convert, cli_volumes.export, cli_volumes.view, cli_models.info, cli_machine.doctor,
+    cli_models.init, cli_models.train, cli_models.tune, cli_models.backends, cli_models.quantize, cli_volumes.evaluate,
+    cli_volumes.synth, cli_volumes.convert, cli_volumes.export, cli_volumes.view, cli_models.info, cli_machine.doctor,
 )  # fmt: skip
 for command in MORE:
     app.command()(command)

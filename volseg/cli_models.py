@@ -1,4 +1,4 @@
-"""Commands about models: trained, tuned, tried, quantized, described; `volseg.cli` lists them."""
+"""Commands about models: begun, trained, tuned, tried, quantized, described; `volseg.cli` lists them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,39 @@ from typing import Annotated
 
 import typer
 
-from volseg.cli_options import ConfigFile, Model, Sets, toml
+from volseg.cli_options import ConfigFile, Model, Overwrite, Sets, numbers, toml
 from volseg.cli_output import EXIT_INTERRUPTED, emit, say, wants_json
 from volseg.config import load, local_path
 from volseg.errors import UserError
+
+
+def init(
+    image: Annotated[str, typer.Argument(help="The volume that was annotated.")],
+    labels: Annotated[str, typer.Argument(help="Its labels: see docs/labels.md.")],
+    out: Annotated[
+        str,
+        typer.Option("--out", metavar="FILE.toml", help="The config to write; the image's name + .toml if not given."),
+    ] = "",
+    voxel_nm: Annotated[str, typer.Option("--voxel-nm", metavar="Z,Y,X", help="Voxel size; else the file's.")] = "",
+    first_number: Annotated[
+        int | None,
+        typer.Option("--first-number", min=0, help="Number of the image's first section in the names of label files."),
+    ] = None,
+    scribbles: Annotated[
+        bool | None, typer.Option("--scribbles/--no-scribbles", help="Whether 0 is what nobody annotated.")
+    ] = None,
+    background: Annotated[int | None, typer.Option("--background", help="Label value outside of objects.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Look at an image and its labels, and write a commented config for volseg train."""
+    from volseg.training.init import default_out
+    from volseg.training.init import init as look
+
+    made = look(
+        image, labels, out or default_out(image), voxel_size_nm=numbers(voxel_nm, "--voxel-nm", float) if voxel_nm else None,
+        first_number=first_number, scribbles=scribbles, background=background, overwrite=overwrite,
+    )  # fmt: skip
+    emit(str(made), made.to_json())
 
 
 def train(

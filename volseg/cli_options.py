@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from volseg.config import MOST
+from volseg.errors import UserError
+
+if TYPE_CHECKING:
+    from volseg.box import Triple
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; see configs/.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
@@ -39,3 +45,17 @@ RetryFailed = Annotated[
 def toml(value: str | float | list[str]) -> str:
     """``value`` as TOML."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def numbers(text: str, option: str, kind: type = int) -> Triple:
+    """Three numbers above 0 that an option gives."""
+    try:
+        z, y, x = (kind(part) for part in text.split(","))
+    except ValueError:
+        wanted = "whole numbers z,y,x such as 64,512,512" if kind is int else "lengths z,y,x in nm such as 50,4,4"
+        raise UserError(f"{option} {text!r} is not three {wanted}") from None
+    if not min(z, y, x) > 0:
+        raise UserError(f"{option} {text!r} has an axis shorter than 1 voxel, or no length")
+    if z * y * x > MOST:
+        raise UserError(f"{option} {text!r} has more than {MOST} voxels")
+    return z, y, x

@@ -8,16 +8,12 @@ import shlex
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from volseg.cli_options import numbers
 from volseg.cli_output import emit, note, shown
-from volseg.config import MOST
-from volseg.errors import UserError
-
-if TYPE_CHECKING:
-    from volseg.box import Triple
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
@@ -180,17 +176,3 @@ def evaluate(
         note(f"{truth} holds no object here, so most of these scores say nothing")
     if not box and (roi := read_roi(pred)):
         note(f"{pred} did only {roi}, all else counts as missed; --box {roi} scores that part")
-
-
-def numbers(text: str, option: str, kind: type = int) -> Triple:
-    """Three numbers above 0 that an option gives."""
-    try:
-        z, y, x = (kind(part) for part in text.split(","))
-    except ValueError:
-        wanted = "whole numbers z,y,x such as 64,512,512" if kind is int else "lengths z,y,x in nm such as 50,4,4"
-        raise UserError(f"{option} {text!r} is not three {wanted}") from None
-    if not min(z, y, x) > 0:
-        raise UserError(f"{option} {text!r} has an axis shorter than 1 voxel, or no length")
-    if z * y * x > MOST:
-        raise UserError(f"{option} {text!r} has more than {MOST} voxels")
-    return z, y, x

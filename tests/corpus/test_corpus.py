@@ -14,7 +14,7 @@ import pytest
 import tifffile
 import zarr
 
-from tests.corpus import others, runs, volumes
+from tests.corpus import labels, others, runs, volumes
 from tests.helpers import LIGHT, digest, segment_here, settings
 from volseg.system import resident
 
@@ -98,6 +98,16 @@ def test_a_malformed_volume_is_refused_in_one_line(run, tmp_path, monkeypatch, n
     assert os.path.basename(line[1]) in err or not line[1].isprintable()
 
 
+@pytest.mark.parametrize("name", labels.CASES)
+@pytest.mark.usefixtures("_imports")
+def test_malformed_labels_are_refused_in_one_line(run, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    line = labels.CASES[name](tmp_path)
+    code, _, err = hold(lambda: run(*line), tmp_path)
+    assert_one_line(code, err, labels.SAID[name])
+    assert not list(tmp_path.glob("*.toml"))
+
+
 @pytest.mark.parametrize("name", others.CASES)
 @pytest.mark.usefixtures("_imports")
 def test_a_malformed_setting_model_or_line_is_refused_in_one_line(run, tmp_path, monkeypatch, name):
@@ -134,5 +144,5 @@ def test_a_process_of_its_own_says_the_same(tmp_path, name):
 
 
 def test_there_are_more_than_a_hundred():
-    cases = [*volumes.CASES, *others.CASES, *runs.CASES]
+    cases = [*volumes.CASES, *labels.CASES, *others.CASES, *runs.CASES]
     assert len(set(cases)) == len(cases) >= 200

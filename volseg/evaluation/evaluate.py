@@ -219,7 +219,7 @@ def _check(opened: volume.Volume | ArrayVolume, name: str) -> None:
     above = isolated = 0
     for box in volume.patches(opened.shape):
         (plane,) = opened.read(box)
-        above, isolated = above + int(np.count_nonzero(plane)), isolated + _isolated(plane)
+        above, isolated = above + int(np.count_nonzero(plane)), isolated + count_isolated(plane)
     if isolated > MAX_ISOLATED_SHARE * above:
         raise UserError(
             f"{name} is neither labels nor a mask: {100 * isolated / above:.0f} % of its voxels above 0 differ from "
@@ -228,7 +228,7 @@ def _check(opened: volume.Volume | ArrayVolume, name: str) -> None:
         )
 
 
-def _isolated(plane: np.ndarray) -> int:
+def count_isolated(plane: np.ndarray) -> int:
     """Inner voxels above 0 (2-D) that differ from all four neighbors, which are above 0 too: points are no noise."""
     inner = plane[1:-1, 1:-1]
     isolated = inner > 0

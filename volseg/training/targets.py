@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -58,7 +58,7 @@ def normalize_labels(
     >>> note
     {'kind': 'mask', 'values': {1: 1, 255: 2}, 'objects': 2}
     """
-    array = _as_integers(array)
+    array = as_integers(array)
     missing = array == unlabeled if unlabeled is not None else None
     if background:
         if not (array == background).any():
@@ -68,9 +68,9 @@ def normalize_labels(
         array = np.where(array == background, 0, np.where(array == 0, np.array(background, array.dtype), array))
     if missing is not None:
         array = np.where(missing, 0, array)
-    found = [_mask_value(section) for section in array]
+    found = [mask_value(*np.unique(section, return_counts=True)) for section in array]
     values = [value for value in found if value is not None]
-    if len(values) == len(found) and (set(values) - {0} <= MASK_VALUES or len(set(values) - {0}) == 1):
+    if is_mask(found):
         halves = np.array([max(1, (value + 1) // 2) for value in values], np.uint64)
         labels, objects = ndimage.label(array >= halves[:, None, None], np.ones((3, 3, 3), bool), output=np.uint32)
         note = {"kind": "mask", "values": {value: values.count(value) for value in sorted(set(values) - {0})}}
@@ -84,9 +84,17 @@ def normalize_labels(
     return labels, {**note, "objects": int(objects)}
 
 
-def _mask_value(section: np.ndarray) -> int | None:
-    """The highest value of a section that holds no other but 0 and, from 255 on, strays; 0 if empty, None otherwise."""
-    values, counts = np.unique(section, return_counts=True)
+def is_mask(found: Sequence[int | None]) -> bool:
+    """Return whether sections of which `mask_value` gives this are a mask."""
+    values = set(found) - {0}
+    return None not in values and (values <= MASK_VALUES or len(values) == 1)
+
+
+def mask_value(values: np.ndarray, counts: np.ndarray) -> int | None:
+    """Return the highest value of a section that holds no other but 0 and, from 255 on, strays; 0 if empty, None otherwise.
+
+    ``values`` are all that it holds, in order, and ``counts`` how many voxels have each.
+    """
     counts = counts[values != 0]
     if not counts.size:
         return 0
@@ -95,7 +103,7 @@ def _mask_value(section: np.ndarray) -> int | None:
     return highest if stray_share == 0 or (highest in MASK_VALUES and stray_share < MAX_STRAY_SHARE) else None
 
 
-def _as_integers(array: np.ndarray) -> np.ndarray:
+def as_integers(array: np.ndarray) -> np.ndarray:
     """``array`` with an integer dtype; refuses one that is not 3-D, or holds fractions or negative numbers."""
     if array.ndim != 3:
         raise UserError(f"labels have {array.ndim} axes {array.shape}; give a stack with axes z, y, x")
