@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test chaos lint lock clean
+.PHONY: help demo test chaos docs lint lock clean
 
 help:
 	@echo "make demo    segment a small synthetic volume with the shipped model"
 	@echo "make test    check style, types and import layers; run the test suite and all examples in docstrings"
 	@echo "make chaos   disturb commands for five minutes, and compare what they give with undisturbed ones"
+	@echo "make docs    make the site of the documentation in site/; a broken link fails"
 	@echo "make lint    check style and types"
 	@echo "make lock    bring requirements.lock up to pyproject.toml; with UPGRADE=--upgrade, to the newest versions"
 	@echo "make clean   remove what demo and test made (not $(VENV))"
@@ -35,6 +36,10 @@ test: lint
 chaos: $(READY)
 	@$(BIN)/python -m benchmarks chaos --minutes 5 --out chaos.json
 
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html; for a server that shows changes at once: $(BIN)/python -m mkdocs serve"
+
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -48,4 +53,4 @@ lock:  # UPGRADE=--upgrade takes the newest of all; without, what stands there s
 	@rm -rf $(VENV)-lock
 
 clean:
-	@rm -rf demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf demo site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -14,7 +14,9 @@ from tests.helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TOOLS = {"import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"}  # run, not imported
+TOOLS = {  # run, not imported
+    "import-linter", "mkdocs-material", "mkdocstrings", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff",
+}  # fmt: skip
 BEHIND = {
     "cryptography": "distributed makes the certificates of local clusters with it",  # imported by a package that volseg imports
     "bokeh": "distributed's dashboard",
@@ -56,7 +58,8 @@ def makers() -> dict[str, set[str]]:
 
 def extra_modules() -> set[str]:
     """What can be imported only because of an extra that users install; not what dask and distributed bring as well."""
-    extras = set.union(*(names(lines) for name, lines in EXTRAS.items() if name != "test")) - {"fsspec", "tornado"}
+    given = (names(lines) for name, lines in EXTRAS.items() if name not in ("docs", "test"))
+    extras = set.union(*given) - {"fsspec", "tornado"}
     modules = {top for top, held in makers().items() if extras & held}
     assert {"torch", "segmentation_models_pytorch", "onnxruntime", "matplotlib", "optuna"} <= modules
     return modules
@@ -107,7 +110,7 @@ def test_no_package_is_asked_for_that_nothing_uses():
 
 def test_all_holds_every_extra_that_users_install():
     everything = set(re.search(r"\[(.*)\]", EXTRAS["all"][0])[1].split(","))
-    assert everything == EXTRAS.keys() - {"all", "test"}
+    assert everything == EXTRAS.keys() - {"all", "docs", "test"}
 
 
 def test_every_module_but_training_is_imported_without_an_extra(base):

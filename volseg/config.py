@@ -217,10 +217,10 @@ class Cluster(Section):
 class TrainData(Section):
     """One annotated volume, or a synthetic one (``synth_seed``)."""
 
-    image: str = ""
-    label: str = ""
-    synth_seed: int | None = None
-    synth_shape: tuple[Size, Size, Size] = (64, 512, 512)
+    image: str = ""  # the volume
+    label: str = ""  # what is annotated in it: a volume, a folder of sections, or drawn regions, see docs/labels.md
+    synth_seed: int | None = None  # makes a synthetic volume instead, another one for each seed
+    synth_shape: tuple[Size, Size, Size] = (64, 512, 512)  # its voxels, z y x
     train: tuple[str | int, ...] = ()  # sections to learn from: numbers and "start:stop" ranges; empty takes all others
     validate_on: tuple[str | int, ...] = ()  # contiguous sections held out
     first_number: Count | None = None  # number of the image's first section in the names of a folder of annotated ones
@@ -229,7 +229,7 @@ class TrainData(Section):
     unlabeled_sections: tuple[str | int, ...] | None = None  # for self-training; None takes those between ``train``
     planes: Planes = ("xy",)  # of patches to learn from; others than xy for voxels as long as wide
     share: Annotated[float, Field(gt=0)] = 1.0  # how often this volume is drawn, against the others
-    voxel_size_nm: tuple[Nm, Nm, Nm] | None = None
+    voxel_size_nm: tuple[Nm, Nm, Nm] | None = None  # z y x; overrides what the file says
 
     @model_validator(mode="after")
     def _one_source(self) -> TrainData:
@@ -255,7 +255,7 @@ class TrainData(Section):
 
 
 class Train(Section):
-    data: tuple[TrainData, ...] = ()
+    data: tuple[TrainData, ...] = ()  # annotated volumes: a [[train.data]] table each
     encoder: str = "tu-tf_efficientnet_lite0"
     decoder: tuple[Size, Size, Size, Size, Size] = (128, 64, 32, 16, 16)
     sections: Literal[1, 3, 5] = 3  # neighboring sections seen as channels

@@ -34,7 +34,6 @@ from tests.helpers import (
     with_sets,
 )
 from volseg import api
-from volseg.box import Box
 from volseg.config import Cluster, load
 from volseg.engine import cluster, folder, loop, pipeline, schedule
 from volseg.engine.receipts import RunStatistics
