@@ -234,8 +234,8 @@ def all_rules(draw, level):
         fill_voxels=draw(st.sampled_from([0, 0, 2, 20])),
         keep_unseeded=draw(st.booleans()),
         low_height=draw(st.sampled_from([-1, -1, level + 1, level + 4])),
-        cut_weights=(1, 2, 3),
-        min_cut=draw(st.sampled_from([NO_LIMIT, NO_LIMIT, 3, 8])),
+        cut_weights=draw(st.sampled_from([(0, 0, 0), (1, 1, 1), (1, 2, 3)])),
+        voxel_weight=draw(st.sampled_from([1, 6])),
     )
 
 

@@ -164,7 +164,7 @@ class Stitch(Section):
     keep_unseeded: bool = False  # keep objects that hold no seed
     min_voxels: Count = 500  # smaller objects are dropped
     min_volume_nm3: Annotated[float, Field(ge=0)] = 0.0  # so are those of less than this volume
-    count_cut: bool = False  # what the faces of the volume cut counts as the cube on its cut, where that is larger
+    count_cut: bool = False  # beyond a face of the volume, what it cuts counts as going on as the cube on its cut
     max_voxels: Count = 0  # larger objects are dropped; 0: none
     fill_holes_voxels: Count = 0  # cavities and dropped pieces up to this size become part of the one object they touch
     reduce: Literal["auto", "flat", "tree"] = "auto"  # one process, or a tree of blocks beyond its memory; same labels

@@ -135,7 +135,8 @@ def dropped_and_filled(height, object_of, edges, rules):
     on_face = ((places == 0) | (places == np.array(height.shape) - 1)) @ np.array(rules.cut_weights)
 
     def is_small(members):
-        return len(members) < rules.min_voxels and on_face[list(members)].sum() < rules.min_cut
+        missing = rules.min_voxels - len(members)
+        return missing > 0 and (missing * rules.voxel_weight) ** 2 > int(on_face[list(members)].sum()) ** 3
 
     empty = {
         v for v, o in object_of.items()
@@ -335,8 +336,9 @@ def test_two_valleys_meet_at_their_ridge():
         (Rules(4, min_voxels=2, fill_voxels=1), [1, 1, 2, 2, 2, 2, 2]),
         (Rules(4, min_voxels=3, fill_voxels=1), [0, 0, 1, 1, 1, 1, 1]),  # the left hole has two voxels
         (Rules(4, max_voxels=2), [1, 1, 0, 0, 0, 0, 2]),
-        (Rules(4, min_voxels=3, cut_weights=(0, 0, 1), min_cut=1), [1, 1, 2, 2, 2, 2, 3]),
-        (Rules(4, min_voxels=3, cut_weights=(1, 0, 0), min_cut=2), [1, 1, 2, 2, 2, 2, 0]),
+        (Rules(4, min_voxels=3, cut_weights=(0, 0, 1)), [1, 1, 2, 2, 2, 2, 0]),
+        (Rules(4, min_voxels=3, cut_weights=(0, 0, 2)), [1, 1, 2, 2, 2, 2, 3]),
+        (Rules(4, min_voxels=3, cut_weights=(0, 0, 2), voxel_weight=2), [1, 1, 2, 2, 2, 2, 0]),
         (Rules(0), [1, 1, 1, 1, 1, 1, 1]),
         (Rules(-1), [0] * 7),
         (Rules(-1, keep_unseeded=True), [1] * 7),

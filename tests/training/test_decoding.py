@@ -103,7 +103,7 @@ def cubes(side, count):
     return ValidationSlab(chance, labels, 0, 1.0)
 
 
-@pytest.mark.parametrize(("count", "least"), [(6, 8**3 // 4), (3, int((8 * 4) ** 1.5) // 4)])
+@pytest.mark.parametrize(("count", "least"), [(6, 8**3 // 4), (3, int(8 * 4 * 4 + (8 * 4) ** 1.5) // 4)])
 def test_sizes_are_those_of_objects_that_annotated_sections_confirm(tables, tmp_path, count, least):
     """Of six whole cubes no other is looked at; of three, also those that faces cut."""
     config = config_of(tables, tmp_path)

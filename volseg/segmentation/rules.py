@@ -7,8 +7,8 @@ The rules, in this order:
 2. persistence: two sides also join when the shallower one is less than that deep below their saddle.
 3. mean: of touching components, those whose whole border has the lowest mean height join first, then the next, while
    that mean is low enough; borders of what has joined are added up (`agglomerate.agglomerate`).
-4. too small, or without a seed: dropped. What a face of the volume cuts may count as large as its cut says
-   (`cut_size`): of an object of a hundred sections, the volume may hold two.
+4. too small, or without a seed: dropped. What a face of the volume cuts may count for more: beyond the face, it is taken to
+   go on as the cube on its cut.
 5. holes: dropped components that touch each other are one hole; a hole that is small enough and touches exactly one of
    the labeled components joins it. Then the same again with the background in it: a hole is now what has no object, dropped
    or outside the mask, connected by voxel faces (or as the mask is, inside the mask), and its background may not reach
@@ -57,9 +57,9 @@ class Rules:
         Whether objects without a seed are labeled.
     low_height
         Greatest height of a seed, where that is above ``seed_height``.
-    cut_weights, min_cut
-        Of what the volume's faces cut, the voxels there across z, y and x are weighted so and added up; objects that reach
-        ``min_cut`` are not too small.
+    cut_weights, voxel_weight
+        Areas of a voxel's sides across z, y and x, and its volume, where what the volume's faces cut counts for more; else
+        areas are 0.
     """
 
     seed_height: int
@@ -71,7 +71,7 @@ class Rules:
     keep_unseeded: bool = False
     low_height: int = -1
     cut_weights: tuple[int, int, int] = (0, 0, 0)
-    min_cut: int = NO_LIMIT
+    voxel_weight: int = 1
 
     @classmethod
     def from_config(cls, config: Config, voxel_size_nm: VoxelSize) -> Rules:
@@ -97,19 +97,18 @@ class Rules:
         """
         stitch, fragments = config.stitch, config.fragments
         voxel_nm3 = prod(Fraction(str(n)) for n in voxel_size_nm)
-        min_voxels = max(stitch.min_voxels, ceil(Fraction(str(stitch.min_volume_nm3)) / voxel_nm3))
-        weights, min_cut = cut_size(min_voxels, voxel_size_nm) if stitch.count_cut else ((0, 0, 0), NO_LIMIT)
+        weights, voxel_weight = cut_weights(voxel_size_nm) if stitch.count_cut else ((0, 0, 0), 1)
         return cls(
             seed_height=seed_height(stitch.seed, fragments, voxel_size_nm),
             persistence=height_difference(stitch.persistence, fragments, voxel_size_nm),
             join_height=seed_height(stitch.join_mean, fragments, voxel_size_nm) if stitch.join_mean else -1,
-            min_voxels=min_voxels,
+            min_voxels=max(stitch.min_voxels, ceil(Fraction(str(stitch.min_volume_nm3)) / voxel_nm3)),
             max_voxels=stitch.max_voxels or NO_LIMIT,
             fill_voxels=stitch.fill_holes_voxels,
             keep_unseeded=stitch.keep_unseeded,
             low_height=seed_height(stitch.seed_low, fragments, voxel_size_nm) if stitch.seed_low else -1,
             cut_weights=weights,
-            min_cut=min_cut,
+            voxel_weight=voxel_weight,
         )
 
     @property
@@ -130,36 +129,31 @@ class Rules:
             int64 (n,): of each object.
         cut
             int64 (n, 3): those of them on the volume's faces across z, y and x.
+
+        Examples
+        --------
+        Of a cube of 1000 voxels a face may leave 500. The cut has 100, and the cube on it 1000.
+
+        >>> half = np.array([500]), np.array([[100, 0, 0]])
+        >>> Rules(0, min_voxels=600).is_large(*half), Rules(0, min_voxels=600, cut_weights=(1, 1, 1)).is_large(*half)
+        (array([False]), array([ True]))
         """
-        return (voxels >= self.min_voxels) | (cut @ np.array(self.cut_weights) >= self.min_cut)
+        missing = np.maximum(self.min_voxels - voxels, 0) * float(self.voxel_weight)
+        area = (cut @ np.array(self.cut_weights)).astype(float)  # of whole numbers: no order of adding changes it
+        return missing * missing <= area * area * area
 
 
-def cut_size(min_voxels: int, voxel_size_nm: VoxelSize) -> tuple[tuple[int, int, int], int]:
-    """`Rules.cut_weights` and `Rules.min_cut` that take an object for the cube that stands on its cut.
+def cut_weights(voxel_size_nm: VoxelSize) -> tuple[tuple[int, int, int], int]:
+    """`Rules.cut_weights` and `Rules.voxel_weight`: areas of a voxel's sides and its volume, in whole numbers.
 
-    A cube whose side is a square of the cut's area has that area to the power 3/2 as its volume. Weights are areas of a
-    voxel's sides, in hundredths of the shortest edge, as small as whole numbers allow; ``min_cut`` is the side of the cube of
-    ``min_voxels`` squared, rounded up.
+    The unit is a hundredth of the shortest edge, or the longest that divides all three.
 
-    Examples
-    --------
-    1000 voxels are a cube whose side has 100; of voxels five times as high, a face across z is as large as one across y
-    where it has five times the voxels.
-
-    >>> cut_size(1000, (5.0, 5.0, 5.0)), cut_size(1000, (25.0, 5.0, 5.0))
-    (((1, 1, 1), 100), ((1, 5, 5), 293))
+    >>> cut_weights((5.0, 5.0, 5.0)), cut_weights((25.0, 5.0, 5.0)), cut_weights((50.0, 4.6, 4.6))
+    (((1, 1, 1), 1), ((1, 5, 5), 5), ((10000, 108700, 108700), 10870000))
     """
-    shortest = min(voxel_size_nm)
-    edges = [round(100 * n / shortest) for n in voxel_size_nm]
-    common = gcd(*edges)
-    z, y, x = (n // common for n in edges)
-    square = (min_voxels * z * y * x) ** 2
-    side = round(square ** (1 / 3))
-    while side**3 < square:
-        side += 1
-    while side and (side - 1) ** 3 >= square:
-        side -= 1
-    return (y * x, z * x, z * y), min(side, NO_LIMIT)
+    edges = [round(100 * n / min(voxel_size_nm)) for n in voxel_size_nm]
+    z, y, x = (n // gcd(*edges) for n in edges)
+    return (y * x, z * x, z * y), z * y * x
 
 
 def label_basins(basins: Basins, rules: Rules, holes: Holes | None = None) -> np.ndarray:

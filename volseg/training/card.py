@@ -83,7 +83,7 @@ def closing_lines(scores: dict, decoding: Decoding, state: State) -> Iterator[st
         yield f"{subject}: loss {values['loss']:.4f} IoU {values['iou']:.3f} accuracy {values['accuracy']:.4f}"
     z, y, x = decoding.smooth
     text = f"mask threshold {decoding.threshold:.2f}, smoothing {z} {y} {x}, seed {decoding.seed:g}, "
-    text += f"objects from {decoding.min_voxels} voxels{', cut ones by their cuts' if decoding.count_cut else ''}"
+    text += f"objects from {decoding.min_voxels} voxels{' with what faces cut off' if decoding.count_cut else ''}"
     if decoding.pq == 0:
         yield "none of the settings tried finds an object on the held-out sections; train for longer, or annotate more"
     if decoding.iou is None:

@@ -202,7 +202,7 @@ def usual_size(basins: tuple[stitch.Basins, Contingency], config: Config, voxel_
     """Return the size below which nothing is an object, in voxels: a quarter of what one in ten objects does not reach.
 
     Of objects that the truth confirms, since most of what it knows of them is in true ones. Those that no face cuts are
-    looked at where they are at least `MIN_OBJECTS`, else all, the cut ones as the cubes on their cuts.
+    looked at where they are at least `MIN_OBJECTS`, else all, the cut ones with the cubes on their cuts.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def usual_size(basins: tuple[stitch.Basins, Contingency], config: Config, voxel_
     confirmed = (2 * true > known) & (np.arange(count) > 0)
     cut, voxels = stitch.sum_by_group(table.cut, label, count), stitch.sum_by_group(table.voxels, label, count)
     areas = prod(voxel_size_nm) / np.array(voxel_size_nm)
-    size = np.maximum(voxels, (cut @ areas) ** 1.5 / prod(voxel_size_nm))
+    size = voxels + (cut @ areas) ** 1.5 / prod(voxel_size_nm)
     whole = confirmed & ~cut.any(axis=1)
     used = whole if whole.sum() >= MIN_OBJECTS else confirmed
     if used.sum() < MIN_OBJECTS:

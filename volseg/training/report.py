@@ -337,7 +337,7 @@ def _decoding(decoding: Decoding, figures: dict[str, bytes]) -> list[str]:
         "mask threshold": f"{decoding.threshold:.2f}",
         "smoothing passes z y x": f"{z} {y} {x}",
         "seed": f"{decoding.seed:g}",
-        "smallest object": f"{decoding.min_voxels} voxels{', or what its cut says' if decoding.count_cut else ''}",
+        "smallest object": f"{decoding.min_voxels} voxels{' with what faces cut off' if decoding.count_cut else ''}",
     }
     if decoding.iou is None:
         why = "No section was held out, so these are the settings given; sizes are those of the objects seen."
