@@ -29,7 +29,9 @@ def init(
     scribbles: Annotated[
         bool | None, typer.Option("--scribbles/--no-scribbles", help="Whether 0 is what nobody annotated.")
     ] = None,
-    background: Annotated[int | None, typer.Option("--background", help="Label value outside of objects.")] = None,
+    background: Annotated[
+        int | None, typer.Option("--background", min=0, help="Label value outside of objects.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Look at an image and its labels, and write a commented config for volseg train."""

@@ -225,7 +225,7 @@ class TrainData(Section):
     validate_on: tuple[str | int, ...] = ()  # contiguous sections held out
     first_number: Count | None = None  # number of the image's first section in the names of a folder of annotated ones
     unlabeled: int | None = None  # label value that the loss ignores; 0 for scribbles
-    background: int = 0  # label value outside of objects; of scribbles, the one that was drawn there
+    background: Count = 0  # label value outside of objects; of scribbles, the one that was drawn there
     unlabeled_sections: tuple[str | int, ...] | None = None  # for self-training; None takes those between ``train``
     planes: Planes = ("xy",)  # of patches to learn from; others than xy for voxels as long as wide
     share: Annotated[float, Field(gt=0)] = 1.0  # how often this volume is drawn, against the others

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from volseg.inference.normalization import gray_levels, gray_statistics
+from volseg.io import volume
 
 
 def _of(image):
@@ -71,3 +72,37 @@ def test_saturated_voxels_inside_are_no_padding():
     image = np.random.default_rng(0).integers(1, 200, (6, 40, 40), np.uint8)
     image[:, 5:20, 5:20] = 255
     assert _levels(image).padding == (0.0,)
+
+
+NOISE = np.random.default_rng(0).normal(120, 20, (6, 96, 128)).clip(1, 254).astype(np.uint8)
+PARTS = np.where(NOISE < 255, (np.arange(96)[:, None] // 24 + np.arange(128) // 32).astype(np.uint8), 0)
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (NOISE, False),
+        (NOISE[:, :24, :32].repeat(4, 1).repeat(4, 2), False),  # enlarged
+        (np.where(np.arange(128) < 110, 128, NOISE).astype(np.uint8), False),  # filled up
+        (NOISE // 32 * 32, False),
+        (np.float32(NOISE) / 255, False),
+        (PARTS, True),
+        (PARTS.astype(np.int32) * 70_000, True),
+        (np.where(PARTS == 4, 255, 0).astype(np.uint8), True),
+        (PARTS * np.float32(0.5), True),
+        (np.zeros_like(NOISE), False),
+    ],
+)
+def test_labels_and_masks_are_told_from_images(image, told):
+    notes = gray_levels(image.shape, lambda box: image[box.slices]).notes("em.tif")
+    assert any("looks like labels or a mask" in note for note in notes) == told
+
+
+def test_real_em_draws_no_note_and_its_labels_do(shared_data):
+    for name, told in (("epfl/training", False), ("epfl/training_groundtruth", True)):
+        opened = volume.open(shared_data / f"{name}.tif")
+        notes = gray_levels(opened.shape, opened.read).notes("em.tif")
+        assert any("looks like labels" in note for note in notes) == told
+    for name, told in (("vnc/raw", False), ("vnc/mitochondria", True)):
+        opened = volume.open(shared_data / name)
+        assert bool(gray_levels(opened.shape, opened.read).notes("em.tif")) == told

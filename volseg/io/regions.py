@@ -67,19 +67,19 @@ def read(path: str) -> tuple[list[Region], tuple[str, ...]]:
     return _imagej(path, list(_stored(path)))
 
 
-def overlay(path: str) -> list[bytes]:
-    """The regions of the overlay that ImageJ stored in a TIFF file, else its selection; empty where there is none."""
+def overlay(path: str, *, selection: bool = False) -> list[bytes]:
+    """The regions of the overlay that ImageJ stored in a TIFF file, or where wanted its selection; empty without one."""
     import tifffile
 
     with decoding(path), tifffile.TiffFile(path) as tif:
         facts = (tif.imagej_metadata or {}) if tif.is_imagej else {}
-        stored = facts.get("Overlays") or facts.get("ROI") or []
+        stored = facts.get("Overlays") or (selection and facts.get("ROI")) or []
     return [stored] if isinstance(stored, bytes) else list(stored)
 
 
 def read_overlay(path: str) -> tuple[list[Region], tuple[str, ...]]:
     """The regions of a TIFF file's overlay, as `read` gives those of a file."""
-    return _imagej(path, [(f"region {i}", data) for i, data in enumerate(overlay(path), 1)])
+    return _imagej(path, [(f"region {i}", data) for i, data in enumerate(overlay(path, selection=True), 1)])
 
 
 # --------------------------------------------------------------------------------------------------------------- ImageJ

@@ -309,10 +309,8 @@ def _read(data: TrainData, image: volume.Volume, annotation: Annotation, first: 
     """
     box = Box((first, 0, 0), (first + len(annotated), *image.shape[1:]))
     voxels, stored = image.read(box), annotation.read(first, first + len(annotated))
-    if 0 <= data.background <= np.iinfo(np.int64).max and np.can_cast(
-        np.min_scalar_type(data.background), stored.dtype
-    ):
-        stored[~annotated] = data.background
+    background = np.array(data.background).astype(stored.dtype)  # where it does not fit, no voxel has it: told below
+    stored[~annotated] = background
     labels, note = normalize_labels(stored, unlabeled=data.unlabeled, background=data.background)
     mean, std = gray_statistics(image.shape, image.read)
     return {
