@@ -140,19 +140,36 @@ class Box:
 class Blocks:
     """A volume cut into a regular grid of blocks; those at the far end may be shorter.
 
+    Blocks meet at multiples of ``block``, or ``shift`` voxels before them. No block of ``tail`` voxels or fewer is left at the
+    far end: they belong to the last one.
+
     >>> grid = Blocks((5, 4, 4), (2, 4, 4))
     >>> len(grid), str(grid[2]), grid.index((2, 0, 0))
     (3, '4:5,0:4,0:4', 2)
+    >>> [str(box) for box in Blocks((9, 1, 1), (4, 1, 1), shift=(1, 0, 0), tail=(1, 0, 0))]
+    ['0:3,0:1,0:1', '3:9,0:1,0:1']
     """
 
     shape: Triple
     block: Triple
+    shift: Triple = (0, 0, 0)
+    tail: Triple = (0, 0, 0)
 
     @property
     def counts(self) -> Triple:
         """Blocks along each axis."""
-        z, y, x = (-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
+        z, y, x = (max(1, -(-(n - t) // b)) for n, b, t in zip(self.shape, self.block, self.tail, strict=True))
         return z, y, x
+
+    def edge(self, axis: int, k: int) -> int:
+        """Where block ``k`` along an axis begins, and the one before it ends."""
+        if k == self.counts[axis]:
+            return self.shape[axis]
+        return k * self.block[axis] - self.shift[axis] if k else 0
+
+    def position(self, axis: int, voxel: int) -> int:
+        """Which block along an axis holds a voxel."""
+        return min((voxel + self.shift[axis]) // self.block[axis], self.counts[axis] - 1)
 
     def __len__(self) -> int:
         return prod(self.counts)
@@ -170,9 +187,9 @@ class Blocks:
     def __getitem__(self, i: int) -> Box:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        z, y, x = (c * b for c, b in zip(self.coords(i), self.block, strict=True))
-        dz, dy, dx = self.block
-        return Box((z, y, x), (z + dz, y + dy, x + dx)).clip(self.shape)
+        z, y, x = self.coords(i)
+        start = self.edge(0, z), self.edge(1, y), self.edge(2, x)
+        return Box(start, (self.edge(0, z + 1), self.edge(1, y + 1), self.edge(2, x + 1)))
 
     def __iter__(self) -> Iterator[Box]:
         return (self[i] for i in range(len(self)))
@@ -214,5 +231,6 @@ class Blocks:
         box = box.clip(self.shape)
         if not box.voxels:
             return range(0), range(0), range(0)
-        z, y, x = (range(a // b, -(-e // b)) for a, e, b in zip(box.start, box.stop, self.block, strict=True))
+        ends = zip(range(3), box.start, box.stop, strict=True)
+        z, y, x = (range(self.position(k, a), self.position(k, b - 1) + 1) for k, a, b in ends)
         return z, y, x

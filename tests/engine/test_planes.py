@@ -15,7 +15,6 @@ from tests.helpers import Quiet, decide, digest, mark, settings
 from volseg import api
 from volseg.box import Blocks, Box
 from volseg.engine import folder, pipeline
-from volseg.engine.blocks import PREDICT_BLOCK_VOXELS, plane_blocks
 from volseg.engine.run import redundancy
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
@@ -187,15 +186,6 @@ def test_a_pass_has_blocks_that_are_deep_across_its_planes(small, plane):
     across = tiles.PLANES[plane][0]
     assert all(block[k] == SHAPE[k] for k in range(3) if k != across)
     assert sum(box.voxels for box in Blocks(SHAPE, block)) == np.prod(SHAPE)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 16, 22, 64, 100, 512])
-@pytest.mark.parametrize("shape", [(1000, 900, 1100), (5000, 4096, 4096), (22, 150, 170), (300, 20000, 20000)])
-def test_blocks_hold_chunks_of_the_source_whole_where_they_fit(shape, chunk):
-    depth, y, x = plane_blocks(shape, chunk)
-    assert depth * y * x <= 1 << 28
-    if chunk * shape[1] * shape[2] <= PREDICT_BLOCK_VOXELS and 16 * chunk <= shape[0]:
-        assert (depth % chunk, y, x) == (0, *shape[1:])
 
 
 def test_a_run_tells_how_it_looked(seen):

@@ -11,6 +11,7 @@ from tests.helpers import CARD, SMALL, settings, write_volume
 from volseg.box import Box
 from volseg.engine import folder, predict
 from volseg.engine.receipts import Timings
+from volseg.engine.shares import Share
 from volseg.errors import OutOfMemoryError
 from volseg.inference import backends, export, hardware, model, tiles
 from volseg.inference.device import NUMPY, TorchDevice, as_cuda_graph, is_out_of_memory, out_of_memory_as, row_by_row
@@ -55,6 +56,17 @@ def begun(em, networks, out, heads, **predict):
     run = describe.from_image(volume.open(em), settings(predict=options), str(out))
     folder.begin(run, overwrite=False)
     return run
+
+
+def infer(run, plane, box, wanted=None):
+    """What a block that stands alone holds, channels and then the axes of the pass, and the facts of its receipt."""
+    share = Share(run, plane, box)
+    inference = predict.Inference(share, Timings())
+    if wanted is not None:
+        first = share.part.start[0]
+        inference._mask = lambda piece: wanted[piece.start - first : piece.stop - first]
+    out = inference.run(box)
+    return out.transpose(0, *(1 + a for a in tiles.PLANES[plane])), inference.end()
 
 
 def plainly(run, plane, box, wanted):
@@ -121,10 +133,7 @@ def test_torch_makes_the_bytes_that_numpy_makes(em, networks, tmp_path, heads, p
     box = Box.parse(box) if box else Box.from_shape(run.shape)
     shape = box.transpose(tiles.PLANES[plane]).shape
     wanted = np.random.default_rng(1).random(shape) < 0.001 if masked else None
-    out = np.zeros((heads, *shape), np.uint8)
-    facts = predict._infer(run, plane, box, wanted, out, Timings())
-    if masked:
-        out *= wanted
+    out, facts = infer(run, plane, box, wanted)
     np.testing.assert_array_equal(out, plainly(run, plane, box, wanted))
     assert len(np.unique(out)) > 20
     assert 2 * box.voxels <= facts["bytes_sent"] < 3 * 2 * np.prod(SHAPE)
@@ -134,9 +143,9 @@ def test_torch_makes_the_bytes_that_numpy_makes(em, networks, tmp_path, heads, p
 
 def test_blocks_agree_where_the_device_cuts_and_blends(em, networks, tmp_path):
     run = begun(em, networks, tmp_path / "run", 3)
-    whole = predict._probabilities(run, "xy", Box.from_shape(run.shape), Timings())[0]
+    whole = infer(run, "xy", Box.from_shape(run.shape))[0]
     for box in map(Box.parse, ("0:2,0:70,0:90", "1:3,40:70,0:33", "3:4,7:9,50:90")):
-        part = predict._probabilities(run, "xy", box, Timings())[0]
+        part = infer(run, "xy", box)[0]
         np.testing.assert_array_equal(part, whole[(slice(None), *box.slices)])
 
 
@@ -145,11 +154,11 @@ def test_blocks_of_a_network_that_bins_agree_and_hold_what_numpy_makes(em, tmp_p
     run = begun(em, {2: network(tmp_path / "binned.safetensors", HEADS[:2], 2)}, tmp_path / "run", 2, tile=96)
     assert run.tile_grid("xy").size == (64, 64)
     box = Box.from_shape(run.shape)
-    whole = predict._probabilities(run, "xy", box, Timings())[0]
+    whole = infer(run, "xy", box)[0]
     assert len(np.unique(whole)) > 20
     np.testing.assert_array_equal(whole, plainly(run, "xy", box, None))
     for box in map(Box.parse, ("0:2,0:70,0:90", "1:3,40:70,0:33", "3:4,7:9,50:90")):
-        part = predict._probabilities(run, "xy", box, Timings())[0]
+        part = infer(run, "xy", box)[0]
         np.testing.assert_array_equal(part, whole[(slice(None), *box.slices)])
 
 

@@ -17,6 +17,7 @@ from volseg.config import Config
 from volseg.engine import cluster
 from volseg.engine.blocks import choose_blocks, with_full_batches
 from volseg.engine.run import Run, redundancy
+from volseg.engine.shares import Share
 from volseg.errors import UserError
 from volseg.inference import cache, tiles
 from volseg.inference.backends import Engine
@@ -32,7 +33,7 @@ def unread(shape, tmp_path, chunk=(1, 4096, 4096), **sections):
     """A run over a volume of that shape whose voxels nobody reads, on two workers that share 24 GB."""
     config = settings(**{"predict": {"tile": 1280, "overlap": 64}, **sections})
     source = volume.Volume(str(tmp_path / "em.zarr"), "zarr", shape, "uint8", (5.0, 5.0, 5.0), chunk)
-    slab, block = choose_blocks(shape, config.blocks.shape, chunk[0])
+    slab, block = choose_blocks(shape, config.blocks.shape)
     run = Run(str(tmp_path / "run"), source, config, ("mask", "contour"), (5.0, 5.0, 5.0), "", slab, block,
               sections=3, engine=ENGINE)  # fmt: skip
     return memory.with_blocks_that_fit(run, (24 * GB - memory.CLIENT_BYTES) // 2, threads=1)
@@ -43,12 +44,12 @@ def test_few_voxels_are_inferred_twice(tmp_path):
     assert redundancy(unread((16, 4096, 4096), tmp_path)) <= 1.15
 
 
-def test_the_redundancy_is_that_of_the_tiles_that_blocks_need(tmp_path):
-    """Against a count, tile by tile and block by block."""
+def test_each_tile_is_inferred_once(tmp_path):
     run = unread((5, 300, 2000), tmp_path, predict={"tile": 256, "overlap": 32}, blocks={"shape": (2, 170, 900)})
     grid = run.tile_grid("xy")
-    count = sum(box.shape[0] * len(grid.overlapping(*box.slices[1:])) for box in run.predict_grid)
-    assert run.inferred_voxels == count * grid.size[0] * grid.size[1]
+    own = [tile for i in range(len(run.predict_grid)) for tile in Share.of_block(run, "xy", i).own]
+    assert sorted(own) == sorted(3 * list(grid.overlapping(slice(0, 300), slice(0, 2000)))), "3 layers of blocks"
+    assert run.inferred_voxels == 5 * len(own) // 3 * grid.size[0] * grid.size[1]
     assert redundancy(run) == run.inferred_voxels / (5 * 300 * 2000)
 
 
@@ -90,7 +91,7 @@ def test_blocks_on_a_gpu_fill_its_batches(tmp_path, shape, planes, gpus, deep):
 
 def test_with_memory_to_spare_blocks_are_as_ever(tmp_path):
     run = unread((500, 900, 900), tmp_path)
-    assert (run.predict_block, run.block) == choose_blocks((500, 900, 900), None, 1)
+    assert (run.predict_block, run.block) == choose_blocks((500, 900, 900), None)
     own = unread((64, 3000, 3000), tmp_path, blocks={"shape": (64, 3000, 3000)})
     assert memory.with_blocks_that_fit(own, GB, 1) == own
 

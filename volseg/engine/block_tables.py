@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from volseg.inference.sections import TileKey
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,31 @@ class Values:
     """One array."""
 
     values: np.ndarray
+
+
+@dataclass
+class TileParts:
+    """Parts of tiles of some sections that one block handed to another: keys, and an array for each, end to end."""
+
+    section: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    shape: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def packed(cls, parts: list[tuple[TileKey, np.ndarray]]) -> TileParts:
+        keys = np.array([(z, *tile) for (z, tile), _ in parts], np.int64).reshape(-1, 3)
+        shapes = np.array([part.shape for _, part in parts], np.int64).reshape(-1, 3)
+        values = np.concatenate([part.ravel() for _, part in parts] or [np.zeros(0, np.float32)])
+        section, row, column = keys.T
+        return cls(section, row, column, shapes, values.astype(np.float32, copy=False))
+
+    def unpacked(self) -> Iterator[tuple[TileKey, np.ndarray]]:
+        begin = 0
+        for z, row, column, shape in zip(
+            *(c.tolist() for c in (self.section, self.row, self.column, self.shape)), strict=True
+        ):
+            end = begin + int(np.prod(shape))
+            yield (z, (row, column)), self.values[begin:end].reshape(shape)
+            begin = end

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import gcd, prod
 from typing import TYPE_CHECKING
 
-from volseg.box import Triple, inverse_axes, transpose_axes
+import numpy as np
+
+from volseg.box import Blocks, Triple, inverse_axes, transpose_axes
 from volseg.errors import UserError
 from volseg.inference import tiles
 
@@ -14,15 +16,21 @@ if TYPE_CHECKING:
     from volseg.engine.run import Run
 
 BLOCK_VOXELS = 1 << 24  # of a block that volseg chooses itself
-PREDICT_BLOCK_VOXELS = 1 << 27  # up to which predict's blocks grow to the source's chunks
+CUT_BYTES = 1_100_000_000  # of a block of predict that follows chunks and tiles
+CUT_VOXELS = 1 << 26  # of a volume that is cut into whole planes however it is stored
+CUT_PLANE = 1 << 24  # voxels of a plane that is not cut where planes are stored one by one
+LEAST_DEPTH = 16  # sections that are read at once
+LEAST_BLOCKS = 8  # of a pass: fewer would leave workers idle at its end
+MOST_LAYERS = 16  # of chunks in a block
+MOST_VOXELS = 1 << 32  # of such a block
+BLEND_BYTES = 4  # for each voxel of a section, beside those of each channel
 BATCHES_PER_BLOCK = 8  # on a GPU: while the first is cut and the last is copied back, nothing is computed
 
 
-def choose_blocks(shape: Triple, asked: Triple | None, chunk: int = 1) -> tuple[Triple, Triple]:
+def choose_blocks(shape: Triple, asked: Triple | None) -> tuple[Triple, Triple]:
     """The blocks of `predict` and of the stages after it: those that suit the volume, or the shape asked for.
 
     Predict takes `plane_blocks`. The other stages take the same where these are deep, else blocks of about `BLOCK_VOXELS`.
-    ``chunk`` is how many sections of the source are stored together.
     """
     if asked:
         block = fit(asked, shape)
@@ -31,7 +39,7 @@ def choose_blocks(shape: Triple, asked: Triple | None, chunk: int = 1) -> tuple[
                 f"blocks.shape = {list(block)} is too large to number its voxels; use less than 2**31 voxels"
             )
         return block, block
-    slab = plane_blocks(shape, chunk)
+    slab = plane_blocks(shape)
     depth, (z, y, x), target = slab[0], shape, _target_voxels(shape)
     if depth >= min(z, 8) and (depth + 8) * y * x <= 1 << 26:  # the other stages read a halo too
         return slab, slab
@@ -39,25 +47,133 @@ def choose_blocks(shape: Triple, asked: Triple | None, chunk: int = 1) -> tuple[
     return slab, fit((max(16, target // side**2), side, side), shape)
 
 
-def plane_blocks(shape: Triple, chunk: int = 1) -> Triple:
+def plane_blocks(shape: Triple) -> Triple:
     """Blocks of whole planes, which need no tile twice; only planes of more than 2**28 voxels are cut into strips.
 
-    A chunk of the source, ``chunk`` sections deep, is read by one block, or by few, where that leaves 16 blocks or more
-    and no more than `PREDICT_BLOCK_VOXELS` in each.
-
-    >>> plane_blocks((1024, 1024, 1024)), plane_blocks((1024, 1024, 1024), 64)
-    ((16, 1024, 1024), (64, 1024, 1024))
-    >>> plane_blocks((1024, 4096, 4096)), plane_blocks((1024, 4096, 4096), 32)
-    ((4, 4096, 4096), (8, 4096, 4096))
+    >>> plane_blocks((1024, 1024, 1024)), plane_blocks((1024, 4096, 4096))
+    ((16, 1024, 1024), (4, 4096, 4096))
     """
     z, y, x = shape
     depth = min(z, max(_target_voxels(shape) // (y * x), 4 if y * x <= 1 << 26 else 1))
-    if chunk < depth < z:
-        depth -= depth % chunk
-    parts = (chunk // k for k in (1, 2, 4, 8, 16, 32, 64) if chunk % k == 0)
-    depth = next((d for d in parts if d > depth and 16 * d <= z and d * y * x <= PREDICT_BLOCK_VOXELS), depth)
     strips = -(-depth * y * x // (1 << 28))
     return depth, -(-y // strips), x
+
+
+# ---------------------------------------------------------------- blocks that follow chunks and tiles
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a pass is cut where whole planes would read a chunk of the source many times, or not fit a worker.
+
+    block, shift, tail  see `volseg.box.Blocks`: some tiles wide, so that what they hand over is small, and some chunks deep
+    shard               what is written at once
+    depth               sections that are read at once, with those around them
+    """
+
+    block: Triple
+    shift: Triple
+    tail: Triple
+    shard: Triple
+    depth: int
+
+    @classmethod
+    def from_json(cls, plain: dict) -> Cut:
+        block, shift, tail, shard = (tuple(plain[name]) for name in ("block", "shift", "tail", "shard"))
+        return cls(block, shift, tail, shard, int(plain["depth"]))
+
+    def grid(self, shape: Triple) -> Blocks:
+        return Blocks(shape, self.block, self.shift, self.tail)
+
+
+@dataclass(frozen=True)
+class _Along:
+    """Blocks along one axis of a section: each holds so many tiles; with the voxels under these."""
+
+    block: int
+    tail: int
+    covered: int
+    redundancy: float  # voxels decoded for each one of the block
+
+
+def with_cuts(run: Run, room: int = CUT_BYTES) -> Run:
+    """The run in blocks that follow chunks and tiles, of up to ``room`` bytes, in the passes for which that pays.
+
+    Whole planes stay where they are small, and stored one by one; and blocks that were asked for.
+    """
+    if run.config.blocks.shape or run.channels or prod(run.shape) <= CUT_VOXELS:
+        return run
+    cuts = {plane: cut for plane in run.config.predict.planes if (cut := _cut(run, plane, room))}
+    run = replace(run, cuts=cuts)
+    return replace(run, predict_block=cuts["xy"].block) if "xy" in cuts and not run.passes else run
+
+
+def _cut(run: Run, plane: str, room: int) -> Cut | None:
+    axes = tiles.PLANES[plane]
+    (z, y, x), chunk, grid = (
+        transpose_axes(run.shape, axes),
+        transpose_axes(run.source.chunk, axes),
+        run.tile_grid(plane),
+    )
+    if chunk[0] == 1 and y * x <= CUT_PLANE:
+        return None
+    depth = min(z, chunk[0] * -(-LEAST_DEPTH // chunk[0]))
+    heads, itemsize = len(run.heads), np.dtype(run.source.dtype).itemsize
+    shard = _divisor(depth, LEAST_DEPTH) if depth < z else min(z, LEAST_DEPTH)
+
+    def size(rows: _Along, columns: _Along) -> int:
+        slab = itemsize * (depth + 2 * run.sections) * rows.covered * columns.covered
+        return slab * 5 // 4 + rows.block * columns.block * (heads * shard + BLEND_BYTES + 8 * heads)
+
+    while True:
+        ways = [
+            (size(rows, columns), rows, columns)
+            for rows in _ways(grid.y, y, chunk[1]) for columns in _ways(grid.x, x, chunk[2])
+        ]  # fmt: skip
+        fitting = [way for way in ways if way[0] <= room]
+        if fitting or depth <= LEAST_DEPTH:
+            break
+        depth = depth // 2 if depth % 2 == 0 else depth // 2 + 1
+        shard = min(shard, depth)
+    _, rows, columns = min(
+        fitting or [min(ways, key=lambda way: way[0])], key=lambda way: (way[1].redundancy * way[2].redundancy, way[0])
+    )
+    columns_of_blocks = -(-(y - rows.tail) // rows.block) * -(-(x - columns.tail) // columns.block)
+    layers = -(-z // depth)
+    voxels = depth * rows.block * columns.block
+    deep = max(1, min(MOST_LAYERS, columns_of_blocks * layers // LEAST_BLOCKS, MOST_VOXELS // voxels, layers))
+    shift = shard if depth % shard == 0 and shard >= run.sections // 2 and deep * depth < z else 0
+    whole = (min(z, deep * depth), rows.block, columns.block)
+    pieces = (min(shard, z) if shift or deep * depth >= z else whole[0], rows.block, columns.block)
+    block, turned_shift, tail, turned_shard = (
+        transpose_axes(triple, inverse_axes(axes))
+        for triple in (whole, (shift, 0, 0), (0, rows.tail, columns.tail), pieces)
+    )
+    return Cut(block, turned_shift, tail, turned_shard, depth)
+
+
+def _ways(axis: tiles.Axis, length: int, chunk: int) -> list[_Along]:
+    """Some ways to lay blocks of whole tiles along an axis."""
+    stride = (length - axis.size) / (axis.count - 1) if axis.count > 1 else length
+    found = [_Along(length, 0, length, 1.0)]
+    for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
+        if count < axis.count:
+            block = _round(int(count * stride))
+            covered = min(length, int((count - 1) * stride) + axis.size + 1)
+            decoded = min(length, covered + chunk - 1)
+            found.append(_Along(block, axis.size - int(stride) + block // 8, covered, decoded / block))
+    return found
+
+
+def _round(length: int) -> int:
+    """The largest number up to ``length`` that chunks of a usual size divide."""
+    usual = range(96, 385)
+    return next((n for n in range(length, max(0, length - 16), -1) if any(n % d == 0 for d in usual)), length)
+
+
+def _divisor(n: int, near: int) -> int:
+    """The divisor of ``n`` that is nearest to ``near`` in ratio."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: max(d / near, near / d))
 
 
 def with_full_batches(run: Run, gpus: int) -> Run:
@@ -66,7 +182,7 @@ def with_full_batches(run: Run, gpus: int) -> Run:
     Each of ``gpus`` gets 4 of them. The rest of a batch is empty and costs as much, and a batch is of one block. Blocks
     that were asked for stay.
     """
-    if run.config.blocks.shape or run.batch == 1:
+    if run.config.blocks.shape or run.batch == 1 or run.cuts:
         return run
     deeper = {plane: _full_batches(run, plane, gpus) for plane in run.config.predict.planes}
     return replace(run, pass_blocks=deeper) if run.passes else replace(run, predict_block=deeper["xy"])

@@ -126,12 +126,12 @@ def _create(run: Run, network: bytes | None) -> None:
 def _arrays(run: Run) -> dict[StoredArray, dict]:
     """The arrays that a run begins with, and how each is created."""
     layout, lead, chunk = run.layout, len(run.heads), run.config.output.chunk
-    shard = shard_shape(run.predict_block, run.shape, chunk)
+    shard = shard_shape(run.predict_block if run.passes else run.stored_together("xy"), run.shape, chunk)
     probabilities = {"shape": (lead, *run.shape), "dtype": "uint8", "axes": "czyx"}
     arrays = {layout.probabilities: {**probabilities, "chunk": (1, *chunk), "shard": (lead, *shard)}}
     for stage, plane in run.passes.items():
         small_chunk = fit(chunk, run.predict_block)
-        shard = shard_shape(run.pass_grid(plane).block, run.shape, small_chunk)
+        shard = shard_shape(run.stored_together(plane), run.shape, small_chunk)
         arrays[layout.plane_probabilities(stage)] = {
             **probabilities,
             "chunk": (1, *small_chunk),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from volseg.engine.run import Run, digest
 from volseg.segmentation.edges import EDGE
 
@@ -19,6 +21,7 @@ def probability_key(run: Run) -> str:
             run.checksum, run.shape, run.model_sha256, run.mean, run.std, run.engine.arithmetic, run.predict_block,
             config.predict.tile, config.predict.overlap, config.predict.batch, config.predict.tta,
             sorted(config.predict.planes), config.output.chunk, CONSTANT_TILES,
+            *([{plane: asdict(cut) for plane, cut in run.cuts.items()}] if run.cuts else []),
         )  # fmt: skip
     return digest(key, run.roi.key) if run.roi else key
 

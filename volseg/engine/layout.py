@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
-from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, Values
+from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, TileParts, Values
 from volseg.engine.stored import StoredArray, Tables, load_table, record_known, record_written
 from volseg.errors import DamagedFileError, UserError
 from volseg.io import arrays, files, tables
@@ -105,6 +105,14 @@ class Layout:
     @cached_property
     def borders(self) -> Tables[saddles.BlockBorders]:
         return self._tables("borders/{}", saddles.BlockBorders)
+
+    @cached_property
+    def tile_parts(self) -> Tables[TileParts]:
+        """By the key of the stage, the block that infers, the block that takes, and the span of sections."""
+        return self._tables("parts/{}-{}-{}-{}", TileParts)
+
+    def remove_tile_parts(self) -> None:
+        files.remove(f"{self.path}/work/parts")
 
     # ---- tables of the volume
 

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from volseg.box import Blocks, Box, inverse_axes, transpose_axes
 from volseg.engine import cluster
+from volseg.engine.keys import probability_key
 from volseg.engine.receipts import Timings
-from volseg.engine.run import Run, needed_tiles, stored_run
+from volseg.engine.run import Run, digest, stored_run
+from volseg.engine.shares import SPAN, HandedOver, Plane, Share, Taken, bounds_of_tiles
 from volseg.engine.stored import StoredArray
 from volseg.errors import UserError
 from volseg.inference import backends, tiles
 from volseg.inference.backends import Engine
 from volseg.inference.device import Call, out_of_memory_as
 from volseg.inference.normalization import scale
-from volseg.inference.sections import blend_sections, varying_tiles
+from volseg.inference.sections import TileKey, blend_sections, varying_tiles
 from volseg.io import pyramid
 from volseg.system import trim_memory
 
@@ -34,24 +37,38 @@ DEVICE_LOCK = threading.Lock()  # held by the task of this process that infers, 
 
 def predict(run: Run, i: int, timings: Timings) -> dict:
     """Probabilities of block ``i`` are stored: those of its xy planes."""
-    return _store_probabilities(run, "xy", run.predict_grid[i], run.layout.probabilities, timings)
+    return _store_probabilities(run, "xy", i, run.layout.probabilities, timings)
 
 
 def predict_plane(run: Run, i: int, timings: Timings, stage: str) -> dict:
     """Probabilities of block ``i`` of one pass are stored in the work folder."""
     plane = run.passes[stage]
-    return _store_probabilities(run, plane, run.pass_grid(plane)[i], run.layout.plane_probabilities(stage), timings)
+    return _store_probabilities(run, plane, i, run.layout.plane_probabilities(stage), timings)
 
 
-def _store_probabilities(run: Run, plane: str, box: Box, array: StoredArray, timings: Timings) -> dict:
-    """Probabilities of one pass are stored for ``box``; facts of a `Receipt`."""
-    if not run.wants_any(run.wanted_part(box)):
-        array.clear(box)
+def _store_probabilities(run: Run, plane: str, i: int, array: StoredArray, timings: Timings) -> dict:
+    """Probabilities of one pass are stored for block ``i``, shard after shard; facts of a `Receipt`."""
+    share = Share.of_block(run, plane, i)
+    if not run.wants_any(share.of_volume(share.reach)):
+        array.clear(share.box)
         return {}
-    probabilities, facts = _probabilities(run, plane, box, timings)
-    with timings.phase("write"):
-        array.write(box, probabilities)
-    return facts
+    inference = Inference(share, timings, digest(probability_key(run), plane))
+    for layer in _layers(run, plane, share.box):
+        out = inference.run(layer)
+        with timings.phase("write"):
+            if out is None:
+                array.clear(layer)
+            else:
+                array.write(layer, out)
+    return inference.end()
+
+
+def _layers(run: Run, plane: str, box: Box) -> list[Box]:
+    """What a block writes at once: some of its sections, whole shards, one layer after the other."""
+    axis = tiles.PLANES[plane][0]
+    depth = run.stored_together(plane)[axis]
+    layers = Blocks(run.shape, (*run.shape[:axis], depth, *run.shape[axis + 1 :]))
+    return [layers[k].intersect(box) for k in layers.overlapping(box)]
 
 
 def average_planes(run: Run, i: int, timings: Timings) -> None:
@@ -121,7 +138,7 @@ def import_probabilities(run: Run, i: int, timings: Timings) -> None:
     with timings.phase("read"):
         out = np.zeros((len(run.heads), *box.shape), np.uint8)
         inside = out[(slice(None), *part.slices_within(box))]
-        for piece in _pieces(part, 0):
+        for piece in _thin(part):
             for channel, plane in zip(run.channels, inside, strict=True):
                 plane[piece.slices_within(part)] = channel.read(piece)
         if (mask := run.read_mask(part)) is not None:
@@ -130,25 +147,178 @@ def import_probabilities(run: Run, i: int, timings: Timings) -> None:
         run.layout.probabilities.write(box, out)
 
 
+def _thin(box: Box) -> list[Box]:
+    """``box``, or its up to `PIECES` pieces along z inside `in_pieces`."""
+    z, y, x = box.shape
+    depth = -(-z // PIECES) if _IN_PIECES.get() else z
+    return [piece.shift(box.start) for piece in Blocks(box.shape, (depth, y, x))]
+
+
 # ---------------------------------------------------------------- the tiles of one block
 
 
-def _probabilities(run: Run, plane: str, box: Box, timings: Timings) -> tuple[np.ndarray, dict]:
-    """Probabilities of ``box``, uint8, channels z y x, 0 where no voxel is wanted; with them, what `_infer` returns."""
-    out = np.zeros((len(run.heads), *box.shape), np.uint8)
-    part = run.wanted_part(box)
-    with timings.phase("read"):
-        mask = run.read_mask(part, plane)
-    axes = tiles.PLANES[plane]
-    inside = out[(slice(None), *part.slices_within(box))].transpose(0, *(1 + a for a in axes))
-    facts: Counter[str] = Counter()
-    for piece in _pieces(part, axes[0]):
-        sections = piece.transpose(axes).slices_within(part.transpose(axes))[0]
-        some = None if mask is None else mask[sections]
-        facts.update(_infer(run, plane, piece, some, inside[:, sections], timings))
-    if mask is not None:
-        inside *= mask
-    return out, dict(facts)
+class Inference:
+    """The sections of one block on their way through the network, in order.
+
+    From gray voxels to uint8 probabilities all is done where the network runs. Everything has its axes in the order of the
+    pass: sections, rows, columns. Tiles are blended section by section in raster order, those that other blocks handed over
+    among those inferred here. A tile that is constant in all its sections is 0: whether it is depends on the volume alone.
+    """
+
+    def __init__(self, share: Share, timings: Timings, key: str = "") -> None:
+        self.share, self.run_, self.timings = share, share.run, timings
+        run, plane = share.run, share.plane
+        self.grid = share.tiles
+        self.device = backends.device(run.engine.backend, cluster.place_here())
+        self.facts: dict[str, float] = {"inferred_voxels": 0, "device_seconds": 0.0}
+        self.sections = share.reach.slices[0]  # to infer, of which `done` are
+        self.done = self.sections.start
+        self.begun = self.done // SPAN
+        self.taken = Taken(share, key, range(self.begun, -(-self.sections.stop // SPAN)))
+        self.handed = HandedOver(share, key)
+        every = [*share.own[:1], *share.own[-1:], *(tile for _, tile in self.taken.missing)]
+        self.reader = SlabReader(run, plane, bounds_of_tiles(self.grid, every), self.sections) if every else None
+        self.y, self.x = share.part.slices[1:]
+        self.blend: tiles.Blend | None = None
+
+    def run(self, layer: Box) -> np.ndarray | None:
+        """Probabilities of ``layer``, uint8, channels z y x of the volume, 0 where no voxel is wanted; None for 0 throughout.
+
+        All its sections follow those of the calls before.
+        """
+        run, axes = self.run_, self.share.axes
+        sections = layer.transpose(axes).slices[0]
+        part = self.share.part.intersect(layer.transpose(axes))
+        out = np.zeros((len(run.heads), *layer.shape), np.uint8) if part.voxels else None
+        stop = min(sections.stop, self.sections.stop)
+        for piece in self._pieces(max(sections.start, self.done), stop):
+            with self.timings.phase("read"):
+                mask = self._mask(piece)
+            inside = None
+            if out is not None:
+                volume_part = self.share.of_volume(_sections(part, piece))
+                inside = out[(slice(None), *volume_part.slices_within(layer))].transpose(0, *(1 + a for a in axes))
+            self._infer(piece, mask, inside)
+            if mask is not None and inside is not None:
+                wanted = _sections(part, piece)
+                inside *= mask[wanted.slices_within(_sections(self.share.reach, piece))]
+        return out
+
+    def end(self) -> dict:
+        """What was handed to the block is gone; facts of a `Receipt`."""
+        self._hand_over(-(-self.sections.stop // SPAN))
+        self.taken.remove()
+        sent = {"bytes_sent": self.device.sent, "bytes_fetched": self.device.fetched}
+        return {**self.facts, **sent}
+
+    def _pieces(self, start: int, stop: int) -> list[slice]:
+        """Sections from ``start`` to ``stop``, cut where the chunks that they and those around them lie in end."""
+        run = self.run_
+        depth, around = run.read_together(self.share.plane), run.sections // 2
+        if _IN_PIECES.get():
+            depth, around = -(-max(1, stop - start) // PIECES), 0
+        if not depth:
+            return [slice(start, stop)] if start < stop else []
+        first = (start + around) // depth + 1
+        edges = [start, *(k * depth - around for k in range(first, -(-(stop + around) // depth))), stop]
+        return [slice(a, b) for a, b in pairwise(edges) if a < b]
+
+    def _mask(self, piece: slice) -> np.ndarray | None:
+        """Which voxels are wanted in ``piece`` of all that the block's tiles reach; None: all."""
+        box = self.share.of_volume(_sections(self.share.reach, piece))
+        return self.run_.read_mask(box, self.share.plane)
+
+    def _infer(self, piece: slice, mask: np.ndarray | None, out: np.ndarray | None) -> None:
+        """``out`` (zeros before; None: none of it is wanted) holds the probabilities of some sections of the block's part."""
+        run, device = self.run_, self.device
+        todo = self._todo(piece, mask)
+        if self.reader and todo:
+            with self.timings.phase("read"):
+                source = self.reader.read(piece.start, piece.stop)
+                with out_of_memory_as(f"{source.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
+                    on_device = replace(source, voxels=device.put(source.voxels))
+            varying = varying_tiles(source, self.grid, todo)
+        else:
+            varying, on_device = iter(()), tiles.Slab(np.zeros((0, 0, 0)), (0, 0, 0), run.sections // 2, 1)
+        size = self.grid.size
+        at_once = f"{run.batch} tile{'s' * (run.batch > 1)} of {size[0]} x {size[1]} at once"
+        advice = "" if run.batch > 1 else "; a smaller predict.tile takes less"
+        timings, count = self.timings, 0
+        with _device_held(timings), out_of_memory_as(at_once, advice), timings.phase("infer"), device.stream():
+            with timings.phase("load"):
+                network = backends.TimedCall(device.synchronized(_network(run, size)))
+            if self.blend is None:
+                self.blend = tiles.Blend(len(run.heads), self.grid, self.y, self.x, device)
+            probabilities = None if out is None else device.empty_output(out)
+            for z, added in blend_sections(
+                network, on_device, varying, self.blend, scale=scale(run.mean, run.std), batch=run.batch,
+                threads=_threads(run), timed=timings.phase, parts=self._parts(piece), give=self._give,
+            ):  # fmt: skip
+                if probabilities is not None:
+                    with timings.phase("blend"):
+                        self.blend.quantize(probabilities[:, z - piece.start])
+                count += added
+            if probabilities is not None:
+                with timings.phase("blend"):
+                    device.copy_to_host(probabilities, out)
+        self.done = piece.stop
+        self._hand_over(self.done // SPAN)
+        self.facts["inferred_voxels"] += run.config.predict.tta * count * prod(size)
+        self.facts["device_seconds"] += network.seconds
+
+    def _todo(self, piece: slice, mask: np.ndarray | None) -> list[TileKey]:
+        """The tiles to infer here, by section and in raster order: own ones, and those that nobody handed over.
+
+        One in which no voxel is wanted gives none of them anything, so leaving it out changes none.
+        """
+        own, reach = self.share.own, self.share.reach
+        found = []
+        for z in range(piece.start, piece.stop):
+            here = sorted([*own, *(tile for span, tile in self.taken.missing if span == z // SPAN)])
+            for tile in here:
+                if mask is not None:
+                    rows, columns = map(_part_inside, self.grid.place(tile), reach.slices[1:])
+                    if not mask[z - piece.start, rows, columns].any():
+                        continue
+                found.append((z, tile))
+        return found
+
+    def _parts(self, piece: slice) -> Iterator[tuple[TileKey, Any]]:
+        """What other blocks handed over, on the device."""
+        for key, part in self.taken.parts(range(piece.start, piece.stop)):
+            yield key, self.device.put(part)
+
+    def _give(self, key: TileKey, probability: Any) -> None:
+        """The parts of a tile that lie in other blocks are handed over."""
+        z, tile = key
+        for i, (part, window) in self.share.takers.items():
+            if tile[0] in window.rows and tile[1] in window.columns:
+                y, x = (
+                    _part_of(window_, place)
+                    for window_, place in zip(part.slices[1:], self.grid.place(tile), strict=True)
+                )
+                self.handed.add((z, tile), i, np.array(self.device.get(probability[:, y, x])))
+
+    def _hand_over(self, before: int) -> None:
+        """All spans of sections before that one are stored."""
+        for span in range(self.begun, before):
+            self.handed.store(span)
+        self.begun = max(self.begun, before)
+
+
+def _sections(box: Box, piece: slice) -> Box:
+    """The part of ``box`` in some sections."""
+    return Box((piece.start, *box.start[1:]), (piece.stop, *box.stop[1:]))
+
+
+def _part_of(window: slice, place: slice) -> slice:
+    """The part of ``place`` that lies in ``window``, counted from its own start."""
+    return slice(max(place.start, window.start) - place.start, min(place.stop, window.stop) - place.start)
+
+
+def _part_inside(place: slice, window: slice) -> slice:
+    """The part of ``window`` that lies in ``place``, counted from the window's start."""
+    return slice(max(place.start, window.start) - window.start, min(place.stop, window.stop) - window.start)
 
 
 @contextmanager
@@ -159,54 +329,6 @@ def in_pieces() -> Iterator[None]:
         yield
     finally:
         _IN_PIECES.reset(token)
-
-
-def _pieces(box: Box, axis: int) -> list[Box]:
-    """The pieces of ``box`` along an axis: one, or up to `PIECES` inside `in_pieces`."""
-    length = box.shape[axis]
-    depth = -(-length // PIECES) if _IN_PIECES.get() else length
-    block = tuple(depth if k == axis else n for k, n in enumerate(box.shape))
-    return [piece.shift(box.start) for piece in Blocks(box.shape, block)]
-
-
-def _infer(run: Run, plane: str, box: Box, mask: np.ndarray | None, out: np.ndarray, timings: Timings) -> dict:
-    """``out`` (zeros before) holds the probabilities of the wanted voxels of ``box``.
-
-    Tiles are blended section by section in raster order. One that is constant in all its sections is 0: whether it is
-    depends on the volume alone. Everything has its axes in the order of the pass: sections, rows, columns. From gray
-    voxels to uint8 probabilities all is done where the network runs. Returns facts of a `Receipt`.
-    """
-    grid = run.tile_grid(plane)
-    sections, y, x = box.transpose(tiles.PLANES[plane]).slices
-    todo = needed_tiles(run, plane, box, mask)
-    device = backends.device(run.engine.backend, cluster.place_here())
-    with timings.phase("read"):
-        source = read_slab(run, plane, box, grid.overlapping(y, x))
-        with out_of_memory_as(f"{source.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
-            on_device = replace(source, voxels=device.put(source.voxels))
-
-    at_once = f"{run.batch} tile{'s' * (run.batch > 1)} of {grid.size[0]} x {grid.size[1]} at once"
-    advice = "" if run.batch > 1 else "; a smaller predict.tile takes less"
-    with _device_held(timings), out_of_memory_as(at_once, advice), timings.phase("infer"), device.stream():
-        with timings.phase("load"):
-            network = backends.TimedCall(device.synchronized(_network(run, grid.size)))
-        probabilities, blend = device.empty_output(out), tiles.Blend(len(run.heads), grid, y, x, device)
-        count, varying = 0, varying_tiles(source, grid, todo)
-        for z, added in blend_sections(
-            network, on_device, varying, blend, scale=scale(run.mean, run.std), batch=run.batch, threads=_threads(run),
-            timed=timings.phase,
-        ):  # fmt: skip
-            with timings.phase("blend"):
-                blend.quantize(probabilities[:, z - sections.start])
-            count += added
-        with timings.phase("blend"):
-            device.copy_to_host(probabilities, out)
-    return {
-        "inferred_voxels": run.config.predict.tta * count * prod(grid.size),
-        "device_seconds": network.seconds,
-        "bytes_sent": device.sent,
-        "bytes_fetched": device.fetched,
-    }
 
 
 @contextmanager
@@ -220,16 +342,42 @@ def _device_held(timings: Timings) -> Iterator[None]:
         DEVICE_LOCK.release()
 
 
-def read_slab(run: Run, plane: str, box: Box, window: tiles.TileWindow) -> tiles.Slab:
-    """The source under some tiles of the sections of ``box``, with neighboring sections, read at once."""
-    axes, grid, around = tiles.PLANES[plane], run.tile_grid(plane), run.sections // 2
-    places = [grid.place(tile) for tile in window]
-    seen = box.transpose(axes)
-    start = (seen.start[0] - around, min(p[0].start for p in places), min(p[1].start for p in places))
-    stop = (seen.stop[0] + around, max(p[0].stop for p in places), max(p[1].stop for p in places))
-    need = Box(start, stop).clip(transpose_axes(run.shape, axes))
-    voxels = np.ascontiguousarray(run.source.read(need.transpose(inverse_axes(axes))).transpose(axes))
-    return tiles.Slab(voxels, need.start, around, run.shape[axes[0]])
+class SlabReader:
+    """Reads the source under some tiles, section after section, whole chunks at a time: none is decoded twice."""
+
+    def __init__(self, run: Run, plane: str, window: Plane, sections: slice) -> None:
+        self.run, self.axes, self.around = run, tiles.PLANES[plane], run.sections // 2
+        self.depth = 1 if _IN_PIECES.get() else run.read_together(plane) or 1
+        shape = transpose_axes(run.shape, self.axes)
+        self.length = shape[0]
+        self.stop = min(sections.stop + self.around, self.length)
+        rows, columns = (slice(max(0, s.start), min(s.stop, n)) for s, n in zip(window, shape[1:], strict=True))
+        self.rows, self.columns = rows, columns
+        self.start, self.voxels = 0, np.zeros((0, 0, 0))  # what was read last
+
+    def read(self, start: int, stop: int) -> tiles.Slab:
+        """The sections from ``start`` to ``stop`` and those around them; both grow from call to call."""
+        start, stop = max(0, start - self.around), min(stop + self.around, self.stop)
+        have = self.start + len(self.voxels)
+        if stop > have or start < self.start:
+            kept = self.voxels[max(0, start - self.start) :] if start < have else self.voxels[:0]
+            first = max(start, have) if len(kept) else start
+            last = max(stop, min(-(-stop // self.depth) * self.depth, self.stop))
+            box = Box((first, self.rows.start, self.columns.start), (last, self.rows.stop, self.columns.stop))
+            self.voxels = self._joined(kept, box)
+            self.start = first - len(kept)
+        return tiles.Slab(self.voxels, (self.start, self.rows.start, self.columns.start), self.around, self.length)
+
+    def _joined(self, kept: np.ndarray, box: Box) -> np.ndarray:
+        """Sections that were kept, and those of ``box`` after them."""
+        volume_box = box.transpose(inverse_axes(self.axes))
+        if not len(kept):
+            return np.ascontiguousarray(self.run.source.read(volume_box).transpose(self.axes))
+        out = np.empty((len(kept) + box.shape[0], *box.shape[1:]), kept.dtype)
+        out[: len(kept)] = kept
+        self.voxels = self.voxels[:0].copy()  # makes room for what is read
+        out[len(kept) :] = self.run.source.read(volume_box).transpose(self.axes)
+        return out
 
 
 # ---------------------------------------------------------------- the network

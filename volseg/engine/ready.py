@@ -20,30 +20,40 @@ class Ready:
     >>> later = Ready(z, earlier={"first": (earlier, lambda box: box.grow(1))})
     >>> later.take() is None, later.tell("first", 1), later.take(), later.take() is None
     (True, None, 0, True)
+    >>> row = Ready(Blocks((1, 1, 6), (1, 1, 2)), own=("row", lambda box: Box((0, 0, box.start[2] - 1), box.stop)))
+    >>> row.take(), row.take() is None, row.end(0), row.tell("row", 0), row.take()
+    (0, True, None, None, 1)
     """
 
     def __init__(
-        self, grid: Blocks, done: Iterable[int] = (), earlier: dict[str, tuple[Ready, Region]] | None = None
+        self,
+        grid: Blocks,
+        done: Iterable[int] = (),
+        earlier: dict[str, tuple[Ready, Region]] | None = None,
+        own: tuple[str, Region] | None = None,
     ) -> None:
         self.grid = grid
         self.state = bytearray(len(grid))
         self.at = np.frombuffer(self.state, np.uint8).reshape(grid.counts)
-        self.missing = np.zeros(grid.counts, np.int32)  # blocks of earlier stages that each waits for
+        self.missing = np.zeros(grid.counts, np.int32)  # blocks that each waits for
         self.spans = {}
+        for i in done:
+            self.state[i] = DONE
         for stage, (before, region) in (earlier or {}).items():
             self.spans[stage] = before.grid, _spans(grid, before.grid, region)
             self.missing += _missing(before.at == DONE, self.spans[stage][1])
-        self.at[self.missing == 0] = READY
-        for i in done:
-            self.state[i] = DONE
+        if own:  # a block waits for those of its own stage under a region of it, but not for itself
+            self.spans[own[0]] = grid, _spans(grid, grid, own[1])
+            self.missing += _missing(self.at == DONE, self.spans[own[0]][1]) - (self.at != DONE)
+        self.at[(self.missing == 0) & (self.at == WAITING)] = READY
         self.left = len(grid) - self.state.count(DONE)
         self.cursor = 0
 
     @property
     def voxels(self) -> int:
         """Voxels of all blocks that are done."""
-        axes = zip(self.grid.shape, self.grid.block, self.grid.counts, strict=True)
-        z, y, x = (np.minimum(b, n - b * np.arange(count)) for n, b, count in axes)
+        axes = enumerate(self.grid.counts)
+        z, y, x = (np.diff([self.grid.edge(axis, k) for k in range(count + 1)]) for axis, count in axes)
         return int((self.at == DONE) @ x @ y @ z)
 
     def take(self) -> int | None:
@@ -86,8 +96,8 @@ def _spans(grid: Blocks, earlier: Blocks, region: Region) -> list[tuple[np.ndarr
         boxes = [
             region(grid[grid.index(tuple(c * (k == axis) for k in range(3)))]).clip(earlier.shape) for c in range(count)
         ]
-        start = np.array([box.start[axis] // earlier.block[axis] for box in boxes])
-        stop = np.array([-(-box.stop[axis] // earlier.block[axis]) for box in boxes])
+        start = np.array([earlier.position(axis, box.start[axis]) for box in boxes])
+        stop = np.array([earlier.position(axis, box.stop[axis] - 1) + 1 for box in boxes])
         spans.append((start, stop))
     return spans
 

@@ -331,7 +331,7 @@ class RunStatistics:
         """Share of the time of inference in which a device computed."""
         spans = [span for stage, span in self.stage_spans.items() if "infer" in self.worker_seconds.get(stage, ())]
         took = max((end for _, end in spans), default=0.0) - min((begin for begin, _ in spans), default=0.0)
-        return self.device_seconds / (took * self.devices) if took else 0.0
+        return self.device_seconds / (took * self.devices) if took and self.devices else 0.0
 
     @property
     def queue(self) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
 from volseg.config import Config
-from volseg.engine.blocks import fit, plane_blocks
+from volseg.engine.blocks import Cut, fit, plane_blocks
 from volseg.engine.layout import Layout
 from volseg.errors import DamagedFileError
 from volseg.inference import tiles
@@ -24,7 +24,7 @@ from volseg.io.resample import Grid
 from volseg.io.roi import RegionOfInterest
 from volseg.segmentation.distances import DistanceUnit, distance_unit
 
-SAMPLED_BLOCKS = 64  # whose tiles are counted where a mask decides
+SAMPLED_TILES = 128  # that are looked up in a mask, to count those that are needed
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Run:
     given_roi            the same voxels in that grid
     restored             whether labels are brought back to that grid
     pass_blocks          by plane, of passes whose own blocks would not fit the memory
+    cuts                 by plane, where blocks follow the source's chunks and the tiles
     """
 
     out: str
@@ -68,6 +69,7 @@ class Run:
     given_roi: RegionOfInterest | None = None
     restored: bool = False
     pass_blocks: dict[str, Triple] = field(default_factory=dict)
+    cuts: dict[str, Cut] = field(default_factory=dict)
 
     @property
     def shape(self) -> Triple:
@@ -91,6 +93,8 @@ class Run:
 
     @property
     def predict_grid(self) -> Blocks:
+        if "xy" in self.cuts and not self.passes:
+            return self.cuts["xy"].grid(self.shape)
         return Blocks(self.shape, self.predict_block)
 
     @property
@@ -105,13 +109,27 @@ class Run:
 
     def pass_grid(self, plane: str) -> Blocks:
         """The blocks of a pass over several planes: deep across its planes, as those of xy planes are along z."""
+        if plane in self.cuts:
+            return self.cuts[plane].grid(self.shape)
         if plane in self.pass_blocks:
             return Blocks(self.shape, self.pass_blocks[plane])
         axes = tiles.PLANES[plane]
-        block = transpose_axes(
-            plane_blocks(transpose_axes(self.shape, axes), self.source.chunk[axes[0]]), inverse_axes(axes)
-        )
+        block = transpose_axes(plane_blocks(transpose_axes(self.shape, axes)), inverse_axes(axes))
         return Blocks(self.shape, fit(self.config.blocks.shape or block, self.shape))
+
+    def grid_of(self, plane: str) -> Blocks:
+        """The blocks in which sections of one orientation go through the network."""
+        return self.pass_grid(plane) if self.passes else self.predict_grid
+
+    def stored_together(self, plane: str) -> Triple:
+        """The shape of what such a block writes at once: a shard of probabilities."""
+        cut = self.cuts.get(plane)
+        return cut.shard if cut else self.grid_of(plane).block
+
+    def read_together(self, plane: str) -> int:
+        """How many sections such a block reads at once, with those around them; 0 for all."""
+        cut = self.cuts.get(plane)
+        return cut.depth if cut else 0
 
     @property
     def layers(self) -> Blocks:
@@ -183,13 +201,12 @@ class Run:
 
     @cached_property
     def inferred_voxels(self) -> int:
-        """Voxels that go through the network: those of every tile in each block that needs it, in all passes and flips.
+        """Voxels that go through the network: those of every tile that reaches a voxel that is wanted, in all passes and flips.
 
-        Constant tiles are among them: only reading tells. Where there is a mask and more than `SAMPLED_BLOCKS` blocks, an
-        estimate.
+        Constant tiles are among them: only reading tells. Where there is a mask, an estimate for more than `SAMPLED_TILES`.
         """
-        passes = {plane: self.pass_grid(plane) for plane in self.passes.values()} or {"xy": self.predict_grid}
-        counts = ((prod(self.tile_grid(plane).size), _count_tiles(self, plane, grid)) for plane, grid in passes.items())
+        planes = tuple(self.passes.values()) or ("xy",)
+        counts = ((prod(self.tile_grid(plane).size), _count_tiles(self, plane)) for plane in planes)
         return 0 if self.channels else self.config.predict.tta * sum(size * count for size, count in counts)
 
     # ---- what is wanted
@@ -249,7 +266,8 @@ class Run:
 
     def _check(self) -> None:
         """Raises `ValueError` for sizes that no run has."""
-        shape, blocks = self.source.shape, (self.predict_block, self.block, *self.pass_blocks.values())
+        shape, cuts = self.source.shape, self.cuts.values()
+        blocks = (self.predict_block, self.block, *self.pass_blocks.values(), *(cut.block for cut in cuts))
         for triple in (shape, *blocks):
             if len(triple) != 3 or not all(type(n) is int and n > 0 for n in triple):
                 raise ValueError(f"{triple!r} is no shape")
@@ -269,6 +287,7 @@ class Run:
             "channels": channels,
             "config": Config(**plain["config"]),
             "pass_blocks": blocks,
+            "cuts": {plane: Cut.from_json(cut) for plane, cut in plain.get("cuts", {}).items()},
             "source": _volume(plain["source"]),
             "roi": _roi(plain.get("roi")),
             "given": _volume(plain.get("given")),
@@ -308,44 +327,23 @@ def digest(*parts: Any) -> str:
 # ---------------------------------------------------------------- tiles
 
 
-def needed_tiles(run: Run, plane: str, box: Box, mask: np.ndarray | None) -> list[tuple[int, tuple[int, int]]]:
-    """The tiles that ``box`` needs in a pass, as (section, tile), by section and in raster order.
-
-    ``mask`` says which of its voxels are wanted, in the axes of the pass (None: all). A tile that holds none of them in
-    the box gives none of them anything, so leaving it out changes none.
-    """
-    sections, y, x = box.transpose(tiles.PLANES[plane]).slices
-    grid = run.tile_grid(plane)
-    window = grid.overlapping(y, x)
-    every = [(z, tile) for z in range(sections.start, sections.stop) for tile in window]
-    if mask is None:
-        return every
-    parts = {tile: tuple(map(_part_inside, grid.place(tile), (y, x))) for tile in window}
-    return [(z, tile) for z, tile in every if mask[(z - sections.start, *parts[tile])].any()]
-
-
-def _part_inside(place: slice, window: slice) -> slice:
-    """The part of ``window`` that lies in ``place``, counted from the window's start."""
-    return slice(max(place.start, window.start) - window.start, min(place.stop, window.stop) - window.start)
-
-
-def _count_tiles(run: Run, plane: str, grid: Blocks) -> int:
-    """Tiles that all blocks of a pass need together."""
-    if run.roi and run.roi.mask:
-        count = len(grid)
-        sample = (
-            range(count) if count <= SAMPLED_BLOCKS else [k * count // SAMPLED_BLOCKS for k in range(SAMPLED_BLOCKS)]
-        )
-        boxes = (box for box in map(run.wanted_part, map(grid.__getitem__, sample)) if box.voxels)
-        needed = sum(len(needed_tiles(run, plane, box, run.read_mask(box, plane))) for box in boxes)
-        return needed * count // len(sample)
+def _count_tiles(run: Run, plane: str) -> int:
+    """Tiles of a pass that reach where voxels are wanted; where a mask decides, an estimate from `SAMPLED_TILES` of them."""
     axes, tile_grid = tiles.PLANES[plane], run.tile_grid(plane)
-    part = run.wanted_part(Box.from_shape(run.shape))
-    needed = part.shape[axes[0]]
-    for k, axis in zip(axes[1:], (tile_grid.y, tile_grid.x), strict=True):
-        a, b, step = part.start[k], part.stop[k], grid.block[k]
-        needed *= axis.count_overlaps(a, b, step)
-    return needed
+    wanted = run.wanted_part(Box.from_shape(run.shape)).transpose(axes)
+    sections, y, x = wanted.slices
+    window, depth = tile_grid.overlapping(y, x), wanted.shape[0]
+    count = depth * len(window)
+    if not (run.roi and run.roi.mask):
+        return count
+    sample = range(count) if count <= SAMPLED_TILES else [k * count // SAMPLED_TILES for k in range(SAMPLED_TILES)]
+    needed = 0
+    for k in sample:
+        place = tile_grid.place(window[k % len(window)])
+        z = sections.start + k // len(window)
+        tile = Box((z, place[0].start, place[1].start), (z + 1, place[0].stop, place[1].stop)).intersect(wanted)
+        needed += run.wants_any(tile.transpose(inverse_axes(axes)))
+    return needed * count // max(1, len(sample))
 
 
 def redundancy(run: Run, voxels: int | None = None) -> float:

@@ -64,6 +64,7 @@ def _run_groups(client: Any, run: Run, markers: Markers, progress: Progress, sta
         basins = [stage for stage in basins if stage.name not in run.passes]  # what they stored may be gone
     _run_together(client, run, basins, markers, progress, statistics)
     folder.drop_passes(run, markers)
+    run.layout.remove_tile_parts()
     _stitch(client, run, markers, progress, statistics)
     folder.create_labels(run, markers)
     _run_together(client, run, group_of(run, "labels"), markers, progress, statistics)
@@ -92,7 +93,8 @@ def _run_together(
     blocks: dict[str, Ready] = {}
     for stage in stages:
         earlier = {name: (blocks[name], region) for name, region in stage.after.items() if name in blocks}
-        blocks[stage.name] = Ready(stage.grid, markers.done(stage.name), earlier)
+        own = (stage.name, stage.after[stage.name]) if stage.name in stage.after else None
+        blocks[stage.name] = Ready(stage.grid, markers.done(stage.name), earlier, own)
     given_up = [_failed_before(*item) for item in markers.given_up.items() if item[0][0] in by_name]
     for name, i in (failure.item for failure in given_up):
         blocks[name].withhold(i)

@@ -22,6 +22,7 @@ from volseg.engine import instances, predict
 from volseg.engine.keys import basins_key, decision_key, holes_key, probability_key
 from volseg.engine.receipts import Timings
 from volseg.engine.run import Run, digest
+from volseg.engine.shares import region_of_givers
 from volseg.io import pyramid
 from volseg.segmentation import hierarchy
 from volseg.segmentation.heights import height_halo
@@ -38,7 +39,8 @@ class Stage:
     grid       its blocks
     key        the hash of all that determines its results
     group      what it runs together with
-    after      the earlier stages of its group that a block waits for, and the region of each that it is made from
+    after      the stages of its group that a block waits for, and the region of each that it is made from: of earlier ones, and
+               of itself where a block takes what blocks before it hand over
     on_device  whether it infers, and so wants a device where there are some
     report_as  the name under which a user sees it
     """
@@ -72,9 +74,10 @@ def _predict(run: Run) -> list[Stage]:
     passes = []
     for name, plane in run.passes.items():
         grid, pass_of_plane = run.pass_grid(plane), partial(predict.predict_plane, stage=name)
-        passes.append(Stage(name, pass_of_plane, grid, digest(key, name, grid.block), "basins", on_device=True))
+        pass_key, own = digest(key, name, grid.block), {name: partial(region_of_givers, run, plane)}
+        passes.append(Stage(name, pass_of_plane, grid, pass_key, "basins", own, on_device=True))
     function = predict.average_planes if passes else predict.predict
-    after = {stage.name: same for stage in passes}
+    after = {stage.name: same for stage in passes} or {"predict": partial(region_of_givers, run, "xy")}
     return [*passes, Stage("predict", function, run.predict_grid, key, "basins", after, on_device=not passes)]
 
 

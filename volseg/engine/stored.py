@@ -76,6 +76,10 @@ class Tables(Generic[T]):
         tables.save(self.path, self.key(*index), **vars(value))
         record_written(self.path, [self.key(*index)])
 
+    def keep(self, value: T, *index: int | str) -> None:
+        """As `save`, for what a later block removes: it counts as no result of the block that writes it."""
+        tables.save(self.path, self.key(*index), **vars(value))
+
     def load(self, *index: int | str, skip: tuple[str, ...] = ()) -> T:
         """One table; the arrays to ``skip`` come empty. Raises `DamagedFileError`."""
         return load_table(self.path, self.key(*index), self.kind, skip)

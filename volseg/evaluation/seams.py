@@ -85,7 +85,8 @@ def measure_seams(run: StoredRun, rng: np.random.Generator) -> Seams:
 def _planes(run: StoredRun, axis: int) -> tuple[list[int], list[int]]:
     """Where blocks meet along an axis, and the planes half a block further that are no such place."""
     length, block = run.shape[axis], run.run.block[axis]
-    faces = {plane for size in (block, run.run.predict_block[axis]) for plane in range(size, length, size)}
+    grids = run.run.grid, run.run.predict_grid
+    faces = {grid.edge(axis, k) for grid in grids for k in range(1, grid.counts[axis])}
     controls = [plane for plane in range(block // 2, length, block) if plane > 0 and plane not in faces]
     return (sorted(faces), controls) if faces and controls else ([], [])
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from heapq import merge
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -30,9 +32,10 @@ def varying_tiles(slab: Slab, grid: Grid, tiles: Iterable[TileKey]) -> Iterator[
 
 def blend_sections(
     network: Call, slab: Slab, tiles: Iterable[TileKey], blend: Blend, *, scale: tuple[float, float], batch: int = 1,
-    threads: int = 1, timed: Timer = nullcontext,
+    threads: int = 1, timed: Timer = nullcontext, parts: Iterable[tuple[TileKey, Any]] = (),
+    give: Callable[[TileKey, Any], None] = lambda key, probability: None,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
-    """Yield the number of each section, and how many tiles it had, once ``blend`` holds them all.
+    """Yield the number of each section, and how many tiles it had here, once ``blend`` holds them all.
 
     The caller takes the sums of a section from ``blend`` before it asks for the next. A section without tiles is left out.
 
@@ -55,6 +58,10 @@ def blend_sections(
         Calls under way at once.
     timed
         Gives the context in which work counts as "cut" or "blend".
+    parts
+        Of tiles that were predicted elsewhere: what of them lies in the window of ``blend``, by section and in raster order.
+    give
+        Is told of each tile that was predicted here.
     """
     grid, device = blend.grid, blend.device
 
@@ -70,15 +77,23 @@ def blend_sections(
                 return
             yield keys, rows
 
+    def predicted() -> Iterator[tuple[TileKey, Any, bool]]:
+        for keys, probability in imap(network, batches(), threads):
+            yield from ((key, one, True) for key, one in zip(keys, probability, strict=False))
+
     section, count = None, 0
-    for keys, probability in imap(network, batches(), threads):
-        for (z, tile), one in zip(keys, probability, strict=False):
-            if section is not None and section != z:
-                yield section, count
-                count = 0
-            with timed("blend"):
+    elsewhere = ((key, part, False) for key, part in parts)
+    for (z, tile), one, here in merge(predicted(), elsewhere, key=itemgetter(0)):
+        if section is not None and section != z:
+            yield section, count
+            count = 0
+        with timed("blend"):
+            if here:
                 blend.add(tile, one)
-            section, count = z, count + 1
+                give((z, tile), one)
+            else:
+                blend.add_part(tile, one)
+        section, count = z, count + here
     if section is not None:
         yield section, count
 

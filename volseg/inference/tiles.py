@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import inf
 from typing import Any
 
 import numpy as np
 
 from volseg.inference.device import NUMPY, Device
 
-MAX_COUNTED = 1 << 14  # blocks along an axis that are counted one by one
+SAMPLED = 256  # blocks along an axis that are looked at where there are more
+MORE_TILES = 8  # than needed along an axis, where they hold fewer voxels together
 MULTIPLE = 32  # the encoder halves a tile five times
 PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
 
@@ -53,6 +55,15 @@ class Axis:
         first = self._first_from(start - self.size + 1)
         return range(first, max(first, self._first_from(stop)))
 
+    def starting(self, start: int, stop: int) -> range:
+        """Numbers of the tiles whose first voxel lies in ``start:stop``.
+
+        >>> axis(100, 64, 16).starting(0, 36), axis(100, 64, 16).starting(1, 37)
+        (range(0, 1), range(1, 2))
+        """
+        first = self._first_from(start)
+        return range(first, max(first, self._first_from(stop)))
+
     def _first_from(self, voxel: int) -> int:
         """The first tile whose origin is ``voxel`` or later; ``count`` where there is none."""
         i = 0
@@ -64,35 +75,18 @@ class Axis:
             i += 1
         return i
 
-    def count_overlaps(self, start: int, stop: int, step: int) -> int:
-        """Pairs of a tile and a block that share a voxel, where ``start:stop`` is cut at multiples of ``step``.
+    def longest_reach(self, step: int) -> int:
+        """Voxels under the tiles that begin in a block ``step`` long: the most of `SAMPLED` blocks.
 
-        Exact where there are at most `MAX_COUNTED` blocks or tiles; else an estimate from so many blocks.
-
-        >>> axis(100, 64, 16).count_overlaps(0, 100, 50)
-        4
+        >>> axis(100, 64, 16).longest_reach(30), axis(1000, 64, 16).longest_reach(50)
+        (64, 111)
         """
-        blocks = range(start // step, -(-stop // step))
-        tiles = self.overlapping(start, stop)
-        if len(tiles) < len(blocks) and len(tiles) <= MAX_COUNTED:
-            spans = ((max(start, self.origin(i)), min(stop, self.origin(i) + self.size)) for i in tiles)
-            return sum((b - 1) // step - a // step + 1 for a, b in spans)
-        some = _evenly(blocks)
-        pairs = sum(len(self.overlapping(max(start, k * step), min(stop, k * step + step))) for k in some)
-        return pairs * len(blocks) // len(some)
+        count = -(-self.length // step)
+        blocks = range(count) if count <= SAMPLED else [k * count // SAMPLED for k in range(SAMPLED)]
+        return max(self._reach(self.starting(k * step, min((k + 1) * step, self.length))) for k in blocks)
 
-    def longest_cover(self, step: int) -> int:
-        """Voxels of the axis under the tiles that a block ``step`` long overlaps: the most of all blocks.
-
-        Exact where there are at most `MAX_COUNTED` blocks; else the most of so many.
-        """
-        return max(
-            self._cover(k * step, min(k * step + step, self.length)) for k in _evenly(range(-(-self.length // step)))
-        )
-
-    def _cover(self, start: int, stop: int) -> int:
-        tiles = self.overlapping(start, stop)
-        return min(self.origin(tiles[-1]) + self.size, self.length) - self.origin(tiles[0])
+    def _reach(self, tiles: range) -> int:
+        return min(self.origin(tiles[-1]) + self.size, self.length) - self.origin(tiles[0]) if tiles else 0
 
     def weights(self, i: int) -> np.ndarray:
         """Blending weight along tile ``i``, float32: a ramp where it shares voxels with a neighbor, else 1."""
@@ -106,12 +100,6 @@ class Axis:
         return weight
 
 
-def _evenly(numbers: range) -> Sequence[int]:
-    """At most `MAX_COUNTED` of some numbers, evenly spread."""
-    count = len(numbers)
-    return numbers if count <= MAX_COUNTED else [numbers[k * count // MAX_COUNTED] for k in range(MAX_COUNTED)]
-
-
 def _ramp(n: int) -> np.ndarray:
     return ((np.arange(n, dtype=np.float32) + np.float32(1)) / np.float32(n + 1)).astype(np.float32)
 
@@ -119,7 +107,8 @@ def _ramp(n: int) -> np.ndarray:
 def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis:
     """Evenly spread tiles of at most ``tile`` voxels that share at least ``overlap`` and cover ``length``.
 
-    Their size is a ``multiple``, at least one.
+    Their size is a ``multiple``, at least one. Of the numbers of tiles that will do, the one for which these hold the fewest
+    voxels: since their size is a multiple, one or two more are often fewer voxels together.
 
     >>> axis(1024, 1280, 64)
     Axis(length=1024, size=1024, count=1)
@@ -131,9 +120,13 @@ def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis
         return Axis(length, _up(length, multiple), 1)
     if overlap >= longest:
         raise ValueError(f"overlap {overlap} leaves no room in tiles of {longest}; use overlap < tile")
-    count = -(-(length - overlap) // (longest - overlap))
-    size = min(longest, _up(-(-(length + (count - 1) * overlap) // count), multiple))
-    return Axis(length, size, count)
+    fewest = -(-(length - overlap) // (longest - overlap))
+
+    def size(count: int) -> int:
+        return min(longest, _up(-(-(length + (count - 1) * overlap) // count), multiple))
+
+    count = min(range(fewest, fewest + MORE_TILES), key=lambda n: (n * size(n) if 2 * size(n) > longest else inf, n))
+    return Axis(length, size(count), count)
 
 
 def _up(n: int, multiple: int) -> int:
@@ -181,6 +174,10 @@ class Grid:
     def overlapping(self, y: slice, x: slice) -> TileWindow:
         """The tiles, in raster order, that share a voxel with part of the plane."""
         return TileWindow(self.y.overlapping(y.start, y.stop), self.x.overlapping(x.start, x.stop))
+
+    def starting(self, y: slice, x: slice) -> TileWindow:
+        """The tiles, in raster order, whose first voxel lies in part of the plane."""
+        return TileWindow(self.y.starting(y.start, y.stop), self.x.starting(x.start, x.stop))
 
     def place(self, tile: tuple[int, int]) -> tuple[slice, slice]:
         """Where a tile lies in the plane; a lone tile may reach past the end."""
@@ -263,7 +260,7 @@ class Blend:
     """Adds up the tiles of one section over a window of the plane, in the order they come (it must be raster order).
 
     A voxel's sums see the same tiles in the same order whatever the window, so windows agree on the voxels they share.
-    A tile that never comes counts as 0 everywhere.
+    A tile that never comes counts as 0 everywhere, one that lies outside the window for nothing.
     """
 
     def __init__(self, channels: int, grid: Grid, y: slice, x: slice, device: Device = NUMPY) -> None:
@@ -282,9 +279,17 @@ class Blend:
 
     def add(self, tile: tuple[int, int], probability: Any) -> None:
         """Adds a tile's probabilities, float32 (channels, y, x)."""
+        if tile[0] in self.rows and tile[1] in self.columns:
+            self.add_part(tile, self.part(tile, probability))
+
+    def part(self, tile: tuple[int, int], probability: Any) -> Any:
+        """What of a tile's probabilities lies in the window, as `add_part` takes it."""
+        return probability[(slice(None), *self._common(tile)[0])]
+
+    def add_part(self, tile: tuple[int, int], part: Any) -> None:
+        """The same for a tile of which only the `part` in the window is at hand."""
         source, target = self._common(tile)
-        part, place = (slice(None), *source), (slice(None), *target)
-        self.device.add(self.total[place], probability[part], *self._weights(tile, source))
+        self.device.add(self.total[(slice(None), *target)], part, *self._weights(tile, source))
 
     def _weights(self, tile: tuple[int, int], source: tuple[slice, slice]) -> tuple[Any, Any]:
         """Blending weights of a part of a tile, float32: of its rows and of its columns, to be multiplied."""

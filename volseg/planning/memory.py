@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
-from volseg.engine.blocks import fit
+from volseg.engine.blocks import CUT_BYTES, fit, with_cuts
 from volseg.engine.run import Run
 from volseg.engine.schedule import EDGE_BYTES, most_edges
+from volseg.engine.shares import SPAN
 from volseg.inference import tiles
 from volseg.io.tables import READ_AHEAD_BYTES
 from volseg.segmentation.heights import height_halo
@@ -105,9 +106,12 @@ def _predict(run: Run, plane: str, grid: Blocks, threads: int) -> int:
     """The source under the tiles, what is inferred, blended, stored and compressed."""
     grid_of_tiles, heads = run.tile_grid(plane), len(run.heads)
     _, rows, columns = _core(run, plane, grid)
-    slab = source_bytes(run, plane, grid) * (1 if plane == "xy" else 2)
-    out = heads * prod(grid.block)
-    masked = prod(grid.block) if run.roi and run.roi.mask else 0
+    slab = source_bytes(run, plane, grid, run.read_together(plane)) * (1 if plane == "xy" else 2)
+    out = heads * prod(run.stored_together(plane))
+    if run.read_together(plane):  # kept sections beside those that follow, and the parts of tiles that come and go
+        handed = grid_of_tiles.size[0] * columns + grid_of_tiles.size[1] * rows
+        slab += slab // 4 + 4 * heads * SPAN * handed // 4
+    masked = prod(run.stored_together(plane)) if run.roi and run.roi.mask else 0
     tile = run.batch * prod(grid_of_tiles.size)
     under_way = 4 * tile * ((threads + 2) * run.sections + (threads + 1) * heads)
     blend = rows * columns * (4 + 8 * heads)
@@ -121,12 +125,15 @@ def _locked(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def source_bytes(run: Run, plane: str, grid: Blocks) -> int:
-    """Of the volume, what a block of a pass reads: with the sections around it, and all that its tiles cover."""
+def source_bytes(run: Run, plane: str, grid: Blocks, at_once: int = 0) -> int:
+    """Of the volume, what a block of a pass reads: with the sections around it, and all that its tiles cover.
+
+    ``at_once``: what it holds of that, where it reads no more than so many sections at once.
+    """
     axes, grid_of_tiles = tiles.PLANES[plane], run.tile_grid(plane)
     depth, rows, columns = _core(run, plane, grid)
-    sections = min(depth + 2 * (run.sections // 2), run.shape[axes[0]])
-    covered = grid_of_tiles.y.longest_cover(rows) * grid_of_tiles.x.longest_cover(columns)
+    sections = min(min(depth, at_once or depth) + 2 * (run.sections // 2), run.shape[axes[0]])
+    covered = grid_of_tiles.y.longest_reach(rows) * grid_of_tiles.x.longest_reach(columns)
     return np.dtype(run.source.dtype).itemsize * sections * covered
 
 
@@ -163,13 +170,18 @@ def with_blocks_that_fit(run: Run, room: int, threads: int, tasks: int = 1) -> R
     def fits(stage: str) -> Callable[[Run], bool]:
         return lambda changed: stage_bytes(changed, threads)[stage] <= room
 
-    for stage, plane in run.passes.items():
+    inferring = [*run.passes, *([] if run.passes or run.channels else ["predict"])]
+    for smaller in (1, 2, 4, 8):
+        if not run.cuts or all(fits(stage)(run) for stage in inferring):
+            break
+        run = with_cuts(run, CUT_BYTES // smaller)
+    for stage, plane in ((stage, plane) for stage, plane in run.passes.items() if plane not in run.cuts):
         axes = tiles.PLANES[plane]
         for block in _smaller(transpose_axes(run.pass_grid(plane).block, axes)):
             run = replace(run, pass_blocks={**run.pass_blocks, plane: transpose_axes(block, inverse_axes(axes))})
             if fits(stage)(run):
                 break
-    for block in _smaller(run.predict_block):
+    for block in _smaller(run.predict_block) if "xy" not in run.cuts or run.passes else ():
         run = replace(run, predict_block=block)
         if fits(run.probability_stage)(run):
             break

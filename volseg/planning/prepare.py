@@ -12,7 +12,7 @@ import numpy as np
 from volseg import system
 from volseg.config import Cluster, Config, Predict
 from volseg.engine import cluster, folder
-from volseg.engine.blocks import choose_blocks, with_full_batches
+from volseg.engine.blocks import choose_blocks, with_cuts, with_full_batches
 from volseg.engine.finish import gpus_of
 from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
@@ -50,7 +50,7 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     rules, scaled = voxel_size.scaled_rules(config.stitch, card.voxel_size_nm, voxel_size_nm)
     config = config.model_copy(update={"stitch": rules})
     _refuse_anisotropic(config.predict.planes, voxel_size_nm)
-    slab, block = choose_blocks(source.shape, config.blocks.shape, source.chunk[0])
+    slab, block = choose_blocks(source.shape, config.blocks.shape)
     of_model = config.predict.normalize == "model"
     gray = gray_levels(source.shape, source.read, config.input.padding)
     mean, std = (card.mean, card.std) if of_model else (gray.mean, gray.std)
@@ -123,11 +123,12 @@ def _blocked(run: Run) -> Run:
     """
     if old := folder.peek_run(run.out):
         plain = run.layout.load_description()
-        begun = replace(run, predict_block=old.predict_block, block=old.block, pass_blocks=old.pass_blocks)
+        blocks = {name: getattr(old, name) for name in ("predict_block", "block", "pass_blocks", "cuts")}
+        begun = replace(run, **blocks)
         stage = run.probability_stage
         if old.config.blocks == run.config.blocks and plain["keys"].get(stage) == keys(begun)[stage]:
             return begun
-    workers = workers_of(run)
+    workers, run = workers_of(run), with_cuts(run)
     if gpus := gpus_of(run):
         run = with_full_batches(run, gpus)
     room = memory_limit(run.config.cluster, workers)

@@ -1,0 +1,221 @@
+"""Blocks of predict that follow the source's chunks and the tiles: each tile once, each chunk about once, the same bytes."""
+
+import shutil
+from dataclasses import replace
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from tests.helpers import Quiet, mark, settings
+from volseg import api
+from volseg.box import Blocks, Box
+from volseg.config import Config
+from volseg.engine import blocks, folder, pipeline, shares
+from volseg.engine.blocks import with_cuts
+from volseg.engine.run import Run
+from volseg.engine.stages import stages_of
+from volseg.evaluation.synthetic import synth
+from volseg.inference import tiles
+from volseg.inference.backends import Engine
+from volseg.io import arrays, volume
+from volseg.planning import memory
+from volseg.planning import prepare as describe
+
+SHAPE, CHUNK = (44, 150, 170), (8, 32, 32)
+SMALL = {
+    "predict": {"tile": 64, "overlap": 16, "precision": "fp32", "backend": "openvino"},
+    "stitch": {"min_voxels": 50},
+}
+PLANES = {**SMALL, "predict": {**SMALL["predict"], "planes": ("xy", "yz")}}
+ENGINE = Engine("openvino", "fp32", "cpu", "x86_64", "2025.3", "0.1.0", why="as set")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A synthetic volume in chunks that are 8 sections deep. Tests must not change it."""
+    path = tmp_path_factory.mktemp("image") / "em.zarr"
+    zarr.create_array(path, data=synth(Box.from_shape(SHAPE), seed=3)[0], chunks=CHUNK)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def whole(deep, tmp_path_factory):
+    """Probabilities of it in one block, by settings. Tests must not change them."""
+    found = {}
+    for name, options in {"xy": SMALL, "planes": PLANES}.items():
+        run = begun(deep, tmp_path_factory.mktemp("whole") / name, **options, blocks={"shape": SHAPE})
+        work(run)
+        found[name] = arrays.open_array(run.out, "0")[:]
+    return found
+
+
+@pytest.fixture
+def cuts(monkeypatch):
+    """Volumes this small are cut too, into blocks of a tile or two."""
+    for name, value in {"CUT_VOXELS": 0, "LEAST_DEPTH": 4, "MOST_LAYERS": 2}.items():
+        monkeypatch.setattr(blocks, name, value)
+    monkeypatch.setattr(blocks, "with_cuts", partial(with_cuts, room=300_000))
+    monkeypatch.setattr(describe, "with_cuts", partial(with_cuts, room=300_000))
+
+
+def begun(image, out, **options):
+    """A run of which nothing is done yet."""
+    run = describe.from_image(volume.open(image), settings(**options), f"{out}.partial")
+    folder.begin(run, overwrite=False)
+    return run
+
+
+def work(run, order=None):
+    """Does what stores probabilities here, as workers would, in an order for each stage; the receipts."""
+    receipts = {}
+    for name in (name for name in stages_of(run) if name.startswith("predict")):
+        grid = stages_of(run)[name].grid
+        for i in order(len(grid)) if order else range(len(grid)):
+            receipts[name, i] = pipeline.process_block(run.out, run.id, name, i)
+            mark(run, name, i, receipts[name, i])
+    return receipts
+
+
+def test_deep_chunks_are_cut_with_the_tiles(deep, cuts, tmp_path):
+    run = begun(deep, tmp_path / "run", **SMALL)
+    cut, grid = run.cuts["xy"], run.predict_grid
+    assert cut.depth == 8
+    assert cut.shard[0] == cut.shift[0] == 4
+    assert {grid.edge(0, k) for k in range(1, grid.counts[0])} <= {z - 4 for z in range(8, 44, 8)}
+    assert min(grid.counts[1:]) >= 2
+    assert sum(box.voxels for box in grid) == prod(SHAPE)
+    assert all(grid.overlapping(grid[i]) == [i] for i in range(len(grid)))
+    edges = [grid.edge(1, k) for k in range(1, grid.counts[1])]
+    origins = [run.tile_grid("xy").y.origin(i) for i in range(run.tile_grid("xy").y.count)]
+    assert all(min(o - edge for o in origins if o >= edge) <= 8 for edge in edges), "blocks begin where tiles do"
+
+
+@pytest.mark.parametrize("looks", ["xy", "planes"])
+@pytest.mark.parametrize("order", [None, lambda n: reversed(range(n)), lambda n: [*range(n), *range(n // 2)]],
+                         ids=["in order", "backwards, so that nothing is handed over", "half of it twice"])  # fmt: skip
+def test_bytes_are_those_of_one_block_in_any_order(deep, whole, cuts, tmp_path, looks, order):
+    run = begun(deep, tmp_path / "run", **{"xy": SMALL, "planes": PLANES}[looks])
+    assert run.cuts
+    receipts = work(run, order)
+    np.testing.assert_array_equal(arrays.open_array(run.out, "0")[:], whole[looks])
+    if order is None:
+        inferred = sum(receipt.inferred_voxels for receipt in receipts.values())
+        assert inferred == run.inferred_voxels, "each tile once: in noise none is constant"
+        assert not [file for file in Path(run.out, "work/parts").glob("*") if file.stat().st_size > 2000]
+
+
+def test_parts_that_are_gone_or_damaged_are_made_again(deep, whole, cuts, monkeypatch, tmp_path):
+    monkeypatch.setattr(shares, "SPAN", 3)
+    monkeypatch.setattr("volseg.engine.predict.SPAN", 3)
+    run = begun(deep, tmp_path / "run", **SMALL)
+    for i in range(len(run.predict_grid)):
+        if i == 1:
+            gone, torn, empty, _ = sorted(Path(run.out, "work/parts").glob(f"*-{i}-*"))
+            gone.unlink()
+            torn.write_bytes(torn.read_bytes()[:-30])
+            empty.write_bytes(b"")
+            for _ in range(2):  # as the scheduler tries again what failed
+                with pytest.raises(OSError, match=r"work/parts/.* is damaged"):
+                    pipeline.process_block(run.out, run.id, "predict", i)
+        pipeline.process_block(run.out, run.id, "predict", i)
+    np.testing.assert_array_equal(arrays.open_array(run.out, "0")[:], whole["xy"])
+
+
+def test_pieces_of_such_blocks_give_the_same_bytes(deep, whole, cuts, tmp_path):
+    run = begun(deep, tmp_path / "run", **SMALL)
+    for i in range(len(run.predict_grid)):
+        pipeline.process_block_in_pieces(run.out, run.id, "predict", i)
+    np.testing.assert_array_equal(arrays.open_array(run.out, "0")[:], whole["xy"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_region_of_interest_gives_the_same_bytes_inside(deep, whole, cuts, tmp_path, masked):
+    box = Box.parse("5:31,20:133,40:99")
+    wanted = np.zeros(SHAPE, bool)
+    wanted[box.slices] = True
+    options = {"input": {"roi": str(box)}}
+    if masked:
+        mask = np.random.default_rng(0).random(tuple(-(-n // 16) for n in SHAPE)) < 0.3
+        mask = np.kron(mask, np.ones((16, 16, 16), bool))[tuple(map(slice, SHAPE))]
+        zarr.create_array(tmp_path / "mask.zarr", data=mask.astype(np.uint8))
+        options["input"]["mask"] = str(tmp_path / "mask.zarr")
+        wanted &= mask
+    run = begun(deep, tmp_path / "run", **SMALL, **options)
+    receipts = work(run)
+    np.testing.assert_array_equal(arrays.open_array(run.out, "0")[:], whole["xy"] * wanted)
+    assert 0 < sum(receipt.inferred_voxels for receipt in receipts.values()) < 0.7 * prod(SHAPE) * 1.6
+
+
+def test_workers_and_kills_change_nothing(deep, whole, cuts, tmp_path):
+    out = str(tmp_path / "run.volseg.zarr")
+    run = begun(deep, out, **SMALL)
+    mark(run, "predict", 0, pipeline.process_block(run.out, run.id, "predict", 0))
+    show = Quiet()
+    api.infer(deep, out, config=settings(**SMALL, cluster={"workers": 2}), progress=show)
+    assert show.stages["predict"][0] == run.predict_grid[0].voxels
+    np.testing.assert_array_equal(arrays.open_array(out, "0")[:], whole["xy"])
+    assert not Path(out, "work/parts").exists()
+
+
+# ---------------------------------------------------------------- large volumes, unread
+
+
+def unread(shape, chunk, **options):
+    source = volume.Volume("em.zarr", "zarr", shape, "uint8", (5.0, 5.0, 5.0), chunk)
+    config = Config(**{"predict": {"tile": 1280, "overlap": 64, **options}})
+    slab, block = blocks.choose_blocks(shape, None)
+    run = Run("run", source, config, ("mask", "contour"), (5.0, 5.0, 5.0), "", slab, block, sections=3, binning=2,
+              engine=ENGINE)  # fmt: skip
+    return with_cuts(run)
+
+
+def decoded(run, plane="xy"):
+    """Voxels of all chunks that blocks read, for each voxel of the volume, from what their reader asks for."""
+    axes, grid = tiles.PLANES[plane], run.grid_of(plane)
+    chunk, total = run.source.chunk, 0
+    sample = [grid.index(tuple(min(2, n - 1) for n in grid.counts))]
+    for i in sample:
+        share = shares.Share.of_block(run, plane, i)
+        z = share.box.transpose(axes).slices[0]
+        window = shares.bounds_of_tiles(share.tiles, [share.own[0], share.own[-1]])
+        ends = [(max(0, z.start - 1), z.stop + 1), *((s.start, s.stop) for s in window)]
+        lengths = [-(-b // c) * c - a // c * c for (a, b), c in zip(ends, (chunk[a] for a in axes), strict=True)]
+        total += prod(lengths) / share.box.voxels
+    return total / len(sample)
+
+
+@pytest.mark.parametrize("plane", [1024, 4096, 16384, 65536])
+@pytest.mark.parametrize("chunk", [64, 128])
+def test_chunks_are_decoded_about_once(plane, chunk):
+    run = unread((4096, plane, plane), (chunk,) * 3)
+    assert decoded(run) <= 1.5
+    assert run.inferred_voxels / prod(run.shape) <= 1.15
+    assert memory.worker_bytes(run, 1) < 2e9
+
+
+@pytest.mark.parametrize(
+    "shape", [(1000, 1000, 1000), (10_000, 10_000, 10_000), (100_000,) * 3, (40, 5_000_000, 5_000_000)]
+)
+@pytest.mark.parametrize("chunk", [(1, 256, 256), (64, 64, 64), (128, 128, 128), (256, 256, 256)])
+def test_workers_need_no_more_for_larger_volumes(shape, chunk):
+    run = unread(shape, chunk)
+    assert memory.worker_bytes(run, 1) < 2e9
+
+
+def test_blocks_that_were_asked_for_and_small_volumes_stay(deep, tmp_path):
+    assert not begun(deep, tmp_path / "run", **SMALL).cuts
+    run = unread((4096, 4000, 4000), (64, 64, 64))
+    own = replace(run, config=run.config.model_copy(update={"blocks": run.config.blocks.model_copy(
+        update={"shape": (64, 512, 512)})}))  # fmt: skip
+    assert with_cuts(replace(own, cuts={})).cuts == {}
+
+
+def test_a_cut_run_is_read_as_it_was_written(deep, cuts, tmp_path):
+    run = begun(deep, tmp_path / "run", **SMALL)
+    assert replace(Run.from_json(run.layout.load_description()), out=run.out).cuts == run.cuts
+    shutil.rmtree(run.out)
+    assert isinstance(run.predict_grid, Blocks)
