@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (22, 150, 170)
 
 
-TILES = {"predict": {"tile": 96, "overlap": 32}, "stitch": {"min_voxels": 100}, "cluster": {"dashboard": ""}}
+TILES = {
+    "predict": {"tile": 96, "overlap": 32}, "cluster": {"dashboard": ""},
+    "stitch": {"min_voxels": 100, "seed": 0.9, "count_cut": False},
+}  # fmt: skip
 
 
 class Quiet:
