@@ -27,6 +27,7 @@ _MODULES = {
     "open_volume": "io.volume",
     "plan": "api",
     "repair": "api",
+    "report": "evaluation.run_report",
     "review": "evaluation.review",
     "segment": "api",
     "train": "api",
@@ -45,8 +46,8 @@ _MODULES = {
 }
 __all__ = [
     "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
-    "calibrate", "convert", "doctor", "evaluate", "export", "infer", "init", "open", "open_volume", "plan", "repair", "review",
-    "segment", "train", "tune", "verify", "view", "watershed",
+    "calibrate", "convert", "doctor", "evaluate", "export", "infer", "init", "open", "open_volume", "plan", "repair",
+    "report", "review", "segment", "train", "tune", "verify", "view", "watershed",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from volseg.evaluation.calibrate import calibrate
     from volseg.evaluation.evaluate import evaluate
     from volseg.evaluation.review import review
+    from volseg.evaluation.run_report import report
     from volseg.evaluation.verify import verify
     from volseg.evaluation.view import view
     from volseg.io.volume import open_volume

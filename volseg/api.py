@@ -24,6 +24,7 @@ from volseg.engine.lock import Lock
 from volseg.engine.run import Run
 from volseg.engine.stages import keys
 from volseg.errors import UserError
+from volseg.evaluation.run_report import report_if_quick
 from volseg.inference import hardware, voxel_size
 from volseg.inference.settings import Settings, default_out, settings_of
 from volseg.io import probabilities, volume
@@ -211,7 +212,8 @@ def _decide_anew(
             folder.apply_settings(run)
 
         light = prod(run.shape) <= LIGHT_VOXELS
-        return finish.execute(run, lock, reopen, shown, start=start, light=light, retry_failed=retry_failed)
+        made = finish.execute(run, lock, reopen, shown, start=start, light=light, retry_failed=retry_failed)
+        return report_if_quick(made)
 
 
 def _with_settings(old: Run, out: str, config: Any, settings: Settings) -> Run:
@@ -239,7 +241,9 @@ def _execute(
     made = planning.make_plan(run, workers, measure.known_rates(run, workers))
     _refuse(run, made, workers)
     with Lock(out) as lock:
-        return finish.execute(run, lock, begin, progress, start=start, plan=made.to_json(), retry_failed=retry_failed)
+        return report_if_quick(
+            finish.execute(run, lock, begin, progress, start=start, plan=made.to_json(), retry_failed=retry_failed)
+        )
 
 
 # ---------------------------------------------------------------- before and after
@@ -313,9 +317,10 @@ def repair(
         run = replace(folder.load_run(out), out=folder.partial_path(out))
 
         light = prod(run.shape) <= LIGHT_VOXELS
-        return finish.execute(
+        made = finish.execute(
             run, lock, lambda: folder.reopen(out), shown, start=start, light=light, retry_failed=retry_failed
         )
+        return report_if_quick(made)
 
 
 def open(path: str | os.PathLike) -> FinishedRun:

@@ -329,6 +329,18 @@ def review(
     emit(f"{result}\npage     {result.page}", result.to_json())
 
 
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A finished run.")],
+    out: Annotated[
+        str, typer.Option("--out", metavar="FILE.html", help="The page; RUN/report.html if not given.")
+    ] = "",
+) -> None:
+    """Write one HTML page about a run: stages, blocks, sizes, examples, settings, versions, log; no other file is needed."""
+    page = volseg.report(run, out or None)
+    emit(f"page     {page}", {"page": page})
+
+
 def _run(start: Callable[[Progress], FinishedRun]) -> FinishedRun:
     """Shows the progress of a run."""
     with cli_output.shown("what is done is kept, the same command goes on from there") as progress:

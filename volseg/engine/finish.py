@@ -179,7 +179,7 @@ def finish(
     now = time.perf_counter()
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
     files.remove_temporary(run.out)
-    facts = _facts(run, statistics, seconds, int(columns["id"].size), plan)
+    facts = _facts(run, statistics, seconds, start, int(columns["id"].size), plan)
     markers = Markers(run.out, keys(run))
     facts["filled_boxes"] = _filled_boxes(markers)
     facts["manifest_mark"] = write_manifest(layout, markers.marks())
@@ -222,12 +222,15 @@ def _take_final_name(partial: str, out: str) -> None:
     files.remove(replaced)
 
 
-def _facts(run: Run, statistics: RunStatistics, seconds: dict[str, float], objects: int, plan: dict | None) -> dict:
+def _facts(
+    run: Run, statistics: RunStatistics, seconds: dict[str, float], start: float, objects: int, plan: dict | None
+) -> dict:
     """What ``run.json`` says beside the description."""
     facts: dict[str, Any] = {
         "objects": objects,
         "why_no_object": "" if objects else _why_no_object(run),
         "seconds": seconds,
+        "spans": {stage: [begin - start, end - start] for stage, (begin, end) in statistics.stage_spans.items()},
         "worker_seconds": statistics.worker_seconds,
         "device_share": statistics.device_share,
         "queue": statistics.queue,

@@ -16,7 +16,7 @@ from volseg.engine import folder, lock
 from volseg.engine.layout import Layout
 from volseg.engine.run import Run
 from volseg.errors import DamagedFileError, UserError
-from volseg.io import arrays, pictures
+from volseg.io import arrays, files, pictures
 from volseg.io.filling import filled_line
 
 if TYPE_CHECKING:
@@ -142,7 +142,13 @@ class FinishedRun:
     def places(self) -> list[str]:
         """Where its results lie, as lines of text."""
         layout = self.layout
-        return [f"labels   {layout.labels_path}", f"table    {layout.objects_path}", f"picture  {layout.picture_path}"]
+        page = [f"report   {layout.report_path}"] if files.exists(layout.report_path) else []
+        return [
+            f"labels   {layout.labels_path}",
+            f"table    {layout.objects_path}",
+            f"picture  {layout.picture_path}",
+            *page,
+        ]
 
     # ---- to look at
 

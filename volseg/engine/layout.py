@@ -7,6 +7,7 @@
       tables/                 objects and merges as Parquet and CSV, a histogram of volumes
       overlay.png, review/    pictures
       run.json                what the finished run is and took; written last
+      report.html             a page about the run
       log.txt                 what each command said that worked on it
       work/                   all that a restart, or another decision from the same basins, needs
 
@@ -314,6 +315,7 @@ class Layout:
         apart = (
             "run.json",
             "log.txt",
+            "report.html",
             self.MANIFEST,
             "review/",
             "work/markers/",
@@ -398,9 +400,20 @@ class Layout:
         """``name``: "overlay", or "tables/volumes"."""
         files.write_bytes(self.path, f"{name}.png", data)
 
+    def load_picture(self) -> bytes:
+        """The overlay, a PNG."""
+        return files.read_bytes(self.path, "overlay.png")
+
+    @property
+    def report_path(self) -> str:
+        return f"{self.path}/report.html"
+
+    def save_report(self, page: bytes) -> None:
+        files.write_bytes(self.path, "report.html", page)
+
     def remove_derived(self) -> None:
         """What describes labels that are about to change."""
-        for name in ("review", "tables/merges.parquet", "tables/merges.csv"):
+        for name in ("review", "report.html", "tables/merges.parquet", "tables/merges.csv"):
             files.remove(f"{self.path}/{name}")
 
     @property

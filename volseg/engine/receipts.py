@@ -158,10 +158,10 @@ class Markers:
             self.known[stage] = {i: receipt.slim() for i, receipt in self.stored(stage)}
         return self.known[stage]
 
-    def stored(self, stage: str) -> Iterator[tuple[int, Receipt]]:
-        """The whole receipts of a stage, one after the other, as the markers have them."""
+    def stored(self, stage: str, blocks: Iterable[int] | None = None) -> Iterator[tuple[int, Receipt]]:
+        """The whole receipts of a stage, one after the other, as the markers have them; of these ``blocks``, or of all."""
         self.flush()
-        return _stored_receipts(self.layout, stage, self.keys[stage])
+        return _stored_receipts(self.layout, stage, self.keys[stage], blocks)
 
     def done(self, stage: str) -> set[int]:
         return set(self.receipts(stage))
@@ -261,7 +261,9 @@ class Markers:
             return [key for key in pool.map(look, marks.items()) if key]
 
 
-def _stored_receipts(layout: Layout, stage: str, key: str) -> Iterator[tuple[int, Receipt]]:
+def _stored_receipts(
+    layout: Layout, stage: str, key: str, blocks: Iterable[int] | None
+) -> Iterator[tuple[int, Receipt]]:
     """The receipts of a stage's markers under that key; one that nobody can read is as good as none."""
 
     def read(name: str) -> tuple[int, Receipt] | None:
@@ -270,7 +272,10 @@ def _stored_receipts(layout: Layout, stage: str, key: str) -> Iterator[tuple[int
         except (ValueError, TypeError, AttributeError, RecursionError, FileNotFoundError):
             return None
 
-    names = [name for name in layout.markers(stage) if name.endswith(f"-{key}")]
+    if blocks is None:
+        names = [name for name in layout.markers(stage) if name.endswith(f"-{key}")]
+    else:
+        names = [f"{i}-{key}" for i in blocks]
     return (item for item in tables.read_ahead(read, names) if item is not None)
 
 

@@ -98,7 +98,7 @@ class RunProgress(LoggedProgress):
     def begin(self, run: Run) -> None:
         """The log begins with the command, the machine and the settings that are no defaults."""
         self.log = RunLog(run.layout)
-        self.log.write(log.line("\n".join([_headline(), *_changed_settings(run.config)]), when=self.since))
+        self.log.write(log.line("\n".join([_headline(), *changed_settings(run.config)]), when=self.since))
         self.attach(self.log.write)
 
     def end(self, finished: FinishedRun) -> None:
@@ -129,7 +129,7 @@ def _headline() -> str:
     return f"volseg {metadata.version('volseg')}: {words}\nprocess {os.getpid()} on {platform.node()}, {platform.platform()}"
 
 
-def _changed_settings(config: Config) -> list[str]:
+def changed_settings(config: Config) -> list[str]:
     """``section.key = value`` of each setting that is no default; not of training, which a run has none of."""
     plain, default = (one.model_dump(mode="json", exclude={"train", "tune"}) for one in (config, Config()))
     return [
