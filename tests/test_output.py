@@ -20,6 +20,12 @@ COMMANDS = typer.main.get_command(cli.app).commands
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) "
 
 
+@pytest.fixture(autouse=True)
+def enabled(monkeypatch):
+    """import-linter, which other tests call, switches off all loggers that there are."""
+    monkeypatch.setattr(log.LOGGER, "disabled", False)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_takes_json_verbose_quiet_and_a_log_file(name):
     options = {option for param in COMMANDS[name].params for option in param.opts}

@@ -241,9 +241,8 @@ def _execute(
     made = planning.make_plan(run, workers, measure.known_rates(run, workers))
     _refuse(run, made, workers)
     with Lock(out) as lock:
-        return report_if_quick(
-            finish.execute(run, lock, begin, progress, start=start, plan=made.to_json(), retry_failed=retry_failed)
-        )
+        options = {"start": start, "plan": made.to_json(), "retry_failed": retry_failed}
+        return report_if_quick(finish.execute(run, lock, begin, progress, **options))
 
 
 # ---------------------------------------------------------------- before and after
@@ -317,10 +316,8 @@ def repair(
         run = replace(folder.load_run(out), out=folder.partial_path(out))
 
         light = prod(run.shape) <= LIGHT_VOXELS
-        made = finish.execute(
-            run, lock, lambda: folder.reopen(out), shown, start=start, light=light, retry_failed=retry_failed
-        )
-        return report_if_quick(made)
+        options = {"start": start, "light": light, "retry_failed": retry_failed}
+        return report_if_quick(finish.execute(run, lock, lambda: folder.reopen(out), shown, **options))
 
 
 def open(path: str | os.PathLike) -> FinishedRun:

@@ -74,6 +74,7 @@ def _telling(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _told(output: Output) -> Iterator[None]:
     if output.quiet and output.verbose:
         raise UserError("--quiet and --verbose are opposites; leave out one of them")
+    log.LOGGER.disabled = False  # a library that configures logging may have switched off the loggers that there were
     before, level, handlers = _CURRENT.set(output), log.LOGGER.level, _handlers(output)
     try:
         if handlers:
