@@ -149,7 +149,7 @@ def test_info_prints_the_card_of_the_shipped_model(run):
     assert code == 0
     assert len(out.splitlines()) < 20
     iou = card["int8"]["held_out"]["iou_int8"]
-    for told in (card["use"], card["encoder"], "mask, contour", f"IoU {iou:.4f}", "min_voxels = 16000", "held out 120:130"):
+    for told in (card["use"], card["encoder"], "mask, contour", f"IoU {iou:.4f}", "voxels = 16000", "held out 120:130"):
         assert told in out
 
 

@@ -267,19 +267,19 @@ def calibrate(
 ) -> None:
     """Choose rules of [stitch] against annotated instances, and decide the run anew with the best.
 
-    Searched are seed, persistence, join_mean and min_voxels. [fragments] makes the basins and cannot be searched here.
+    Searched are seed, persistence, join_mean, min_voxels and count_cut. [fragments] makes the basins: not searched here.
     """
     from volseg import api
 
     result = volseg.calibrate(run, truth, box=box or None)
-    best = result.best
+    best = result.chosen
     gains = {"own": best.pq - result.own.pq, "default": best.pq - result.default.pq}
     text = (
         f"{result}\nchosen   " + ", ".join(text.replace("=", " = ") for text in best.settings) + "\n"
         f"gain     PQ {gains['own']:+.4f} over the run's own settings, {gains['default']:+.4f} over the defaults, on the same "
         "annotations"
     )
-    if not best.pq:
+    if not result.best.pq:
         raise UserError(f"no setting matches any object of {truth} there: are these the labels of this volume?")
     if model:
         from volseg.evaluation.calibrate import save_to_model

@@ -40,7 +40,24 @@ def test_candidates_come_best_first(image, reference):
     assert pq == sorted(pq, reverse=True)
     assert "the run's own" in str(calibration)
     assert "the defaults" in calibration._repr_html_()
+    assert f"PQ {calibration.other_slabs_pq:.3f} in slabs" in str(calibration)
+    flat = calibrate.calibrate(reference, f"{image}/labels/truth", box="0:3,0:150,0:170")
+    assert flat.other_slabs_pq is None
     assert json.loads(json.dumps(calibration.to_json()))["candidates"][0]["pq"] == calibration.best.pq
+
+
+def test_what_gains_less_than_half_an_object_is_not_chosen(image, reference):
+    """Among ten objects PQ 0.05; of sizes that score alike the middle one is taken."""
+    any_one = calibrate.calibrate(reference, f"{image}/labels/truth").best
+
+    def rows(own_pq):
+        sizes = {0: 0.7, 1000: 0.795, 2000: 0.8, 4000: 0.8, 8000: 0.79}
+        tried = [replace(any_one, own=False, min_voxels=size, pq=pq) for size, pq in sizes.items()]
+        return tuple(sorted([replace(any_one, own=True, seed=0.3, pq=own_pq), *tried], key=lambda each: -each.pq))
+
+    assert calibrate._choose(rows(0.76), 10).own
+    assert calibrate._choose(rows(0.74), 10).min_voxels == 2000
+    assert calibrate._choose(rows(0.76), 100).min_voxels == 2000
 
 
 def test_renaming_is_counting_again():

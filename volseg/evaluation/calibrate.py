@@ -4,14 +4,17 @@ The voxels are read once, to count how basins and true objects overlap. What a c
 basins in that count: thousands of voxels become a few rows, and a candidate costs milliseconds. Only rules of ``[stitch]``
 can be searched so: ``[fragments]`` (threshold, contour, smooth, distance) makes the basins, and each of its values needs
 ``volseg segment`` and a calibration of its own.
+
+A few dozen objects make a noisy score, so the candidate at the top is not always chosen: see `Calibration.chosen`. What the
+choice is worth on voxels that it was not made on is told by slabs along z, each scored by the choice of the others.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import pairwise, product
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,8 +37,17 @@ from volseg.segmentation.stitch import Basins
 SEEDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975)
 PERSISTENCES = (0.0, 0.02, 0.05, 0.1)
 JOIN_MEANS = (0.0, 0.5, 0.6, 0.7, 0.8)  # below the seed level: no border's mean is higher than its lowest saddle
-MIN_VOXELS = (0, 100, 250, 500, 1000, 2000, 4000, 8000)
-SEARCHED = ("seed", "persistence", "join_mean", "min_voxels", "seed_low")  # the last as the run has it, where it can be
+MIN_VOXELS = (0, 250, 1000, 2000, 4000, 8000, 16000, 32000)
+SEARCHED = (
+    "seed",
+    "persistence",
+    "join_mean",
+    "min_voxels",
+    "count_cut",
+    "seed_low",
+)  # the last as the run has it, or 0
+SLABS = 4  # along z, of which each is scored by the choice of the others
+MIN_GAIN_OBJECTS = 0.5  # a PQ that is worth less of the true objects tells candidates not apart
 SCORES = ("pq", "sa50", "voi_split", "voi_merge", "split", "merged", "missed", "spurious")
 SHOWN_CANDIDATES = 10
 
@@ -52,6 +64,7 @@ class Candidate:
     persistence: float
     join_mean: float
     min_voxels: int
+    count_cut: bool
     seed_low: float
     own: bool
     default: bool
@@ -68,7 +81,7 @@ class Candidate:
     @property
     def settings(self) -> list[str]:
         """The settings as ``--set`` takes them."""
-        return [f"stitch.{name}={getattr(self, name)}" for name in SEARCHED]
+        return [f"stitch.{name}={str(getattr(self, name)).lower()}" for name in SEARCHED]
 
     @property
     def scores(self) -> tuple[float, ...]:
@@ -79,12 +92,31 @@ class Candidate:
         return asdict(self)
 
 
+Row = tuple[Candidate, list]  # with its PQ in each slab, and in all others
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """All candidates, best first: by PQ, then by VOI, then the nearest to the run's own settings."""
+    """All candidates, best first: by PQ, then by VOI, then the nearest to the run's own settings.
+
+    Attributes
+    ----------
+    run
+        Its path.
+    candidates
+        What was tried.
+    chosen
+        The run's own settings where the best candidate's PQ is less than `MIN_GAIN_OBJECTS` of an object above theirs. Else
+        of all that are as near to the best candidate, which differ in sizes alone, the one in the middle of the sizes.
+    other_slabs_pq
+        The mean PQ over slabs along z, each decided as the others choose: what to expect of new voxels. None where the part
+        with truth is not at least `SLABS` sections, or a slab has no object.
+    """
 
     run: str
     candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    other_slabs_pq: float | None = None
 
     @property
     def best(self) -> Candidate:
@@ -102,10 +134,16 @@ class Calibration:
 
     def to_json(self) -> dict:
         """Plain values that ``json.dumps`` takes."""
-        return {"run": self.run, "candidates": [candidate.to_json() for candidate in self.candidates]}
+        return {
+            "run": self.run, "other_slabs_pq": self.other_slabs_pq,
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+        }  # fmt: skip
 
     def __str__(self) -> str:
-        return format_candidates(self.candidates)
+        text = format_candidates(self.candidates)
+        if self.other_slabs_pq is None:
+            return text
+        return f"{text}\nPQ {self.other_slabs_pq:.3f} in slabs along z, each decided as the others choose"
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
@@ -140,21 +178,55 @@ def calibrate(run: str | PathLike | Any, truth: str | PathLike | Any, *, box: Bo
     if not box.voxels or box.clip(shape) != box:
         raise UserError(f"box {box} is empty or leaves the run of shape {shape} (z y x); give one inside it")
     own = stored.config.stitch
-    overlap = _overlap(stored, truth, box, basins.minimum.size)
-    candidates = _candidates(stored, basins, overlap, settings_to_try(own))
+    read = read_truth(truth, stored.run.output_grid.shape, box)  # objects of a mask are those of the whole box
+    slabs = [_overlap(stored, read, slab, basins.minimum.size) for slab in _slabs(box)]
+    rows = list(_candidates(stored, basins, slabs, settings_to_try(own)))
 
-    def order(candidate: Candidate) -> tuple:
+    def order(row: Row) -> tuple:
+        candidate = row[0]
         distances = (abs(getattr(candidate, name) - getattr(own, name)) for name in SEARCHED)
         return -candidate.pq, candidate.voi_split + candidate.voi_merge, *distances
 
-    return Calibration(stored.path, tuple(sorted(candidates, key=order)))
+    rows.sort(key=order)
+    candidates = tuple(candidate for candidate, _ in rows)
+    objects = np.unique(np.concatenate([table.truth[table.truth > 0] for table in slabs])).size
+    return Calibration(stored.path, candidates, _choose(candidates, objects), _other_slabs_pq(rows, slabs))
+
+
+def _slabs(box: Box) -> list[Box]:
+    """`SLABS` parts of ``box`` along z; itself where it has fewer sections."""
+    edges = np.linspace(box.start[0], box.stop[0], SLABS + 1).astype(int).tolist()
+    if box.shape[0] < SLABS:
+        return [box]
+    return [Box((a, *box.start[1:]), (b, *box.stop[1:])) for a, b in pairwise(edges)]
+
+
+def _choose(candidates: tuple[Candidate, ...], objects: int) -> Candidate:
+    """`Calibration.chosen` of candidates, best first; ``objects`` are true."""
+    best, least = candidates[0], candidates[0].pq - MIN_GAIN_OBJECTS / max(1, objects)
+    own = next(candidate for candidate in candidates if candidate.own)
+    if own.pq > least or own.pq == best.pq:
+        return own
+    others = [name for name in SEARCHED if name != "min_voxels"]
+    near = [c for c in candidates if c.pq > least and all(getattr(c, n) == getattr(best, n) for n in others)]
+    near.sort(key=lambda candidate: candidate.min_voxels)
+    return near[(len(near) - 1) // 2] if near else best
+
+
+def _other_slabs_pq(rows: list[Row], slabs: list[Contingency]) -> float | None:
+    """`Calibration.other_slabs_pq` of candidates with their PQ in each slab and in all others."""
+    if len(slabs) < SLABS or not all((table.truth > 0).any() for table in slabs):
+        return None
+    scores = np.array([pq for _, pq in rows])  # candidates, slabs, itself or the others
+    return float(np.mean([scores[scores[:, k, 1].argmax(), k, 0] for k in range(len(slabs))]))
 
 
 def settings_to_try(own: Stitch) -> list[Stitch]:
     """What is tried, each once: the run's own settings, the defaults, and all combinations of the lists above."""
     low = own.seed_low
-    grid = product(SEEDS, PERSISTENCES, JOIN_MEANS, MIN_VOXELS)
-    values = ((seed, share, mean, size, low * (low < seed)) for seed, share, mean, size in grid if mean < seed)
+    grid = product(SEEDS, PERSISTENCES, JOIN_MEANS, MIN_VOXELS, (False, True))
+    values = ((seed, share, mean, size, cut and size > 0, low * (low < seed)) for seed, share, mean, size, cut in grid
+              if mean < seed)  # fmt: skip
     tried = (own.model_copy(update=dict(zip(SEARCHED, each, strict=True))) for each in values)
     return list(dict.fromkeys([own, _default(own), *tried]))
 
@@ -164,10 +236,9 @@ def _default(own: Stitch) -> Stitch:
     return own.model_copy(update={name: getattr(Stitch(), name) for name in SEARCHED})
 
 
-def _overlap(run: StoredRun, truth: str | PathLike | Any, box: Box, basins: int) -> Contingency:
+def _overlap(run: StoredRun, read: Callable[[Box], np.ndarray], box: Box, basins: int) -> Contingency:
     """How basins and, where holes are filled, holes (from 1) overlap true objects in ``box``."""
     grid = run.run.output_grid
-    read = read_truth(truth, grid.shape, box)
     table = Contingency.empty()
     for i in grid.overlapping(box):
         part = grid[i].intersect(box)
@@ -197,12 +268,17 @@ def _number_basins(run: StoredRun, block: int, part: Box, basins: int) -> np.nda
     return np.r_[0, 1 + labels.basin, 1 + basins + labels.hole][place]
 
 
-def _candidates(run: StoredRun, basins: Basins, overlap: Contingency, tried: list[Stitch]) -> Iterator[Candidate]:
-    """A candidate for each settings. Those that differ in sizes alone share components; those that decide alike, scores."""
+def _candidates(run: StoredRun, basins: Basins, slabs: list[Contingency], tried: list[Stitch]) -> Iterator[Row]:
+    """A candidate for each settings, with its PQ in each slab and in all others.
+
+    Those that differ in sizes alone share components; those that decide alike, scores.
+    """
+    overlap = sum(slabs, Contingency.empty())
+    others = [sum(slabs[:k] + slabs[k + 1 :], Contingency.empty()) for k in range(len(slabs))]
     own, default = run.config.stitch, _default(run.config.stitch)
     volume_holes = run.layout.volume_holes.load() if run.fills else None
     joined: dict[Rules, np.ndarray] = {}
-    scored: dict[bytes, dict] = {}
+    scored: dict[bytes, tuple[dict, list]] = {}
     for settings in tried:
         rules = Rules.from_config(run.config.model_copy(update={"stitch": settings}), run.voxel_size_nm)
         joins = Rules(rules.seed_height, rules.persistence, rules.join_height, low_height=rules.low_height)
@@ -211,9 +287,18 @@ def _candidates(run: StoredRun, basins: Basins, overlap: Contingency, tried: lis
         label = label_components(basins, rules, joined[joins], volume_holes)
         key = label.tobytes()
         if key not in scored:
-            scored[key] = _score(overlap.relabeled(np.r_[0, label]))
+            name = np.r_[0, label]
+            parts = [
+                [_pq(slab.relabeled(name)), _pq(rest.relabeled(name))] for slab, rest in zip(slabs, others, strict=True)
+            ]
+            scored[key] = _score(overlap.relabeled(name)), parts
         values = {name: getattr(settings, name) for name in SEARCHED}
-        yield Candidate(**values, own=settings == own, default=settings == default, **scored[key])
+        scores, parts = scored[key]
+        yield Candidate(**values, own=settings == own, default=settings == default, **scores), parts
+
+
+def _pq(table: Contingency) -> float:
+    return score_instances(table).pq
 
 
 def _score(table: Contingency) -> dict:
