@@ -112,6 +112,7 @@ class Splits(torch.nn.Module):
 def test_what_nobody_annotated_counts_in_no_score(scribbled, tables):
     config = config_of({**tables, "data": [{**scribbled, "train": ["0:6"], "validate_on": ["6:8"]}]}, "out")
     (source,) = load_sources(config.train)
+    assert source.label_kind == "scribbles"
     unknown = (source.labels[6:8] == UNLABELED).all(axis=0)
     scores = [validate(Splits(source, wrong), [source], config)["all"] for wrong in (unknown, ~unknown)]
     assert scores[0]["iou"] > 0.98

@@ -115,9 +115,26 @@ def test_scribbles_are_seen_by_their_strokes(em, tmp_path):
     assert "long strokes" in made.found.reason
     (data,) = made.config.train.data
     assert (data.unlabeled, data.background, data.validate_on) == (0, 1, ())
+    strokes[9] = strokes[3]
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    for z in (0, 3, 9):
+        Image.fromarray(strokes[z]).save(folder / f"s{z}.png")
+    made_of_files = volseg.init(em[0], folder)
+    assert made_of_files.found.sections == (3, 9)
+    assert any("1 section holds no stroke and is left out (0)" in note for note in made_of_files.notes)
+    strokes[9] = 0
     assert look(em, tmp_path, strokes, background=2).config.train.data[0].background == 2
     assert look(em, tmp_path, strokes, scribbles=False).found.kind == "instances"
     assert look(em, tmp_path, np.where(em[1] == 2, 1, em[1] // 3 * 2), scribbles=True).found.kind == "scribbles"
+
+
+def test_labels_in_a_corner_are_told(em, tmp_path):
+    labels = np.where(em[1] == 1, em[1], 0)
+    labels[:, 40:44, 50] = 7
+    made = look(em, tmp_path, labels)
+    assert any("all labels lie in y 9:44, x 9:51" in note for note in made.notes)
+    assert not any("all labels lie" in note for note in look(em, tmp_path, em[1]).notes)
 
 
 def test_classes_that_may_be_no_objects_are_told(em, tmp_path):

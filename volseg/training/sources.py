@@ -315,7 +315,8 @@ def _read(data: TrainData, image: volume.Volume, annotation: Annotation, first: 
     mean, std = gray_statistics(image.shape, image.read)
     return {
         "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std,
-        "label_kind": _format_label_kind(note), "voxel_size_nm": image.voxel_size_nm, "checksum": _digest(voxels, stored),
+        "label_kind": "scribbles" if data.unlabeled == 0 else _format_label_kind(note), "voxel_size_nm": image.voxel_size_nm,
+        "checksum": _digest(voxels, stored),
     }  # fmt: skip
 
 

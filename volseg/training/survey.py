@@ -24,6 +24,7 @@ MAX_SCRIBBLED = 0.25  # share of annotated sections that scribbles cover at most
 MAX_CLASSES = 4  # values of scribbles
 LENGTH = 3  # lengths of a stroke's width that it has at least
 HELD_OUT_SHARE, MAX_HELD_OUT = 0.15, 24  # of the annotated sections
+MAX_CORNER = 0.4  # share of a section that labels fill where it may be all that was looked at
 MIN_SECTIONS = 4  # with fewer, none is held out
 LONG_RUN = 40  # consecutive sections from which on two blocks are held out
 
@@ -105,12 +106,16 @@ def survey(annotation: Annotation, *, scribbles: bool | None = None, background:
     found = [held[z] for z in sections]
     if not any(one.values.any() for one in found):
         raise UserError(f"{annotation.path} holds no label: all of its voxels are 0")
-    chosen = sections[:: max(1, len(sections) // SAMPLES)][:SAMPLES]
+    drawn = [z for z in sections if not held[z].empty]
+    chosen = drawn[:: max(1, len(drawn) // SAMPLES)][:SAMPLES]
     samples = [as_integers(annotation.read(z, z + 1))[0] for z in chosen]
     _refuse_image(samples, annotation.path)
     values = sorted(set().union(*(one.values.tolist() for one in found)) - {0})
     kind, reason = _kind(found, samples, values, scribbles)
     unlabeled = 0 if kind == "scribbles" else None
+    if kind == "scribbles":
+        sections = tuple(drawn)
+    found = [held[z] for z in sections]
     notes = []
     if background is None:
         background, note = _background(kind, values, found)
@@ -132,7 +137,7 @@ def survey(annotation: Annotation, *, scribbles: bool | None = None, background:
         )
     return Survey(
         kind, reason, sections, unlabeled, background, _objects(annotation, sections, kind, found, background),
-        inside / known, tuple(notes + _notes(annotation, named, sections, held, samples, kind, values)),
+        inside / known, tuple(notes + _notes(named, sections, held, samples, kind, values)),
     )  # fmt: skip
 
 
@@ -239,27 +244,27 @@ def _objects(
 
 
 def _notes(
-    annotation: Annotation, named: Sequence[int], sections: Sequence[int], held: dict[int, _Values],
-    samples: Sequence[np.ndarray], kind: Kind, values: list[int],
+    named: Sequence[int], sections: Sequence[int], held: dict[int, _Values], samples: Sequence[np.ndarray], kind: Kind,
+    values: list[int],
 ) -> list[str]:  # fmt: skip
     """What the user of the labels should know."""
     notes = []
-    if left_out := [z for z in named if z not in set(sections)]:
-        notes.append(
-            f"{len(left_out)} sections hold no label and are left out ({ranges(left_out)}): name those in train "
-            "that were annotated and hold no object"
-        )
-    if empty := [z for z in sections if held[z].empty and kind != "scribbles"]:
-        notes.append(
-            f"{len(empty)} annotated sections hold no object ({ranges(empty)}): leave them out if that is not so"
-        )
-    if kind == "scribbles" and empty:
-        notes.append(f"{len(empty)} sections hold no stroke ({ranges(empty)})")
-    share = sum(int(one.counts[one.values == 255].sum()) for one in held.values()) / max(
-        1, sum(int(one.counts.sum()) for one in held.values())
-    )
+    if left_out := sorted({*named} - {*sections}):
+        nothing = "stroke" if kind == "scribbles" else "label"
+        are = "is" if len(left_out) == 1 else "are"
+        advice = "" if kind == "scribbles" else ": name those in train that were annotated and hold no object"
+        notes.append(f"{_count(left_out)} no {nothing} and {are} left out ({ranges(left_out)}){advice}")
+    if empty := [z for z in sections if held[z].empty]:
+        notes.append(f"{_count(empty)} no object, as annotated ({ranges(empty)}): leave out what was not looked at")
+    found = [held[z] for z in sections]
+    share = sum(int(one.counts[one.values == 255].sum()) for one in found) / sum(int(one.counts.sum()) for one in found)
     if kind == "mask" and share > 0.5:
         notes.append(f"255 covers {100 * share:.0f} % of the sections: with --background 255, the rest are the objects")
+    if kind != "scribbles" and (place := _corner(samples)):
+        notes.append(
+            f"all labels lie in {place}, and all else of their sections counts as background: if nobody looked there, cut "
+            "image and labels to it, or give what is beyond a value of its own and name it as unlabeled"
+        )
     if kind == "instances" and len(values) <= MAX_CLASSES:
         pieces = [sum(ndimage.label(sample == value)[1] for sample in samples) / len(samples) for value in values]
         if min(pieces) > 2:
@@ -268,6 +273,23 @@ def _notes(
                 "objects, keep one, as a mask; if they are scribbles, give --scribbles"
             )
     return notes
+
+
+def _corner(samples: Sequence[np.ndarray]) -> str:
+    """The part of the sections that labels lie in, in words; "" where that is more than `MAX_CORNER` of them."""
+    rows, columns = (
+        np.flatnonzero(np.any([(sample != 0).any(axis=axis) for sample in samples], axis=0)) for axis in (1, 0)
+    )
+    (y0, y1), (x0, x1) = ((int(span[0]), int(span[-1]) + 1) for span in (rows, columns))
+    return f"y {y0}:{y1}, x {x0}:{x1}" if (y1 - y0) * (x1 - x0) < MAX_CORNER * samples[0].size else ""
+
+
+def _count(sections: Sequence[int]) -> str:
+    """
+    >>> _count([3]), _count([3, 4])
+    ('1 section holds', '2 sections hold')
+    """
+    return "1 section holds" if len(sections) == 1 else f"{len(sections)} sections hold"
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -297,7 +319,7 @@ def parts(sections: Sequence[int]) -> list[int | str]:
     return [run[0] if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" for run in runs(sections)]
 
 
-def ranges(sections: Sequence[int], most: int = 12) -> str:
+def ranges(sections: Sequence[int], most: int = 8) -> str:
     """Return ascending numbers in words, as many as a line holds.
 
     >>> ranges((1, 2, 3, 5))
