@@ -261,7 +261,7 @@ class Train(Section):
     sections: Literal[1, 3, 5] = 3  # neighboring sections seen as channels
     binning: Literal[1, 2] = 1  # the network sees squares of that many voxels a side as one, and tells of each voxel
     pretrained: bool = True  # ImageNet encoder weights from the installed package
-    start: LocalPath = ""  # an earlier volseg model to start from
+    start: LocalPath = ""  # an earlier volseg model to start from, or "shipped"
     voxel_size_nm: tuple[Nm, Nm, Nm] | None = None  # of the model; None: that of ``start``, else of the first volume
     patch: Annotated[int, Field(ge=64)] = 256  # multiple of 32, of 64 with binning 2
     batch: Size = 8

@@ -35,6 +35,14 @@ def test_self_training_learns_where_the_averaged_network_is_sure(tables, tmp_pat
     assert sure[0, :, 0].tolist() == [[1, 0, 0, 1], [1, 1, 1, 1]]
 
 
+def test_a_run_may_start_from_the_shipped_model():
+    state = initial_state(Train(start="shipped", binning=2), torch.device("cpu"))
+    ready = model.load(model.shipped())[0].state_dict()
+    assert all(bool((value == ready[name]).all()) for name, value in state.network.state_dict().items())
+    with pytest.raises(UserError, match=r"set train\.binning = 2"):
+        initial_state(Train(start="shipped"), torch.device("cpu"))
+
+
 def test_settled_statistics_are_those_of_the_training_batches(tables, tmp_path):
     settings = config_of(tables, tmp_path).train
     sources = load_sources(settings)

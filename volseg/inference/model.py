@@ -26,6 +26,7 @@ INT8 = "int8"  # tensor that holds the quantized form, and the card's entry abou
 HEADS = ("mask", "contour")
 DETAIL = 24  # features of squares of voxels that a network which bins adds before its last layer
 PRETRAINED = "tu-tf_efficientnet_lite0"  # the encoder whose ImageNet weights are an installed package
+SHIPPED = "shipped"  # names the model that comes with volseg where a path may stand
 ADVICE = "give a .safetensors file made by volseg train"
 MAX_HEADER_BYTES = 1 << 24  # 30 kB in the shipped model; the format allows 100 MB
 
@@ -33,6 +34,11 @@ MAX_HEADER_BYTES = 1 << 24  # 30 kB in the shipped model; the format allows 100 
 def shipped() -> Path:
     """Where the model that comes with volseg lies."""
     return Path(__file__).with_name("models") / "default.safetensors"
+
+
+def named(name: str) -> Path:
+    """The model file of that name: a path, or "shipped"."""
+    return shipped() if name == SHIPPED else Path(name)
 
 
 def load_card(path: str | Path) -> ModelCard:

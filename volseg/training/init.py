@@ -209,7 +209,7 @@ def _config_text(made: Initialization, first_number: int | None, given_nm: Tripl
         "# minutes = 60         # ends the run, whichever of the two comes first",
         "every = 400            # steps between validations",
         "lr = 1.5e-3",
-        '# start = "model.safetensors"  # begin with a model that has learnt already',
+        '# start = "model.safetensors"  # begin with a model that has learnt already, or with "shipped" and binning = 2',
         "",
         "[[train.data]]",
         f"image = {_toml(made.image)}",

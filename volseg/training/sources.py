@@ -12,7 +12,7 @@ from volseg.box import Box
 from volseg.config import Train, TrainData
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import VOXEL_SIZE_NM, synth
-from volseg.inference.model import load_card
+from volseg.inference.model import load_card, named
 from volseg.inference.normalization import gray_statistics
 from volseg.inference.tiles import MULTIPLE, PLANES
 from volseg.inference.voxel_size import matches
@@ -124,7 +124,7 @@ def _model_size(settings: Train) -> TripleNm | None:
     """The voxel size that all volumes get; None where that of the first of them counts."""
     if settings.voxel_size_nm or not settings.start:
         return settings.voxel_size_nm
-    return load_card(settings.start).voxel_size_nm
+    return load_card(named(settings.start)).voxel_size_nm
 
 
 def _load_named(data: TrainData, settings: Train, table: str, size: TripleNm | None) -> Source:

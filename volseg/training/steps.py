@@ -63,7 +63,7 @@ def _build_network(settings: Train) -> torch.nn.Module:
 
 def _load_start(settings: Train) -> torch.nn.Module:
     """The network of ``train.start``, which must be of the kind that the settings ask for."""
-    network, card = model.load(settings.start)
+    network, card = model.load(model.named(settings.start))
     for key in ("encoder", "decoder", "sections"):
         if getattr(settings, key) != getattr(card, key):
             raise UserError(
