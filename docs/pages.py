@@ -1,7 +1,7 @@
 """The pages of the documentation that are made of the program itself, and a hook of mkdocs that adds them.
 
 ``settings.md`` comes from the classes of `volseg.config` and the comments beside their fields, ``commands.md`` from the command
-line, and benchmarks, contributing and changelog from the files of these names.
+line, ``tutorial.md`` from the notebook, and benchmarks, contributing and changelog from the files of these names.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TABLES = {
 def generated() -> dict[str, str]:
     """Each generated page by its name."""
     pages = {name: copied(source) for name, source in COPIED.items()}
-    return {**pages, "settings.md": settings(), "commands.md": commands()}
+    return {**pages, "settings.md": settings(), "commands.md": commands(), "tutorial.md": notebook()}
 
 
 def copied(source: str) -> str:
@@ -57,6 +57,16 @@ def copied(source: str) -> str:
         return f"[{words}]({known[place]})" if place in known else words
 
     return re.sub(r"!?\[([^\]]*)\]\(([^)\s]+)\)", lambda m: "" if m[0].startswith("!") else link(m), text)
+
+
+def notebook() -> str:
+    """The notebook as a page, without what it shows."""
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    parts = [
+        "".join(cell["source"]) if cell["cell_type"] == "markdown" else f"```python\n{''.join(cell['source'])}\n```"
+        for cell in cells
+    ]
+    return "\n\n".join([*parts, "[The notebook](tutorial.ipynb) to run yourself."]) + "\n"
 
 
 # ---------------------------------------------------------------- settings

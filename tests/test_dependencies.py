@@ -15,7 +15,8 @@ from tests.helpers import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 TOOLS = {  # run, not imported
-    "import-linter", "mkdocs-material", "mkdocstrings", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff",
+    "import-linter", "ipykernel", "mkdocs-material", "mkdocstrings", "mypy", "nbclient", "pytest", "pytest-timeout",
+    "pytest-xdist", "ruff",
 }  # fmt: skip
 BEHIND = {
     "cryptography": "distributed makes the certificates of local clusters with it",  # imported by a package that volseg imports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import logging
 import sys
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from volseg import log
 
 LINE_INTERVAL_S = 10  # between lines of progress where there is no terminal
+NOTEBOOK_INTERVAL_S = 0.3
 LOG_INTERVAL_S = 60  # between lines of progress in a log
 KEPT_LINES = 1000  # of a log that has no place to be written to yet
 
@@ -63,7 +65,7 @@ class Lines:
 
     def _advance(self, name: str, voxels: int) -> None:
         now, stage = time.monotonic(), self.stages[name]
-        stage.done += voxels
+        stage.advance(voxels)
         if stage.done >= stage.voxels:
             self.message(self.stages.pop(name).line(now))
         elif now - self.last_line > LINE_INTERVAL_S:
@@ -82,23 +84,30 @@ class _StageProgress:
     def __init__(self, name: str, voxels: int, done: int) -> None:
         self.name, self.voxels, self.done = name, voxels, done
         self.before, self.start = done, time.monotonic()
+        self.end: float | None = None
+
+    def advance(self, voxels: int) -> None:
+        """So many more are done."""
+        self.done += voxels
+        if self.done >= self.voxels and self.end is None:
+            self.end = time.monotonic()
 
     def line(self, now: float) -> str:
         """Its name, share, speed and the time that it still takes."""
         if self.before >= self.voxels:
             return f"{self.name:10} 100 %  done before"
-        speed = (self.done - self.before) / max(now - self.start, 1e-9)
+        speed = (self.done - self.before) / max((self.end or now) - self.start, 1e-9)
         left = f", {(self.voxels - self.done) / speed:.0f} s left" if speed and self.done < self.voxels else ""
         return f"{self.name:10} {100 * self.done / self.voxels:3.0f} %  {speed / 1e6:.2f} Mvoxel/s{left}"
 
 
 class Bars:
-    """Bars of `rich`, in a terminal or a notebook."""
+    """Bars of `rich`, in a terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=not in_notebook())
+        self.console = Console(stderr=True)
         self.live: Any = None
         self.bars: dict[str, Any] = {}
 
@@ -117,6 +126,56 @@ class Bars:
     def stop(self) -> None:
         if self.live is not None:
             self.live.stop()
+
+
+class NotebookBars:
+    """Messages and bars in a notebook: one display, which is updated. (`rich` wants ipywidgets for that.)"""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.stages: dict[str, _StageProgress] = {}
+        self.handle: Any = None
+        self.shown = 0.0
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+        self._show()
+
+    def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        self.stages.pop(name, None)  # the run has begun again
+        stage = self.stages[name] = _StageProgress(name, voxels, done)
+        self._show()
+
+        def advance(more: int) -> None:
+            stage.advance(more)
+            if time.monotonic() - self.shown > NOTEBOOK_INTERVAL_S:
+                self._show()
+
+        return advance
+
+    def stop(self) -> None:
+        if self.stages:
+            self._show()
+
+    def _show(self) -> None:
+        from IPython.display import HTML, display
+
+        self.shown = time.monotonic()
+        page = HTML(self._page())
+        if self.handle is None:
+            self.handle = display(page, display_id=True)
+        else:
+            self.handle.update(page)
+
+    def _page(self) -> str:
+        now = time.monotonic()
+        rows = (
+            f'<tr><td><progress max="{stage.voxels}" value="{stage.done}"></progress></td>'
+            f'<td style="text-align:left"><code>{html.escape(stage.line(now))}</code></td></tr>'
+            for stage in self.stages.values()
+        )
+        said = html.escape("\n".join(self.messages))
+        return f"<pre>{said}</pre><table>{''.join(rows)}</table>"
 
 
 def _rich_progress(console: Any) -> Any:
@@ -143,7 +202,9 @@ def in_notebook() -> bool:
 
 def default_progress() -> Progress:
     """Bars in a terminal or notebook, silent elsewhere."""
-    return Bars() if in_notebook() or sys.stderr.isatty() else Silent()
+    if in_notebook():
+        return NotebookBars()
+    return Bars() if sys.stderr.isatty() else Silent()
 
 
 def terminal_progress() -> Progress:
@@ -182,7 +243,8 @@ class LoggedProgress:
         def advanced(more: int) -> None:
             nonlocal last
             advance(more)
-            stage.done, now = stage.done + more, time.monotonic()
+            stage.advance(more)
+            now = time.monotonic()
             if more and (stage.done >= voxels or now - last > LOG_INTERVAL_S):
                 self.record(stage.line(now))
                 last = now

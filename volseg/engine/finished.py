@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     import pyarrow
     import zarr
     from PIL.Image import Image
+
+
+MAX_BROWSED_WIDTH = 1000  # pixels of a picture in a notebook
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,26 @@ class FinishedRun:
             np.concatenate([np.repeat(gray[..., None], 3, -1), pictures.label_overlay(gray, ids)], axis=1)
         )
 
+    def browse(self, sections: int = 24, *, box: Box | None = None) -> Slider:
+        """A slider through sections, each the source beside its labels, for a notebook.
+
+        Parameters
+        ----------
+        sections : int
+            How many are drawn, evenly spaced.
+        box : Box, optional
+            The part to show.
+
+        Returns
+        -------
+        Slider
+            What a notebook shows; it holds the pictures, so it works without the run.
+        """
+        part = box or Box.from_shape(self.shape)
+        first, last = part.start[0], part.stop[0] - 1
+        shown = np.unique(np.linspace(first, last, max(1, min(sections, last - first + 1))).round().astype(int))
+        return Slider(tuple((int(z), _jpeg(self.show(int(z), box=box))) for z in shown))
+
     def to_json(self) -> dict[str, Any]:
         """The description and what it took, as plain values for JSON."""
         return self.summary
@@ -188,6 +213,33 @@ class FinishedRun:
         }
         cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
         return f"<b>{html.escape(self.path)}</b><table>{cells}</table>"
+
+
+@dataclass(frozen=True)
+class Slider:
+    """Sections to slide through in a notebook: the number of each, and its picture as JPEG."""
+
+    sections: tuple[tuple[int, bytes], ...]
+
+    def _repr_html_(self) -> str:
+        middle = len(self.sections) // 2
+        pictures = "".join(
+            f'<figure style="margin:0"{" hidden" * (i != middle)}><figcaption>section {z}</figcaption>'
+            f'<img alt="section {z} and its labels" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"></figure>'
+            for i, (z, jpeg) in enumerate(self.sections)
+        )
+        slide = "this.parentNode.querySelectorAll('figure').forEach((figure, i) => figure.hidden = i != this.value)"
+        ends = f'min="0" max="{len(self.sections) - 1}" value="{middle}"'
+        return f'<div><input type="range" style="width:300px" aria-label="section" {ends} oninput="{slide}">{pictures}</div>'
+
+
+def _jpeg(picture: Image) -> bytes:
+    """A picture for a notebook, at most `MAX_BROWSED_WIDTH` pixels wide."""
+    if picture.width > MAX_BROWSED_WIDTH:
+        picture = picture.reduce(-(-picture.width // MAX_BROWSED_WIDTH))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return file.getvalue()
 
 
 def open_run(path: str) -> FinishedRun:
