@@ -100,7 +100,8 @@ def _table(section: Any, name: str) -> list[str]:
         f"| `{key}` | {_cell(_type(field.annotation))} | {_cell(_default(field))} | {_cell(told.get(key, ''))} |"
         for key, field in section.model_fields.items()
     ]
-    return ["| key | type | default | what |", "|---|---|---|---|", *rows, ""]
+    head = ["| key | type | default | what |", "|---|---|---|---|"]
+    return ["<div class=keys markdown>", "", *head, *rows, "", "</div>", ""]
 
 
 def comments(section: Any) -> dict[str, str]:

@@ -158,12 +158,10 @@ class NotebookBars:
             self._show()
 
     def _show(self) -> None:
-        from IPython.display import HTML, display
-
-        self.shown = time.monotonic()
-        page = HTML(self._page())
+        self.shown, tools = time.monotonic(), sys.modules["IPython"].display  # there, since this is a notebook
+        page = tools.HTML(self._page())
         if self.handle is None:
-            self.handle = display(page, display_id=True)
+            self.handle = tools.display(page, display_id=True)
         else:
             self.handle.update(page)
 
