@@ -126,6 +126,9 @@ def commands(text):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_settings_on_a_page_are_ones_that_there_are(page):
     group = typer.main.get_command(cli.app)
+    for line in (DOCS / page).read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+        sets = [quoted or plain for quoted, plain in re.findall(r"--set (?:'([^'=]+=[^']+)'|([\w.]+=[^\s`)]+))", line)]
+        config.load(sets=[text for text in sets if text[0].islower()])  # not SECTION.KEY=VALUE
     for language, text in blocks(page):
         assert language in ("bash", "sh", "python", "toml"), f"{language}: say what it is"
         if language == "toml":
