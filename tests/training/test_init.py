@@ -129,6 +129,16 @@ def test_scribbles_are_seen_by_their_strokes(em, tmp_path):
     assert look(em, tmp_path, np.where(em[1] == 2, 1, em[1] // 3 * 2), scribbles=True).found.kind == "scribbles"
 
 
+def test_sections_that_were_numbered_by_themselves_are_told(em, tmp_path):
+    labels = em[1].copy()
+    for z, section in enumerate(labels):
+        section[section > 0] = (section[section > 0] + z) % 4 + 1
+    found = look(em, tmp_path, labels).found
+    assert found.objects == 4
+    assert "each section was numbered by itself" in found.reason
+    assert "by itself" not in look(em, tmp_path, em[1]).found.reason
+
+
 def test_labels_in_a_corner_are_told(em, tmp_path):
     labels = np.where(em[1] == 1, em[1], 0)
     labels[:, 40:44, 50] = 7

@@ -165,6 +165,22 @@ def test_unlabeled_voxels_count_neither_way():
     assert describe_annotation(labels, [0])["foreground"] == 0.5
 
 
+def test_instances_that_were_numbered_section_by_section_are_joined():
+    truth = np.zeros((6, 30, 60), np.int64)
+    for i in range(4):
+        for z in range(6):
+            truth[z, 5:20, 15 * i + z % 2 : 15 * i + 12] = 10 * i + 7
+    truth[4, :, 15:30] = 0
+    by_section = truth.copy()
+    for z, section in enumerate(by_section):
+        section[section > 0] = (section[section > 0] + 10 * z) % 40 + 1
+    labels, note = normalize_labels(by_section)
+    assert note == {"kind": "instances, numbered section by section", "objects": 5}
+    pairs = np.unique(np.stack([truth.ravel(), labels.ravel()], 1), axis=0).tolist()
+    assert pairs == [[0, 0], [7, 1], [17, 2], [17, 5], [27, 3], [37, 4]]
+    assert normalize_labels(truth)[1] == {"kind": "instances", "objects": 4}
+
+
 def test_contacts_are_where_two_objects_are_that_near():
     labels = ndimage.zoom(np.random.default_rng(0).integers(0, 3, (3, 4, 4)), 3, order=0).astype(np.uint32)
     for along_z in (False, True):

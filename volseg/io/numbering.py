@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from volseg.errors import UserError
 
 MAX_DIGITS = 18  # of a number that counts sections
-SET_FIRST = "set first_number to the number that the image's first section has in these names, such as 0 or 1"
+SET_FIRST = (
+    "set first_number (volseg init --first-number) to the number that the image's first section has in these names, such as "
+    "0 or 1"
+)
 
 
 def numbers(names: Sequence[str], place: str) -> list[int]:
@@ -135,7 +138,7 @@ def sections(
         return [n - 1 for n in found], f"their numbers count from 1: {high} is that of the last of {depth} sections"
     raise UserError(
         f"folder {place} has numbers from {low} to {high}, which fit {depth} sections counted from 0 and from 1; set "
-        "first_number = 0 or 1, the number of the image's first section"
+        "first_number = 0 or 1 (volseg init --first-number), the number of the image's first section"
     )
 
 

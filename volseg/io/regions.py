@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from volseg import system
 from volseg.errors import UserError, printable
@@ -254,30 +256,35 @@ def objects(regions: Sequence[Region], shape: tuple[int, int]) -> list[int]:
     names = [OBJECT_NAME.fullmatch(region.name) for region in regions]
     if all(names):
         return [int(name[1]) for name in names]  # type: ignore[index]
-    parent = list(range(len(regions) + 1))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
     by_section: dict[int, list[int]] = {}
     for i, region in enumerate(regions):
         by_section.setdefault(region.section, []).append(i)
-    before, previous = np.zeros(shape, np.uint32), -2
+    pairs, before, previous = [], np.zeros(shape, np.uint32), -2
     for section in sorted(by_section):
         own = by_section[section]
         plane = paint([regions[i] for i in own], [i + 1 for i in own], shape)
         if section == previous + 1:
-            for a, b in _partners(before, plane):
-                parent[root(b)] = root(a)
+            pairs += partners(before, plane)
         before, previous = plane, section
-    roots = [root(i + 1) for i in range(len(regions))]
-    order = {number: i for i, number in enumerate(dict.fromkeys(roots), 1)}
-    return [order[number] for number in roots]
+    return joined(len(regions), pairs)[1:].tolist()
 
 
-def _partners(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int]]:
+def joined(count: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """New numbers of ids 0 to ``count``, of which pairs are one object: 0 stays, the others are 1..N in order; uint32.
+
+    >>> joined(4, [(4, 2)]).tolist()
+    [0, 1, 2, 3, 2]
+    """
+    first, second = np.array(pairs, np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(first), bool), (first, second)), (count + 1, count + 1))
+    component = connected_components(graph, directed=False)[1]
+    _, place, inverse = np.unique(component, return_index=True, return_inverse=True)
+    rank = np.empty(len(place), np.uint32)
+    rank[np.argsort(place)] = np.arange(len(place))
+    return rank[inverse]
+
+
+def partners(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int]]:
     """Pairs of ids of two planes that overlap each other most, and by at least `SAME_OBJECT` of the smaller."""
     both = (a > 0) & (b > 0)
     pairs, counts = np.unique(np.stack([a[both], b[both]], axis=1), axis=0, return_counts=True)

@@ -244,8 +244,8 @@ def _slabs(
 def draw_panels(image: np.ndarray, labels: np.ndarray, prediction: np.ndarray) -> bytes:
     """Return a PNG of four panels: the section, the truth drawn in, the prediction drawn in, and where they differ.
 
-    Agreement is green, what was missed blue, what was wrongly found red. Sections longer than `MAX_PANEL_EDGE` are made
-    smaller.
+    Agreement is green, what was missed blue, what was wrongly found red; nothing differs where nobody annotated. Sections
+    longer than `MAX_PANEL_EDGE` are made smaller.
 
     Parameters
     ----------
@@ -259,11 +259,11 @@ def draw_panels(image: np.ndarray, labels: np.ndarray, prediction: np.ndarray) -
     step = -(-max(image.shape) // MAX_PANEL_EDGE)
     plane = np.repeat(grayscale(image)[..., None], 3, axis=-1)
     annotated = labels != UNLABELED
-    truth, prediction = annotated & (labels != 0), prediction & annotated
+    truth = annotated & (labels != 0)
     differences = [
         (truth & prediction, TRUTH),
         (truth & ~prediction, MISSED),
-        (prediction & ~truth, SPURIOUS),
+        (prediction & annotated & ~truth, SPURIOUS),
     ]
     views = [plane, *(_tint(plane, marks) for marks in ([(truth, TRUTH)], [(prediction, PREDICTION)], differences))]
     gap = np.full((plane.shape[0], 4 * step, 3), 255, np.uint8)

@@ -13,7 +13,14 @@ from scipy import ndimage
 from volseg.errors import UserError
 from volseg.evaluation.evaluate import MAX_ISOLATED_SHARE, count_isolated
 from volseg.io.annotation import Annotation
-from volseg.training.targets import as_integers, is_mask, mask_value, normalize_labels
+from volseg.training.targets import (
+    MIN_AGREEMENT,
+    as_integers,
+    is_mask,
+    mask_value,
+    normalize_labels,
+    section_agreement,
+)
 
 SLAB_VOXELS = 1 << 26  # read at once
 COUNTED_VOXELS = 1 << 29  # of consecutive sections, up to which objects are counted
@@ -135,8 +142,11 @@ def survey(annotation: Annotation, *, scribbles: bool | None = None, background:
         raise UserError(
             f"{annotation.path}: every annotated voxel is {what}; draw both, or give --background, the value outside of objects"
         )
+    by_section = kind == "instances" and _numbered_by_section(annotation, sections)
+    if by_section:
+        reason += "; each section was numbered by itself, so objects that overlap most in neighboring sections are one"
     return Survey(
-        kind, reason, sections, unlabeled, background, _objects(annotation, sections, kind, found, background),
+        kind, reason, sections, unlabeled, background, _objects(annotation, sections, kind, found, background, by_section),
         inside / known, tuple(notes + _notes(named, sections, held, samples, kind, values)),
     )  # fmt: skip
 
@@ -224,23 +234,36 @@ def _background(kind: Kind, values: list[int], found: Sequence[_Values]) -> tupl
 
 
 def _objects(
-    annotation: Annotation, sections: tuple[int, ...], kind: Kind, found: Sequence[_Values], background: int
-) -> int | None:
-    """How many objects there are: values or, of one value, connected parts in consecutive sections."""
+    annotation: Annotation, sections: tuple[int, ...], kind: Kind, found: Sequence[_Values], background: int,
+    by_section: bool,
+) -> int | None:  # fmt: skip
+    """How many objects there are: values or, of one value, connected parts in consecutive sections.
+
+    Where each section was numbered ``by_section``, objects that overlap in neighboring sections are one.
+    """
     unlabeled = 0 if kind == "scribbles" else None
     own = set().union(*(one.values[_in_objects(one.values, background, unlabeled)].tolist() for one in found))
-    if kind != "mask" and len(own) > 1:
+    if kind != "mask" and len(own) > 1 and not by_section:
         return len(own)
     total = 0
     for run in runs(sections):
         slab = annotation.read(run[0], run[-1] + 1)
         if prod(slab.shape) > COUNTED_VOXELS:
             return None
-        if background:
+        if background and not by_section:
             total += ndimage.label(_in_objects(slab, background, unlabeled), np.ones((3, 3, 3)))[1]
         else:
-            total += normalize_labels(slab)[1]["objects"]
+            total += normalize_labels(slab, background=background)[1]["objects"]
     return total
+
+
+def _numbered_by_section(annotation: Annotation, sections: Sequence[int]) -> bool:
+    """Whether objects of neighboring sections have numbers that have nothing to do with each other."""
+    known = set(sections)
+    neighbors = [z for z in sections if z + 1 in known]
+    chosen = neighbors[:: max(1, len(neighbors) // SAMPLES)][:SAMPLES]
+    found = [section_agreement(annotation.read(z, z + 2)) for z in chosen]
+    return bool(found) and float(np.mean(found)) < MIN_AGREEMENT
 
 
 def _notes(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from scipy import ndimage
 
 from volseg.errors import UserError
+from volseg.io.regions import joined, partners
 
 MIN_SPREAD_SECTIONS = 30  # up to this many annotated sections it pays to spread them
 ADVISED_OBJECTS = 150  # with fewer annotated objects, more annotation pays more than longer training
 UNLABELED = np.uint32(0xFFFFFFFF)  # stands in normalized labels for voxels that nobody annotated
 LABEL_ADVICE = "give whole numbers: 0 for background, then one per object"
 MAX_STRAY_SHARE = 0.005  # share of a mask's voxels that may lie between 0 and the value that means inside
+MIN_AGREEMENT = 0.5  # of neighboring sections, from which on instances have one number throughout the volume
 MASK_VALUES = {1, 255, 65535}  # how one bit is written by the common tools
 
 
@@ -25,7 +28,9 @@ def normalize_labels(
     An array is a mask if each section holds at most one value besides 0, and these values are all out of 1, 255 and
     65535, in any mixture, or all the same. Resampling leaves a few values between 0 and 255 or 65535: up to a share of
     `MAX_STRAY_SHARE` of a section's foreground they are rounded to the nearer end. A mask becomes its 26-connected
-    components. All other arrays hold instances, which are renumbered 1..N in the order of their values.
+    components. All other arrays hold instances, which are renumbered 1..N in the order of their values. Where each section
+    was numbered by itself (`section_agreement` below `MIN_AGREEMENT`), instances of neighboring sections that overlap each
+    other most become one.
 
     Parameters
     ----------
@@ -79,9 +84,37 @@ def normalize_labels(
         ids = ids[ids != 0]
         labels = np.where(array != 0, np.searchsorted(ids, array) + 1, 0).astype(np.uint32)
         note, objects = {"kind": "instances"}, len(ids)
+        if section_agreement(labels) < MIN_AGREEMENT:
+            labels, objects = _link_sections(labels)
+            note = {"kind": "instances, numbered section by section"}
     if missing is not None:
         labels[missing] = UNLABELED
     return labels, {**note, "objects": int(objects)}
+
+
+def section_agreement(labels: np.ndarray) -> float:
+    """Return in how much of where objects of neighboring sections overlap they have one number; 1 where none do.
+
+    >>> section_agreement(np.array([[[1, 1, 2]], [[1, 1, 3]], [[0, 0, 0]]]))
+    0.6666666666666666
+    """
+    counts = np.zeros(2, np.int64)
+    for above, below in pairwise(labels):
+        overlap = (above != 0) & (below != 0)
+        counts += np.count_nonzero(overlap), np.count_nonzero(overlap & (above == below))
+    return float(counts[1] / counts[0]) if counts[0] else 1.0
+
+
+def _link_sections(labels: np.ndarray) -> tuple[np.ndarray, int]:
+    """Labels of which each section was numbered by itself, as objects of the volume, and how many these are."""
+    own, highest = labels.copy(), 0
+    for section in own:
+        section[section != 0] += np.uint32(highest)
+        highest = max(highest, int(section.max()))
+    pairs = [pair for above, below in pairwise(own) for pair in partners(above, below)]
+    numbers = joined(highest, pairs)
+    used = np.unique(numbers[np.unique(own)])
+    return np.searchsorted(used, numbers).astype(np.uint32)[own], int(np.count_nonzero(used))
 
 
 def is_mask(found: Sequence[int | None]) -> bool:
