@@ -262,6 +262,27 @@ def stores(repeats: Annotated[int, typer.Option(min=1)] = 5) -> None:
 
 
 @app.command()
+def scale(
+    what: Annotated[str, typer.Argument(help="decoding or sparse.")],
+    image: Annotated[str, typer.Option(help="The EPFL training stack.")] = f"{EPFL}/training.tif",
+    out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/scale",
+    chunks: Annotated[str, typer.Option(help="decoding: edges of a chunk.")] = "64,128,256",
+    planes: Annotated[str, typer.Option(help="decoding: edges of a plane.")] = "1024,4096,16384,65536",
+    depth: Annotated[int, typer.Option(help="decoding: sections of the volumes.")] = 2048,
+    repeats: Annotated[int, typer.Option(min=1, help="sparse: runs of each, in turn; the median counts.")] = 3,
+) -> None:
+    """Volumes as they are stored: how often a chunk is decoded, and what an empty part costs."""
+    from benchmarks import scale as bench
+
+    if what == "decoding":
+        bench.measure_decoding(*(tuple(map(int, text.split(","))) for text in (chunks, planes)), depth)
+    elif what == "sparse":
+        bench.measure_sparse(image, out, repeats)
+    else:
+        raise typer.BadParameter(f"{what!r} is none of decoding, sparse")
+
+
+@app.command()
 def scaling(
     what: Annotated[str, typer.Argument(help="volumes, workers or blocks.")],
     out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/scaling",

@@ -119,7 +119,7 @@ def test_a_new_stage_is_one_more_entry_of_one_list(image, tmp_path, monkeypatch)
         run.layout.part_labels.save(Values(np.unique(labels)), "dummy", i)
 
     def dummy(run):
-        return [Stage("dummy", count, run.grid, "key", "labels", after={"relabel": same})]
+        return [Stage("dummy", count, run.parts.own, "key", "labels", after={"relabel": same})]
 
     monkeypatch.setattr(stages, "STAGES", (*stages.STAGES, dummy))
     run, statistics = run_stages(

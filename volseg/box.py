@@ -216,7 +216,7 @@ class Blocks:
 
     def overlapping(self, box: Box) -> list[int]:
         """Numbers of the blocks that share a voxel with ``box``, in raster order."""
-        return [self.index((z, y, x)) for z, y, x in product(*self._spans(box))]
+        return [self.index((z, y, x)) for z, y, x in product(*self.spans(box))]
 
     def count_overlapping(self, box: Box) -> int:
         """How many blocks share a voxel with ``box``.
@@ -224,9 +224,9 @@ class Blocks:
         >>> Blocks((1 << 40, 4, 4), (2, 2, 4)).count_overlapping(Box((1, 1, 0), (1 << 39, 4, 9)))
         549755813888
         """
-        return prod(map(len, self._spans(box)))
+        return prod(map(len, self.spans(box)))
 
-    def _spans(self, box: Box) -> tuple[range, range, range]:
+    def spans(self, box: Box) -> tuple[range, range, range]:
         """Along each axis, the grid positions of the blocks that share a voxel with ``box``."""
         box = box.clip(self.shape)
         if not box.voxels:

@@ -336,7 +336,8 @@ def _rebuild_work(out: str) -> None:
     kept = {run.probability_stage: run.layout.probabilities, "image0": run.layout.image()}
     filled = tuple((where, box) for where, boxes in summary.get("filled_boxes", {}).items() for box in boxes)
     for name, array in ((name, array) for name, array in kept.items() if name in stages):
-        for i, box in enumerate(stages[name].grid):
+        for i in stages[name].part.numbers:
+            box = stages[name].grid[i]
             markers.add(name, i, Receipt(voxels=box.voxels, files=array.fingerprints(box), filled=filled))
             filled = ()  # one block tells of all
     markers.flush()

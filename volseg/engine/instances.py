@@ -9,7 +9,6 @@ from functools import lru_cache
 import numpy as np
 
 from volseg import system
-from volseg.box import Box
 from volseg.engine import restore
 from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, Values
 from volseg.engine.keys import basins_key, decision_key
@@ -19,8 +18,8 @@ from volseg.engine.stored import recording, side_by_side
 from volseg.errors import DamagedFileError
 from volseg.io import pyramid
 from volseg.segmentation import hierarchy, holes, objects, saddles, stitch
-from volseg.segmentation.basins import BlockBasins, watershed_block
-from volseg.segmentation.heights import OUTSIDE, block_heights, height_halo
+from volseg.segmentation.basins import BlockBasins, no_basins, watershed_block
+from volseg.segmentation.heights import block_heights, height_halo
 from volseg.segmentation.rules import Rules, label_basins, label_dtype
 
 # ---------------------------------------------------------------- basins
@@ -44,13 +43,6 @@ def find_basins(run: Run, i: int, timings: Timings) -> None:
     with timings.phase("write"):
         run.layout.regions.write(box, regions)
         run.layout.block_basins.save(basins, i)
-
-
-@lru_cache(maxsize=2)
-def no_basins(connectivity: int) -> BlockBasins:
-    """The table of a block without mask, whatever its shape."""
-    box, height = Box((0, 0, 0), (1, 1, 1)), np.full((3, 3, 3), OUTSIDE, np.int32)
-    return watershed_block(height, np.zeros(box.shape, np.uint8), box, box.shape, connectivity)[1]
 
 
 def link(run: Run, i: int, timings: Timings) -> dict:
@@ -112,7 +104,7 @@ def _stitch_all(run: Run, timings: Timings) -> dict:
             labels = np.r_[0, label[basin_of[i]], label_of_hole[hole_of[i]]].astype(dtype)
             layout.block_labels.save(BlockLabels(labels, basin_of[i], hole_of[i]), i)
 
-        side_by_side(save, range(len(run.grid)))
+        side_by_side(save, run.parts.own.numbers)
         if not stored:
             layout.save_basins(basins, basins_key(run))
     return {"objects": count, "basins": int(label.size), "edges": int(basins.edges.size)}
@@ -306,7 +298,11 @@ def downsample(run: Run, i: int, timings: Timings, level: int) -> dict:
     box = run.level_grid(level)[i]
     parent = pyramid.parent_box(box, factor, above)
     finer_stage = f"pyramid{level - 1}" if level > 1 else "relabel"
-    stamps = [run.layout.read_stamp(finer_stage, j, check=False) for j in run.level_grid(level - 1).overlapping(parent)]
+    finer_part = run.parts.labels(level - 1)
+    stamps = [
+        run.layout.read_stamp(finer_stage, j, check=False) if finer_part.holds(j) else "nothing"
+        for j in run.level_grid(level - 1).overlapping(parent)
+    ]
 
     def make() -> None:
         if run.layout.labels(level - 1).is_empty(parent):

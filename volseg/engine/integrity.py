@@ -58,7 +58,7 @@ def _damaged_markers(layout: Layout, summary: dict) -> list[str]:
         ending = f"-{summary['keys'][stage.name]}"
         names = [name for name in layout.markers(stage.name) if name.endswith(ending)]
         if stage.group in ("basins", "labels") and stage.name not in run.passes:
-            names = [f"{i}{ending}" for i in range(len(stage.grid))]
+            names = [f"{i}{ending}" for i in stage.part.numbers]
         done = {f"{i}{ending}" for i in stored.receipts(stage.name)}
         found += [layout.marker_key(stage.name, name) for name in names if name not in done]
     return found

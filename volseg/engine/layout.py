@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -35,8 +36,14 @@ from volseg.segmentation.basins import BlockBasins
 if TYPE_CHECKING:
     import pyarrow
 
+    from volseg.engine.parts import Nothing
+
 FORMAT = 1  # of a run's folder; raised when an older volseg could misread a newer folder, or the other way round
 T = TypeVar("T")
+
+
+def nothing_absent(*index: int | str) -> None:
+    """Every block has its table."""
 
 
 # ---------------------------------------------------------------- the folder
@@ -47,6 +54,7 @@ class Layout:
     """The folder of a run at ``path``, finished or not."""
 
     path: str
+    nothing: Nothing | None = None  # which blocks have no tables
 
     # ---- arrays
 
@@ -76,16 +84,16 @@ class Layout:
 
     # ---- tables of blocks
 
-    def _tables(self, pattern: str, kind: type[T]) -> Tables[T]:
-        return Tables(self.path, f"work/{pattern}.npz", kind)
+    def _tables(self, pattern: str, kind: type[T], absent: Callable[..., T | None] = nothing_absent) -> Tables[T]:
+        return Tables(self.path, f"work/{pattern}.npz", kind, absent)
 
     @cached_property
     def block_basins(self) -> Tables[BlockBasins]:
-        return self._tables("tables/{}", BlockBasins)
+        return self._tables("tables/{}", BlockBasins, self.nothing.basins if self.nothing else nothing_absent)
 
     @cached_property
     def links(self) -> Tables[stitch.Links]:
-        return self._tables("links/{}", stitch.Links)
+        return self._tables("links/{}", stitch.Links, self.nothing.links if self.nothing else nothing_absent)
 
     @cached_property
     def block_holes(self) -> Tables[holes.BlockHoles]:
@@ -97,11 +105,11 @@ class Layout:
 
     @cached_property
     def block_labels(self) -> Tables[BlockLabels]:
-        return self._tables("labels/{}", BlockLabels)
+        return self._tables("labels/{}", BlockLabels, self.nothing.labels if self.nothing else nothing_absent)
 
     @cached_property
     def object_sums(self) -> Tables[objects.ObjectSums]:
-        return self._tables("objects/{}", objects.ObjectSums)
+        return self._tables("objects/{}", objects.ObjectSums, self.nothing.sums if self.nothing else nothing_absent)
 
     @cached_property
     def borders(self) -> Tables[saddles.BlockBorders]:

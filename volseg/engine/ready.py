@@ -31,12 +31,19 @@ class Ready:
         done: Iterable[int] = (),
         earlier: dict[str, tuple[Ready, Region]] | None = None,
         own: tuple[str, Region] | None = None,
+        only: Box | None = None,
     ) -> None:
         self.grid = grid
         self.state = bytearray(len(grid))
         self.at = np.frombuffer(self.state, np.uint8).reshape(grid.counts)
         self.missing = np.zeros(grid.counts, np.int32)  # blocks that each waits for
         self.spans = {}
+        self.inside = (slice(None),) * 3  # blocks that there are to do: others count as done
+        if only is not None:
+            z, y, x = (slice(span.start, span.stop) for span in grid.spans(only))
+            self.inside = z, y, x
+            self.at[...] = DONE
+            self.at[self.inside] = WAITING
         for i in done:
             self.state[i] = DONE
         for stage, (before, region) in (earlier or {}).items():
@@ -51,10 +58,11 @@ class Ready:
 
     @property
     def voxels(self) -> int:
-        """Voxels of all blocks that are done."""
+        """Voxels of all blocks that are done, of those that there are to do."""
         axes = enumerate(self.grid.counts)
         z, y, x = (np.diff([self.grid.edge(axis, k) for k in range(count + 1)]) for axis, count in axes)
-        return int((self.at == DONE) @ x @ y @ z)
+        z, y, x = (lengths[s] for lengths, s in zip((z, y, x), self.inside, strict=True))
+        return int((self.at[self.inside] == DONE) @ x @ y @ z)
 
     def take(self) -> int | None:
         """The first block that is ready: it is handed out; None where none is."""

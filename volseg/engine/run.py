@@ -15,6 +15,7 @@ from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
 from volseg.config import Config
 from volseg.engine.blocks import Cut, fit, plane_blocks
 from volseg.engine.layout import Layout
+from volseg.engine.parts import Parts
 from volseg.errors import DamagedFileError
 from volseg.inference import tiles
 from volseg.inference.backends import Engine
@@ -77,7 +78,12 @@ class Run:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.out)
+        return Layout(self.out, self.parts.nothing)
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The blocks in which something is to be done."""
+        return Parts(self)
 
     @property
     def probability_stage(self) -> str:
@@ -198,6 +204,14 @@ class Run:
         """The tiles of every section of a pass: a function of the volume's shape."""
         section, predict = transpose_axes(self.shape, tiles.PLANES[plane])[1:], self.config.predict
         return tiles.grid(section, predict.tile, predict.overlap, self.binning)
+
+    def tiles_reaching(self, plane: str, box: Box) -> Box:
+        """The part of a pass's volume in which tiles begin that reach into ``box``."""
+        rows, columns = self.tile_grid(plane).size
+        axes = tiles.PLANES[plane]
+        z, y, x = box.transpose(axes).start
+        start = transpose_axes((z, max(0, y - rows + 1), max(0, x - columns + 1)), inverse_axes(axes))
+        return Box(start, box.stop)
 
     @cached_property
     def inferred_voxels(self) -> int:

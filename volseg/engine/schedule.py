@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -74,11 +73,12 @@ def predicted_share(run: Run, markers: Markers) -> float:
     """Share of the blocks that have gone through the network, of all passes together."""
     stages = stages_of(run)
     inferring = [stages[name] for name in (run.passes or [run.probability_stage])]
-    return sum(len(markers.done(stage.name)) for stage in inferring) / sum(len(stage.grid) for stage in inferring)
+    return sum(len(markers.done(stage.name)) for stage in inferring) / sum(stage.part.count for stage in inferring)
 
 
 def _is_done(markers: Markers, stage: Stage) -> bool:
-    return len(markers.done(stage.name)) == len(stage.grid)
+    done = markers.done(stage.name)
+    return len(done) >= stage.part.count and all(i in done for i in stage.part.numbers)
 
 
 def _run_together(
@@ -94,11 +94,11 @@ def _run_together(
     for stage in stages:
         earlier = {name: (blocks[name], region) for name, region in stage.after.items() if name in blocks}
         own = (stage.name, stage.after[stage.name]) if stage.name in stage.after else None
-        blocks[stage.name] = Ready(stage.grid, markers.done(stage.name), earlier, own)
+        blocks[stage.name] = Ready(stage.grid, markers.done(stage.name), earlier, own, stage.part.box)
     given_up = [_failed_before(*item) for item in markers.given_up.items() if item[0][0] in by_name]
     for name, i in (failure.item for failure in given_up):
         blocks[name].withhold(i)
-    advance = {name: progress.stage(name, prod(state.grid.shape), state.voxels) for name, state in blocks.items()}
+    advance = {name: progress.stage(name, by_name[name].part.voxels, state.voxels) for name, state in blocks.items()}
     followers = {name: [stage.name for stage in stages if name in stage.after] for name in blocks}
 
     def ready(names: list[str]) -> Iterator[tuple[str, int] | None]:

@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from volseg.box import Blocks, Box, inverse_axes, transpose_axes
+from volseg.box import Blocks, Box, inverse_axes
 from volseg.engine.block_tables import TileParts
 from volseg.engine.run import Run
 from volseg.errors import DamagedFileError
@@ -129,15 +129,6 @@ class Share:
                     if rows and columns:
                         found[i] = part, TileWindow(rows, columns)
         return found
-
-
-def region_of_givers(run: Run, plane: str, box: Box) -> Box:
-    """The part of a pass's volume in which tiles begin that reach into ``box``."""
-    rows, columns = run.tile_grid(plane).size
-    axes = tiles.PLANES[plane]
-    z, y, x = box.transpose(axes).start
-    start = transpose_axes((z, max(0, y - rows + 1), max(0, x - columns + 1)), inverse_axes(axes))
-    return Box(start, box.stop)
 
 
 def _common(a: range, b: range) -> range:

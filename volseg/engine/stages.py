@@ -20,9 +20,9 @@ from typing import Any, Literal
 from volseg.box import Blocks, Box
 from volseg.engine import instances, predict
 from volseg.engine.keys import basins_key, decision_key, holes_key, probability_key
+from volseg.engine.parts import Part
 from volseg.engine.receipts import Timings
 from volseg.engine.run import Run, digest
-from volseg.engine.shares import region_of_givers
 from volseg.io import pyramid
 from volseg.segmentation import hierarchy
 from volseg.segmentation.heights import height_halo
@@ -36,7 +36,7 @@ class Stage:
     """One stage of a run.
 
     function   the work on block ``i``: ``function(run, i, timings)`` stores its results and returns more of its `Receipt`
-    grid       its blocks
+    part       its blocks
     key        the hash of all that determines its results
     group      what it runs together with
     after      the stages of its group that a block waits for, and the region of each that it is made from: of earlier ones, and
@@ -47,12 +47,17 @@ class Stage:
 
     name: str
     function: Callable[[Run, int, Timings], dict[str, Any] | None]
-    grid: Blocks
+    part: Part
     key: str
     group: Group
     after: Mapping[str, Region] = field(default_factory=dict)
     on_device: bool = False
     report_as: str = ""
+
+    @property
+    def grid(self) -> Blocks:
+        """All blocks of the volume, also those in which there is nothing to do."""
+        return self.part.grid
 
     @property
     def title(self) -> str:
@@ -74,25 +79,31 @@ def _predict(run: Run) -> list[Stage]:
     passes = []
     for name, plane in run.passes.items():
         grid, pass_of_plane = run.pass_grid(plane), partial(predict.predict_plane, stage=name)
-        pass_key, own = digest(key, name, grid.block), {name: partial(region_of_givers, run, plane)}
-        passes.append(Stage(name, pass_of_plane, grid, pass_key, "basins", own, on_device=True))
+        pass_key, own = digest(key, name, grid.block), {name: partial(run.tiles_reaching, plane)}
+        passes.append(Stage(name, pass_of_plane, run.parts.inferred(plane), pass_key, "basins", own, on_device=True))
     function = predict.average_planes if passes else predict.predict
-    after = {stage.name: same for stage in passes} or {"predict": partial(region_of_givers, run, "xy")}
-    return [*passes, Stage("predict", function, run.predict_grid, key, "basins", after, on_device=not passes)]
+    after = {stage.name: same for stage in passes} or {"predict": partial(run.tiles_reaching, "xy")}
+    part = run.parts.probabilities(0) if passes else run.parts.inferred("xy")
+    return [*passes, Stage("predict", function, part, key, "basins", after, on_device=not passes)]
 
 
 def _import(run: Run) -> list[Stage]:
     key = probability_key(run)
-    return [Stage("import", predict.import_probabilities, run.predict_grid, key, "basins")] if run.channels else []
+    if not run.channels:
+        return []
+    return [Stage("import", predict.import_probabilities, run.parts.probabilities(0), key, "basins")]
 
 
 def _coarsen(run: Run) -> list[Stage]:
     stages, name = [], run.probability_stage
     for level, (_, factor) in list(enumerate(run.probability_levels))[1:]:
         region = partial(pyramid.parent_box, factor=factor, above=run.probability_levels[level - 1][0])
-        grid, key = run.probability_grid(level), digest(probability_key(run), level, run.probability_levels, run.block)
+        part, key = (
+            run.parts.probabilities(level),
+            digest(probability_key(run), level, run.probability_levels, run.block),
+        )
         function = partial(predict.coarsen, level=level)
-        stages.append(Stage(f"coarsen{level}", function, grid, key, "basins", {name: region}, report_as="coarsen"))
+        stages.append(Stage(f"coarsen{level}", function, part, key, "basins", {name: region}, report_as="coarsen"))
         name = stages[-1].name
     return stages
 
@@ -102,23 +113,25 @@ def _image(run: Run) -> list[Stage]:
     for level, (_, factor) in enumerate(run.image_levels):
         key = digest(run.checksum, level, run.image_levels, run.output_grid.block, run.output_source.dtype)
         if level == 0:
-            stages = [Stage("image0", predict.copy_image, run.output_grid, key, "basins", report_as="copy")]
+            stages = [Stage("image0", predict.copy_image, Part(run.output_grid), key, "basins", report_as="copy")]
             continue
         after = {stages[-1].name: partial(pyramid.parent_box, factor=factor, above=run.image_levels[level - 1][0])}
         function = partial(predict.coarsen_image, level=level)
-        stages.append(Stage(f"image{level}", function, run.level_grid(level), key, "basins", after, report_as="copy"))
+        stages.append(
+            Stage(f"image{level}", function, Part(run.level_grid(level)), key, "basins", after, report_as="copy")
+        )
     return stages
 
 
 def _fragments(run: Run) -> list[Stage]:
     halo = height_halo(run.config.fragments, run.voxel_size_nm)
     after = {run.probability_stage: partial(Box.grow, halo=halo)}
-    return [Stage("fragments", instances.find_basins, run.grid, basins_key(run), "basins", after)]
+    return [Stage("fragments", instances.find_basins, run.parts.own, basins_key(run), "basins", after)]
 
 
 def _link(run: Run) -> list[Stage]:
     after = {"fragments": partial(Box.grow, halo=1)}
-    return [Stage("link", instances.link, run.grid, basins_key(run), "basins", after)]
+    return [Stage("link", instances.link, run.parts.own, basins_key(run), "basins", after)]
 
 
 def _holes(run: Run) -> list[Stage]:
@@ -126,20 +139,22 @@ def _holes(run: Run) -> list[Stage]:
         return []
     key = holes_key(run)
     return [
-        Stage("find_holes", instances.find_holes, run.grid, key, "basins", {"fragments": same}),
-        Stage("link_holes", instances.link_holes, run.grid, key, "basins", {"find_holes": partial(Box.grow, halo=1)}),
+        Stage("find_holes", instances.find_holes, run.parts.own, key, "basins", {"fragments": same}),
+        Stage(
+            "link_holes", instances.link_holes, run.parts.own, key, "basins", {"find_holes": partial(Box.grow, halo=1)}
+        ),
     ]
 
 
 def _stitch(run: Run) -> list[Stage]:
-    return [Stage("stitch", instances.stitch_all, Blocks(run.shape, run.shape), decision_key(run), "flat")]
+    return [Stage("stitch", instances.stitch_all, Part(Blocks(run.shape, run.shape)), decision_key(run), "flat")]
 
 
 def _tree(run: Run) -> list[Stage]:
     key, levels = decision_key(run), range(hierarchy.top_level(run.grid) + 1)
 
     def stage(name: str, function: Callable, grid: Blocks) -> Stage:
-        return Stage(name, function, grid, key, "tree", report_as="stitch")
+        return Stage(name, function, Part(grid), key, "tree", report_as="stitch")
 
     up = [stage(f"contract{k}", partial(instances.contract, level=k), hierarchy.parts(run.grid, k)) for k in levels]
     down = [stage(f"assign{k}", partial(instances.assign, level=k), hierarchy.parts(run.grid, k)) for k in levels]
@@ -149,7 +164,7 @@ def _tree(run: Run) -> list[Stage]:
 
 def _labels(run: Run) -> list[Stage]:
     key = digest(decision_key(run), run.output_shape) if run.restored else decision_key(run)
-    stages = [Stage("relabel", instances.relabel, run.output_grid, key, "labels")]
+    stages = [Stage("relabel", instances.relabel, run.parts.labels(0), key, "labels")]
     for level, (_, factor) in list(enumerate(run.levels))[1:]:
         region = partial(pyramid.parent_box, factor=factor, above=run.levels[level - 1][0])
         function = partial(instances.downsample, level=level)
@@ -159,7 +174,7 @@ def _labels(run: Run) -> list[Stage]:
             Stage(
                 name,
                 function,
-                run.level_grid(level),
+                run.parts.labels(level),
                 level_key,
                 "labels",
                 {stages[-1].name: region},

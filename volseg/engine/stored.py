@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -68,6 +68,9 @@ class Tables(Generic[T]):
     path: str
     pattern: str
     kind: type[T]
+    absent: Callable[..., T | None] = field(
+        default=lambda *index: None, compare=False
+    )  # what a block has that has no table
 
     def key(self, *index: int | str) -> str:
         return self.pattern.format(*index)
@@ -82,6 +85,8 @@ class Tables(Generic[T]):
 
     def load(self, *index: int | str, skip: tuple[str, ...] = ()) -> T:
         """One table; the arrays to ``skip`` come empty. Raises `DamagedFileError`."""
+        if (value := self.absent(*index)) is not None:
+            return value
         return load_table(self.path, self.key(*index), self.kind, skip)
 
     def load_each(self, indices: Iterable[Any], skip: tuple[str, ...] = (), ahead: int = 32) -> Iterator[T]:

@@ -9,7 +9,7 @@ p-value below 0.05, after correction.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import comb, prod
 
 import numpy as np
@@ -85,7 +85,7 @@ def measure_seams(run: StoredRun, rng: np.random.Generator) -> Seams:
 def _planes(run: StoredRun, axis: int) -> tuple[list[int], list[int]]:
     """Where blocks meet along an axis, and the planes half a block further that are no such place."""
     length, block = run.shape[axis], run.run.block[axis]
-    grids = run.run.grid, run.run.predict_grid
+    grids = [replace(grid, shape=run.shape) for grid in (run.run.grid, run.run.predict_grid)]
     faces = {grid.edge(axis, k) for grid in grids for k in range(1, grid.counts[axis])}
     controls = [plane for plane in range(block // 2, length, block) if plane > 0 and plane not in faces]
     return (sorted(faces), controls) if faces and controls else ([], [])

@@ -63,7 +63,7 @@ class StoredRun:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.path)
+        return Layout(self.path, self.run.parts.nothing)
 
     @property
     def config(self) -> Config:
@@ -146,7 +146,7 @@ def open_stored(run: str | PathLike | Any) -> StoredRun:
     labels = volume.open(finished.path, dataset="labels/instances/0")
     run = finished.run
     stored = StoredRun(finished.path, run, OwnLabels(run, labels.dtype) if run.restored else labels)
-    return replace(stored, missing=_missing(stored.layout, len(stored.grid), stored.fills))
+    return replace(stored, missing=_missing(stored.layout, run.parts.own.count, stored.fills))
 
 
 def _missing(layout: Layout, blocks: int, fills: bool) -> str:

@@ -1,0 +1,154 @@
+"""Volumes as they are stored: how often a chunk is decoded, what an empty part costs, and a run against its bare model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from math import prod
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import tifffile
+import zarr
+
+from benchmarks import report
+from volseg.box import Box, Triple
+from volseg.config import Config
+from volseg.engine import folder, pipeline
+from volseg.engine.block_tables import TileParts
+from volseg.engine.keys import probability_key
+from volseg.engine.run import digest, redundancy
+from volseg.engine.shares import SPAN, Share
+from volseg.io import volume
+from volseg.planning import memory, prepare
+
+PIECE = (64, 1536, 1536)  # of real data, the part of a large volume that is wanted
+SIZES = ((64, 4096, 4096), (64, 20000, 20000), (2500, 20000, 20000))  # 1e9, 2.6e10 and 1e12 voxels
+
+
+# ---------------------------------------------------------------- bytes decoded for each one wanted
+
+
+def measure_decoding(chunks: tuple[int, ...], planes: tuple[int, ...], depth: int) -> None:
+    """A row for each chunk and plane: what one block in the middle of the volume decodes, from the reads that it makes.
+
+    Each read decodes every chunk that it touches. The volumes hold no chunk, so every tile is constant and none is inferred:
+    what is read is the same.
+    """
+    rows = []
+    for chunk in chunks:
+        for plane in planes:
+            with tempfile.TemporaryDirectory() as out:
+                rows.append(_decoding(Path(out), chunk, (depth, plane, plane)))
+                print(rows[-1], file=sys.stderr)
+    report.keep("scale-decoding", rows)
+
+
+def _decoding(out: Path, chunk: int, shape: Triple) -> dict:
+    zarr.create_array(out / "em.zarr", shape=shape, chunks=(chunk,) * 3, dtype="uint8")
+    fixed = {"backend": "openvino", "precision": "int8", "normalize": "model"}
+    config = Config(input={"voxel_size_nm": (5.0, 5.0, 5.0)}, predict=fixed, cluster={"workers": 1})
+    source = volume.open(str(out / "em.zarr"), voxel_size_nm=(5.0, 5.0, 5.0))
+    run = prepare.from_image(source, config, str(out / "run.partial"))
+    folder.begin(run, overwrite=False)
+    grid = run.predict_grid
+    i = grid.index(tuple(n // 2 - (n % 2 == 0) for n in grid.counts))
+    share, key = Share.of_block(run, "xy", i), digest(probability_key(run), "xy")
+    sections = share.reach.slices[0]
+    for giver in share.givers:  # what the blocks before it would hand over
+        for span in range(sections.start // SPAN, -(-sections.stop // SPAN)):
+            run.layout.tile_parts.keep(TileParts.packed([]), key, giver, i, span)
+    boxes: list[Box] = []
+    read = volume.Volume.read
+
+    def recorded(source: volume.Volume, box: Box) -> np.ndarray:
+        boxes.append(box)
+        return read(source, box)
+
+    start = time.perf_counter()
+    with mock.patch.object(volume.Volume, "read", recorded):
+        pipeline.process_block(run.out, run.id, "predict", i)
+    return {
+        "chunk": chunk,
+        "plane": shape[1],
+        "block": " x ".join(map(str, grid[i].shape)),
+        "blocks": len(grid),
+        "decoded / wanted": round(sum(_whole_chunks(box, chunk, shape) for box in boxes) / grid[i].voxels, 3),
+        "inferred / wanted": round(redundancy(run), 3),
+        "worker GB": round(memory.worker_bytes(run, 1) / 1e9, 2),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def _whole_chunks(box: Box, chunk: int, shape: Triple) -> int:
+    ends = zip(box.start, box.stop, shape, strict=True)
+    return prod(min(-(-b // chunk) * chunk, n) - a // chunk * chunk for a, b, n in ends)
+
+
+# ---------------------------------------------------------------- a small part of a large volume
+
+
+def measure_sparse(image: str, out: str, repeats: int) -> None:
+    """A row for each volume that is empty but for the same piece: a run of that piece, beside one of the piece alone."""
+    rows, piece = [], _piece(image)
+    alone = _volume(Path(out, "alone.zarr"), PIECE, piece)
+    _infer(alone, Path(out, "alone.volseg.zarr"))  # compiles
+    for shape in SIZES:
+        large = _volume(Path(out, "large.zarr"), shape, piece)
+        took: dict[str, list[float]] = {"alone": [], "part": []}
+        for _ in range(repeats):
+            took["alone"].append(_infer(alone, Path(out, "alone.volseg.zarr")))
+            roi = f"--roi={Box.from_shape(PIECE)}"
+            took["part"].append(_infer(large, Path(out, "large.volseg.zarr"), roi))
+        shutil.rmtree(large)
+        ratios = np.divide(took["part"], took["alone"])
+        rows.append({
+            "volume": " x ".join(map(str, shape)),
+            "wanted": f"{100 * prod(PIECE) / prod(shape):.3g} %",
+            "alone s": round(float(np.median(took["alone"])), 1),
+            "part s": round(float(np.median(took["part"])), 1),
+            "part / alone": round(float(np.median(ratios)), 2),
+            "inferred": round(_inferred(Path(out, "large.volseg.zarr")) / _inferred(Path(out, "alone.volseg.zarr")), 2),
+        })  # fmt: skip
+    report.keep("scale-sparse", rows)
+
+
+def _piece(image: str) -> np.ndarray:
+    sections = tifffile.imread(image)[: PIECE[0]]
+    wide = np.concatenate([sections, sections[:, ::-1]], 1)
+    return np.concatenate([wide, wide[:, :, ::-1]], 2)[tuple(map(slice, PIECE))]
+
+
+def _volume(path: Path, shape: Triple, piece: np.ndarray) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    array = zarr.create_array(path, shape=shape, chunks=(64, 64, 64), shards=(64, 1024, 1024), dtype="uint8")
+    array[tuple(map(slice, piece.shape))] = piece
+    return path
+
+
+def _infer(path: Path, out: Path, *more: str) -> float:
+    """Seconds from command to prompt."""
+    line = [
+        sys.executable,
+        "-m",
+        "volseg",
+        "infer",
+        str(path),
+        "--out",
+        str(out),
+        "--overwrite",
+        "--voxel-nm=5,5,5",
+        *more,
+    ]
+    start = time.perf_counter()
+    subprocess.run(line, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def _inferred(out: Path) -> int:
+    return json.loads((out / "run.json").read_text())["inferred_voxels"]
