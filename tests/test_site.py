@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -77,14 +78,17 @@ def words(node):
     return words(node.body) if isinstance(node, ast.IfExp) else "{}"
 
 
+@lru_cache
 def messages():
     """Each message of an error that a user can mend, with its place; not those that are put together elsewhere."""
+    found = []
     for path in sorted((ROOT / "volseg").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS and node.args:
                 text = words(node.args[0])
                 if len(re.findall(r"[a-z]", text)) > 10:
-                    yield f"{path.relative_to(ROOT)}:{node.lineno}: {text}"
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
+    return found
 
 
 def explained():
@@ -97,7 +101,7 @@ def explained():
 
 def test_every_message_that_a_user_can_meet_is_on_the_page_of_troubles():
     """A new message wants a row, or its words in a row, of docs/troubleshooting.md; ``...`` stands for what differs."""
-    known, met = explained(), list(messages())
+    known, met = explained(), messages()
     assert len(met) > 250
     missing = [message for message in met if not any(found.search(message) for found in known.values())]
     assert missing == []
