@@ -80,11 +80,15 @@ def words(node):
 
 @lru_cache
 def messages():
-    """Each message of an error that a user can mend, with its place; not those that are put together elsewhere."""
+    """Each message of an error that a user can mend, with its place; not those that are put together elsewhere.
+
+    Rules between settings are `ValueError` in the classes of settings, which become such errors.
+    """
     found = []
     for path in sorted((ROOT / "volseg").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS and node.args:
+            kinds = ERRORS | {"ValueError"} if path.name == "config.py" else ERRORS
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in kinds and node.args:
                 text = words(node.args[0])
                 if len(re.findall(r"[a-z]", text)) > 10:
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
