@@ -94,6 +94,10 @@ MADE = {
     "shapes of another table": (partial(_table, text="a,b\n1,2\n"), "no table of napari's shapes"),
     "shapes of words": (partial(_table, text=HEADER + "0,polygon,0,a,b,c\n"), "shapes.csv"),
     "shapes of lines": (partial(_table, text=HEADER + "0,line,0,0,1,1\n0,line,1,0,9,9\n"), "holds no polygon"),
+    "shapes of one corner": (partial(_table, text=HEADER + "0,ellipse,0,0,1,1\n"), "has 1 corners"),
+    "roi of no points": (
+        partial(_only, name="cell.roi", data=b"Iout" + bytes([0, 228, 7, 0]) + bytes(56)), "no regions that enclose pixels",
+    ),
     "shapes across sections": (
         partial(_table, text=HEADER + "0,polygon,0,0,1,1\n0,polygon,1,1,9,9\n0,polygon,2,0,9,1\n"),
         "does not lie in one section",

@@ -197,6 +197,34 @@ def test_a_later_region_lies_on_an_earlier_one_and_each_is_an_object(em, tmp_pat
     assert any("1 regions that enclose no pixels" in note for note in found.notes)
 
 
+def test_a_composite_of_curves_encloses_a_ring(em, tmp_path):
+    def circle(radius):
+        k, r, c = radius * 0.5522847, radius, 20.0
+        return [0, c + r, c, *(3, c + r, c + k, c + k, c + r, c, c + r), *(3, c - k, c + r, c - r, c + k, c - r, c),
+                *(3, c - r, c - k, c - k, c - r, c, c - r), *(3, c + k, c - r, c + r, c - k, c + r, c), 4]  # fmt: skip
+
+    path = np.array(circle(15) + circle(6), np.float32)
+    roi = roifile.ImagejRoi(
+        roitype=roifile.ROI_TYPE.RECT,
+        left=5,
+        top=5,
+        right=35,
+        bottom=35,
+        name="ring",
+        z_position=3,
+        shape_roi_size=path.size,
+    )
+    roi.multi_coordinates = path
+    found = opened(em, write_zip(tmp_path / "r.zip", [roi.tobytes()]))
+    y, x = np.mgrid[:40, :48] + 0.5
+    distance = np.hypot(y - 20, x - 20)
+    np.testing.assert_array_equal(found.read(2, 3)[0] == 1, (distance < 15) & (distance > 6))
+    roi.multi_coordinates = np.array([0, 1, 1, 7, 2, 2, 4], np.float32)
+    roi.shape_roi_size = 7
+    with pytest.raises(UserError, match="its path has the command 7"):
+        opened(em, write_zip(tmp_path / "r.zip", [roi.tobytes()]))
+
+
 def test_a_region_must_say_its_section(em, tmp_path):
     roi = roifile.ImagejRoi(roitype=roifile.ROI_TYPE.RECT, left=2, top=3, right=12, bottom=9, name="cell")
     with pytest.raises(UserError, match=r"region cell of .* does not say in which section"):

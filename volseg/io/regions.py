@@ -13,6 +13,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from volseg import system
 from volseg.errors import UserError, printable
 from volseg.io import files
 from volseg.io.header import decoding
+from volseg.io.tiff_layout import logged
 
 MAX_BYTES = 1 << 26  # of one region, and of a table of shapes
 AREAS = ("POLYGON", "RECT", "OVAL", "FREEHAND", "TRACED")  # types of ImageJ that enclose pixels
@@ -30,6 +32,8 @@ DRAWINGS = ("TEXT", "ARROW", "IMAGE")  # subtypes that do not
 FIJI_NAME = re.compile(r"(\d{4,})-\d{4,}-\d{4,}")  # section, y, x: how Fiji names regions by itself
 OBJECT_NAME = re.compile(r"(\d+)-z\d+")  # object and section, as `volseg export` names them
 ELLIPSE_POINTS = 256
+MOVE, PATH_POINTS = 0, {0: 1, 1: 1, 2: 2, 3: 3, 4: 0}  # move, line, square and cubic curve, close: points that follow
+CURVE_STEPS = 16
 SHAPE_COLUMNS = ("index", "shape-type", "vertex-index", "axis-0", "axis-1", "axis-2")
 SAME_OBJECT = 0.5  # share of the smaller of two regions in neighboring sections from which on they are one object
 
@@ -73,7 +77,7 @@ def overlay(path: str, *, selection: bool = False) -> list[bytes]:
     """The regions of the overlay that ImageJ stored in a TIFF file, or where wanted its selection; empty without one."""
     import tifffile
 
-    with decoding(path), tifffile.TiffFile(path) as tif:
+    with decoding(path), logged(), tifffile.TiffFile(path) as tif:
         facts = (tif.imagej_metadata or {}) if tif.is_imagej else {}
         stored = facts.get("Overlays") or (selection and facts.get("ROI")) or []
     return [stored] if isinstance(stored, bytes) else list(stored)
@@ -108,7 +112,7 @@ def _imagej(path: str, stored: Sequence[tuple[str, bytes]]) -> tuple[list[Region
 
     regions, left_out = [], 0
     for entry, data in stored:
-        with decoding(f"{entry} of {path}"):
+        with decoding(f"{entry} of {path}"), logged("roifile"):
             roi = roifile.ImagejRoi.frombytes(data)
             paths = _paths(roi)
             if not all(np.isfinite(path).all() for path in paths):
@@ -142,10 +146,38 @@ def _paths(roi: Any) -> tuple[np.ndarray, ...]:
     if roi.roitype.name not in AREAS or roi.subtype.name in DRAWINGS:
         return ()
     if roi.multi_coordinates is not None:
-        return tuple(np.asarray(path, float) for path in roi.path2coords(roi.multi_coordinates))
+        return tuple(_outlines(np.asarray(roi.multi_coordinates, float).tolist()))
     if roi.roitype.name == "OVAL":
         return (_ellipse(roi.left, roi.top, roi.right, roi.bottom),)
-    return (np.asarray(roi.coordinates(), float),)
+    corners = np.asarray(roi.coordinates(), float)
+    return (corners,) if len(corners) > 2 else ()
+
+
+def _outlines(path: list[float]) -> Iterator[np.ndarray]:
+    """The outlines of a composite region, which ImageJ keeps as Java's paths do: commands with their points; curves become
+    `CURVE_STEPS` lines."""
+    points: list[np.ndarray] = []
+    at = 0
+    while at < len(path):
+        command = int(path[at])
+        if path[at] not in PATH_POINTS or at + 2 * PATH_POINTS[command] >= len(path):
+            raise ValueError(f"its path has the command {path[at]:g}, or ends early")
+        count = PATH_POINTS[command]
+        ends = [np.array(path[i : i + 2]) for i in range(at + 1, at + 1 + 2 * count, 2)]
+        at += 1 + 2 * count
+        if command == MOVE and len(points) > 2:
+            yield np.array(points)
+        if command == MOVE:
+            points = ends
+        elif count == 1:
+            points += ends
+        elif count > 1 and points:
+            controls = np.array([points[-1], *ends])
+            t = np.arange(1, CURVE_STEPS + 1)[:, None] / CURVE_STEPS
+            weights = [comb(count, k) * t**k * (1 - t) ** (count - k) for k in range(count + 1)]
+            points += list(np.hstack(weights) @ controls)
+    if len(points) > 2:
+        yield np.array(points)
 
 
 def _ellipse(left: float, top: float, right: float, bottom: float) -> np.ndarray:
@@ -181,6 +213,10 @@ def _napari_shapes(path: str) -> tuple[list[Region], tuple[str, ...]]:
             continue
         if not np.isfinite(zyx).all() or np.ptp(np.round(zyx[:, 0])) > 0 or zyx[0, 0] < -0.5:
             raise UserError(f"shape {index} of {path} does not lie in one section; draw each in a section of its own")
+        if len(zyx) < 3 or (kind == "ellipse" and len(zyx) != 4):
+            raise UserError(
+                f"shape {index} of {path}, a {kind}, has {len(zyx)} corners: the file is cut short or was changed"
+            )
         xy = zyx[:, :0:-1] + 0.5
         if kind == "ellipse":
             xy = _ellipse_in(xy)
@@ -192,7 +228,7 @@ def _napari_shapes(path: str) -> tuple[list[Region], tuple[str, ...]]:
 
 def _ellipse_in(corners: np.ndarray) -> np.ndarray:
     """The ellipse in a rectangle, which may be turned, of four corners x y."""
-    center, first, second = corners.mean(axis=0), corners[1] - corners[0], corners[3 % len(corners)] - corners[0]
+    center, first, second = corners.mean(axis=0), corners[1] - corners[0], corners[3] - corners[0]
     angle = np.arange(ELLIPSE_POINTS) * (2 * np.pi / ELLIPSE_POINTS)
     return center + (np.cos(angle)[:, None] * first + np.sin(angle)[:, None] * second) / 2
 

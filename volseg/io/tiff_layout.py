@@ -197,9 +197,9 @@ class _Records(logging.Handler):
 
 
 @contextmanager
-def logged() -> Iterator[list[logging.LogRecord]]:
-    """What tifffile logs inside, which then does not reach the terminal."""
-    log, handler = logging.getLogger("tifffile"), _Records()
+def logged(library: str = "tifffile") -> Iterator[list[logging.LogRecord]]:
+    """What a library logs inside, which then does not reach the terminal."""
+    log, handler = logging.getLogger(library), _Records()
     with _LOGGING:
         propagate, log.propagate = log.propagate, False
         log.addHandler(handler)
