@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 from skimage.segmentation import watershed
 
 from benchmarks import instances
-from volseg.io.pictures import label_colors
+from volseg.io.pictures import label_colors, label_outline
 from volseg.segmentation.edges import find
 from volseg.segmentation.heights import OUTSIDE
 
@@ -23,7 +23,7 @@ SIDES = (192, 96, 64, 48, 32)  # of the blocks
 DRAWN, SECTION = 48, 24
 RADIUS = 30.0  # voxels around its center that a cell has at most
 MANY = instances.MIN_VOXELS
-GAP, CAPTION = 8, 24
+ZOOM, GAP, CAPTION = 2, 8, 26  # pixels
 
 
 def tissue() -> np.ndarray:
@@ -72,26 +72,26 @@ def main() -> None:
 
 
 def draw(panels: list[tuple[str, np.ndarray]]) -> None:
-    width, height = SHAPE[2] + GAP, SHAPE[1] + CAPTION
+    """Sections of the labels beside each other, those that were cut with the faces of their blocks."""
+    width, height = ZOOM * SHAPE[2] + GAP, ZOOM * SHAPE[1] + CAPTION
     page = Image.new("RGB", (len(panels) * width - GAP, height), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     for i, (name, labels) in enumerate(panels):
-        large = np.bincount(labels.ravel(), minlength=labels.max() + 1) >= MANY
-        plane = np.where(large[labels[SECTION]], labels[SECTION], 0)
-        distinct, index = np.unique(plane, return_inverse=True)
-        color = np.uint8(255 * label_colors(distinct) * (distinct > 0)[:, None])[index.reshape(plane.shape)]
-        edges = np.zeros(plane.shape, bool)
-        edges[1:] |= plane[1:] != plane[:-1]
-        edges[:, 1:] |= plane[:, 1:] != plane[:, :-1]
-        color[edges] = 0
-        if i:
-            for k in range(DRAWN, SHAPE[1], DRAWN):
-                color[k, ::3] = color[::3, k] = 255
-        page.paste(Image.fromarray(color), (i * width, CAPTION))
-        pen.text((i * width + 2, 5), name, fill="black", font=font)
-    page.resize((page.width * 3 // 2, page.height * 3 // 2), Image.Resampling.NEAREST).quantize(128).save(
-        Path(__file__).with_name("cutting.png"), optimize=True
-    )
+        page.paste(Image.fromarray(section(labels, cut=i > 0)), (i * width, CAPTION))
+        pen.text((i * width + 2, 4), name, fill="black", font=font)
+    page.quantize(128).save(Path(__file__).with_name("cutting.png"), optimize=True)
+
+
+def section(labels: np.ndarray, *, cut: bool) -> np.ndarray:
+    """One section of large objects in colors, with black borders between them."""
+    large = np.bincount(labels.ravel(), minlength=labels.max() + 1) >= MANY
+    plane = np.where(large[labels[SECTION]], labels[SECTION], 0).repeat(ZOOM, 0).repeat(ZOOM, 1)
+    distinct, index = np.unique(plane, return_inverse=True)
+    color = np.uint8(255 * label_colors(distinct) * (distinct > 0)[:, None])[index.reshape(plane.shape)]
+    color[label_outline(plane)] = 0
+    for k in range(ZOOM * DRAWN, ZOOM * SHAPE[1], ZOOM * DRAWN) if cut else ():
+        color[k, ::4] = color[::4, k] = 255
+    return color
 
 
 if __name__ == "__main__":
