@@ -386,10 +386,11 @@ def hold_out(sections: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]
     wanted = min(MAX_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(sections))))
     groups = runs(sections)
     longest = max(groups, key=len)
-    if len(longest) <= max(2, wanted) and len(groups) >= MIN_SECTIONS:
-        count = min(len(groups) // 2, max(1, round(wanted * len(groups) / len(sections))))
-        chosen = {(2 * i + 1) * len(groups) // (2 * count) for i in range(count)}
-        held = [z for i in sorted(chosen) for z in groups[i]]
+    short = [run for run in groups if len(run) <= max(2, wanted)]
+    if len(short) >= MIN_SECTIONS:
+        count = min(len(short) // 2, max(1, round(wanted * len(short) / sum(map(len, short)))))
+        chosen = {(2 * i + 1) * len(short) // (2 * count) for i in range(count)}
+        held = [z for i in sorted(chosen) for z in short[i]]
     elif len(longest) >= LONG_RUN:
         sizes = (wanted + 1) // 2, wanted // 2
         middles = (len(longest) // 4, 3 * len(longest) // 4)
