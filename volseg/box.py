@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import prod
 
@@ -155,7 +156,7 @@ class Blocks:
     shift: Triple = (0, 0, 0)
     tail: Triple = (0, 0, 0)
 
-    @property
+    @cached_property
     def counts(self) -> Triple:
         """Blocks along each axis."""
         z, y, x = (max(1, -(-(n - t) // b)) for n, b, t in zip(self.shape, self.block, self.tail, strict=True))

@@ -11,15 +11,17 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.helpers import RUN_STAGES_SETTINGS, Quiet, digest, run_stages, settings, write_volume
+from tests.helpers import RUN_STAGES_SETTINGS, Quiet, decide, digest, markers_of, run_stages, settings, write_volume
 from volseg import api
 from volseg.box import Box
 from volseg.config import Input, load
 from volseg.engine import instances
+from volseg.engine.folder import load_run
 from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
+from volseg.evaluation.verify import verify
 from volseg.io import files, volume
 from volseg.io.roi import RegionOfInterest, find, full_counts
 from volseg.segmentation.basins import watershed_block
@@ -193,3 +195,27 @@ def test_what_is_not_wanted_is_not_stored(em, tmp_path):
         assert len(stored) <= 8 < len(run.grid)
         assert array.is_empty(far)
     assert not layout.probabilities.is_empty(Box.from_shape(SHAPE))
+
+
+def test_blocks_beyond_the_region_get_no_task(em, tmp_path):
+    """Nor a marker or a table; and checks, another decision and a full look at the holes work all the same."""
+    out, show = str(tmp_path / "run.volseg.zarr"), Quiet()
+    options = {"input": {"roi": "1:3,10:40,20:58"}, "blocks": {"shape": (4, 20, 30)}}
+    api.infer(em, out, config=settings(**options, cluster={"workers": 1}), progress=show)
+    run = load_run(out)
+    inside = run.grid.overlapping(run.roi.roi)
+    assert len(inside) < len(run.grid) / 2
+    assert run.layout.block_basins.count() == run.layout.links.count() == len(inside)
+    assert sorted(markers_of(run).done("relabel")) == inside
+    assert sum(show.stages["fragments"]) == sum(run.grid[i].voxels for i in inside)
+    assert verify(out).ok
+    digests = [digest(out)]
+    decide(out, lambda config: with_stitch(config, fill_holes_voxels=50), progress=Quiet())
+    assert run.layout.block_basins.count() == len(run.grid)
+    decide(out, lambda config: with_stitch(config, fill_holes_voxels=0), progress=Quiet())
+    digests.append(digest(out))
+    assert len(set(digests)) == 1
+
+
+def with_stitch(config, **rules):
+    return config.model_copy(update={"stitch": config.stitch.model_copy(update=rules)})

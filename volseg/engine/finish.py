@@ -168,7 +168,7 @@ def finish(
     layout.remove_failures()
     layout.remove_derived()
     joins = _joins(run)
-    sums = objects.merge(list(layout.object_sums.load_each(range(len(run.output_grid)))))
+    sums = objects.merge(list(layout.object_sums.load_each(run.parts.labels(0).numbers)))
     columns = objects.objects_table(sums, run.output_shape, run.output_voxel_size_nm, joins.confidence)
     _write_table(layout, "objects", columns)
     merges = saddles.saddles_table(joins.rows, run.config.fragments, run.shape, run.voxel_size_nm)

@@ -43,7 +43,11 @@ class Part:
         return Box(self.grid[self.numbers[0]].start, self.grid[self.numbers[-1]].stop).voxels
 
     def holds(self, i: int) -> bool:
-        return self.box is None or self.grid[i].intersect(self.box).voxels > 0
+        return self.box is None or all(c in span for c, span in zip(self.grid.coords(i), self._spans, strict=True))
+
+    @cached_property
+    def _spans(self) -> tuple[range, range, range]:
+        return self.grid.spans(self.box or Box.from_shape(self.grid.shape))
 
 
 @dataclass(frozen=True)

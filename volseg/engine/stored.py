@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -92,7 +93,11 @@ class Tables(Generic[T]):
     def load_each(self, indices: Iterable[Any], skip: tuple[str, ...] = (), ahead: int = 32) -> Iterator[T]:
         """The table of each index, in order, up to ``ahead`` of them read side by side."""
         numbers = (index if isinstance(index, tuple) else (index,) for index in indices)
-        return tables.read_ahead(lambda index: self.load(*index, skip=skip), numbers, ahead)
+        for stored, group in groupby(numbers, key=lambda index: self.absent(*index) is None):
+            if stored:
+                yield from tables.read_ahead(lambda index: self.load(*index, skip=skip), group, ahead)
+            else:
+                yield from (self.load(*index, skip=skip) for index in group)
 
     def exists(self, *index: int | str) -> bool:
         return files.exists(f"{self.path}/{self.key(*index)}")
