@@ -52,6 +52,12 @@ def test_a_section_without_annotation_is_refused(annotated):
             load_sources(_train(image, folder, **settings))
 
 
+def test_an_image_given_as_labels_is_refused(annotated):
+    image, _, _, _ = annotated
+    with pytest.raises(UserError, match=r"train\.data\[0\]: .*image\.tif holds no labels"):
+        load_sources(_train(image, image))
+
+
 def test_an_outline_teaches_its_object(annotated, tmp_path):
     image, _, label, _ = annotated
     (tmp_path / "ball.roi").write_bytes(rois.encode("ball", 3, list(rois.outlines(label[3] == 2))))

@@ -20,6 +20,7 @@ from volseg.io import volume
 from volseg.io.annotation import Annotation, open_annotation
 from volseg.io.header import TripleNm
 from volseg.io.resample import Grid, resample, shape_at
+from volseg.training.survey import SAMPLES, refuse_image
 from volseg.training.targets import UNLABELED, border_distance, contact_mask, normalize_labels, parse_sections
 
 MAX_POSITIONS = 200_000  # positions in objects, and near contacts, that are kept of a volume
@@ -309,6 +310,8 @@ def _read(data: TrainData, image: volume.Volume, annotation: Annotation, first: 
     """
     box = Box((first, 0, 0), (first + len(annotated), *image.shape[1:]))
     voxels, stored = image.read(box), annotation.read(first, first + len(annotated))
+    marked = np.flatnonzero(annotated)
+    refuse_image([stored[z] for z in marked[:: -(-len(marked) // SAMPLES)]], annotation.path)
     background = np.array(data.background).astype(stored.dtype)  # where it does not fit, no voxel has it: told below
     stored[~annotated] = background
     labels, note = normalize_labels(stored, unlabeled=data.unlabeled, background=data.background)

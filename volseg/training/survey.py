@@ -116,7 +116,7 @@ def survey(annotation: Annotation, *, scribbles: bool | None = None, background:
     drawn = [z for z in sections if not held[z].empty]
     chosen = drawn[:: max(1, len(drawn) // SAMPLES)][:SAMPLES]
     samples = [as_integers(annotation.read(z, z + 1))[0] for z in chosen]
-    _refuse_image(samples, annotation.path)
+    refuse_image(samples, annotation.path)
     values = sorted(set().union(*(one.values.tolist() for one in found)) - {0})
     kind, reason = _kind(found, samples, values, scribbles)
     unlabeled = 0 if kind == "scribbles" else None
@@ -166,7 +166,8 @@ def _values(annotation: Annotation, named: Sequence[int]) -> dict[int, _Values]:
     return out
 
 
-def _refuse_image(samples: Sequence[np.ndarray], path: str) -> None:
+def refuse_image(samples: Sequence[np.ndarray], path: str) -> None:
+    """Raise `UserError` where sections (y, x) of labels look like those of an image."""
     above = sum(int(np.count_nonzero(sample)) for sample in samples)
     if sum(map(count_isolated, samples)) > MAX_ISOLATED_SHARE * above:
         raise UserError(f"{path} holds no labels: its voxels differ from all their neighbors, as those of an image do")
