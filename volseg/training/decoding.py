@@ -201,8 +201,8 @@ def _trimmed(slab: ValidationSlab) -> ValidationSlab:
 def usual_size(basins: tuple[stitch.Basins, Contingency], config: Config, voxel_size_nm: VoxelSize) -> int | None:
     """Return the size below which nothing is an object, in voxels: a quarter of what one in ten objects does not reach.
 
-    Of objects that the truth confirms, since most of what it knows of them is in true ones. Those that no face cuts are
-    looked at where they are at least `MIN_OBJECTS`, else all, the cut ones with the cubes on their cuts.
+    Of objects that the truth confirms: those that hold most of what is known of a true one, and little else. So pieces of an
+    object count as little as false ones, however weak the network is. What a face cuts counts with the cube on its cut.
 
     Parameters
     ----------
@@ -226,14 +226,17 @@ def usual_size(basins: tuple[stitch.Basins, Contingency], config: Config, voxel_
     known = np.bincount(objects.pred.astype(np.int64), objects.counts, count)
     true = np.bincount(objects.pred.astype(np.int64), objects.counts * (objects.truth > 0), count)
     confirmed = (2 * true > known) & (np.arange(count) > 0)
+    of_truth, held = np.unique(objects.truth, return_inverse=True)[1], objects.counts
+    most = 2 * held > np.bincount(of_truth, held)[of_truth]
+    main = np.unique(objects.pred[most & (objects.truth > 0) & confirmed[objects.pred.astype(np.int64)]]).astype(
+        np.int64
+    )
+    if main.size < MIN_OBJECTS:
+        return None
     cut, voxels = stitch.sum_by_group(table.cut, label, count), stitch.sum_by_group(table.voxels, label, count)
     areas = prod(voxel_size_nm) / np.array(voxel_size_nm)
     size = voxels + (cut @ areas) ** 1.5 / prod(voxel_size_nm)
-    whole = confirmed & ~cut.any(axis=1)
-    used = whole if whole.sum() >= MIN_OBJECTS else confirmed
-    if used.sum() < MIN_OBJECTS:
-        return None
-    return int(SMALL_SHARE * np.percentile(size[used], SMALL_PERCENTILE))
+    return int(SMALL_SHARE * np.percentile(size[main], SMALL_PERCENTILE))
 
 
 def validation_slabs(network: torch.nn.Module, source: Source, number: int, config: Config) -> Iterator[ValidationSlab]:
