@@ -45,9 +45,33 @@ def test_calibration_finds_the_threshold_of_a_network_that_knows_the_answer(know
 
 def test_without_held_out_sections_the_settings_stay(known):
     config, source, network = known
+    network.forward = lambda images: Known.forward(network, images) + 3
     found = calibrate(network, [replace(source, validation_sections=())], config)
     assert (found.threshold, found.seed, found.min_voxels) == (0.5, config.stitch.seed, config.stitch.min_voxels)
     assert found.scores() == {}
+
+
+def test_a_network_that_is_hardly_sure_is_not_decoded_to_nothing(known):
+    """Without held-out sections, those learned from mend threshold and seed of a network that gives 0.3 inside."""
+    config, source, network = known
+    every = tuple(range(len(source.labels)))
+    taught = replace(source, validation_sections=(), train_sections=every)
+    found = calibrate(network, [taught], config)
+    assert found.taught
+    assert 0.2 <= found.threshold <= 0.3
+    assert (found.scores(), found.pq) == ({}, None)
+    network.forward = lambda images: Known.forward(network, images) + 3
+    sure = calibrate(network, [taught], config)
+    assert (sure.taught, sure.threshold, sure.seed) == (False, config.fragments.threshold, config.stitch.seed)
+
+
+def test_objects_on_both_sides_of_a_gap_are_scored_apart(tables, tmp_path):
+    """A rod that nobody annotated in the middle is two true objects, and not merged by a prediction that joins them."""
+    slab = replace(two_balls(0), labels=(two_balls(0).labels > 0).astype(np.uint32))
+    gap = np.where(np.isin(np.arange(8), (0, 1, 6, 7))[:, None, None], slab.labels, UNLABELED).astype(np.uint32)
+    gap[6:][gap[6:] == 1] = 2
+    rows = score_objects([replace(slab, labels=gap)], config_of(tables, tmp_path))
+    assert rows[0]["pq"] > 0.9
 
 
 def test_slabs_are_runs_of_consecutive_sections(known):
@@ -112,7 +136,7 @@ def test_sizes_are_those_of_objects_that_annotated_sections_confirm(tables, tmp_
     slab.probability[0, :, :, 6] = 0
     slab = only_sections(slab, (1, 2, 8, 9))
     size = usual_size(cut_basins(slab, config.fragments), config, slab.voxel_size_nm)
-    assert size == int(8 * 4 * 4 + (8 * 4) ** 1.5) // 4
+    assert size == int(8 * 4 * 4 + (8 * 4) ** 1.5) // 8
     assert only_sections(slab, (99,)) is None
     assert usual_size(cut_basins(only_sections(slab, (23,)), config.fragments), config, slab.voxel_size_nm) is None
 

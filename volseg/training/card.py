@@ -88,7 +88,10 @@ def closing_lines(scores: dict, decoding: Decoding, state: State) -> Iterator[st
         yield "none of the settings tried finds an object on the held-out sections; train for longer, or annotate more"
     if decoding.iou is None:
         sizes = " but for sizes, which are those of the objects seen" if decoding.count_cut else ""
-        yield f"no section was held out, so decoding is left as set{sizes}: {text}"
+        why = f"so decoding is left as set{sizes}"
+        if decoding.taught:
+            why = "and what was set finds next to nothing, so decoding is what is best on the sections learned from"
+        yield f"no section was held out, {why}: {text}"
     else:
         objects = "" if decoding.pq is None else f" PQ {decoding.pq:.3f}"
         yield f"calibrated there: {text}: IoU {decoding.iou:.3f}{objects}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import count, product
 from math import prod
 
 import numpy as np
@@ -32,13 +32,14 @@ from volseg.training.validate import numpy_forward, source_tiles
 
 THRESHOLDS = np.arange(20, 81, 2) / 100  # of the mask
 SMOOTHING_PASSES = (0, 1, 2)  # along z, and in the plane
-SEEDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+SEEDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 MIN_VOXELS = (0, 100, 250, 500, 1000, 2000, 4000, 8000, 16000, 32000)
 MIN_GAIN_IOU = 0.001  # a setting stays as it is unless another is better by this
 MIN_GAIN_OBJECTS = 0.5  # or by a PQ that is worth so many of the true objects
+MIN_GAIN_TAUGHT = 0.05  # or, on sections that were learned from, by this IoU or PQ
 CONTEXT_VOXELS = 1 << 26  # of a volume, at most, that are predicted around what is scored
 MIN_OBJECTS = 5  # of which sizes are told
-SMALL_PERCENTILE, SMALL_SHARE = 10, 0.25  # of their sizes, and the share of it below which nothing is an object
+SMALL_PERCENTILE, SMALL_SHARE = 25, 0.125  # of their sizes, and the share of it below which nothing is an object
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,8 @@ class Decoding:
         ``iou`` at each of `THRESHOLDS`.
     candidates
         What was tried of ``seed`` and ``min_voxels``, with its ``pq``, best first.
+    taught
+        Whether ``threshold`` or ``seed`` were chosen on what was learned from.
     """
 
     threshold: float
@@ -101,6 +104,7 @@ class Decoding:
     pq: float | None = None
     iou_curve: tuple[float, ...] = ()
     candidates: tuple[dict, ...] = ()
+    taught: bool = False
 
     def tables(self) -> dict:
         """Return the tables of a config, as a model's card stores them."""
@@ -123,10 +127,11 @@ def calibrate(network: torch.nn.Module, sources: list[Source], config: Config) -
     First smoothing and threshold, by the IoU of the foreground; then the smallest object from `usual_size` of the volume
     with the largest ``share``, which also says that objects cut by the volume's faces count by their cut; last, seed level
     and smallest object by the PQ of what is decided. Sources count by their ``share``. A setting stays where no other gains
-    at least `MIN_GAIN_IOU` or `MIN_GAIN_OBJECTS`: a dozen sections do not tell more. Without held-out sections all settings
-    stay but sizes; with scribbles alone, those of objects.
+    at least `MIN_GAIN_IOU` or `MIN_GAIN_OBJECTS`: a dozen sections do not tell more. Without held-out sections,
+    what was learned from chooses sizes, and threshold and seed where a gain of `MIN_GAIN_TAUGHT` says that those set find
+    next to nothing, as after a few steps. With scribbles alone, the settings of objects stay.
     """
-    stitching = config.stitch
+    stitching, config_threshold = config.stitch, config.fragments.threshold
     result = Decoding(
         config.fragments.threshold, config.fragments.smooth, stitching.seed, stitching.min_voxels, stitching.count_cut
     )
@@ -136,6 +141,9 @@ def calibrate(network: torch.nn.Module, sources: list[Source], config: Config) -
     around = annotated_slab(network, sources[main], main, config) if tells else None
     held_out = around and only_sections(around, sources[main].validation_sections)
     slabs += [held_out] if held_out else list(validation_slabs(network, sources[main], main, config))
+    taught = [around] if around and not slabs else []
+    if taught:
+        result = replace(result, threshold=_mended_threshold(taught, config.fragments))
     if slabs:
         smooth, threshold, curve = best_mask([_trimmed(slab) for slab in slabs], config.fragments)
         if not curve.any():
@@ -145,11 +153,16 @@ def calibrate(network: torch.nn.Module, sources: list[Source], config: Config) -
         )
     chosen = config.fragments.model_copy(update={"smooth": result.smooth, "threshold": result.threshold})
     config = config.model_copy(update={"fragments": chosen})
+    if taught and not around.scribbles:
+        seed = score_objects(taught, config, MIN_GAIN_TAUGHT)[0]["seed"]
+        config = config.model_copy(update={"stitch": stitching.model_copy(update={"seed": seed})})
+        kept = (seed, result.threshold) == (stitching.seed, config_threshold)
+        result = replace(result, seed=seed, taught=not kept)
     basins = around and not around.scribbles and cut_basins(around, chosen)
     if basins and (size := usual_size(basins, config, around.voxel_size_nm)):
         result = replace(result, min_voxels=size, count_cut=True)
         sizes = {"min_voxels": size, "count_cut": True}
-        config = config.model_copy(update={"stitch": stitching.model_copy(update=sizes)})
+        config = config.model_copy(update={"stitch": config.stitch.model_copy(update=sizes)})
     whole = [slab for slab in slabs if not slab.scribbles]
     if not whole:
         return result
@@ -198,8 +211,8 @@ def _trimmed(slab: ValidationSlab) -> ValidationSlab:
     return replace(slab, probability=slab.probability[:, around], labels=slab.labels[around])
 
 
-def usual_size(basins: tuple[stitch.Basins, Contingency], config: Config, voxel_size_nm: VoxelSize) -> int | None:
-    """Return the size below which nothing is an object, in voxels: a quarter of what one in ten objects does not reach.
+def usual_size(basins: tuple[stitch.Basins, list[Contingency]], config: Config, voxel_size_nm: VoxelSize) -> int | None:
+    """Return the size below which nothing is an object, in voxels: an eighth of what one in four objects does not reach.
 
     Of objects that the truth confirms: those that hold most of what is known of a true one, and little else. So pieces of an
     object count as little as false ones, however weak the network is. What a face cuts counts with the cube on its cut.
@@ -218,22 +231,20 @@ def usual_size(basins: tuple[stitch.Basins, Contingency], config: Config, voxel_
     int or None
         None where fewer than `MIN_OBJECTS` are confirmed.
     """
-    table, overlap = basins
+    table, overlaps = basins
     every = config.stitch.model_copy(update={"min_voxels": 0, "min_volume_nm3": 0.0, "max_voxels": 0})
     label = label_basins(table, Rules.from_config(config.model_copy(update={"stitch": every}), voxel_size_nm))
-    objects = overlap.relabeled(np.r_[0, label])
-    count = int(label.max(initial=0)) + 1
-    known = np.bincount(objects.pred.astype(np.int64), objects.counts, count)
-    true = np.bincount(objects.pred.astype(np.int64), objects.counts * (objects.truth > 0), count)
-    confirmed = (2 * true > known) & (np.arange(count) > 0)
-    of_truth, held = np.unique(objects.truth, return_inverse=True)[1], objects.counts
+    parts = [(_with_own_ids(overlap, k), overlap.pred) for k, overlap in enumerate(overlaps)]
+    objects = sum((replace(part, pred=pred) for part, pred in parts), Contingency.empty()).relabeled(np.r_[0, label])
+    groups, pred, held = int(label.max(initial=0)) + 1, objects.pred.astype(np.int64), objects.counts
+    known, true = (np.bincount(pred, held * used, groups) for used in (1, objects.truth > 0))
+    confirmed = (2 * true > known) & (np.arange(groups) > 0)
+    of_truth = np.unique(objects.truth, return_inverse=True)[1]
     most = 2 * held > np.bincount(of_truth, held)[of_truth]
-    main = np.unique(objects.pred[most & (objects.truth > 0) & confirmed[objects.pred.astype(np.int64)]]).astype(
-        np.int64
-    )
+    main = np.unique(pred[most & (objects.truth > 0) & confirmed[pred]])
     if main.size < MIN_OBJECTS:
         return None
-    cut, voxels = stitch.sum_by_group(table.cut, label, count), stitch.sum_by_group(table.voxels, label, count)
+    cut, voxels = (stitch.sum_by_group(column, label, groups) for column in (table.cut, table.voxels))
     areas = prod(voxel_size_nm) / np.array(voxel_size_nm)
     size = voxels + (cut @ areas) ** 1.5 / prod(voxel_size_nm)
     return int(SMALL_SHARE * np.percentile(size[main], SMALL_PERCENTILE))
@@ -285,6 +296,13 @@ def best_mask(slabs: list[ValidationSlab], base: Fragments) -> tuple[Triple, flo
     return best, float(THRESHOLDS[int(curve.argmax())]), curve
 
 
+def _mended_threshold(slabs: list[ValidationSlab], base: Fragments) -> float:
+    """The threshold of ``base``, unless another gains at least `MIN_GAIN_TAUGHT`."""
+    curve = _iou_curve(slabs, base.smooth)
+    own = curve[np.abs(THRESHOLDS - base.threshold).argmin()]
+    return float(THRESHOLDS[curve.argmax()]) if curve.max() >= own + MIN_GAIN_TAUGHT else base.threshold
+
+
 def _iou_curve(slabs: list[ValidationSlab], passes: Triple) -> np.ndarray:
     """The IoU at each of `THRESHOLDS`: pooled over the slabs of a source, then the mean over sources by their share."""
     total, weight = np.zeros(len(THRESHOLDS)), 0.0
@@ -320,10 +338,10 @@ def threshold_overlaps(level: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack([true_positives, truth.sum() + false_positives])
 
 
-def score_objects(slabs: list[ValidationSlab], config: Config) -> list[dict]:
+def score_objects(slabs: list[ValidationSlab], config: Config, least: float = 0.0) -> list[dict]:
     """Return candidates of ``seed`` and ``min_voxels`` with the ``pq`` of the objects that they give, best first.
 
-    The settings of ``config`` stand first unless another gains at least `MIN_GAIN_OBJECTS`.
+    The settings of ``config`` stand first unless another gains at least `MIN_GAIN_OBJECTS`, and a PQ of ``least``.
     """
     own = (config.stitch.seed, config.stitch.min_voxels)
     cut = [cut_basins(slab, config.fragments) for slab in slabs]
@@ -333,13 +351,16 @@ def score_objects(slabs: list[ValidationSlab], config: Config) -> list[dict]:
         pq = _panoptic_quality(slabs, cut, config.model_copy(update={"stitch": changed}))
         rows.append({"seed": seed, "min_voxels": size, "pq": pq})
     best = sorted(rows, key=lambda row: (-row["pq"], abs(row["seed"] - own[0]), abs(row["min_voxels"] - own[1])))
-    true_objects = sum(np.unique(overlap.truth[overlap.truth > 0]).size for _, overlap in cut)
-    stays = best[0]["pq"] < rows[0]["pq"] + MIN_GAIN_OBJECTS / max(1, true_objects)
+    true_objects = sum(np.unique(part.truth[part.truth > 0]).size for _, overlaps in cut for part in overlaps)
+    stays = best[0]["pq"] < rows[0]["pq"] + max(least, MIN_GAIN_OBJECTS / max(1, true_objects))
     return [rows[0], *(row for row in best if row is not rows[0])] if stays else best
 
 
-def cut_basins(slab: ValidationSlab, settings: Fragments) -> tuple[stitch.Basins, Contingency]:
-    """Return the basins of a slab, as a run of one block would cut them, and how they (from 1) overlap true objects."""
+def cut_basins(slab: ValidationSlab, settings: Fragments) -> tuple[stitch.Basins, list[Contingency]]:
+    """Return the basins of a slab, as a run of one block would cut them, and how they (from 1) overlap true objects.
+
+    There is a table for each run of consecutive sections with truth, since nobody knows which objects are one across a gap.
+    """
     shape = slab.labels.shape
     box = Box.from_shape(shape)
     height = block_heights(slab.probability, box, shape, settings, slab.voxel_size_nm)
@@ -347,17 +368,21 @@ def cut_basins(slab: ValidationSlab, settings: Fragments) -> tuple[stitch.Basins
     region, table = watershed_block(height, mask, box, shape, settings.connectivity)
     no_links = stitch.Links(np.empty((0, 2), np.int64), np.empty(0, EDGE))
     gathered, (basin,) = stitch.gather([table], [no_links])
-    valid = slab.labels != UNLABELED
-    return gathered, Contingency.from_labels(slab.labels[valid], np.r_[0, basin + 1][region[valid]])
+    valid, name = slab.labels != UNLABELED, np.r_[0, basin + 1]
+    known = np.flatnonzero(valid.any(axis=(1, 2)))
+    runs = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if known.size else []
+    parts = ((slab.labels[run][valid[run]], name[region[run][valid[run]]]) for run in runs)
+    return gathered, [Contingency.from_labels(*part) for part in parts]
 
 
 def _panoptic_quality(slabs: list[ValidationSlab], cut: list, config: Config) -> float:
     """PQ of what ``config`` decides, the slabs of a source taken together, the mean over sources by their share."""
     tables: dict[int, Contingency] = {}
-    for i, (slab, (basin_table, overlap)) in enumerate(zip(slabs, cut, strict=True)):
+    number = count()
+    for slab, (basin_table, overlaps) in zip(slabs, cut, strict=True):
         label = label_basins(basin_table, Rules.from_config(config, slab.voxel_size_nm))
-        table = _with_own_ids(overlap.relabeled(np.r_[0, label]), i)
-        tables[slab.source] = tables.get(slab.source, Contingency.empty()) + table
+        each = (_with_own_ids(overlap.relabeled(np.r_[0, label]), next(number)) for overlap in overlaps)
+        tables[slab.source] = sum(each, tables.get(slab.source, Contingency.empty()))
     shares = {slab.source: slab.share for slab in slabs}
     quality = {number: score_instances(table).pq for number, table in tables.items()}
     return sum(shares[number] * pq for number, pq in quality.items()) / sum(shares.values())

@@ -340,7 +340,8 @@ def _decoding(decoding: Decoding, figures: dict[str, bytes]) -> list[str]:
         "smallest object": f"{decoding.min_voxels} voxels{' with what faces cut off' if decoding.count_cut else ''}",
     }
     if decoding.iou is None:
-        why = "No section was held out, so these are the settings given; sizes are those of the objects seen."
+        given = "what is best on the sections learned from" if decoding.taught else "the settings given"
+        why = f"No section was held out, so these are {given}; sizes are those of the objects seen."
         return [f"<p class=note>{why}</p>", _key_value_table(rows)]
     if decoding.pq is None:
         why = "Scribbles do not say where objects end, so seed and sizes are the settings given, not chosen."
