@@ -14,7 +14,7 @@ import pytest
 import volseg
 from tests.helpers import SHAPE, Quiet, digest, mark, markers_of, settings
 from volseg import api
-from volseg.engine import folder, lock
+from volseg.engine import folder, lock, receipts
 from volseg.engine.integrity import damaged_files
 from volseg.engine.layout import Layout
 from volseg.engine.receipts import Markers, Receipt
@@ -386,3 +386,27 @@ def test_markers_of_other_blocks_stay(reference, tmp_path):
     markers.remove("link", [0])
     assert 0 not in markers.done("link")
     assert 0 not in markers_of(run).done("link")
+
+
+def test_markers_of_many_blocks_share_a_file(monkeypatch, tmp_path):
+    """Written one by one or together, some taken back, one file torn: what is done is what a later command finds."""
+    monkeypatch.setattr(receipts, "PACKED", 8)
+    keys = {"link": "k" * 16}
+    markers = Markers(str(tmp_path), keys)
+    for i in range(30):
+        markers.add("link", i, Receipt(voxels=i, files={f"work/links/{i}.npz": [i, i]}))
+        if i % 3 == 0:
+            markers.flush()
+    markers.flush()
+    folder = tmp_path / "work/markers/link"
+    assert len(list(folder.iterdir())) < 20
+    again = Markers(str(tmp_path), keys)
+    assert again.done("link") == set(range(30))
+    assert [receipt.voxels for _, receipt in sorted(again.stored("link", [4, 29]))] == [4, 29]
+    assert again.makers(["work/links/3.npz"]) == {"link": [3]}
+    again.remove("link", [3, 11, 29])
+    left = set(range(30)) - {3, 11, 29}
+    assert again.done("link") == Markers(str(tmp_path), keys).done("link") == left
+    packs = sorted(folder.glob("pack*"))
+    packs[0].write_bytes(packs[0].read_bytes()[:-5])
+    assert Markers(str(tmp_path), keys).done("link") < left

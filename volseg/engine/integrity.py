@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from volseg.engine.layout import Layout
-from volseg.engine.receipts import Markers
+from volseg.engine.receipts import PACK, Markers
 from volseg.engine.run import Run
 from volseg.engine.stages import stages_of
 from volseg.errors import DamagedFileError
@@ -56,7 +56,7 @@ def _damaged_markers(layout: Layout, summary: dict) -> list[str]:
     stored, found = Markers(layout.path, summary["keys"]), []
     for stage in (stage for stage in stages_of(run).values() if stage.name in summary["keys"]):  # others are newer
         ending = f"-{summary['keys'][stage.name]}"
-        names = [name for name in layout.markers(stage.name) if name.endswith(ending)]
+        names = [name for name in layout.markers(stage.name) if name.endswith(ending) and not name.startswith(PACK)]
         if stage.group in ("basins", "labels") and stage.name not in run.passes:
             names = [f"{i}{ending}" for i in stage.part.numbers]
         done = {f"{i}{ending}" for i in stored.receipts(stage.name)}

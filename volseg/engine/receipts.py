@@ -7,6 +7,7 @@ import queue
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -120,13 +121,17 @@ def peak_bytes() -> int:
 
 # ---------------------------------------------------------------- markers
 
+PACKED = 1024  # markers that share a file
+PACK = "pack"  # how its name begins
+UNREADABLE = ValueError, TypeError, AttributeError, RecursionError, FileNotFoundError  # what a damaged marker raises
+
 
 class Markers:
     """What of a run is done: a marker for each block, with its receipt, under the key of its stage.
 
     A marker is written when all that its block wrote is on the disk, so after a power cut there is no marker without its
-    files. That is waited for in a thread beside the run, for many blocks at once; what is lost with it is done again. One
-    process alone holds a run's markers: the one that holds its lock.
+    files. That is waited for in a thread beside the run, for many blocks at once; what is lost with it is done again. Markers
+    of many blocks come to share a file. One process alone holds a run's markers: the one that holds its lock.
 
     Parameters
     ----------
@@ -151,6 +156,9 @@ class Markers:
         self.pending: queue.SimpleQueue[tuple[str, int, Receipt] | None] = queue.SimpleQueue()
         self.error: Exception | None = None
         self.thread: threading.Thread | None = None
+        self.loose: dict[
+            str, dict[int, Receipt]
+        ] = {}  # by stage, markers of this process that are in files of their own
 
     def receipts(self, stage: str) -> dict[int, Receipt]:
         """The receipt of each block of a stage that is done, as `Receipt.slim` has it: the marker has the rest."""
@@ -218,21 +226,60 @@ class Markers:
         self.check()
         if items and self.durable:
             files.sync_filesystem(self.layout.path)
+        by_stage: dict[str, dict[int, Receipt]] = {}
+        for stage, i, receipt in items:
+            by_stage.setdefault(stage, {})[i] = receipt
+        single = [(stage, i, one) for stage, some in by_stage.items() if len(some) < PACKED for i, one in some.items()]
         with ThreadPoolExecutor(tables.IO_THREADS) as pool:
-            list(pool.map(lambda item: self._write_one(*item), items))
+            list(pool.map(lambda item: self._write_one(*item), single))
+        for stage, receipts in by_stage.items():
+            if len(receipts) >= PACKED:
+                self._write_pack(stage, receipts)
+                continue
+            loose = self.loose.setdefault(stage, {})
+            loose.update(receipts)
+            if len(loose) >= PACKED:
+                self._pack(stage, loose)
 
     def _write_one(self, stage: str, i: int, receipt: Receipt) -> None:
         self.layout.write_marker(stage, f"{i}-{self.keys[stage]}", receipt.to_json())
+
+    def _pack(self, stage: str, receipts: dict[int, Receipt]) -> None:
+        """The markers of these blocks lie in one file instead of one each: a million files take minutes to read."""
+        self._write_pack(stage, receipts)
+        if self.durable:
+            files.sync_filesystem(self.layout.path)
+        with ThreadPoolExecutor(tables.IO_THREADS) as pool:
+            list(pool.map(lambda i: self.layout.remove_marker(stage, f"{i}-{self.keys[stage]}"), list(receipts)))
+        receipts.clear()
+
+    def _write_pack(self, stage: str, receipts: dict[int, Receipt]) -> None:
+        plain = {str(i): receipt.to_json() for i, receipt in receipts.items()}
+        self.layout.write_marker(stage, f"{PACK}{uuid.uuid4().hex[:12]}-{self.keys[stage]}", plain)
 
     def remove(self, stage: str, blocks: Iterable[int] | None = None) -> None:
         """These blocks of a stage, or all, count as not done."""
         if blocks is None:
             self.layout.remove_markers(stage)
             self.known.pop(stage, None)
+            self.loose.pop(stage, None)
             return
-        for i in blocks:
+        self.flush()
+        gone = set(blocks)
+        for name in self._packs(stage):
+            packed = _read_pack(self.layout, stage, name)
+            if not gone.isdisjoint(packed):
+                self._write_pack(stage, {i: receipt for i, receipt in packed.items() if i not in gone})
+                self.layout.remove_marker(stage, name)
+        for i in gone:
             self.layout.remove_marker(stage, f"{i}-{self.keys[stage]}")
             self.receipts(stage).pop(i, None)
+            self.loose.get(stage, {}).pop(i, None)
+
+    def _packs(self, stage: str) -> list[str]:
+        """Names of the files that hold markers of many blocks."""
+        names = self.layout.markers(stage)
+        return [name for name in names if name.startswith(PACK) and name.endswith(f"-{self.keys[stage]}")]
 
     def marks(self, keys: Iterable[str] | None = None) -> dict[str, list]:
         """The fingerprints of these files, of those that a block wrote, or of all."""
@@ -266,17 +313,28 @@ def _stored_receipts(
 ) -> Iterator[tuple[int, Receipt]]:
     """The receipts of a stage's markers under that key; one that nobody can read is as good as none."""
 
-    def read(name: str) -> tuple[int, Receipt] | None:
+    def read(name: str) -> dict[int, Receipt]:
+        if name.startswith(PACK):
+            return _read_pack(layout, stage, name)
         try:
-            return int(name.partition("-")[0]), Receipt.from_json(layout.read_marker(stage, name))
-        except (ValueError, TypeError, AttributeError, RecursionError, FileNotFoundError):
-            return None
+            return {int(name.partition("-")[0]): Receipt.from_json(layout.read_marker(stage, name))}
+        except UNREADABLE:
+            return {}
 
-    if blocks is None:
-        names = [name for name in layout.markers(stage) if name.endswith(f"-{key}")]
-    else:
-        names = [f"{i}-{key}" for i in blocks]
-    return (item for item in tables.read_ahead(read, names) if item is not None)
+    wanted = None if blocks is None else set(blocks)
+    names = [name for name in layout.markers(stage) if name.endswith(f"-{key}")]
+    if wanted is not None:
+        single = {f"{i}-{key}" for i in wanted}
+        names = [name for name in names if name.startswith(PACK) or name in single]
+    for receipts in tables.read_ahead(read, names):
+        yield from (item for item in receipts.items() if wanted is None or item[0] in wanted)
+
+
+def _read_pack(layout: Layout, stage: str, name: str) -> dict[int, Receipt]:
+    try:
+        return {int(i): Receipt.from_json(plain) for i, plain in layout.read_marker(stage, name).items()}
+    except UNREADABLE:
+        return {}
 
 
 # ---------------------------------------------------------------- a run
