@@ -16,7 +16,7 @@ from distributed import LocalCluster, WorkerPlugin
 from tests.helpers import Quiet, digest, settings
 from volseg import api
 from volseg.config import Cluster
-from volseg.engine import cluster, folder, guard, loop
+from volseg.engine import cluster, folder, forkserver, guard, loop
 from volseg.engine.pipeline import process_block, process_block_in_pieces
 from volseg.io import volume
 from volseg.planning import prepare
@@ -46,9 +46,10 @@ def test_a_worker_over_its_memory_is_ended_and_its_block_tried_alone(reference, 
         probabilities={"mask_channel": 0, "contour_channel": 1}, cluster={"memory_limit": 0.5, "tries": 2},
         blocks={"shape": (8, 150, 170)},
     )  # fmt: skip
-    told = {"distributed.scheduler.allowed-failures": 0}
+    forkserver.start()
+    forked = {"distributed.worker.multiprocessing-method": forkserver.method()}
     with (
-        dask.config.set(told),
+        dask.config.set({"distributed.scheduler.allowed-failures": 0, **forked}),
         LocalCluster(2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as workers,
     ):
         with workers.get_client() as client:

