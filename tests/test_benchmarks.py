@@ -46,6 +46,15 @@ from volseg.engine import cluster
 from volseg.inference import hardware
 from volseg.io import arrays, volume
 
+RECIPE = """[train]
+patch = 64
+batch = 2
+steps = 2
+every = 2
+pretrained = false
+decoder = [16, 16, 8, 8, 8]
+"""
+
 
 def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -116,7 +125,7 @@ def test_peers_have_torch_as_it_comes_whatever_volseg_sets():
 def test_a_trial_trains_infers_and_scores_on_other_sections(image, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[train]\npatch = 64\nbatch = 2\nsteps = 2\nevery = 2\n")
+    recipe.write_text(RECIPE)
     pair = (image, f"{image}/labels/truth")
     labels.measure(pair, pair, ["2"], 1, str(recipe), "0:12", "14:22", str(tmp_path / "out"), ("lr=1e-4",), ())
     row = json.loads((tmp_path / "results" / "labels.json").read_text())["rows"][0]
@@ -133,7 +142,7 @@ def test_an_ablation_changes_one_thing(image, monkeypatch, tmp_path):
     monkeypatch.setattr(ablations, "TRAINED", {"the recipe": ("sections = 1",), "not asked for": ()})
     monkeypatch.setattr(ablations, "DECODED", {"threshold 0.5": ("fragments.threshold=0.5",)})
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[train]\npatch = 64\nbatch = 2\nsteps = 2\nevery = 2\n")
+    recipe.write_text(RECIPE)
     pair = (image, f"{image}/labels/truth")
     ablations.measure(pair, 2, "0:10", "10:12", "14:22", 1, str(recipe), ("the recipe",), str(tmp_path / "out"), ())
     rows = json.loads((tmp_path / "results" / "ablations.json").read_text())["rows"]
@@ -304,7 +313,7 @@ def test_a_whole_command_is_timed_and_scored(image, monkeypatch, tmp_path):
 def test_each_fold_is_scored_by_a_model_of_the_others(image, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[train]\npatch = 64\nbatch = 2\nsteps = 2\nevery = 2\n")
+    recipe.write_text(RECIPE)
     folds.measure((image, f"{image}/labels/truth"), 2, [5, 5, 5], str(recipe), str(tmp_path / "out"), (), ())
     rows = json.loads((tmp_path / "results" / "folds.json").read_text())["rows"]
     assert [row["held out"] for row in rows] == ["0:11", "11:22", "all"]

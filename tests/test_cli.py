@@ -11,6 +11,7 @@ import tifffile
 import zarr
 
 from volseg.config import load
+from volseg.engine import cluster
 from volseg.inference import model
 
 
@@ -110,6 +111,7 @@ def test_a_model_of_the_wrong_kind_is_refused(run, tmp_path):
 )
 def test_a_wrong_option_is_refused_in_one_line(run, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cluster, "ANSWER_S", 1.0)
     stack(tmp_path / "em.tif")
     code, _, err = run(*words)
     assert code == 2

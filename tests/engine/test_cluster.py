@@ -56,7 +56,8 @@ def test_a_scheduler_open_to_a_network_is_warned_of(scheduler, warned):
     assert ("can run code" in cluster.exposure(Cluster(scheduler=scheduler))) == warned
 
 
-def test_a_scheduler_that_is_not_there_is_refused_in_a_line():
+def test_a_scheduler_that_is_not_there_is_refused_in_a_line(monkeypatch):
+    monkeypatch.setattr(cluster, "ANSWER_S", 1.0)
     with (
         pytest.raises(UserError, match="no Dask scheduler answers"),
         cluster.connect(Cluster(scheduler="tcp://127.0.0.1:1")),

@@ -513,13 +513,6 @@ def test_the_loop_asks_again_for_what_is_not_there_yet():
     assert ended.index("second 0") < ended.index("first 19")
 
 
-def test_a_scheduler_that_does_not_answer_is_refused():
-    with pytest.raises(UserError, match="no Dask scheduler answers"), cluster.connect(
-        Cluster(scheduler="tcp://127.0.0.1:9")
-    ):  # fmt: skip
-        pass
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"tile": 127, "overlap": 48}, r"overlap = 48 is more than half of a tile of 64.*tile = 127.*set 32 or less"),

@@ -30,6 +30,7 @@ from volseg.errors import IncompleteRunError, UserError
 THREADS = "VOLSEG_THREADS"  # environment of a worker: how many tiles it runs at once
 DEVICE, HOST = "GPU", "CPU"  # resources of workers: tasks for the device, tasks beside it
 TASKS_PER_GPU = 2  # one computes while the other reads or writes
+ANSWER_S = 10.0  # in which a scheduler that is there answers
 MEMORY_SHARE = 0.9  # share of a worker's memory limit that it may use: at 0.95 Dask ends it
 
 
@@ -202,7 +203,7 @@ def _existing(config: Cluster) -> Iterator[Client]:
     if not re.fullmatch(r"(\w+://)?[^/:]+:\d+", address):
         raise UserError(f"scheduler {address!r} is not of the form tcp://host:port")
     try:
-        client = Client(address, timeout="10s", set_as_default=False, security=security)
+        client = Client(address, timeout=ANSWER_S, set_as_default=False, security=security)
     except (OSError, ValueError, TimeoutError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
