@@ -14,7 +14,7 @@ import zarr
 from benchmarks.chaos.command import Command
 
 SAME, DIFFERENT, REFUSED, BLOCKED, SKIPPED = "went on", "different", "refused", "blocked", "skipped"
-APART = ("run.json", "manifest.json", "log.txt")  # times differ, and where chunks lie in a shard
+APART = ("run.json", "manifest.json", "log.txt", "report.html")  # times differ, and where chunks lie in a shard
 
 
 @dataclass
