@@ -12,7 +12,6 @@ from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
-import dask
 import numpy as np
 import pandas
 import psutil
@@ -36,7 +35,7 @@ from tests.helpers import (
 )
 from volseg import api
 from volseg.config import Cluster, load
-from volseg.engine import cluster, folder, forkserver, loop, pipeline, schedule
+from volseg.engine import cluster, folder, loop, pipeline, schedule
 from volseg.engine.receipts import RunStatistics
 from volseg.engine.run import Run
 from volseg.engine.stages import stages_of
@@ -232,49 +231,44 @@ def test_a_run_without_objects_says_what_it_lacks(tmp_path, sets, why):
     assert (summary.object_count, summary.summary["why_no_object"]) == (0, why)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small(reference):
-    """Address of a scheduler whose one worker has 400 MB for what it computes; kernels are compiled, since a run was made."""
+    """Address of a scheduler whose one worker has 500 MB for what it computes; kernels are compiled, since a run was made."""
     if sys.platform != "linux":
         pytest.skip("limits a process's memory as Linux does")
-    forkserver.start()
-    forked = {"distributed.worker.multiprocessing-method": forkserver.method()}
-    with (
-        dask.config.set(forked),
-        LocalCluster(n_workers=1, threads_per_worker=1, memory_limit=0, dashboard_address=":0") as workers,
-    ):
+    with LocalCluster(n_workers=1, threads_per_worker=1, memory_limit=0, dashboard_address=":0") as workers:
         with Client(workers, set_as_default=False) as client:
-            client.run(hold_at_most, 400 << 20)
+            client.run(hold_at_most, 500 << 20)
         yield workers.scheduler_address
 
 
 def test_a_batch_that_does_not_fit_the_memory_is_halved_and_the_run_begins_again(image, small, tmp_path):
     out, show = str(tmp_path / "run.volseg.zarr"), Quiet()
-    options = {"predict": {"backend": "torch", "precision": "fp32", "batch": 512}}
+    options = {"predict": {"backend": "torch", "precision": "fp32", "batch": 1024}}
     api.infer(image, out, config=settings(**options, cluster={"scheduler": small}), progress=show)
     said = [text for text in show.said if "beginning again" in text]
-    assert "512 tiles of 64 x 64 at once (" in said[0]
-    assert said[0].endswith("beginning again, 256 at once")
+    assert "1024 tiles of 64 x 64 at once (" in said[0]
+    assert said[0].endswith("beginning again, 512 at once")
     facts = json.loads(Path(out, "run.json").read_text())
     fits = facts["engine"]["batch"]
-    assert fits == 512 >> len(said) > 1
-    assert facts["config"]["predict"]["batch"] == 512
+    assert fits == 1024 >> len(said) > 1
+    assert facts["config"]["predict"]["batch"] == 1024
     assert facts["engine"]["why"].count("memory holds no more") == 1
     again = str(tmp_path / "again.volseg.zarr")
     options["predict"]["batch"] = fits
-    api.infer(image, again, config=settings(**options, cluster={"scheduler": small}), progress=Quiet())
+    api.infer(image, again, config=settings(**options, cluster={"workers": 1}), progress=Quiet())
     np.testing.assert_array_equal(*(zarr.open_array(f"{run}/0", mode="r")[:] for run in (out, again)))
 
 
 def test_a_run_that_has_come_far_is_kept_where_a_batch_does_not_fit(image, small, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
-    sets = {"predict": {"backend": "torch", "precision": "fp32", "batch": 512}, "blocks": {"shape": [2, 150, 170]}}
+    sets = {"predict": {"backend": "torch", "precision": "fp32", "batch": 1024}, "blocks": {"shape": [2, 150, 170]}}
     config = settings(**sets, cluster={"scheduler": small})
     run = describe.from_image(volume.open(image), config, folder.partial_path(out))
     folder.begin(run, overwrite=False)
     for i in range(2):  # of 11
         mark(run, "predict", i)
-    with pytest.raises(IncompleteRunError, match=r"what is done is kept.* --set predict\.batch=256 --overwrite"):
+    with pytest.raises(IncompleteRunError, match=r"what is done is kept.* --set predict\.batch=512 --overwrite"):
         api.infer(image, out, config=config, progress=Quiet())
     assert markers_of(run).done("predict") == {0, 1}
 
@@ -511,6 +505,13 @@ def test_the_loop_asks_again_for_what_is_not_there_yet():
     assert not failures
     assert sorted(ended) == sorted(f"{stage} {i}" for stage in ("first", "second") for i in range(20))
     assert ended.index("second 0") < ended.index("first 19")
+
+
+def test_a_scheduler_that_does_not_answer_is_refused():
+    with pytest.raises(UserError, match="no Dask scheduler answers"), cluster.connect(
+        Cluster(scheduler="tcp://127.0.0.1:9")
+    ):  # fmt: skip
+        pass
 
 
 @pytest.mark.parametrize(
