@@ -44,6 +44,11 @@ def test_paths_in_a_runs_folder_are_known_to_its_layout_alone():
     assert [(path.name, text) for path in modules for text in strings(path) if folder.fullmatch(text)] == []
 
 
+def test_the_package_shows_its_structure_at_first_sight():
+    names = [path for path in (ROOT / "volseg").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    assert len(names) <= 16
+
+
 def test_every_public_name_is_there_and_described():
     for name in volseg.__all__:
         assert getattr(volseg, name).__doc__, name

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import typer
 
+import volseg
 from tests.helpers import ROOT
-from volseg import cli, log, progress
+from volseg import cli, progress
 from volseg.engine import run_log
 from volseg.engine.layout import Layout
 
@@ -23,7 +24,7 @@ STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d (DEBUG|INFO|WARNING
 @pytest.fixture(autouse=True)
 def enabled(monkeypatch):
     """import-linter, which other tests call, switches off all loggers that there are."""
-    monkeypatch.setattr(log.LOGGER, "disabled", False)
+    monkeypatch.setattr(progress.LOGGER, "disabled", False)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -77,7 +78,7 @@ def test_verbose_prints_the_log_with_the_traceback_of_a_mistake(run, tmp_path):
     assert (code, out) == (2, "")
     assert "Traceback" in err
     assert err.splitlines()[-1].startswith("volseg: ")
-    assert log.LOGGER.level == logging.NOTSET
+    assert progress.LOGGER.level == logging.NOTSET
     assert run("clean", tmp_path, "-v", "-q")[0] == 2
 
 
@@ -94,7 +95,7 @@ def test_a_command_that_fails_says_why_in_the_log_of_its_run(run, tmp_path, monk
 
     monkeypatch.setattr("volseg.engine.schedule.run_stages", breaks)
     with pytest.raises(RuntimeError):
-        cli.volseg.infer(image, tmp_path / "run.zarr", settings=["cluster.workers=1", "cluster.dashboard="])
+        volseg.infer(image, tmp_path / "run.zarr", settings=["cluster.workers=1", "cluster.dashboard="])
     last = stamped((tmp_path / "run.zarr.partial" / "log.txt").read_text())[-1]
     assert " ERROR Traceback" in last
     assert last.endswith("RuntimeError: of nobody's making\n")
@@ -104,7 +105,7 @@ def test_a_log_is_bounded_and_has_no_control_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log, "MAX_BYTES", 2000)
     kept = run_log.RunLog(Layout(str(tmp_path)))
     for i in range(200):
-        kept.write(log.line(f"line {i} \x1b[31m"))
+        kept.write(progress.log_line(f"line {i} \x1b[31m"))
     text = (tmp_path / "log.txt").read_text()
     assert len(text) < 2100
     assert text.startswith("(earlier lines were dropped)\n")

@@ -1,23 +1,32 @@
-"""What a command shows: progress as bars, lines or nothing, and tables as plain text."""
+"""What a command shows: progress as bars, lines or nothing, tables as plain text, and lines with their time for logs.
+
+These are for ``--log-file``, ``-v`` and the log in a run's folder. All of them go through the logger ``volseg`` too, so that
+a program that calls volseg may send them wherever its own lines go.
+"""
 
 from __future__ import annotations
 
 import html
 import io
 import logging
+import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, Protocol
 
-from volseg import log
+from volseg.errors import printable
 
 LINE_INTERVAL_S = 10  # between lines of progress where there is no terminal
 NOTEBOOK_INTERVAL_S = 0.3
 LOG_INTERVAL_S = 60  # between lines of progress in a log
 KEPT_LINES = 1000  # of a log that has no place to be written to yet
+LOGGER = logging.getLogger("volseg")
+LOGGER.addHandler(logging.NullHandler())
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 class Progress(Protocol):
@@ -226,8 +235,8 @@ class LoggedProgress:
 
     def record(self, text: str, level: int = logging.INFO) -> None:
         """Has a thing in the log that is not shown."""
-        log.LOGGER.log(level, "%s", text)
-        (self.sink or self.kept.append)(log.line(text, level))
+        LOGGER.log(level, "%s", text)
+        (self.sink or self.kept.append)(log_line(text, level))
 
     def message(self, text: str) -> None:
         self.shown.message(text)
@@ -296,3 +305,27 @@ def displayed(progress: Progress | None) -> Iterator[LoggedProgress]:
         yield progress
     finally:
         progress.stop()
+
+
+# ---------------------------------------------------------------- log
+
+
+def log_line(text: str, level: int = logging.INFO, when: float | None = None) -> str:
+    """``text`` as it stands in a log: time, level, control characters written out, further lines set in, no passwords.
+
+    >>> log_line("a\\x1b[31m\\ns3://key:secret@host/em", when=0.0).partition(" INFO ")[2].split("\\n")
+    ['a\\\\x1b[31m', '    s3://***@host/em']
+    """
+    moment = datetime.now() if when is None else datetime.fromtimestamp(when)
+    body = "\n    ".join(printable(part) for part in _PASSWORD.sub("***", text).split("\n"))
+    return f"{moment.astimezone().isoformat(timespec='milliseconds')} {logging.getLevelName(level)} {body}"
+
+
+class LineFormatter(logging.Formatter):
+    """Records as `log_line` has them, with the traceback of an error that belongs to one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return log_line(text, record.levelno, record.created)

@@ -13,14 +13,13 @@ from collections import deque
 from importlib import metadata
 from pathlib import Path
 
-from volseg import log
 from volseg.config import Config
 from volseg.engine.finished import FinishedRun
 from volseg.engine.layout import Layout
 from volseg.engine.run import Run
 from volseg.errors import UserError
 from volseg.io import files
-from volseg.progress import LoggedProgress, Progress
+from volseg.progress import LoggedProgress, Progress, log_line
 
 MAX_BYTES = 1 << 20  # of a log; beyond, the older half is dropped
 KEPT_LINES = 4096  # that a command writes anew where its run began anew
@@ -98,7 +97,7 @@ class RunProgress(LoggedProgress):
     def begin(self, run: Run) -> None:
         """The log begins with the command, the machine and the settings that are no defaults."""
         self.log = RunLog(run.layout)
-        self.log.write(log.line("\n".join([_headline(), *changed_settings(run.config)]), when=self.since))
+        self.log.write(log_line("\n".join([_headline(), *changed_settings(run.config)]), when=self.since))
         self.attach(self.log.write)
 
     def end(self, finished: FinishedRun) -> None:

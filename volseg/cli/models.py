@@ -1,4 +1,4 @@
-"""Commands about models: begun, trained, tuned, tried, quantized, described; `volseg.cli` lists them."""
+"""Commands about models: begun, trained, tuned, tried, quantized, described; `commands` lists them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from volseg.cli_options import ConfigFile, Model, Overwrite, Sets, numbers, toml
-from volseg.cli_output import EXIT_INTERRUPTED, emit, say, wants_json
+from volseg.cli.options import ConfigFile, Model, Overwrite, Sets, numbers, toml
+from volseg.cli.output import EXIT_INTERRUPTED, emit, say, wants_json
 from volseg.config import load, local_path
 from volseg.errors import UserError
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import volseg
-from volseg import __version__, cli_machine, cli_models, cli_output, cli_volumes
-from volseg.cli_options import (
+from volseg import __version__
+from volseg.cli import machine, models, output, volumes
+from volseg.cli.options import (
     Backend,
     Channel,
     ConfigFile,
@@ -33,7 +34,7 @@ from volseg.cli_options import (
     numbers,
     toml,
 )
-from volseg.cli_output import EXIT_INTERRUPTED, emit
+from volseg.cli.output import EXIT_INTERRUPTED, emit
 from volseg.config import layers, load, local_path, page
 from volseg.engine import forkserver
 from volseg.errors import IncompleteRunError, UserError, printable
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="volseg",
-    cls=cli_output.Group,
+    cls=output.Group,
     help="Instance labels for electron-microscopy volumes of any size. Cutting up never changes the answer.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -286,11 +287,11 @@ def calibrate(
         from volseg.evaluation.stored import open_stored
 
         save_to_model(Path(local_path(model)), best, open_stored(run))
-    if not cli_output.wants_json():
+    if not output.wants_json():
         typer.echo(text)
     made = None if best.own else _run(lambda progress: api.segment(run, settings=best.settings, progress=progress))
     plain = {**result.to_json(), "chosen": list(best.settings), "gain": gains, "decided_anew": made and made.to_json()}
-    if cli_output.wants_json():
+    if output.wants_json():
         emit("", plain)
     elif made:
         emit(_report(made), {})
@@ -343,7 +344,7 @@ def report(
 
 def _run(start: Callable[[Progress], FinishedRun]) -> FinishedRun:
     """Shows the progress of a run."""
-    with cli_output.shown("what is done is kept, the same command goes on from there") as progress:
+    with output.shown("what is done is kept, the same command goes on from there") as progress:
         return start(progress)
 
 
@@ -359,8 +360,8 @@ def _report(run: FinishedRun) -> str:
 
 
 MORE: tuple[Callable[..., None], ...] = (
-    cli_models.init, cli_models.train, cli_models.tune, cli_models.backends, cli_models.quantize, cli_volumes.evaluate,
-    cli_volumes.synth, cli_volumes.convert, cli_volumes.export, cli_volumes.view, cli_models.info, cli_machine.doctor,
+    models.init, models.train, models.tune, models.backends, models.quantize, volumes.evaluate,
+    volumes.synth, volumes.convert, volumes.export, volumes.view, models.info, machine.doctor,
 )  # fmt: skip
 for command in MORE:
     app.command()(command)

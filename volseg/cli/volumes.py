@@ -1,4 +1,4 @@
-"""Commands that give volumes: converted, exported, made up; `volseg.cli` lists them."""
+"""Commands that give volumes: converted, exported, made up; `commands` lists them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from volseg.cli_options import numbers
-from volseg.cli_output import emit, note, shown
+from volseg.cli.options import numbers
+from volseg.cli.output import emit, note, shown
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 

@@ -1,4 +1,4 @@
-"""Commands about this machine and this installation; `volseg.cli` lists them."""
+"""Commands about this machine and this installation; `commands` lists them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from volseg.cli_output import emit, wants_json
+from volseg.cli.output import emit, wants_json
 
 
 def doctor(

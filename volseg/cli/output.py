@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from volseg import __version__, log
+from volseg import __version__
 from volseg.errors import UserError
-from volseg.progress import Progress, Silent, terminal_progress
+from volseg.progress import LOGGER, LineFormatter, Progress, Silent, terminal_progress
 
 EXIT_INTERRUPTED = 130  # after Ctrl-C
 
@@ -74,27 +74,27 @@ def _telling(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _told(output: Output) -> Iterator[None]:
     if output.quiet and output.verbose:
         raise UserError("--quiet and --verbose are opposites; leave out one of them")
-    log.LOGGER.disabled = False  # a library that configures logging may have switched off the loggers that there were
-    before, level, handlers = _CURRENT.set(output), log.LOGGER.level, _handlers(output)
+    LOGGER.disabled = False  # a library that configures logging may have switched off the loggers that there were
+    before, level, handlers = _CURRENT.set(output), LOGGER.level, _handlers(output)
     try:
         if handlers:
-            log.LOGGER.setLevel(logging.DEBUG)
+            LOGGER.setLevel(logging.DEBUG)
         for handler in handlers:
-            handler.setFormatter(log.LineFormatter())
-            log.LOGGER.addHandler(handler)
-        log.LOGGER.info("volseg %s: %s", __version__, shlex.join(sys.argv))
+            handler.setFormatter(LineFormatter())
+            LOGGER.addHandler(handler)
+        LOGGER.info("volseg %s: %s", __version__, shlex.join(sys.argv))
         yield
-        log.LOGGER.debug("ended")
+        LOGGER.debug("ended")
     except typer.Exit:
         raise
     except BaseException as error:
-        log.LOGGER.debug("ended by %s", type(error).__name__, exc_info=True)
+        LOGGER.debug("ended by %s", type(error).__name__, exc_info=True)
         raise
     finally:
         for handler in handlers:
-            log.LOGGER.removeHandler(handler)
+            LOGGER.removeHandler(handler)
             handler.close()
-        log.LOGGER.setLevel(level)
+        LOGGER.setLevel(level)
         _CURRENT.reset(before)
 
 
@@ -126,14 +126,14 @@ def wants_json() -> bool:
 
 def note(text: str) -> None:
     """Something worth knowing beside the result, on standard error."""
-    log.LOGGER.info(text)
+    LOGGER.info(text)
     if not (_CURRENT.get().quiet or _CURRENT.get().verbose):
         typer.echo(f"volseg: {text}", err=True)
 
 
 def say(text: str) -> None:
     """A line about work under way: on standard output, or on standard error where JSON stands there."""
-    log.LOGGER.info(text)
+    LOGGER.info(text)
     if not (_CURRENT.get().quiet or _CURRENT.get().verbose):
         typer.echo(text, err=_CURRENT.get().json)
 
