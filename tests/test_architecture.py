@@ -40,13 +40,18 @@ def strings(path):
 
 def test_paths_in_a_runs_folder_are_known_to_its_layout_alone():
     folder = re.compile(r"(.*/)?work/\S*")
-    modules = [path for path in (ROOT / "volseg").rglob("*.py") if path.name != "layout.py"]
+    modules = [path for path in (ROOT / "volseg").rglob("*.py") if not path.name.startswith("layout")]
     assert [(path.name, text) for path in modules for text in strings(path) if folder.fullmatch(text)] == []
 
 
 def test_the_package_shows_its_structure_at_first_sight():
     names = [path for path in (ROOT / "volseg").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     assert len(names) <= 16
+
+
+def test_no_module_is_too_long_to_read():
+    modules = [path for path in (ROOT / "volseg").rglob("*.py") if not path.name.startswith("synthetic")]
+    assert [path.name for path in modules if len(path.read_text().splitlines()) > 500] == []
 
 
 def test_every_public_name_is_there_and_described():
