@@ -30,7 +30,8 @@ demo: $(READY)
 	@$(BIN)/volseg infer demo/em.zarr --config configs/touching.toml --overwrite
 	@$(BIN)/volseg evaluate demo/em.volseg.zarr demo/em.zarr/labels/truth
 
-test: lint
+test: $(READY)
+	@$(BIN)/python -m volseg compile > /dev/null & compiler=$$!; $(MAKE) --no-print-directory lint && wait $$compiler
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 chaos: $(READY)

@@ -365,6 +365,7 @@ MORE: tuple[Callable[..., None], ...] = (
 )  # fmt: skip
 for command in MORE:
     app.command()(command)
+app.command("compile")(machine.compile_loops)
 
 
 @app.command()

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Annotated
 
 import typer
 
+import volseg
 from volseg.cli.output import emit, wants_json
+from volseg.progress import Silent
+
+SMALL_SHAPE = (16, 320, 320)
+
+
+def compile_loops() -> None:
+    """Compile for this machine, once, the loops that all runs need.
+
+    The first run does it by itself, beside its work; this is for images of containers, and for the nodes of a cluster.
+    """
+    from volseg.engine import kernels
+
+    known = kernels.stamp().exists()
+    if not known:
+        with kernels.compiler():
+            _small_run()
+    emit("all loops were compiled before" if known else "compiled all loops", {"compiled": not known})
+
+
+def _small_run() -> None:
+    """What a run of probabilities compiles: of a few blocks, that touch."""
+    import numpy as np
+
+    wave = np.sin(np.indices(SMALL_SHAPE) / 4).mean(axis=0)  # peaks that touch where it is above 0
+    probability = np.stack([0.5 + wave / 2, 0.5 - wave / 2])
+    with tempfile.TemporaryDirectory(prefix="volseg-") as folder:
+        volseg.segment(
+            (probability * 255).astype(np.uint8), f"{folder}/run.zarr", progress=Silent(),
+            settings=["blocks.shape=[8, 320, 160]", "input.voxel_size_nm=[5, 5, 5]",
+                      "probabilities.mask_channel=0", "probabilities.contour_channel=1"],
+        )  # fmt: skip
 
 
 def doctor(
