@@ -1,10 +1,13 @@
 """Who may use the workers."""
 
 import asyncio
+import os
+import signal
 
+import dask
 import psutil
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, WorkerPlugin
 from distributed.comm import CommClosedError, connect
 
 from volseg.config import Cluster
@@ -41,6 +44,36 @@ def test_without_a_dashboard_no_port_is_open_but_those_of_scheduler_nanny_and_wo
     with cluster.connect(Cluster(workers=1), light=True) as client:
         assert client.submit(sum, [1, 2]).result() == 3
         assert listening() == before
+
+
+class DiesAtStart(WorkerPlugin):
+    """Ends the worker's process while it starts, twice."""
+
+    name = "dies"
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def setup(self, worker):
+        for n in range(4):  # the first is there already, and lives
+            try:
+                (self.folder / str(n)).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            if n in (1, 2):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return
+
+
+def test_the_only_worker_comes_back_though_it_dies_while_it_starts(tmp_path):
+    """Dask gives a worker up that is not back after a while."""
+    gives_up = {"distributed.deploy.lost-worker-timeout": "1ms"}
+    with dask.config.set(gives_up), cluster.connect(Cluster(workers=1, dashboard="")) as client:
+        client.register_plugin(DiesAtStart(tmp_path))
+        (pid,) = client.run(os.getpid).values()
+        os.kill(pid, signal.SIGKILL)
+        assert client.submit(sum, [1, 2]).result(timeout=120) == 3
+        assert len(list(tmp_path.iterdir())) == 4
 
 
 async def _connect(address):

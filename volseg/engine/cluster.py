@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -96,6 +97,7 @@ def _started(config: Cluster, count: int, gpu: bool) -> Iterator[SpecCluster]:
     settings = {
         "distributed.worker.multiprocessing-method": forkserver.method(),
         "distributed.worker.profile.enabled": False,  # it keeps a tree of calls for every second: 0.1 MB/s
+        "distributed.deploy.lost-worker-timeout": "1h",  # after which a nanny that has no worker is ended: a start takes long
         "distributed.scheduler.allowed-failures": 1,  # workers that one task may end before `loop` looks after it
         "distributed.admin.tick.interval": "500ms",  # 50 times a second each process asks whether its loop is late
     }
@@ -294,6 +296,7 @@ def place_here() -> int:
 
 MEMORY_TOPIC = "volseg-memory"  # of events that workers log before they end themselves
 WATCH_INTERVAL_S = 0.2
+RESTART_PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # before a worker process is started again that ended while it started
 DEATH_WAIT_S = 15.0  # in which, on a busy machine, too, the exit code of a worker that is gone is known
 
 
@@ -304,7 +307,14 @@ class _Nanny(Nanny):
     kills = 0
 
     async def instantiate(self) -> Any:
+        """A worker process; where one ends before it has said a word, another: Dask's nanny would give up for good."""
         self.kills = guard.oom_kills()
+        is_first = self.process is None
+        for pause in () if is_first else RESTART_PAUSES_S:
+            try:
+                return await self.process.start()
+            except Exception:  # whatever a process that ends makes of its start
+                await asyncio.sleep(pause)
         return await super().instantiate()
 
     def _on_worker_exit_sync(self, exitcode: int) -> None:
