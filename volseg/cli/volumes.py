@@ -165,12 +165,19 @@ def evaluate(
     pred: Annotated[str, typer.Argument(help="A run, or a volume of labels.")],
     truth: Annotated[str, typer.Argument(help="A volume of labels, or a 0/255 mask.")],
     box: Annotated[str, typer.Option("--box", metavar="z0:z1,y0:y1,x0:x1", help="Score only this part.")] = "",
+    report: Annotated[
+        str,
+        typer.Option(
+            "--report", metavar="PAGE.html", help="Also write a page: each object that is wrong, with pictures."
+        ),
+    ] = "",
+    image: Annotated[str, typer.Option("--image", help="What its pictures show; of a run its own volume.")] = "",
 ) -> None:
     """Score labels against the truth: foreground and instances."""
     from volseg.evaluation import evaluate as evaluation
     from volseg.evaluation.evaluate import read_roi
 
-    scores = evaluation.evaluate(pred, truth, box=box or None)
+    scores = evaluation.evaluate(pred, truth, box=box or None, report=report or None, image=image or None)
     emit(str(scores), scores.to_json())
     if not scores.instances.truth_objects:
         note(f"{truth} holds no object here, so most of these scores say nothing")

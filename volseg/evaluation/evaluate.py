@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from volseg.box import Blocks, Box, Triple
+from volseg.engine.finished import open_run
 from volseg.errors import UserError
 from volseg.evaluation.contingency import Contingency
 from volseg.evaluation.metrics import (
@@ -25,8 +27,12 @@ from volseg.evaluation.metrics import (
     score_touching,
     touching_pairs,
 )
+from volseg.evaluation.object_scores import ObjectScore, located, score_objects
+from volseg.evaluation.score_report import write_page
+from volseg.evaluation.voxel_scores import BorderScores, Reliability, score_borders, score_reliability
 from volseg.io import files, volume
 from volseg.io.array_volume import ArrayVolume
+from volseg.io.pictures import pictured_volume
 
 RUN_LABELS = "labels/instances/0"  # where a run keeps its labels
 BLOCK_VOXELS = 1 << 24  # voxels of each volume in memory at once
@@ -60,6 +66,14 @@ class Evaluation:
         Object scores.
     touching
         How objects that touch were told apart; None where the truth is a mask.
+    objects
+        What became of each object, with a report; else empty.
+    borders
+        Scores near the borders of the truth and beyond, with a report.
+    reliability
+        How often the run's probabilities are right, with a report of a run.
+    report
+        The page that was written; ``""`` without.
     """
 
     pred: str
@@ -70,6 +84,10 @@ class Evaluation:
     foreground: ForegroundScores
     instances: InstanceScores
     touching: TouchingScores | None
+    objects: tuple[ObjectScore, ...] = ()
+    borders: BorderScores | None = None
+    reliability: Reliability | None = None
+    report: str = ""
 
     def to_json(self) -> dict:
         """Plain values that ``json.dumps`` takes."""
@@ -83,16 +101,33 @@ class Evaluation:
             "foreground": self.foreground.to_json(),
             "instances": self.instances.to_json(),
         }
-        return plain | ({"touching": self.touching.to_json()} if self.touching else {})
+        plain |= {"touching": self.touching.to_json()} if self.touching else {}
+        if not self.borders:
+            return plain
+        plain |= {"borders": self.borders.to_json(), "objects": [each.to_json() for each in self.objects]}
+        return (
+            plain | ({"reliability": self.reliability.to_json()} if self.reliability else {}) | {"report": self.report}
+        )
 
     def __str__(self) -> str:
-        return format_scores(self.to_json())
+        plain = {name: value for name, value in self.to_json().items() if name not in ("objects", "reliability")}
+        if self.reliability:
+            plain["calibration_error"] = self.reliability.error
+        return format_scores(plain)
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def evaluate(pred: Any, truth: Any, *, box: Box | str | None = None, iou: float = 0.5) -> Evaluation:
+def evaluate(
+    pred: Any,
+    truth: Any,
+    *,
+    box: Box | str | None = None,
+    iou: float = 0.5,
+    report: str | os.PathLike | None = None,
+    image: Any = None,
+) -> Evaluation:
     """Score labels against the truth.
 
     Both volumes are read in blocks of 16 million voxels, and memory holds a row per pair of ids that meet; only of a binary
@@ -112,6 +147,11 @@ def evaluate(pred: Any, truth: Any, *, box: Box | str | None = None, iou: float 
         at that place.
     iou
         Objects match where their IoU is greater; 0 <= iou < 1.
+    report
+        A local file for an HTML page: what became of each object, with pictures and places of those that are wrong, IoU near
+        borders and beyond, and for a run how often its probabilities are right.
+    image
+        The volume that pictures of the report show; of a run its own if not given.
 
     Raises
     ------
@@ -140,8 +180,10 @@ def evaluate(pred: Any, truth: Any, *, box: Box | str | None = None, iou: float 
         read_pred = _components(pred_labels.read, boxes, box) if pred_is_mask else pred_labels.read
         read_truth = _components(truth_labels.read, boxes, box) if truth_is_mask else truth_labels.read
         table = _count(read_truth, read_pred, boxes)
+    else:
+        read_pred, read_truth = pred_labels.read, truth_labels.read
     touching = None if truth_is_mask else score_touching(table, find_touching(truth_labels.read, boxes, box), iou)
-    return Evaluation(
+    scores = Evaluation(
         pred=pred_labels.name,
         truth=truth_labels.name,
         box=box,
@@ -151,6 +193,23 @@ def evaluate(pred: Any, truth: Any, *, box: Box | str | None = None, iou: float 
         instances=score_instances(table, iou),
         touching=touching,
     )
+    if report is None:
+        return scores
+    borders = score_borders(read_truth, read_pred, boxes, box)
+    looked = replace(
+        scores,
+        objects=tuple(located(score_objects(table, iou), read_truth, read_pred, boxes)),
+        borders=borders,
+        reliability=_reliability(pred_labels, read_truth, boxes),
+        report=os.fspath(report),
+    )
+    read_image = _image(image, pred_labels, shape, box)
+    reads = (read_image and _inside(read_image, box), _inside(read_truth, box), _inside(read_pred, box))
+    write_page(
+        looked.report, f"{looked.pred} against {looked.truth}", str(looked), looked.objects, borders,
+        looked.reliability, reads, shape,
+    )  # fmt: skip
+    return looked
 
 
 def parse_box(box: Box | str | None) -> Box | None:
@@ -168,12 +227,16 @@ def parse_box(box: Box | str | None) -> Box | None:
 
 @dataclass(frozen=True)
 class _Labels:
-    """A volume of whole numbers whose first voxel lies at ``origin`` of the other one; ``named``: surely instances."""
+    """A volume of whole numbers whose first voxel lies at ``origin`` of the other one.
+
+    ``named``: surely instances; ``of_run``: those of a finished run, whose folder is ``name``.
+    """
 
     volume: volume.Volume | ArrayVolume
     name: str
     named: bool
     origin: Triple = (0, 0, 0)
+    of_run: bool = False
 
     @property
     def chunk(self) -> Triple:
@@ -203,7 +266,8 @@ def _open(source: Any) -> _Labels:
         raise UserError(f"run {path} has no {RUN_LABELS} yet; finish the run first, or give a volume of labels")
     opened = volume.open(path, dataset=RUN_LABELS if is_run else "")
     _check(opened, path)
-    return _Labels(opened, path, named=is_run or ".zarr/labels/" in path)
+    of_run = is_run and files.exists(f"{path}/run.json")
+    return _Labels(opened, path, named=is_run or ".zarr/labels/" in path, of_run=of_run)
 
 
 def _check(opened: volume.Volume | ArrayVolume, name: str) -> None:
@@ -336,6 +400,53 @@ def read_roi(pred: str) -> str:
         return json.loads(files.read_bytes(pred, "run.json"))["config"]["input"]["roi"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+# ---------------------------------------------------------------- for a report
+
+
+def _inside(read: Read, box: Box) -> Read:
+    """Reads what ``read`` gives in ``box``, and 0 around it."""
+
+    def reads(wanted: Box) -> np.ndarray:
+        part = wanted.intersect(box)
+        inner = read(part)
+        out = np.zeros(wanted.shape, inner.dtype)
+        out[part.slices_within(wanted)] = inner
+        return out
+
+    return reads
+
+
+def _image(image: Any, pred: _Labels, shape: Triple, box: Box) -> Read | None:
+    """How to read the image in the frame of ``shape``: the one given, or the run's own; None where there is none."""
+    if image is None and not pred.of_run:
+        return None
+    if image is None:
+        shown: volume.Volume | ArrayVolume = pictured_volume(open_run(pred.name).run.output_source, pred.name)
+        origin = pred.origin
+    else:
+        shown = volume.open_volume(image)
+        origin = (0, 0, 0) if shown.shape == shape else box.start
+        if shown.shape not in (shape, box.shape):
+            raise UserError(
+                f"the image has shape {shown.shape} and the labels {shape}, z y x; they must be equal, or the image as large "
+                "as --box"
+            )
+    z, y, x = origin
+    return lambda wanted: shown.read(wanted.shift((-z, -y, -x)))
+
+
+def _reliability(pred: _Labels, read_truth: Read, boxes: list[Box]) -> Reliability | None:
+    """How often the probabilities of a run are right; None of other labels, and of a run that computed on another grid."""
+    if not pred.of_run:
+        return None
+    run = open_run(pred.name)
+    if run.run.restored:
+        return None
+    z, y, x = pred.origin
+    stored = run.layout.probabilities
+    return score_reliability(read_truth, lambda part: stored.read(part.shift((-z, -y, -x)))[0], boxes)
 
 
 # ---------------------------------------------------------------- as text

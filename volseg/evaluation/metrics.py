@@ -184,7 +184,7 @@ def score_instances(table: Contingency, iou: float = 0.5) -> InstanceScores:
     (2, 0.833)
     """
     check_threshold(iou)
-    overlaps = _overlaps(table)
+    overlaps = overlaps_of(table)
     return InstanceScores(
         iou_threshold=float(iou),
         **_detection(overlaps, iou),
@@ -204,13 +204,15 @@ def check_threshold(iou: float) -> None:
 
 
 @dataclass(frozen=True)
-class _Overlaps:
+class Overlaps:
     """The objects of a table and the pairs of them that share voxels.
 
-    ``truth_voxels``, ``pred_voxels``: size of each object. ``truth``, ``pred``, ``shared``: of each pair, the number of
-    each object in those lists and the voxels shared.
+    ``truth_ids``, ``pred_ids``: of each object, ascending. ``truth_voxels``, ``pred_voxels``: its size. ``truth``, ``pred``,
+    ``shared``: of each pair, the number of each object in those lists and the voxels shared.
     """
 
+    truth_ids: np.ndarray
+    pred_ids: np.ndarray
     truth_voxels: np.ndarray
     pred_voxels: np.ndarray
     truth: np.ndarray
@@ -222,13 +224,14 @@ class _Overlaps:
         return self.shared / (self.truth_voxels[self.truth] + self.pred_voxels[self.pred] - self.shared)
 
 
-def _overlaps(table: Contingency) -> _Overlaps:
+def overlaps_of(table: Contingency) -> Overlaps:
+    """The objects of a table, and which share voxels."""
     true, predicted = table.truth > 0, table.pred > 0
     both = true & predicted
     truth_ids, truth_voxels = _sizes(table.truth[true], table.counts[true])
     pred_ids, pred_voxels = _sizes(table.pred[predicted], table.counts[predicted])
     truth, pred = np.searchsorted(truth_ids, table.truth[both]), np.searchsorted(pred_ids, table.pred[both])
-    return _Overlaps(truth_voxels, pred_voxels, truth, pred, table.counts[both])
+    return Overlaps(truth_ids, pred_ids, truth_voxels, pred_voxels, truth, pred, table.counts[both])
 
 
 def _sum_by(index: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
@@ -244,7 +247,7 @@ def _sizes(ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return distinct, _sum_by(index, counts, distinct.size)
 
 
-def _match(overlaps: _Overlaps, threshold: float) -> np.ndarray:
+def _match(overlaps: Overlaps, threshold: float) -> np.ndarray:
     """Which pairs are matched: those whose IoU is above the threshold, each object in one pair at most."""
     iou = overlaps.iou
     above = iou > threshold
@@ -269,7 +272,7 @@ def _assign(truth: np.ndarray, pred: np.ndarray, iou: np.ndarray) -> np.ndarray:
     return min_weight_full_bipartite_matching(graph, maximize=True)[1][r] == c
 
 
-def _detection(overlaps: _Overlaps, threshold: float) -> dict:
+def _detection(overlaps: Overlaps, threshold: float) -> dict:
     """Precision, recall and panoptic quality at one IoU threshold."""
     truths, preds = overlaps.truth_voxels.size, overlaps.pred_voxels.size
     iou = overlaps.iou[_match(overlaps, threshold)]
@@ -285,7 +288,7 @@ def _detection(overlaps: _Overlaps, threshold: float) -> dict:
     }
 
 
-def _segmentation_accuracy(overlaps: _Overlaps, threshold: float) -> float:
+def _segmentation_accuracy(overlaps: Overlaps, threshold: float) -> float:
     """TP / (TP + FP + FN) at one IoU threshold."""
     hits = int(np.count_nonzero(_match(overlaps, threshold)))
     return _ratio(hits, overlaps.truth_voxels.size + overlaps.pred_voxels.size - hits)
@@ -318,7 +321,7 @@ def _pairs_of_voxels(sizes: np.ndarray) -> float:
     return float(np.sum(sizes * (sizes - 1)))
 
 
-def _faults(overlaps: _Overlaps) -> dict:
+def _faults(overlaps: Overlaps) -> dict:
     """Numbers of split, merged, missed and spurious objects."""
     truths, preds = overlaps.truth_voxels.size, overlaps.pred_voxels.size
     holds = _holds(overlaps)
@@ -332,7 +335,7 @@ def _faults(overlaps: _Overlaps) -> dict:
     }
 
 
-def _holds(overlaps: _Overlaps) -> np.ndarray:
+def _holds(overlaps: Overlaps) -> np.ndarray:
     """In which pairs the predicted object holds more than a tenth of the true one."""
     return INVERSE_SHARE * overlaps.shared > overlaps.truth_voxels[overlaps.truth]
 
@@ -419,7 +422,7 @@ def score_touching(table: Contingency, touching: np.ndarray, iou: float = 0.5) -
         ``iou`` is outside its range.
     """
     check_threshold(iou)
-    overlaps = _overlaps(table)
+    overlaps = overlaps_of(table)
     truth_ids = np.unique(table.truth[table.truth > 0])
     number = np.searchsorted(truth_ids, touching[np.isin(touching, truth_ids).all(axis=1)])
     matched = np.zeros(truth_ids.size, bool)
@@ -434,7 +437,7 @@ def score_touching(table: Contingency, touching: np.ndarray, iou: float = 0.5) -
     )
 
 
-def _share_a_holder(overlaps: _Overlaps, a: int, b: int) -> bool:
+def _share_a_holder(overlaps: Overlaps, a: int, b: int) -> bool:
     """Whether one predicted object holds more than a tenth of both true objects (numbers in the lists)."""
     holds = _holds(overlaps)
     holders = (overlaps.pred[holds & (overlaps.truth == n)] for n in (a, b))

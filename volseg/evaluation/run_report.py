@@ -9,9 +9,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from volseg.engine.receipts import Markers
 from volseg.engine.run_log import changed_settings
 from volseg.engine.stages import Stage, stages_of
 from volseg.errors import DamagedFileError, UserError
+from volseg.evaluation import page
 from volseg.io import files
 
 QUICK_BLOCKS = 300  # whose markers are read in some hundredths of a second
@@ -30,11 +30,6 @@ MAPPED_BLOCKS = 20_000  # of a stage; of more, some are read
 PICTURE_WIDTH = 1400  # pixels
 LOG_LINES = 400
 LISTED = 10  # of the largest objects, and of the least certain decisions
-BINS = 32
-COLORS = (
-    "#0f766e", "#b45309", "#4338ca", "#be123c", "#4d7c0f", "#0369a1", "#7e22ce", "#57534e", "#a16207", "#155e75", "#9f1239",
-    "#65a30d", "#c2410c", "#6d28d9", "#14b8a6", "#64748b",
-)  # fmt: skip
 
 
 def report(run: str | os.PathLike | FinishedRun, out: str | os.PathLike | None = None) -> str:
@@ -89,17 +84,17 @@ def report_if_quick(run: FinishedRun) -> FinishedRun:
 def _page(run: FinishedRun) -> str:
     try:
         parts = [
-            _section("", _cards(run)),
-            _section("Stages over time", _timeline(run.summary)),
-            _section("What workers did", _phases(run.summary)),
-            _section("Plan and actual", _plan(run)),
-            _section("Blocks", _maps(run)),
-            _section("Sizes", _sizes(run)),
-            _section("Examples", _examples(run.layout)),
-            _section("Least certain", _uncertain(run.layout)),
-            _section("Settings that are no defaults", _settings(run)),
-            _section("Made with", _versions(run)),
-            _section("Log", _log(run.layout)),
+            page.section("", _cards(run)),
+            page.section("Stages over time", _timeline(run.summary)),
+            page.section("What workers did", _phases(run.summary)),
+            page.section("Plan and actual", _plan(run)),
+            page.section("Blocks", _maps(run)),
+            page.section("Sizes", _sizes(run)),
+            page.section("Examples", _examples(run.layout)),
+            page.section("Least certain", _uncertain(run.layout)),
+            page.section("Settings that are no defaults", _settings(run)),
+            page.section("Made with", _versions(run)),
+            page.section("Log", _log(run.layout)),
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
@@ -107,42 +102,8 @@ def _page(run: FinishedRun) -> str:
         state = f"is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         raise DamagedFileError(run.path, "run.json", state) from None
     name = html.escape(run.path.rpartition("/")[2])
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{name}</title><style>{_beside('.css')}</style><h1>{html.escape(run.path)}</h1>{''.join(parts)}<script>{_beside('.js')}</script></html>\n"
-    )
-
-
-def _beside(suffix: str) -> str:
-    """Style and script of the page, which lie beside this module."""
-    return Path(__file__).with_suffix(suffix).read_text(encoding="utf-8")
-
-
-def _section(title: str, body: str) -> str:
-    return (f"<h2>{html.escape(title)}</h2>" * bool(title)) + body if body else ""
-
-
-def _table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Rows below their names; numbers stand to the right."""
-
-    def cell(value: object, tag: str = "td", number: bool = False) -> str:
-        text = (
-            ("no", "yes")[value]
-            if isinstance(value, bool)
-            else f"{value:.4g}"
-            if isinstance(value, float)
-            else str(value)
-        )
-        return f"<{tag}{' class=n' * number}>{html.escape(text)}</{tag}>"
-
-    columns, cells = list(columns), [list(row) for row in rows]
-    numeric = [
-        all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in cells)
-        for i in range(len(columns))
-    ]
-    head = "".join(cell(name, "th", number) for name, number in zip(columns, numeric, strict=True))
-    body = ("".join(cell(v, number=n) for v, n in zip(row, numeric, strict=True)) for row in cells)
-    return f"<div class=table><table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table></div>"
+    script = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
+    return page.whole(name, f"<h1>{html.escape(run.path)}</h1>{''.join(parts)}<script>{script}</script>")
 
 
 # ---------------------------------------------------------------- what it took
@@ -183,7 +144,7 @@ def _timeline(facts: dict) -> str:
                      f'text-anchor="middle">{tick:g} s</text>')  # fmt: skip
     for i, (name, (begin, end)) in enumerate(spans.items()):
         x, length = left + width * begin / total, max(2.0, width * (end - begin) / total)
-        y, color = row * i, COLORS[i % len(COLORS)]
+        y, color = row * i, page.COLORS[i % len(page.COLORS)]
         lines += [
             f'<text x="{left - 8}" y="{y + 16}" text-anchor="end">{html.escape(name)}</text>',
             f'<rect x="{x:.1f}" y="{y + 4}" width="{length:.1f}" height="{row - 8}" rx="3" fill="{color}"/>',
@@ -211,7 +172,7 @@ def _phases(facts: dict) -> str:
         return ""
     spent = sum(sum(phases.values()) for phases in stages.values())
     names = list(dict.fromkeys(phase for phases in stages.values() for phase in phases))
-    color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    color = {name: page.COLORS[i % len(page.COLORS)] for i, name in enumerate(names)}
     most, left, width, row = max(sum(phases.values()) for phases in stages.values()), 90, 860, 24
     lines = [f'<svg viewBox="0 0 {left + width + 90} {row * len(stages)}" role="img" aria-label="seconds of workers">']
     for i, (stage, phases) in enumerate(stages.items()):
@@ -248,7 +209,7 @@ def _plan(run: FinishedRun) -> str:
         if plan.get(key) is not None and key in actual
     ]
     rough = "" if plan.get("probed") else "<p>The plan was made of known rates; volseg plan measures.</p>"
-    return _table(("", "plan", "actual"), told) + rough
+    return page.table(("", "plan", "actual"), told) + rough
 
 
 # ---------------------------------------------------------------- blocks
@@ -302,36 +263,9 @@ def _sizes(run: FinishedRun) -> str:
     order = np.argsort(-volume, kind="stable")[:LISTED]
     shown = ("id", "volume_um3", "length_nm", "mean_probability", "confidence", "touches_border")
     rows = zip(*(table[name].to_numpy()[order].tolist() for name in shown), strict=True)
-    picture = _histogram(np.log10(volume), lambda v: f"{10**v:.3g}", "volume, µm³")
-    certain = _histogram(table["confidence"].to_numpy().astype(float), lambda v: f"{v:.2g}", "confidence")
-    return f"<div class=two>{picture}{certain}</div><h3>The largest</h3>{_table(shown, rows)}"
-
-
-def _histogram(values: np.ndarray, label: Callable[[float], str], name: str) -> str:
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return ""
-    low, high = float(values.min()), float(values.max())
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    counts, edges = np.histogram(values, BINS, (low, high))
-    width, height, foot = 460, 150, 40
-    bar, most = width / BINS, int(counts.max())
-    bars = ""
-    for i, (n, (a, b)) in enumerate(zip(counts, pairwise(edges), strict=True)):
-        tall, place = height * n / most, f'x="{40 + bar * i:.1f}" y="{10 + height - height * n / most:.1f}"'
-        size = f'width="{bar - 1:.1f}" height="{tall:.1f}" fill="{COLORS[0]}"'
-        bars += f"<rect {place} {size}><title>{label(a)} to {label(b)}: {n}</title></rect>" if n else ""
-    ticks = "".join(
-        f'<text x="{40 + width * k / 4:.1f}" y="{height + 26}" text-anchor="middle">{label(low + (high - low) * k / 4)}</text>'
-        for k in range(5)
-    )
-    view = f'viewBox="0 0 {width + 60} {height + foot + 16}" width="{width + 60}"'
-    return (
-        f'<svg {view} role="img" aria-label="{html.escape(name)}"><path class=axis d="M40 {height + 10}H{width + 40}"/>'
-        f'<text x="34" y="20" text-anchor="end">{most}</text>{bars}{ticks}'
-        f'<text x="{40 + width / 2}" y="{height + 46}" text-anchor="middle">{html.escape(name)}</text></svg>'
-    )
+    picture = page.histogram(np.log10(volume), lambda v: f"{10**v:.3g}", "volume, µm³")
+    certain = page.histogram(table["confidence"].to_numpy().astype(float), lambda v: f"{v:.2g}", "confidence")
+    return f"<div class=two>{picture}{certain}</div><h3>The largest</h3>{page.table(shown, rows)}"
 
 
 def _examples(layout: Layout) -> str:
@@ -344,9 +278,7 @@ def _examples(layout: Layout) -> str:
         return "<p>There is no overlay.png, or none that can be read.</p>"
     if picture.width > PICTURE_WIDTH:
         picture = picture.reduce(-(-picture.width // PICTURE_WIDTH))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=82)
-    return f'<img alt="sections with labels" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return page.picture(np.asarray(picture), "sections with labels")
 
 
 def _uncertain(layout: Layout) -> str:
@@ -357,7 +289,7 @@ def _uncertain(layout: Layout) -> str:
     if not table.num_rows:
         return "<p>No join and no border: nothing was close.</p>"
     rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
-    return _table(table.column_names, rows) + "<p>volseg review draws them.</p>"
+    return page.table(table.column_names, rows) + "<p>volseg review draws them.</p>"
 
 
 # ---------------------------------------------------------------- what it was made with
@@ -381,7 +313,7 @@ def _versions(run: FinishedRun) -> str:
         rows += [("engine", f"{own.engine}, {own.engine.processor}, batch {own.engine.batch} ({own.engine.why})")]
         rows += [("model", f"{own.config.predict.model or 'the shipped one'}, sha256 {own.model_sha256}")]
     rows += [(name, version) for name, version in facts["versions"].items()]
-    return _table(("", ""), rows)
+    return page.table(("", ""), rows)
 
 
 def _log(layout: Layout) -> str:
