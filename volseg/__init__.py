@@ -30,8 +30,9 @@ _MODULES = {
     "report": "evaluation.run_report",
     "review": "evaluation.review",
     "segment": "api",
-    "train": "api",
-    "tune": "api",
+    "suggest": "training.suggest",
+    "train": "training.start",
+    "tune": "training.start",
     "verify": "evaluation.verify",
     "view": "evaluation.view",
     "watershed": "segmentation.watershed",
@@ -47,7 +48,7 @@ _MODULES = {
 __all__ = [
     "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
     "calibrate", "convert", "doctor", "evaluate", "export", "infer", "init", "open", "open_volume", "plan", "repair",
-    "report", "review", "segment", "train", "tune", "verify", "view", "watershed",
+    "report", "review", "segment", "suggest", "train", "tune", "verify", "view", "watershed",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -59,8 +60,6 @@ if TYPE_CHECKING:
         plan,
         repair,
         segment,
-        train,
-        tune,
     )
     from volseg.box import Box
     from volseg.config import Config
@@ -77,6 +76,8 @@ if TYPE_CHECKING:
     from volseg.progress import Progress
     from volseg.segmentation.watershed import watershed
     from volseg.training.init import init
+    from volseg.training.start import train, tune
+    from volseg.training.suggest import suggest
 
 
 def __getattr__(name: str) -> Any:

@@ -224,6 +224,7 @@ class TrainData(Section):
     train: tuple[str | int, ...] = ()  # sections to learn from: numbers and "start:stop" ranges; empty takes all others
     validate_on: tuple[str | int, ...] = ()  # contiguous sections held out
     first_number: Count | None = None  # number of the image's first section in the names of a folder of annotated ones
+    part: str = ""  # y0:y1,x0:x1 of the sections, where no more of them is annotated; nothing else is read
     unlabeled: int | None = None  # label value that the loss ignores; 0 for scribbles
     background: Count = 0  # label value outside of objects; of scribbles, the one that was drawn there
     unlabeled_sections: tuple[str | int, ...] | None = None  # for self-training; None takes those between ``train``
@@ -245,6 +246,16 @@ class TrainData(Section):
                 "objects, such as 1"
             )
         return self
+
+    @field_validator("part")
+    @classmethod
+    def _is_a_window(cls, text: str) -> str:
+        return str(Box.parse(f"0:1,{text}")).removeprefix("0:1,") if text else text
+
+    @property
+    def window(self) -> tuple[slice, slice] | None:
+        """Rows and columns of ``part``; None for all."""
+        return Box.parse(f"0:1,{self.part}").slices[1:] if self.part else None
 
     @field_validator("planes")
     @classmethod

@@ -25,7 +25,16 @@ def test_a_run_leaves_a_model_with_its_card(whole_run, tables):
     network, card = model.load(whole_run[0] / "model.safetensors")
     assert card.training.steps == 6
     assert card.to_json()["training"]["data"] == [
-        {"name": "image.tif", "learn": 6, "unlabeled": 0, "held": [6, 7], "share": 1.0, "planes": ["xy"]}
+        {
+            "name": "image.tif",
+            "learn": 6,
+            "learned": ["0:6"],
+            "depth": 8,
+            "unlabeled": 0,
+            "held": [6, 7],
+            "share": 1.0,
+            "planes": ["xy"],
+        }
     ]
     assert set(card.scores["validation"]) == {"all", "image.tif"}
     assert card.mean == pytest.approx(tifffile.imread(tables["data"][0]["image"]).mean(), abs=1)

@@ -360,7 +360,7 @@ def _report(run: FinishedRun) -> str:
 
 
 MORE: tuple[Callable[..., None], ...] = (
-    models.init, models.train, models.tune, models.backends, models.quantize, volumes.evaluate,
+    models.init, models.train, models.suggest, models.tune, models.backends, models.quantize, volumes.evaluate,
     volumes.synth, volumes.convert, volumes.export, volumes.view, models.info, machine.doctor,
 )  # fmt: skip
 for command in MORE:

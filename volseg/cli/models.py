@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from volseg.cli.options import ConfigFile, Model, Overwrite, Sets, numbers, toml
-from volseg.cli.output import EXIT_INTERRUPTED, emit, say, wants_json
+from volseg.cli.output import EXIT_INTERRUPTED, emit, note, say, wants_json
 from volseg.config import load, local_path
 from volseg.errors import UserError
 
@@ -47,18 +47,76 @@ def init(
 
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file with a [train] table; see configs/epfl.toml.")],
+    add: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add",
+            metavar="FOLDER",
+            help="Corrected sections of volseg suggest, or labels: go on with them; repeatable.",
+        ),
+    ] = None,
+    scribbles: Annotated[
+        bool | None, typer.Option("--scribbles/--no-scribbles", help="Whether 0 in --add is what nobody looked at.")
+    ] = None,
     sets: Sets = None,
 ) -> None:
-    """Train a model on annotated sections."""
+    """Train a model on annotated sections; with --add, go on from it with corrected ones, and tell what changed."""
     settings = load(config, sets or ())
     from volseg.training.checkpoint import CHECKPOINT_NAME
-    from volseg.training.train import train as run
+    from volseg.training.start import train as run
 
-    path = _until_stopped(lambda: run(settings, say), Path(settings.train.out, CHECKPOINT_NAME))
+    path = _until_stopped(
+        lambda: run(config, settings=sets or (), add=add or (), scribbles=scribbles, say=say),
+        None if add else Path(settings.train.out, CHECKPOINT_NAME),
+    )
     if wants_json():
         from volseg.inference.model import load_card
 
         emit("", {"model": str(path), "report": str(path.with_name("report.html")), "card": load_card(path).to_json()})
+
+
+def suggest(
+    run: Annotated[str, typer.Argument(help="A finished run.")],
+    count: Annotated[int, typer.Option("--count", min=1, help="How many sections.")] = 6,
+    out: Annotated[
+        str, typer.Option("--out", metavar="FOLDER", help="The folder to make; the run's name + .suggest if not given.")
+    ] = "",
+    annotated: Annotated[
+        str, typer.Option("--annotated", metavar="0:120,130", help="Sections that were annotated already.")
+    ] = "",
+    image: Annotated[
+        str, typer.Option("--image", metavar="VOLUME", help="The volume, where the run's own has moved.")
+    ] = "",
+    napari: Annotated[
+        bool, typer.Option("--napari", help="Open the folder in napari; make it first if need be.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Choose the sections to annotate next, and write their image and today's labels to correct."""
+    from volseg.io.suggested import folder_of
+    from volseg.training.suggest import default_out
+    from volseg.training.suggest import suggest as choose
+
+    folder = local_path(out) if out else ""
+    if napari and not overwrite and folder_of(folder or default_out(run.rstrip("/"))):
+        _edit(folder or default_out(run.rstrip("/")))
+        return
+    made = choose(run, count, folder or None, annotated=_parts(annotated), image=image or None, overwrite=overwrite)
+    emit(f"{made}\nfolder   {made.folder}; README.txt says how to correct it", made.to_json())
+    if napari:
+        _edit(made.folder)
+
+
+def _edit(folder: str) -> None:
+    """Opens suggested sections in napari, where that is installed."""
+    from volseg.system import installed
+    from volseg.training.napari_editor import edit
+
+    if not installed("napari"):
+        note("napari is not installed here; pip install 'napari[all]', or open the files as README.txt says")
+        return
+    changed = edit(folder)
+    note(f"{len(changed)} sections changed: {', '.join(changed)}" if changed else "no section was changed")
 
 
 def _until_stopped(work: Callable[[], Path], checkpoint: Path | None = None) -> Path:

@@ -49,6 +49,8 @@ class TrainingVolume(_Record):
     learn: int | None = None  # annotated sections
     unlabeled: int = Field(default=0, validation_alias=AliasChoices("unlabeled", "unlabelled"))
     held: tuple[int, ...] = ()  # sections held out
+    learned: tuple[int | str, ...] = ()  # annotated sections, as numbers and "start:stop" ranges
+    depth: int = 0  # of the volume, in sections; 0 where nobody says
     share: FiniteFloat = 1.0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from volseg.box import Box
 from volseg.errors import UserError, printable
-from volseg.io import files, numbering, regions, slices, tensorstore, tiff, volume, zarr
+from volseg.io import files, numbering, regions, slices, suggested, tensorstore, tiff, volume, zarr
 from volseg.io.header import shape_text
 from volseg.io.volume import Volume
 
@@ -27,7 +27,8 @@ class Annotation:
     path
         Where the labels are.
     form
-        "volume", "sections" (a folder of the annotated ones) or "regions" (drawn outlines).
+        "volume", "sections" (a folder of the annotated ones), "regions" (drawn outlines) or "suggested" (a folder of
+        `volseg suggest`).
     depth
         Sections of the image.
     sections
@@ -36,6 +37,8 @@ class Annotation:
         What was decided when they were opened, a line each.
     read
         Gives the labels of consecutive sections, ``read(start, stop)``: integers (z, y, x), 0 where there is no annotation.
+    unlabeled
+        Value of voxels that nobody annotated, where the form has one.
     """
 
     path: str
@@ -44,28 +47,48 @@ class Annotation:
     sections: tuple[int, ...] | None
     read: Callable[[int, int], np.ndarray]
     notes: tuple[str, ...] = ()
+    unlabeled: int | None = None
 
 
-def open_annotation(path: str | Path, image: Volume, *, first_number: int | None = None) -> Annotation:
+def open_annotation(
+    path: str | Path,
+    image: Volume,
+    *,
+    first_number: int | None = None,
+    part: tuple[slice, slice] | None = None,
+) -> Annotation:
     """The labels at ``path`` of an image; reads headers, and outlines where there are some.
 
     Parameters
     ----------
     path
         A volume of the image's shape; a folder of slices that hold the annotated sections alone, named by their numbers; a
-        file of ImageJ's regions (``.roi``, ``.zip``) or napari's shapes (``.csv``); or a TIFF file with an overlay, which is
-        meant where the file is the image itself, or ``::/overlay`` follows its name.
+        folder of suggested sections, of which those count that were corrected; a file of ImageJ's regions (``.roi``,
+        ``.zip``) or napari's shapes (``.csv``); or a TIFF file with an overlay, which is meant where the file is the image
+        itself, or ``::/overlay`` follows its name.
     image
         What the labels belong to.
     first_number
         Of a folder, the number in its names that the image's first section has; None where that is to be decided, see
         `numbering.sections`.
+    part
+        Rows and columns that ``read`` is to give; None for all.
 
     Raises
     ------
     UserError
         The labels are damaged, do not fit the image, or it is not clear which sections they belong to.
     """
+    if folder := suggested.folder_of(files.absolute(str(path))):
+        return _checked(_suggested(folder, image, part), first_number)
+    found = _opened(path, image, first_number)
+    if part is None:
+        return found
+    return replace(found, read=lambda start, stop: found.read(start, stop)[:, *part])
+
+
+def _opened(path: str | Path, image: Volume, first_number: int | None) -> Annotation:
+    """The labels at ``path``, but for suggested sections."""
     place = files.absolute(str(path))
     if place.endswith(VOXELS):
         return _checked(_volume(place.removesuffix(VOXELS), image), first_number)
@@ -151,7 +174,7 @@ def _sections(place: str, names: list[str], image: Volume, first_number: int | N
             )
 
     def read(start: int, stop: int) -> np.ndarray:
-        planes = {z: _integers(slices.plane(held[z]), held[z]) for z in range(start, stop) if z in held}
+        planes = {z: slices.label_plane(held[z]) for z in range(start, stop) if z in held}
         out = np.zeros((stop - start, *plane), np.result_type(np.uint8, *planes.values()))
         for z, labels in planes.items():
             out[z - start] = labels
@@ -161,13 +184,39 @@ def _sections(place: str, names: list[str], image: Volume, first_number: int | N
     return Annotation(place, "sections", depth, tuple(sorted(found)), read, (note,))
 
 
-def _integers(labels: np.ndarray, file: str) -> np.ndarray:
-    """Labels as integers; refuses fractions, and negative numbers beside signed types of 64 bits."""
-    if labels.dtype.kind == "f":
-        if not np.array_equal(labels, np.round(labels)):
-            raise UserError(f"slice {file} holds fractions; give whole numbers: 0 for background, then one per object")
-        return labels.astype(np.int64)
-    return labels.astype(np.int64) if labels.dtype == np.uint64 and labels.max(initial=0) < 1 << 62 else labels
+def _suggested(folder: str, image: Volume, part: tuple[slice, slice] | None) -> Annotation:
+    """The sections of `volseg suggest` that were corrected: whole ones, or the windows that ``part`` is."""
+    queue, state = suggested.read_queue(folder), suggested.state(folder)
+    if queue.shape != image.shape:
+        raise UserError(
+            f"{folder} has sections of a volume of {shape_text(queue.shape)} z y x voxels ({queue.image}), but {image.path} "
+            f"has {shape_text(image.shape)}; give the image that they were suggested of"
+        )
+    if not state.corrected:
+        raise UserError(
+            f"nothing in {folder} was corrected: change labels in {suggested.LABELS}/, or name sections that are right as they "
+            f"are in {suggested.CHECKED}"
+        )
+    rows, columns = part or (slice(0, image.shape[1]), slice(0, image.shape[2]))
+    held = {item.box.start[0]: (item, file) for item, file in state.corrected if item.box.slices[1:] == (rows, columns)}
+    if not held:
+        what = (
+            f"no corrected window {rows.start}:{rows.stop},{columns.start}:{columns.stop}" if part else "windows alone"
+        )
+        raise UserError(f"{folder} holds {what}: volseg train CONFIG --add {folder} takes all that are corrected")
+
+    def read(start: int, stop: int) -> np.ndarray:
+        planes = {z: suggested.read_labels(*reversed(held[z])) for z in range(start, stop) if z in held}
+        shape = (stop - start, rows.stop - rows.start, columns.stop - columns.start)
+        out = np.zeros(shape, np.result_type(np.uint8, *planes.values()))
+        for z, labels in planes.items():
+            out[z - start] = labels
+        return out
+
+    note = f"{folder}: {len(held)} corrected sections ({', '.join(item.name for item, _ in held.values())})"
+    notes = tuple(map(printable, (note, *state.notes(folder))))
+    unlabeled = suggested.UNKNOWN
+    return Annotation(folder, "suggested", image.shape[0], tuple(sorted(held)), read, notes, unlabeled)
 
 
 def _overlay(place: str, image: Volume) -> Annotation:

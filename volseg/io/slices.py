@@ -302,6 +302,22 @@ def plane(file: str) -> np.ndarray:
     return colors[0]
 
 
+def label_plane(file: str) -> np.ndarray:
+    """The labels in ``file`` as integers, y x; those of unsigned 64 bits become signed where they fit.
+
+    Raises
+    ------
+    UserError
+        What `plane` raises; or they are no whole numbers.
+    """
+    labels = plane(file)
+    if labels.dtype.kind == "f":
+        if not np.array_equal(labels, np.round(labels)):
+            raise UserError(f"slice {file} holds fractions; give whole numbers: 0 for background, then one per object")
+        return labels.astype(np.int64)
+    return labels.astype(np.int64) if labels.dtype == np.uint64 and labels.max(initial=0) < 1 << 62 else labels
+
+
 def plane_shape(file: str) -> tuple[int, int]:
     """The shape y x of the slice in ``file``, from its header."""
     return _slice(file).shape

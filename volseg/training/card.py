@@ -14,6 +14,7 @@ from volseg.training import checkpoint
 from volseg.training.checkpoint import State
 from volseg.training.decoding import Decoding
 from volseg.training.sources import Source
+from volseg.training.survey import parts
 
 PACKAGES = ("volseg", "torch", "timm", "segmentation-models-pytorch", "numpy")
 
@@ -29,6 +30,7 @@ def model_card(
     data = [
         {
             "name": Path(s.name).name, "learn": len(s.train_sections), "unlabeled": len(s.unlabeled_sections),
+            "learned": parts([s.first_section + z for z in s.train_sections]), "depth": s.depth,
             "held": [s.first_section + z for z in s.validation_sections], "share": s.share, "planes": list(table.planes),
         }
         for s, table in zip(sources, settings.data, strict=True)

@@ -348,7 +348,7 @@ def score_objects(slabs: list[ValidationSlab], config: Config, least: float = 0.
     rows = []
     for seed, size in dict.fromkeys([own, *product((s for s in SEEDS if s > config.stitch.seed_low), MIN_VOXELS)]):
         changed = config.stitch.model_copy(update={"seed": seed, "min_voxels": size})
-        pq = _panoptic_quality(slabs, cut, config.model_copy(update={"stitch": changed}))
+        pq = panoptic_quality(slabs, cut, config.model_copy(update={"stitch": changed}))
         rows.append({"seed": seed, "min_voxels": size, "pq": pq})
     best = sorted(rows, key=lambda row: (-row["pq"], abs(row["seed"] - own[0]), abs(row["min_voxels"] - own[1])))
     true_objects = sum(np.unique(part.truth[part.truth > 0]).size for _, overlaps in cut for part in overlaps)
@@ -375,8 +375,11 @@ def cut_basins(slab: ValidationSlab, settings: Fragments) -> tuple[stitch.Basins
     return gathered, [Contingency.from_labels(*part) for part in parts]
 
 
-def _panoptic_quality(slabs: list[ValidationSlab], cut: list, config: Config) -> float:
-    """PQ of what ``config`` decides, the slabs of a source taken together, the mean over sources by their share."""
+def panoptic_quality(slabs: list[ValidationSlab], cut: list, config: Config) -> float:
+    """Return the PQ of what ``config`` decides of basins that `cut_basins` gave for each slab.
+
+    The slabs of a source are taken together; it is the mean over sources by their share.
+    """
     tables: dict[int, Contingency] = {}
     number = count()
     for slab, (basin_table, overlaps) in zip(slabs, cut, strict=True):

@@ -186,7 +186,7 @@ def _draw_position(source: Source, patch: int, rng: np.random.Generator) -> tupl
     """A patch's section and center: near an object or a contact for half of them, else anywhere, or near a scribble of
     background; moved inside."""
     plane = source.image.shape[1:]
-    if rng.random() < OBJECT_SHARE:
+    if len(source.object_positions) and rng.random() < OBJECT_SHARE:
         near_contact = len(source.contact_positions) and rng.random() < CONTACT_SHARE
         positions = source.contact_positions if near_contact else source.object_positions
         z, *center = _near(positions, patch, rng)

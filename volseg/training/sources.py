@@ -168,7 +168,7 @@ def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | Non
     depth = image.shape[0] if image else data.synth_shape[0]
     held_out = parse_sections(data.validate_on, depth)
     named = parse_sections(data.train, depth)
-    annotation = open_annotation(data.label, image, first_number=data.first_number) if image else None
+    annotation = _annotation(data, image, place) if image else None
     named = _annotated_sections(annotation, named, held_out, depth)
     train = [z for z in named if z not in set(held_out)]
     if not train:
@@ -188,8 +188,12 @@ def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | Non
         first, depth = (round(n * fields["voxel_size_nm"][0] / model_nm[0]) for n in (first, depth))
         fields, uses = _resample(fields, uses, model_nm)
     train, held_out, unlabeled = uses[:3]  # type: ignore[assignment]
+    if not train:
+        raise UserError(
+            f"{place}: in voxels of the model's size no section to learn from is left; annotate neighbors too"
+        )
     annotated = np.isin(np.arange(len(fields["image"])), uses[3])
-    positions = _object_positions(fields["labels"], train, place)
+    positions = _object_positions(fields["labels"], train, place, looked_at=_looked_at(annotation, data))
     size = fields["voxel_size_nm"]  # where nobody says, sections may lie far apart
     contacts = contact_mask(fields["labels"], settings.contour_width, size is not None and volume.isotropic(size))
     source = Source(
@@ -201,6 +205,20 @@ def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | Non
         distance=_distance(fields["labels"], annotated, size, settings, place), **fields,
     )  # fmt: skip
     return replace(source, resliced=tuple(_reslice(source, plane, place) for plane in data.planes if plane != "xy"))
+
+
+def _annotation(data: TrainData, image: volume.Volume, place: str) -> Annotation:
+    """The labels of a volume, of the part of its sections that is annotated."""
+    window = data.window
+    if window and any(span.stop > n for span, n in zip(window, image.shape[1:], strict=True)):
+        y, x = image.shape[1:]
+        raise UserError(f"{place}: part = {data.part!r} is not in 0:{y},0:{x}, all that a section has; correct it")
+    return open_annotation(data.label, image, first_number=data.first_number, part=window)
+
+
+def _looked_at(annotation: Annotation | None, data: TrainData) -> bool:
+    """Whether sections without any object, or without background, are known to be annotated."""
+    return annotation is not None and annotation.form == "suggested" and data.unlabeled != 0
 
 
 def _annotated_sections(annotation: Annotation | None, named: list[int], held_out: list[int], depth: int) -> list[int]:
@@ -308,13 +326,15 @@ def _read(data: TrainData, image: volume.Volume, annotation: Annotation, first: 
 
     ``annotated`` says of each section whether its labels count; the others' are background whatever the file holds.
     """
-    box = Box((first, 0, 0), (first + len(annotated), *image.shape[1:]))
+    rows, columns = data.window or Box.from_shape(image.shape).slices[1:]
+    box = Box((first, rows.start, columns.start), (first + len(annotated), rows.stop, columns.stop))
     voxels, stored = image.read(box), annotation.read(first, first + len(annotated))
     marked = np.flatnonzero(annotated)
     refuse_image([stored[z] for z in marked[:: -(-len(marked) // SAMPLES)]], annotation.path)
     background = np.array(data.background).astype(stored.dtype)  # where it does not fit, no voxel has it: told below
     stored[~annotated] = background
-    labels, note = normalize_labels(stored, unlabeled=data.unlabeled, background=data.background)
+    unlabeled = annotation.unlabeled if data.unlabeled is None else data.unlabeled
+    labels, note = normalize_labels(stored, unlabeled=unlabeled, background=data.background)
     mean, std = gray_statistics(image.shape, image.read)
     return {
         "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std,
@@ -344,10 +364,13 @@ def _format_label_kind(note: dict) -> str:
     return ", ".join([f"mask: {value} in {count} sections", *(f"{v} in {n}" for v, n in more)])
 
 
-def _object_positions(labels: np.ndarray, sections: Sequence[int], place: str) -> np.ndarray:
-    """Up to `MAX_POSITIONS` positions in objects, evenly spread; refuses labels with one class alone."""
+def _object_positions(labels: np.ndarray, sections: Sequence[int], place: str, looked_at: bool = False) -> np.ndarray:
+    """Up to `MAX_POSITIONS` positions in objects, evenly spread; refuses labels with one class alone, unless somebody is known
+    to have ``looked_at`` them."""
     chosen = labels[list(sections)]
     inside = np.flatnonzero((chosen != 0) & (chosen != UNLABELED))
+    if looked_at:
+        return _positions(inside, sections, labels.shape)
     if not inside.size:
         raise UserError(
             f"{place}: no labeled voxel on the {len(sections)} sections to learn from; check label and train"

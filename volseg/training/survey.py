@@ -117,9 +117,9 @@ def survey(annotation: Annotation, *, scribbles: bool | None = None, background:
     chosen = drawn[:: max(1, len(drawn) // SAMPLES)][:SAMPLES]
     samples = [as_integers(annotation.read(z, z + 1))[0] for z in chosen]
     refuse_image(samples, annotation.path)
-    values = sorted(set().union(*(one.values.tolist() for one in found)) - {0})
+    values = sorted(set().union(*(one.values.tolist() for one in found)) - {0, annotation.unlabeled})
     kind, reason = _kind(found, samples, values, scribbles)
-    unlabeled = 0 if kind == "scribbles" else None
+    unlabeled = 0 if kind == "scribbles" else annotation.unlabeled
     if kind == "scribbles":
         sections = tuple(drawn)
     found = [held[z] for z in sections]
@@ -242,7 +242,7 @@ def _objects(
 
     Where each section was numbered ``by_section``, objects that overlap in neighboring sections are one.
     """
-    unlabeled = 0 if kind == "scribbles" else None
+    unlabeled = 0 if kind == "scribbles" else annotation.unlabeled
     own = set().union(*(one.values[_in_objects(one.values, background, unlabeled)].tolist() for one in found))
     if kind != "mask" and len(own) > 1 and not by_section:
         return len(own)

@@ -86,7 +86,7 @@ def _follow(config: Config) -> None:
 
 def _resumed_state(settings: Train) -> State:
     """The run at its last checkpoint, or at step 0."""
-    state = initial_state(settings, _device(settings))
+    state = initial_state(settings, training_device(settings))
     checkpoint.resume(state, Path(settings.out) / CHECKPOINT_NAME, settings)
     return state
 
@@ -195,11 +195,11 @@ def check_settings(config: Config) -> None:
 
 def _process_count(settings: Train) -> int:
     """How many processes train together."""
-    on_gpu = _device(settings).type == "cuda"
+    on_gpu = training_device(settings).type == "cuda"
     return settings.processes or (min(torch.cuda.device_count(), settings.batch) if on_gpu else 1)
 
 
-def _device(settings: Train) -> torch.device:
+def training_device(settings: Train) -> torch.device:
     """The device that this process trains on."""
     available = "cuda" if torch.cuda.is_available() else "cpu"
     if (available if settings.device == "auto" else settings.device) == "cpu":
