@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from volseg import system
 from volseg.config import Config
 from volseg.engine import cluster, finish, folder
+from volseg.engine import update as updates
 from volseg.engine.blocks import choose_blocks
 from volseg.engine.finished import FinishedRun, open_run
 from volseg.engine.layout import Layout
@@ -50,6 +50,7 @@ def infer(
     config: str | os.PathLike | Config | dict | None = None,
     settings: Settings = (),
     overwrite: bool = False,
+    update: bool = False,
     retry_failed: bool = True,
     progress: Progress | None = None,
 ) -> FinishedRun:
@@ -72,6 +73,9 @@ def infer(
         Single settings, such as ``"stitch.seed=0.7"``.
     overwrite : bool
         Whether to replace an existing run.
+    update : bool
+        Whether to bring an existing run up to date: nothing is done where volume, model and settings are those of the run,
+        labels are decided anew where rules changed, everything is done again where the model or the volume did.
     retry_failed : bool
         Whether blocks that failed before (``work/failed.json``) are tried again; else they are left, and the rest is done.
     progress : Progress, optional
@@ -95,17 +99,31 @@ def infer(
     >>> run.labels.shape  # doctest: +SKIP
     """
     start, chosen = time.perf_counter(), settings_of(config, settings, model_path=model)
-    out = _output_path(path, out, partial(folder.refuse_existing, overwrite=overwrite))
+    out = _output_path(path, out, partial(folder.refuse_existing, overwrite=overwrite or update))
+    updates.refuse_finished(out, overwrite or update)
+    update = update and not overwrite and Layout(out).finished
     with displayed(progress) as shown:
         if isinstance(path, (str, os.PathLike)):
             folder.refuse_run(str(path))
         with volume.readable_by_workers(path, chosen.input, out) as source:
-            folder.check_output([source], out, overwrite)
-            run = prepare.from_image(source, chosen, folder.partial_path(out))
+            folder.check_output([source], out, overwrite or update)
+            run = prepare.from_image(source, chosen, folder.partial_path(out), like=out if update else "")
             shown.message(prepare.headline(run))
             for note in filter(None, (*prepare.notes(run), hardware.unused_gpu_reason())):
                 shown.message(note)
-            return _execute(run, out, lambda: _begin(run, [source], out, overwrite, shown), shown, start, retry_failed)
+            change = updates.compare(out, run) if update else None
+            if change:
+                shown.message(f"{out}: {change}")
+            if change and change.what == "nothing":
+                return open_run(out)
+            anew = overwrite or (update and updates.is_to_begin(run))
+            if not change or change.what == "everything":
+                begin = partial(_begin, run, [source], out, anew, shown, replace_finished=overwrite or update)
+                return _execute(run, out, begin, shown, start, retry_failed)
+    made = _decide_anew(out, change.config, (), False, retry_failed, progress)
+    with displayed(progress) as shown:
+        shown.message(updates.rewritten(out))
+    return made
 
 
 def _output_path(
@@ -121,9 +139,16 @@ def _output_path(
     return out
 
 
-def _begin(run: Run, sources: list[volume.Volume], out: str, overwrite: bool, progress: Progress) -> None:
+def _begin(
+    run: Run,
+    sources: list[volume.Volume],
+    out: str,
+    overwrite: bool,
+    progress: Progress,
+    replace_finished: bool = False,
+) -> None:
     """The run has begun; its output, now that no other command writes it, was looked at once more."""
-    folder.check_output(sources, out, overwrite)
+    folder.check_output(sources, out, overwrite or replace_finished)
     folder.begin(run, overwrite, progress.message)
 
 
@@ -464,36 +489,3 @@ def export(
         return export.execute(
             opened, out, wanted, settings_of(config, settings, base={}).cluster, shown, overwrite=overwrite
         )
-
-
-# ---------------------------------------------------------------- training
-
-
-def train(
-    config: str | os.PathLike | Config | dict, *, settings: Settings = (), say: Callable[[str], None] | None = None
-) -> Path:
-    """Train a model on annotated sections; returns the path of its file.
-
-    A training that was stopped goes on from its last checkpoint.
-
-    Parameters
-    ----------
-    config : path, Config or dict
-        Settings with a ``[train]`` table.
-    settings : iterable of str
-        Single settings, such as ``"train.steps=600"``.
-    say : callable, optional
-        Called with each line of progress; `print` if not given.
-    """
-    from volseg.training.train import train
-
-    return train(settings_of(config, settings, base={}), say or print)
-
-
-def tune(
-    config: str | os.PathLike | Config | dict, *, settings: Settings = (), say: Callable[[str], None] | None = None
-) -> Path:
-    """Search a learning rate and batch size; returns the path of a config for `train` with the best."""
-    from volseg.training.tune import tune
-
-    return tune(settings_of(config, settings, base={}), say or print)

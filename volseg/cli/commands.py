@@ -108,6 +108,9 @@ def infer(
     padding: Padding = "",
     voxel_nm: VoxelNm = "",
     overwrite: Overwrite = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Of an existing output, do again only what can have changed since.")
+    ] = False,
     retry_failed: RetryFailed = True,
 ) -> None:
     """Segment a volume: labels, object table, probabilities and a picture."""
@@ -121,9 +124,10 @@ def infer(
     settings = settings_of(config, [*(sets or ()), *given])
     made = _run(
         lambda progress: api.infer(
-            volume, out or None, config=settings, overwrite=overwrite, retry_failed=retry_failed, progress=progress
+            volume, out or None, config=settings, overwrite=overwrite, update=update, retry_failed=retry_failed,
+            progress=progress,
         )
-    )
+    )  # fmt: skip
     _tell(made)
 
 

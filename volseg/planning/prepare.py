@@ -26,8 +26,8 @@ from volseg.io.resample import Grid
 from volseg.planning import memory
 
 
-def from_image(source: volume.Volume, config: Config, out: str) -> Run:
-    """The run as plain data, every choice made."""
+def from_image(source: volume.Volume, config: Config, out: str, like: str = "") -> Run:
+    """The run as plain data, every choice made; what computes is that of the run begun at ``out`` or there ``like`` it."""
     path = Path(config.predict.model) if config.predict.model else model.shipped()
     card = model.load_card(path)
     if card.heads not in (probabilities.CHANNEL_NAMES[:2], probabilities.CHANNEL_NAMES):
@@ -55,7 +55,8 @@ def from_image(source: volume.Volume, config: Config, out: str) -> Run:
     gray = gray_levels(source.shape, source.read, config.input.padding)
     mean, std = (card.mean, card.std) if of_model else (gray.mean, gray.std)
     source = replace(source, notes=(*source.notes, *gray.notes(source.path)))
-    computes = _begun_engine(out, config, path) or _engine(source, config, path, mean, std)
+    begun = _begun_engine(out, config, path) or (_begun_engine(like, config, path) if like else None)
+    computes = begun or _engine(source, config, path, mean, std)
     region = roi.find(config.input, (given or source).shape, (given or source).voxel_size_nm or voxel_size_nm)
     run = Run(
         out=out,

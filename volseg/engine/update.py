@@ -1,0 +1,122 @@
+"""What of a finished run can have changed since: nothing, its labels, or everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from volseg.config import Config
+from volseg.engine import folder
+from volseg.engine.keys import probability_key
+from volseg.engine.layout import Layout
+from volseg.engine.receipts import Markers
+from volseg.engine.run import Run
+from volseg.engine.stages import keys
+from volseg.errors import DamagedFileError, UserError
+
+FACTS = {
+    "checksum": "the volume's voxels",
+    "shape": "the volume's shape",
+    "voxel_size_nm": "the voxel size",
+    "model_sha256": "the model file",
+    "heads": "what the network tells",
+    "roi": "the region of interest",
+    "mean": "how gray values are standardized",
+    "std": "how gray values are standardized",
+}  # of a run, in words; the volume's own come first, since the others follow from them
+UNDECISIVE = {"keep_work"}  # of [output]: decides no byte
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a new description of a run makes of the one that is there.
+
+    Attributes
+    ----------
+    what
+        "nothing", "labels" (probabilities stay) or "everything".
+    why
+        What differs, in words; "" for nothing.
+    config
+        Of the run that is there, with the rules of the new one.
+    """
+
+    what: Literal["nothing", "labels", "everything"]
+    why: str
+    config: Config
+
+    def __str__(self) -> str:
+        said = {
+            "nothing": "is of this volume, model and settings: nothing is done (--overwrite makes it anew)",
+            "labels": f"{self.why}: labels are decided anew, probabilities stay",
+            "everything": f"{self.why}: all blocks are done again",
+        }
+        return said[self.what]
+
+
+def refuse_finished(out: str, replaced: bool) -> None:
+    """A finished run is neither replaced nor brought up to date unless that was asked for."""
+    if Layout(out).finished and not replaced:
+        raise UserError(
+            f"output {out} exists; give another --out, --update to bring it up to date, or --overwrite to replace it"
+        )
+
+
+def compare(out: str, run: Run) -> Change:
+    """What ``run`` would change of the finished run at ``out``. Where blocks are cut changes nothing."""
+    old = folder.peek_run(out) or Run.from_json({**Layout(out).load_summary(), "out": out})
+    cut = {"out": old.out, "predict_block": old.predict_block, "block": old.block}
+    new = replace(run, **cut, pass_blocks=old.pass_blocks, cuts=old.cuts) if run.shape == old.shape else run
+    rules = {"fragments": new.config.fragments, "stitch": new.config.stitch, "output": new.config.output}
+    config = old.config.model_copy(update=rules)
+    if old.channels or probability_key(new) != probability_key(old):
+        return Change("everything", _differing_fact(old, new), config)
+    before, after = (_decisive(one.config) for one in (old, new))
+    changed = [name for name in after if before[name] != after[name]]
+    if not changed:
+        return Change("nothing", "", config)
+    name = min(changed, key=lambda name: name.startswith("output."))
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return Change("labels", f"{name} = {after[name]!r} was {before[name]!r}{more}", config)
+
+
+def _decisive(config: Config) -> dict:
+    """The settings that labels follow from, once there are probabilities."""
+    tables = config.model_dump(mode="json", include={"fragments", "stitch", "output"})
+    tables["output"] = {name: value for name, value in tables["output"].items() if name not in UNDECISIVE}
+    tables["stitch"].pop("reduce")
+    return {f"{section}.{name}": value for section, table in tables.items() for name, value in table.items()}
+
+
+def _differing_fact(old: Run, new: Run) -> str:
+    """The first thing that probabilities depend on and that is another now, in words."""
+    if old.channels:
+        return "it was made of probabilities, and now a model is given"
+    for name, words in FACTS.items():
+        if getattr(old, name) != getattr(new, name):
+            return f"{words} changed"
+    before, after = old.config.predict.model_dump(), new.config.predict.model_dump()
+    for name, value in after.items():
+        if before[name] != value:
+            return f"predict.{name} = {value!r} was {before[name]!r}"
+    if old.engine and new.engine and old.engine.arithmetic != new.engine.arithmetic:
+        return f"what computes changed ({old.engine} before, {new.engine} now)"
+    return "output.chunk changed"
+
+
+def is_to_begin(run: Run) -> bool:
+    """Whether what lies at the run's unfinished name is of another description, so that the run begins anew."""
+    try:
+        return run.layout.described and bool(folder.changed(run))
+    except DamagedFileError:
+        return True
+
+
+def rewritten(out: str) -> str:
+    """How many blocks of labels the last decision wrote, in words; "" where the work folder is gone."""
+    run = folder.peek_run(out)
+    if run is None:
+        return ""
+    receipts = Markers(out, keys(run)).receipts("relabel").values()
+    again = sum(not receipt.kept for receipt in receipts)
+    return f"{again} of {len(receipts)} block(s) of labels were written again"
