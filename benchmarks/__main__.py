@@ -178,6 +178,36 @@ def ablations(
 
 
 @app.command()
+def annotate(
+    data: Annotated[Pair, typer.Option(help="IMAGE LABEL.")] = (
+        f"{EPFL}/training.tif",
+        f"{EPFL}/training_groundtruth.tif",
+    ),
+    learn: Annotated[str, typer.Option(metavar="START:STOP", help="Sections that may be annotated.")] = "0:130",
+    test: Annotated[str, typer.Option(metavar="START:STOP", help="Sections that are scored.")] = "140:165",
+    counts: Annotated[str, typer.Option(help="Numbers of annotated sections.")] = "2,4,6,8,10,12",
+    voxel_size: Annotated[str, typer.Option(help="nm along z,y,x; the file's if not given.")] = "5,5,5",
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    recipe: Annotated[
+        str, typer.Option("--config", help="TOML file whose [train] table is the recipe.")
+    ] = "configs/few.toml",
+    minutes: Annotated[float, typer.Option(min=0, help="After which no training begins; 0: no limit.")] = 0,
+    out: Annotated[
+        str, typer.Option(help="Folder of models and runs; what is done there is kept.")
+    ] = "runs/annotate-epfl",
+    name: Annotated[str, typer.Option(help="Rows go to results/annotate-NAME.json.")] = "epfl",
+    train_sets: Changes = None,
+    infer_sets: Decoding = None,
+) -> None:
+    """PQ over the number of annotated sections where the truth answers what is asked: suggested, spaced, random."""
+    from benchmarks import annotate as bench
+
+    numbers = tuple(int(n) for n in counts.split(","))
+    sets = tuple(train_sets or ()), tuple(infer_sets or ())
+    bench.measure(bench.task(data, learn, test, numbers, recipe, voxel_size, out, *sets), seeds, minutes, name)
+
+
+@app.command()
 def throughput(
     image: Annotated[str, typer.Option(help="Any volume.")] = f"{EPFL}/training.tif",
     sections: Annotated[int, typer.Option(help="How many of its last sections volseg predicts.")] = 96,

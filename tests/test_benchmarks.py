@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from benchmarks import (
     ablations,
+    annotate,
     backends,
     epfl,
     exact,
@@ -40,6 +41,7 @@ from benchmarks.__main__ import app
 from benchmarks.chaos import bench
 from benchmarks.chaos.episode import SAME, Episode, hash_result
 from benchmarks.chaos.stand import Reference, Stand
+from volseg import cli
 from volseg.box import Box
 from volseg.config import load
 from volseg.engine import cluster
@@ -149,6 +151,25 @@ def test_an_ablation_changes_one_thing(image, monkeypatch, tmp_path):
     assert [row["change"] for row in rows] == ["the recipe", "threshold 0.5"]
     assert "sections = 1" in (tmp_path / "out" / "the-recipe-seed0" / "train.toml").read_text()
     assert all(0 <= row["IoU"] <= 1 for row in rows)
+
+
+def test_the_truth_answers_what_is_suggested(image, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(trial, "volseg", lambda *line: cli.app(list(line), standalone_mode=False))  # in this process
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    pair, sets = (image, f"{image}/labels/truth"), ("cluster.workers=1", 'cluster.dashboard=""')
+    task = annotate.task(pair, "0:12", "16:20", (2, 4), str(recipe), "", str(tmp_path / "out"), ("lr=1e-4",), sets)
+    annotate.measure(task, 1, 0, "test", ("suggested",))
+    rows = json.loads((tmp_path / "out/rows.json").read_text())
+    first, second = (set(row["asked"]) for row in rows.values())
+    assert (len(first), len(second)) == (2, 4)
+    assert first < second <= set(range(12))
+    kept = json.loads((tmp_path / "results/annotate-test.json").read_text())["rows"]
+    assert [(row["way"], row["sections"], row["seeds"]) for row in kept] == [("suggested", 2, 1), ("suggested", 4, 1)]
+    assert all(0 <= row["PQ"] <= 1 for row in kept)
+    annotate.measure(task, 1, 1e-9, "test", ("suggested",))
+    assert "minutes are over; the same command goes on" in capsys.readouterr().out
 
 
 def test_volseg_finds_as_many_objects_at_every_block_size_as_one_watershed_of_the_whole(reference):
