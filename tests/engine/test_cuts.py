@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from tests.helpers import Quiet, mark, settings
+from tests.helpers import LIGHT, Quiet, mark, settings
 from volseg import api
 from volseg.box import Blocks, Box
 from volseg.config import Config
@@ -234,3 +234,27 @@ def test_a_cut_run_is_read_as_it_was_written(deep, cuts, tmp_path):
     assert replace(Run.from_json(run.layout.load_description()), out=run.out).cuts == run.cuts
     shutil.rmtree(run.out)
     assert isinstance(run.predict_grid, Blocks)
+
+
+@pytest.mark.parametrize("plane", [1024, 8192, 65536])
+@pytest.mark.parametrize("chunk", [(1, 1024, 1024), (64, 64, 64), (128, 128, 128), (64, 256, 256)])
+def test_chunks_of_probabilities_of_others_are_decoded_once(plane, chunk):
+    shape = (4096, plane, plane)
+    block = blocks.blocks_of_chunks(shape, [chunk], blocks.plane_blocks(shape))
+    assert all(b == n or b % c == 0 for b, c, n in zip(block, chunk, shape, strict=True))
+    assert prod(block) <= 1 << 28
+
+
+def test_probabilities_of_others_are_the_same_by_chunks_and_by_planes(tmp_path, monkeypatch):
+    path = tmp_path / "probability.zarr"
+    rng = np.random.default_rng(0)
+    zarr.create_array(path, data=rng.integers(0, 255, SHAPE, dtype=np.uint8), chunks=CHUNK)
+    labels, read_in = [], []
+    for thin in (False, True):
+        if thin:
+            monkeypatch.setattr(blocks, "plane_blocks", lambda shape: (2, *shape[1:]))
+        run = api.segment(path, tmp_path / f"{thin}.zarr", config=settings(**LIGHT), progress=Quiet())
+        read_in.append(run.run.predict_block)
+        labels.append(run.labels[:])
+    assert read_in == [SHAPE, (8, 32, 96)]
+    assert np.array_equal(*labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import gcd, prod
 from typing import TYPE_CHECKING
@@ -57,6 +58,23 @@ def plane_blocks(shape: Triple) -> Triple:
     depth = min(z, max(_target_voxels(shape) // (y * x), 4 if y * x <= 1 << 26 else 1))
     strips = -(-depth * y * x // (1 << 28))
     return depth, -(-y // strips), x
+
+
+def blocks_of_chunks(shape: Triple, chunks: Iterable[Triple], slab: Triple) -> Triple:
+    """Blocks in which volumes of such ``chunks`` are read, each chunk once: ``slab``, or where chunks are deeper a box of some.
+
+    >>> blocks_of_chunks((128, 8192, 8192), [(1, 8192, 8192)], (4, 8192, 8192))
+    (4, 8192, 8192)
+    >>> blocks_of_chunks((128, 8192, 8192), [(64, 64, 64), (32, 64, 64)], (4, 8192, 8192))
+    (64, 512, 8192)
+    """
+    z, y, x = (max(sizes) for sizes in zip(*chunks, strict=True))
+    if z <= slab[0]:
+        return slab
+    block = list(fit((z, y, x), shape))
+    for axis in (2, 1, 0):
+        block[axis] = min(shape[axis], block[axis] * max(1, prod(slab) // prod(block)))
+    return block[0], block[1], block[2]
 
 
 # ---------------------------------------------------------------- blocks that follow chunks and tiles

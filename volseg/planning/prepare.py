@@ -12,7 +12,7 @@ import numpy as np
 from volseg import system
 from volseg.config import Cluster, Config, Predict
 from volseg.engine import cluster, folder
-from volseg.engine.blocks import choose_blocks, with_cuts, with_full_batches
+from volseg.engine.blocks import blocks_of_chunks, choose_blocks, with_cuts, with_full_batches
 from volseg.engine.finish import gpus_of
 from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
@@ -102,6 +102,8 @@ def from_probabilities(channels: tuple[probabilities.Channel, ...], config: Conf
     """The run of probabilities made elsewhere as plain data, every choice made."""
     sources = [channel.source for channel in channels if channel.source]
     slab, block = choose_blocks(sources[0].shape, config.blocks.shape)
+    if not config.blocks.shape:
+        slab = blocks_of_chunks(sources[0].shape, [each.chunk for each in sources], slab)
     run = Run(
         out=out,
         source=sources[0],
