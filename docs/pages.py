@@ -143,6 +143,8 @@ def _type(kind: Any) -> str:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in inner)
     if hasattr(kind, "__metadata__"):
         return _type(inner[0])
+    if origin is dict:
+        return "table"
     if origin is tuple:
         each = [_type(one) for one in inner if one is not ...]
         return f"list of {each[0]}" if ... in inner else f"{len(each)} x {each[0]}"

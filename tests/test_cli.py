@@ -11,7 +11,7 @@ import tifffile
 import zarr
 
 from volseg.config import load
-from volseg.engine import cluster
+from volseg.engine import launch
 from volseg.inference import model
 
 
@@ -111,7 +111,7 @@ def test_a_model_of_the_wrong_kind_is_refused(run, tmp_path):
 )
 def test_a_wrong_option_is_refused_in_one_line(run, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cluster, "ANSWER_S", 1.0)
+    monkeypatch.setattr(launch, "ANSWER_S", 1.0)
     stack(tmp_path / "em.tif")
     code, _, err = run(*words)
     assert code == 2
@@ -162,6 +162,24 @@ def test_the_shipped_model_is_small_enough_to_ship():
 def test_version_and_settings_are_printed(run):
     assert run("--version")[1].startswith("volseg ")
     assert json.loads(run("settings", "--json", "--set", "stitch.seed=0.9")[1])["stitch"]["seed"] == 0.9
+
+
+def test_configs_that_ship_are_listed_and_printed(run, tmp_path):
+    code, out, _ = run("config")
+    assert code == 0
+    assert re.search(r"^touching +For objects that touch", out, re.M)
+    names = [entry["name"] for entry in json.loads(run("config", "--json")[1])]
+    assert {"default", "touching", "cluster/slurm", "cluster/kubernetes"} <= set(names)
+    (tmp_path / "my.toml").write_text(run("config", "touching")[1])
+    assert load(tmp_path / "my.toml") == load("touching")
+    assert "no config 'tuching' ships with volseg; there are: " in run("config", "tuching")[2]
+
+
+def test_options_of_a_cluster_are_printed_as_toml_that_is_read_again(run, tmp_path):
+    page = run("settings", "--config", "cluster/ssh")[1]
+    assert '"hosts" = ["head", "node1", "node2"]' in page
+    (tmp_path / "all.toml").write_text(page)
+    assert load(tmp_path / "all.toml").cluster == load("cluster/ssh").cluster
 
 
 def test_settings_are_a_config_file_that_says_where_each_comes_from(run, tmp_path):

@@ -1,4 +1,5 @@
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,42 @@ def test_the_commented_default_names_every_setting():
             assert re.search(rf"^(# )?\[*({name}\.)?{key}\b", text, re.M), f"{name}.{key}"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
-def test_every_config_is_valid(path):
-    assert isinstance(load(path), Config)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: path.name)
+def test_every_config_is_valid_and_found_by_its_name(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = path.relative_to(CONFIGS).with_suffix("").as_posix()
+    assert load(name) == load(path)
+    assert path.read_text().startswith("# ")
+
+
+def test_a_file_of_the_users_own_goes_before_a_config_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "touching").write_text("[stitch]\nseed = 0.77\n")
+    assert load("touching").stitch.seed == 0.77
+
+
+def test_configs_are_in_the_wheel_where_they_are_looked_for():
+    project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"] == {"configs": "volseg/configs"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"kind": "slurm"}, "kind 'slurm' needs workers, or maximum"),
+        ({"kind": "slurm", "workers": 2, "scheduler": "tcp://host:1"}, "kind 'slurm' starts a scheduler"),
+        ({"kind": "address"}, "kind 'address' needs scheduler"),
+        ({"kind": "scheduler-file"}, "kind 'scheduler-file' needs scheduler"),
+        ({"options": {"queue": "gpu"}}, "kind 'local' takes no options"),
+        ({"kind": "ssh", "options": {"hosts": ["head"]}}, "kind 'ssh' needs options.hosts"),
+        ({"scheduler": "tcp://host:1", "maximum": 4}, "leave out minimum and maximum"),
+        ({"minimum": 4, "maximum": 2}, "minimum 4 is above maximum 2"),
+        ({"kind": "slrum"}, "input should be 'local', 'address'"),
+    ],
+)
+def test_a_kind_of_cluster_that_lacks_something_says_what(given, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(base={"cluster": given})
 
 
 def test_later_layers_win(tmp_path):
@@ -60,7 +94,7 @@ def test_a_wrong_key_or_value_is_refused_with_file_key_and_advice(tmp_path, text
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read config file .*absent"):
+    with pytest.raises(UserError, match=r"cannot read config file .*absent.*or a name that volseg config lists"):
         load(tmp_path / "absent.toml")
 
 

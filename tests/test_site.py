@@ -12,6 +12,7 @@ import sys
 import textwrap
 import tomllib
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,8 @@ def blocks(page):
 
 def commands(text):
     joined = text.replace("\\\n", " ")
-    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+    lines = (shlex.split(line, comments=True) for line in joined.splitlines())
+    return [list(takewhile(lambda word: word not in (">", ">>"), words)) for words in lines if words]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -6,7 +6,6 @@ Layers, later ones win: the defaults here, the model file's own values, the conf
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import tomllib
@@ -28,6 +27,7 @@ from pydantic import (
 
 from volseg.box import Box
 from volseg.errors import UserError
+from volseg.system import shipped_config
 
 MOST = 1 << 53  # no count of voxels is larger, see `volseg.io.header.MAX_VOXELS`
 Size = Annotated[int, Field(ge=1, le=MOST)]
@@ -196,12 +196,22 @@ class Output(Section):
     keep_work: bool = True  # keep basins and edge tables, so that decoding can be repeated
 
 
+ClusterKind = Literal[
+    "local", "address", "scheduler-file", "slurm", "lsf", "pbs", "sge", "htcondor", "kubernetes", "ssh", "gateway",
+]  # fmt: skip
+
+
 class Cluster(Section):
+    kind: ClusterKind = (
+        "local"  # who starts workers: this machine, nobody (they are there), or a queue: configs/cluster
+    )
     workers: Count = 0  # processes that infer; 0 takes one per GPU, else one per core up to 8
     cpu_workers: Count = 0  # processes beside those of GPUs, for all else; 0 takes one per other core up to 8
-    scheduler: str = ""  # tcp://host:port or tls://host:port of a running Dask scheduler; "" starts a local cluster
+    minimum: Count = 0  # workers that are kept in any case, where there is a maximum
+    maximum: Count = 0  # as many workers as there is work for, up to this; 0: always ``workers``
+    scheduler: str = ""  # tcp://host:port or tls://host:port of a running Dask scheduler, or the file that it wrote
     tls_ca: LocalPath = ""  # certificate authority of a tls:// scheduler, a PEM file
-    tls_cert: LocalPath = ""  # this client's certificate for it
+    tls_cert: LocalPath = ""  # certificate for it, of this client and of what it starts
     tls_key: LocalPath = ""  # its key; "" takes the certificate's file
     memory_limit: Annotated[float, Field(ge=0)] = (
         0.0  # GB that a worker may hold; 0 takes an even share of what is free
@@ -212,6 +222,36 @@ class Cluster(Section):
     durable: bool = (
         True  # wait until what is done is on the disk, so that a power cut loses none of it; false for scratch
     )
+    options: dict[str, Any] = {}  # what the kind's own library takes (queue, walltime, image ...): see configs/cluster
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a scheduler already; its address alone says so, too."""
+        return self.kind in ("address", "scheduler-file") or bool(self.scheduler)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all workers are processes of this command, on this machine."""
+        return self.kind == "local" and not self.is_given
+
+    @model_validator(mode="after")
+    def _kind_has_what_it_needs(self) -> Cluster:
+        starts = self.kind not in ("local", "address", "scheduler-file")
+        if starts and self.scheduler:
+            raise ValueError(f"kind {self.kind!r} starts a scheduler: leave out scheduler, or set kind to 'address'")
+        if self.is_given and not self.scheduler:
+            raise ValueError(f"kind {self.kind!r} needs scheduler: an address, or the file that the scheduler wrote")
+        if self.options and not starts:
+            raise ValueError(f"kind {self.kind!r} takes no options; leave them out, or set kind to who starts workers")
+        if self.kind == "ssh" and len(self.options.get("hosts", ())) < 2:
+            raise ValueError("kind 'ssh' needs options.hosts: where the scheduler runs, then where each worker does")
+        if starts and self.kind != "ssh" and not (self.workers or self.maximum):
+            raise ValueError(f"kind {self.kind!r} needs workers, or maximum for as many as there is work for")
+        if self.maximum and (self.is_given or self.kind == "ssh"):
+            raise ValueError("workers that are given come and go by themselves; leave out minimum and maximum")
+        if self.minimum > self.maximum:
+            raise ValueError(f"minimum {self.minimum} is above maximum {self.maximum}; set both, or none")
+        return self
 
 
 class TrainData(Section):
@@ -344,12 +384,14 @@ def _merge(low: dict, high: dict) -> dict:
 
 
 def read_file(path: str | Path) -> dict:
-    """The tables of a TOML config file; refuses one that is missing or not TOML."""
+    """The tables of a TOML config file, or of one that ships with volseg, by name; refuses what is missing or not TOML."""
     try:
-        return tomllib.loads(Path(local_path(path)).read_text(encoding="utf-8"))
+        return tomllib.loads((shipped_config(path) or Path(local_path(path))).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"cannot read config file {path}: {reason}; give the path of a TOML file") from None
+        raise UserError(
+            f"cannot read config file {path}: {reason}; give the path of a TOML file, or a name that volseg config lists"
+        ) from None
     except RecursionError:
         raise UserError(f"config file {path} is not valid TOML: it is nested too deep") from None
     except ValueError as error:  # also a number of thousands of digits
@@ -460,22 +502,3 @@ def layers(file: str | Path | dict | None, sets: Iterable[Setting], base: dict |
         tables.append(("config", file) if isinstance(file, dict) else (str(file), read_file(file)))
     options = ((f"--set {setting}", setting) if isinstance(setting, str) else setting for setting in sets)
     return tables + [(origin, parse_set(text)) for origin, text in options]
-
-
-def page(config: Config, layers: list[tuple[str, dict]]) -> str:
-    """All settings as a config file; what is no default has a comment that says which layer it comes from.
-
-    >>> print(page(resolve(), []).split("[stitch]")[1].splitlines()[1])
-    seed = 0.6
-    """
-    origin, lines = origins(layers), []
-    for section, values in config.model_dump(mode="json").items():
-        lines += ["", f"[{section}]"]
-        for key, value in values.items():
-            plain = value is None or (section, key) == ("train", "data")  # no TOML value, and tables
-            line = (
-                f"# {key} is {json.dumps(value) if value else 'not set'}" if plain else f"{key} = {json.dumps(value)}"
-            )
-            where = origin.get((section, key))
-            lines.append(f"{line:<40}  # {where}" if where else line)
-    return "\n".join(lines[1:])

@@ -1,4 +1,4 @@
-"""What this machine has: memory within any container's limit, disk, and packages that only some commands need."""
+"""What this machine has: memory within any container's limit, disk, packages that only some commands need, shipped configs."""
 
 from __future__ import annotations
 
@@ -47,6 +47,34 @@ def require(*packages: str, extra: str) -> None:
         raise UserError(
             f"{', '.join(missing)} {state} not installed; install {them} with: pip install 'volseg[{extra}]'"
         )
+
+
+def _configs_folder() -> Path:
+    """Where they lie: inside an installed package, beside it in the repository."""
+    package = Path(__file__).parent
+    return next((found for found in (package / "configs", package.parent / "configs") if found.is_dir()), package)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The config files that ship with volseg, by name: ``touching``, ``cluster/slurm``.
+
+    >>> shipped_configs()["touching"].name
+    'touching.toml'
+    """
+    folder = _configs_folder()
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted([*folder.glob("*.toml"), *folder.glob("*/*.toml")])
+    }
+
+
+def shipped_config(name: str | Path) -> Path | None:
+    """The config file of that name that ships; None where there is none, and where the name leads to a file of the user's own.
+
+    >>> shipped_config("no-such-name") is None
+    True
+    """
+    return None if Path(name).exists() else shipped_configs().get(str(name))
 
 
 def free_memory() -> int:

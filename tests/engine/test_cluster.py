@@ -11,7 +11,7 @@ from distributed import Client, LocalCluster, WorkerPlugin
 from distributed.comm import CommClosedError, connect
 
 from volseg.config import Cluster
-from volseg.engine import cluster
+from volseg.engine import cluster, launch
 from volseg.errors import IncompleteRunError, UserError
 
 
@@ -82,15 +82,18 @@ async def _connect(address):
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "warned"),
-    [("", False), ("tcp://127.0.0.1:8786", False), ("tls://10.0.0.1:8786", False), ("tcp://10.0.0.1:8786", True)],
-)
-def test_a_scheduler_open_to_a_network_is_warned_of(scheduler, warned):
-    assert ("can run code" in cluster.exposure(Cluster(scheduler=scheduler))) == warned
+    ("address", "warned"),
+    [
+        ("inproc://10.0.0.1/1/1", False), ("tcp://127.0.0.1:8786", False), ("tls://10.0.0.1:8786", False),
+        ("gateway://10.0.0.1:8786", False), ("tcp://10.0.0.1:8786", True), ("10.0.0.1:8786", True),
+    ],
+)  # fmt: skip
+def test_a_scheduler_open_to_a_network_is_warned_of(address, warned):
+    assert ("can run code" in cluster.exposure(address)) == warned
 
 
 def test_a_scheduler_that_is_not_there_is_refused_in_a_line(monkeypatch):
-    monkeypatch.setattr(cluster, "ANSWER_S", 1.0)
+    monkeypatch.setattr(launch, "ANSWER_S", 1.0)
     with (
         pytest.raises(UserError, match="no Dask scheduler answers"),
         cluster.connect(Cluster(scheduler="tcp://127.0.0.1:1")),

@@ -35,7 +35,7 @@ from volseg.cli.options import (
     toml,
 )
 from volseg.cli.output import EXIT_INTERRUPTED, emit
-from volseg.config import layers, load, local_path, page
+from volseg.config import layers, load, local_path
 from volseg.engine import forkserver
 from volseg.errors import IncompleteRunError, UserError, printable
 from volseg.progress import Progress
@@ -365,7 +365,7 @@ def _report(run: FinishedRun) -> str:
 
 MORE: tuple[Callable[..., None], ...] = (
     models.init, models.train, models.suggest, models.tune, models.backends, models.quantize, volumes.evaluate,
-    volumes.synth, volumes.convert, volumes.export, volumes.view, models.info, machine.doctor,
+    volumes.synth, volumes.convert, volumes.export, volumes.view, models.info, machine.doctor, machine.config,
 )  # fmt: skip
 for command in MORE:
     app.command()(command)
@@ -394,7 +394,7 @@ def settings(
 
     base = load_card(model or load(config, sets or ()).predict.model or shipped()).decode
     found = load(config, sets or (), base=base)
-    emit(page(found, layers(config, sets or (), base)), found.model_dump(mode="json"))
+    emit(output.settings_page(found, layers(config, sets or (), base)), found.model_dump(mode="json"))
 
 
 @app.callback(invoke_without_command=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import volseg
 from volseg.cli.output import emit, wants_json
-from volseg.progress import Silent
+from volseg.errors import UserError
+from volseg.progress import Silent, format_table
+from volseg.system import shipped_configs
 
 SMALL_SHAPE = (16, 320, 320)
 
@@ -59,3 +62,26 @@ def doctor(
     emit(found.summary, found.to_json())
     if not found.ok:
         raise typer.Exit(1)
+
+
+def config(
+    name: Annotated[str, typer.Argument(help="A config that ships with volseg; lists them if not given.")] = "",
+) -> None:
+    """Print a config file that ships with volseg, to copy from: volseg config touching > my.toml. Without a name, list them.
+
+    --config takes these names as well as files.
+    """
+    known = shipped_configs()
+    if not name:
+        rows = [(one, _first_line(path)) for one, path in known.items()]
+        emit(format_table(("name", "what for"), rows), [{"name": one, "what_for": text} for one, text in rows])
+        return
+    if name not in known:
+        raise UserError(f"no config {name!r} ships with volseg; there are: {', '.join(known)}")
+    text = known[name].read_text(encoding="utf-8")
+    emit(text.rstrip("\n"), {"name": name, "text": text})
+
+
+def _first_line(path: Path) -> str:
+    """What the first comment of a config file says it is for."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")

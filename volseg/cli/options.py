@@ -14,7 +14,10 @@ from volseg.errors import UserError
 if TYPE_CHECKING:
     from volseg.box import Triple
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; see configs/.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE.toml|NAME", help="Settings; volseg config lists names."),
+]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
 Model = Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")]
 Out = Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")]

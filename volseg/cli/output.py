@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from volseg import __version__
+from volseg.config import Config, origins
 from volseg.errors import UserError
 from volseg.progress import LOGGER, LineFormatter, Progress, Silent, terminal_progress
 
@@ -112,6 +113,34 @@ def _handlers(output: Output) -> list[logging.Handler]:
 
 
 # ---------------------------------------------------------------- what commands call
+
+
+def settings_page(config: Config, layers: list[tuple[str, dict]]) -> str:
+    """All settings as a config file; what is no default has a comment that says which layer it comes from.
+
+    >>> print(settings_page(Config(), []).split("[stitch]")[1].splitlines()[1])
+    seed = 0.6
+    """
+    origin, lines = origins(layers), []
+    for section, values in config.model_dump(mode="json").items():
+        lines += ["", f"[{section}]"]
+        for key, value in values.items():
+            plain = value is None or (section, key) == ("train", "data")  # no TOML value, and tables
+            line = f"# {key} is {_toml(value) if value else 'not set'}" if plain else f"{key} = {_toml(value)}"
+            where = origin.get((section, key))
+            lines.append(f"{line:<40}  # {where}" if where else line)
+    return "\n".join(lines[1:])
+
+
+def _toml(value: Any) -> str:
+    """A plain value as TOML, on one line.
+
+    >>> _toml({"queue": "gpu", "worker_options": {"nthreads": 2}})
+    '{"queue" = "gpu", "worker_options" = {"nthreads" = 2}}'
+    """
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)} = {_toml(one)}' for key, one in value.items())}}}"
+    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list) else json.dumps(value)
 
 
 def emit(text: str, plain: Any) -> None:

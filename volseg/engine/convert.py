@@ -169,7 +169,7 @@ def execute(
     """The conversion is at ``out``; what an earlier command left is gone on from."""
     _refuse(job, out, overwrite)
     light = prod(job.source.shape) * job.dtype.itemsize <= LIGHT_BYTES
-    with Lock(out) as lock, cluster.connect(config, light=light) as client:
+    with Lock(out) as lock, cluster.connect(config, light=light, tell=progress.message) as client:
         _refuse(job, out, overwrite)
         journal = _begin(job, overwrite, progress)
         for level in range(len(job.levels)):
@@ -296,7 +296,7 @@ def _write_level(
         yield from items
 
     failures = loop.run(
-        client, write_block, handed_out(), job, done=done, tries=config.tries, window=config.window,
+        client, write_block, handed_out(), job, done=done, tries=config.tries, window=cluster.window(client, config),
         stop=lambda error: isinstance(error, UserError),
     )  # fmt: skip
     journal.save()

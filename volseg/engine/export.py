@@ -176,9 +176,9 @@ def run_tasks(
     def handed_out() -> Iterator[Any]:
         yield from items
 
-    with cluster.connect(config, light=light) as client:
+    with cluster.connect(config, light=light, tell=progress.message) as client:
         failures = loop.run(
-            client, task, handed_out(), job, tries=config.tries, window=config.window,
+            client, task, handed_out(), job, tries=config.tries, window=cluster.window(client, config),
             done=done, stop=lambda error: isinstance(error, UserError),
         )  # fmt: skip
     if failures:

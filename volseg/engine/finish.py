@@ -65,13 +65,14 @@ def _execute(
 ) -> FinishedRun:  # fmt: skip
     light = light or kernels.is_compiler()
     gpus = 0 if light else gpus_of(run)
-    local = not light and not run.config.cluster.scheduler
-    with kernels.compiled_beside(local) as compiling, cluster.connect(run.config.cluster, gpus, light=light) as client:
+    local = not light and run.config.cluster.is_local
+    workers = cluster.connect(run.config.cluster, gpus, light=light, tell=progress.message)
+    with kernels.compiled_beside(local) as compiling, workers as client:
         wait_for_writers(run.layout.begun_path)
         prepare()
         progress.begin(run)
         folder.create_missing_arrays(run)
-        if warning := cluster.exposure(run.config.cluster):
+        if warning := cluster.exposure(client.scheduler.address):
             progress.message(warning)
         if (link := cluster.dashboard(client)) and not light:
             progress.message(f"dashboard {link}")

@@ -17,7 +17,8 @@ from typing import Any
 
 from distributed import Client, Future, as_completed, get_worker
 
-from volseg.engine.cluster import DEVICE, HOST, cause_of_death, threads
+from volseg.engine.cluster import TASKS_IN_FLIGHT, cause_of_death, threads
+from volseg.engine.local import DEVICE, HOST
 from volseg.errors import OutOfMemoryError, UserError
 from volseg.system import trim_memory
 
@@ -170,7 +171,7 @@ class _Queue:
         self, client: Client, call: Callable, items: Iterator[Item | None], resources: dict, slots: int, window: int
     ) -> None:
         self.client, self.call, self.items, self.resources = client, call, items, resources
-        self.window = window or 3 * max(1, slots)
+        self.window = window or TASKS_IN_FLIGHT * max(1, slots)
         self.retries: deque[Item] = deque()  # at once
         self.later: list[tuple[float, Failure]] = []  # at a time, on another worker
         self.in_flight: dict[str, list[Item]] = {}

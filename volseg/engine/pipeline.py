@@ -50,7 +50,9 @@ def process_block(path: str, run_id: str, stage_name: str, i: int) -> Receipt:
         release_network()
         raise OutOfMemoryError(out_of_memory)
     seconds = {**timings.seconds, "other": time.perf_counter() - start - sum(timings.seconds.values())}
-    if run.config.cluster.scheduler and run.config.cluster.durable:  # else the process that holds the markers does it
+    if (
+        run.config.cluster.durable and not run.config.cluster.is_local
+    ):  # else the process that holds the markers does it
         files.sync_files(path, written)
     told = {**(facts or {}), "filled": tuple((where, str(box)) for where, box in sorted(filled))}
     receipt = Receipt(voxels=stage.grid[i].voxels, seconds=seconds, files=written, **told)

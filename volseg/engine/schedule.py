@@ -132,8 +132,8 @@ def _run_together(
     inferring = [stage.name for stage in stages if stage.on_device]
     failures = loop.run(
         client, process_block, ready([stage.name for stage in reversed(stages) if not stage.on_device]), run.out, run.id,
-        device=ready(inferring) if inferring else (), tries=settings.tries, window=settings.window, done=done,
-        stop=stop, careful=process_block_in_pieces, tell=tell,
+        device=ready(inferring) if inferring else (), tries=settings.tries, window=cluster.window(client, settings),
+        done=done, stop=stop, careful=process_block_in_pieces, tell=tell,
     )  # fmt: skip
     markers.flush()
     _refuse(run, stages, [*failures, *given_up])
@@ -227,5 +227,5 @@ def _fits_one_process(run: Run, markers: Markers) -> bool:
 def most_edges(run: Run) -> int:
     """How many edges one process may hold: `FLAT_EDGES`, or as many as fit the memory it may take."""
     settings = run.config.cluster
-    given = FLAT_EDGES * EDGE_BYTES if settings.scheduler else system.free_memory()
+    given = system.free_memory() if settings.is_local else FLAT_EDGES * EDGE_BYTES
     return min(FLAT_EDGES, (round(settings.memory_limit * 1e9) or given) // EDGE_BYTES)

@@ -123,7 +123,7 @@ def make_plan(run: Run, workers: cluster.WorkerPool, rates: Rates) -> Plan:
         network="" if run.channels else prepare.engine_line(run),
         wanted=str(run.roi or ""),
         notes=tuple(prepare.notes(run)),
-        local=not run.config.cluster.scheduler,
+        local=run.config.cluster.is_local,
     )
 
 

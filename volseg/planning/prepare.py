@@ -145,7 +145,7 @@ def workers_of(run: Run) -> cluster.WorkerPool:
 
 def memory_limit(settings: Cluster, workers: cluster.WorkerPool) -> int:
     """Bytes that each worker may hold: as told, else as Dask would, else of what is free here; 0 where nobody knows."""
-    if settings.memory_limit or settings.scheduler:
+    if settings.memory_limit or not settings.is_local:
         return round(settings.memory_limit * 1e9) or workers.limit
     return (system.free_memory() - memory.CLIENT_BYTES) // (workers.workers + workers.cpu_workers)
 
