@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from volseg.box import Blocks
-from volseg.engine.ready import Ready
+from volseg.box import Blocks, Box
+from volseg.engine.ready import DONE, EMPTY, FAILED, Ready
 
 sizes = st.tuples(*[st.integers(1, 6)] * 3)
 
@@ -60,3 +60,19 @@ def test_a_million_blocks_take_five_bytes_each():
     assert len(then.state) + then.missing.nbytes == 5 * len(grid)
     assert int(then.missing[50, 50, 50]) == 27
     assert not np.any(then.at)
+
+
+def test_blocks_that_are_given_up_or_hold_nothing_that_is_wanted_say_so():
+    grid = Blocks((4, 4, 4), (1, 4, 4))
+    first = Ready(grid, only=Box((0, 0, 0), (3, 4, 4)))
+    then = Ready(grid, earlier={"first": (first, lambda box: box)})
+    for i in range(3):
+        first.take()
+        if i == 1:
+            first.give_up(i)
+        else:
+            first.end(i, empty=i == 2)
+            then.tell("first", i)
+    assert list(first.state) == [DONE, FAILED, EMPTY, EMPTY]
+    assert (first.left, first.voxels) == (1, 32)
+    assert [then.take() for _ in range(4)] == [0, 2, 3, None]  # not what waits for the one that was given up

@@ -16,9 +16,9 @@ from distributed.scheduler import KilledWorker
 
 from volseg import system
 from volseg.config import Cluster
-from volseg.engine import guard, launch, local
+from volseg.engine import guard, launch, local, metrics
 from volseg.engine.local import DEVICE, TASKS_PER_GPU, THREADS, WatchedNanny, worker_count
-from volseg.engine.receipts import Receipt, add
+from volseg.engine.receipts import Receipt, add, peak_bytes
 
 TASKS_IN_FLIGHT = 3  # for each thread of a worker, so that none waits for this process
 MEMORY_SHARE = 0.9  # share of a worker's memory limit that it may use: at 0.95 Dask ends it
@@ -222,19 +222,36 @@ class Counters(WorkerPlugin):
         self.seconds: dict[str, float] = {}
         self.device_seconds = 0.0
         self.start = 0.0
+        self.end_metrics: Callable[[], None] | None = None
 
     def setup(self, worker: Worker) -> None:
         self.start = time.perf_counter()
         worker.metrics["volseg"] = lambda _: {"voxels": dict(self.voxels), "seconds": dict(self.seconds)}
         worker.metrics["volseg_voxels"] = lambda _: sum(self.voxels.values())
-        worker.metrics["volseg_device_share"] = lambda _: self.device_seconds / (time.perf_counter() - self.start)
-        worker.metrics["volseg_queue"] = lambda worker: len(worker.state.ready) + len(worker.state.constrained)
+        worker.metrics["volseg_device_share"] = lambda _: self.device_share
+        worker.metrics["volseg_queue"] = _queue
+        if getattr(worker, "http_server", None):
+            self.end_metrics = metrics.register(lambda: metrics.worker_metrics(self, _queue(worker), peak_bytes()))
+
+    def teardown(self, worker: Worker) -> None:
+        if self.end_metrics:
+            self.end_metrics()
+
+    @property
+    def device_share(self) -> float:
+        """Share of the time since it started in which its device computed."""
+        return self.device_seconds / (time.perf_counter() - self.start)
 
     def count(self, stage: str, receipt: Receipt) -> None:
         """Adds what a task has to say."""
         self.voxels[stage] = self.voxels.get(stage, 0) + receipt.voxels
         self.device_seconds += receipt.device_seconds
         add(self.seconds, receipt.seconds)
+
+
+def _queue(worker: Worker) -> int:
+    """Tasks that wait on a worker."""
+    return len(worker.state.ready) + len(worker.state.constrained)
 
 
 def count(stage: str, receipt: Receipt) -> None:

@@ -84,7 +84,7 @@ def _execute(
             cluster.watch_memory(client, MemoryLimits(planned=(plan or {}).get("worker_bytes", 0), allowed=allowed))
         markers = _checked_markers(run, lock, progress)
         _consider_failures(markers, retry_failed, progress)
-        run, statistics, stages_start = _run_stages(client, run, markers, lock, progress)
+        run, statistics, stages_start = _run_stages(client, run, markers, lock, progress, plan)
         return finish(run, lock.out, statistics, start, stages_start, plan)
 
 
@@ -126,7 +126,7 @@ def gpus_of(run: Run) -> int:
 
 
 def _run_stages(
-    client: Any, run: Run, markers: Markers, lock: Lock, progress: Progress
+    client: Any, run: Run, markers: Markers, lock: Lock, progress: Progress, plan: dict | None
 ) -> tuple[Run, RunStatistics, float]:
     """Every stage is done, in batches that the workers' memory holds; the run as it was done, and when it began.
 
@@ -136,7 +136,7 @@ def _run_stages(
     while True:
         start = time.perf_counter()
         try:
-            return run, schedule.run_stages(client, run, markers, progress), start
+            return run, schedule.run_stages(client, run, markers, progress, plan), start
         except OutOfMemoryError as error:
             smaller = with_half_batch(run)
             if schedule.predicted_share(run, markers) > RESTART_SHARE:

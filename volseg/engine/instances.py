@@ -25,15 +25,15 @@ from volseg.segmentation.rules import Rules, label_basins, label_dtype
 # ---------------------------------------------------------------- basins
 
 
-def find_basins(run: Run, i: int, timings: Timings) -> None:
+def find_basins(run: Run, i: int, timings: Timings) -> dict:
     """Basins of block ``i`` are stored, with the table of how they touch."""
     box, settings = run.grid[i], run.config.fragments
     around = box.grow(height_halo(settings, run.voxel_size_nm)).clip(run.shape)
-    nothing = not run.wants_any(run.wanted_part(around)) or run.layout.probabilities.is_empty(around)
-    if settings.threshold > 0 and nothing:
+    wanted = run.wants_any(run.wanted_part(around))
+    if settings.threshold > 0 and (not wanted or run.layout.probabilities.is_empty(around)):
         run.layout.regions.clear(box)
         run.layout.block_basins.save(no_basins(settings.connectivity), i)
-        return
+        return {"nothing_wanted": not wanted}
     with timings.phase("read"):
         probability = run.layout.probabilities.read(around)
     with timings.phase("basins"):
@@ -43,6 +43,7 @@ def find_basins(run: Run, i: int, timings: Timings) -> None:
     with timings.phase("write"):
         run.layout.regions.write(box, regions)
         run.layout.block_basins.save(basins, i)
+    return {}
 
 
 def link(run: Run, i: int, timings: Timings) -> dict:

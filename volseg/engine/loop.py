@@ -56,6 +56,7 @@ def run(
     stop: Callable[[UserError], bool] = lambda error: False,
     careful: Callable[..., Any] | None = None,
     tell: Callable[[Failure], None] = lambda failure: None,
+    give_up: Callable[[Failure], None] = lambda failure: None,
 ) -> list[Failure]:
     """Calls ``task(*args, item)`` on the workers for every item; ``done(item, result)`` here as each one ends.
 
@@ -70,7 +71,7 @@ def run(
     worker if there is one; what still fails is returned, and the rest goes on. An error for which ``stop`` is true ends
     all: nothing more is handed out, what is under way ends, and the error is raised here. An item that took a worker's
     memory, or the worker, is tried by itself, while nothing else is under way: by ``careful``, which takes less memory;
-    ``tell`` hears of it before.
+    ``tell`` hears of it before; ``give_up`` hears of what is not tried any more.
     """
     call = partial(_each, partial(task, *args))
     call_alone = partial(_each, partial(careful or task, *args))
@@ -117,6 +118,7 @@ def run(
         elif attempts[failure.item] < tries:
             queue.retry(failure, RETRY_PAUSE_S * 4 ** (attempts[failure.item] - 1))
         else:
+            give_up(failure)
             failures.append(failure)
 
     refill()

@@ -51,7 +51,7 @@ def _store_probabilities(run: Run, plane: str, i: int, array: StoredArray, timin
     share = Share.of_block(run, plane, i)
     if not run.wants_any(share.of_volume(share.reach)):
         array.clear(share.box)
-        return {}
+        return {"nothing_wanted": True}
     inference = Inference(share, timings, digest(probability_key(run), plane))
     for layer in _layers(run, plane, share.box):
         out = inference.run(layer)
@@ -128,13 +128,13 @@ def _coarsen(finer: StoredArray, coarser: StoredArray, box: Box, levels: list, t
         coarser.write(box, coarse if voxels.ndim == 4 else coarse[0])
 
 
-def import_probabilities(run: Run, i: int, timings: Timings) -> None:
+def import_probabilities(run: Run, i: int, timings: Timings) -> dict:
     """Probabilities of block ``i`` are stored as another network made them, as uint8."""
     box = run.predict_grid[i]
     part = run.wanted_part(box)
     if not run.wants_any(part):
         run.layout.probabilities.clear(box)
-        return
+        return {"nothing_wanted": True}
     with timings.phase("read"):
         out = np.zeros((len(run.heads), *box.shape), np.uint8)
         inside = out[(slice(None), *part.slices_within(box))]
@@ -145,6 +145,7 @@ def import_probabilities(run: Run, i: int, timings: Timings) -> None:
             inside *= mask
     with timings.phase("write"):
         run.layout.probabilities.write(box, out)
+    return {}
 
 
 def _thin(box: Box) -> list[Box]:

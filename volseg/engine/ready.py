@@ -8,12 +8,12 @@ import numpy as np
 
 from volseg.box import Blocks, Box
 
-WAITING, READY, OUT, DONE = range(4)
+WAITING, READY, OUT, FAILED, DONE, EMPTY = range(6)  # the last two are done; in an empty one nothing is wanted
 Region = Callable[[Box], Box]  # the part of an earlier stage's volume that a box is made from; each axis for itself
 
 
 class Ready:
-    """The blocks of a stage, each waiting, ready to be handed out, handed out, or done.
+    """The blocks of a stage, each waiting, ready to be handed out, handed out, given up, or done.
 
     >>> z = Blocks((6, 4, 4), (2, 4, 4))
     >>> earlier = Ready(z, done=[0])
@@ -42,18 +42,18 @@ class Ready:
         if only is not None:
             z, y, x = (slice(span.start, span.stop) for span in grid.spans(only))
             self.inside = z, y, x
-            self.at[...] = DONE
+            self.at[...] = EMPTY
             self.at[self.inside] = WAITING
         for i in done:
             self.state[i] = DONE
         for stage, (before, region) in (earlier or {}).items():
             self.spans[stage] = before.grid, _spans(grid, before.grid, region)
-            self.missing += _missing(before.at == DONE, self.spans[stage][1])
+            self.missing += _missing(before.at >= DONE, self.spans[stage][1])
         if own:  # a block waits for those of its own stage under a region of it, but not for itself
             self.spans[own[0]] = grid, _spans(grid, grid, own[1])
-            self.missing += _missing(self.at == DONE, self.spans[own[0]][1]) - (self.at != DONE)
+            self.missing += _missing(self.at >= DONE, self.spans[own[0]][1]) - (self.at < DONE)
         self.at[(self.missing == 0) & (self.at == WAITING)] = READY
-        self.left = len(grid) - self.state.count(DONE)
+        self.left = int((self.at < DONE).sum())
         self.cursor = 0
 
     @property
@@ -62,7 +62,7 @@ class Ready:
         axes = enumerate(self.grid.counts)
         z, y, x = (np.diff([self.grid.edge(axis, k) for k in range(count + 1)]) for axis, count in axes)
         z, y, x = (lengths[s] for lengths, s in zip((z, y, x), self.inside, strict=True))
-        return int((self.at[self.inside] == DONE) @ x @ y @ z)
+        return int((self.at[self.inside] >= DONE) @ x @ y @ z)
 
     def take(self) -> int | None:
         """The first block that is ready: it is handed out; None where none is."""
@@ -73,14 +73,14 @@ class Ready:
         self.state[i] = OUT
         return i
 
-    def end(self, i: int) -> None:
-        """Block ``i`` is done."""
-        self.left -= self.state[i] != DONE
-        self.state[i] = DONE
+    def end(self, i: int, *, empty: bool = False) -> None:
+        """Block ``i`` is done; in an ``empty`` one nothing was wanted."""
+        self.left -= self.state[i] < DONE
+        self.state[i] = EMPTY if empty else DONE
 
-    def withhold(self, i: int) -> None:
-        """Block ``i`` is not handed out, and so neither is what waits for it."""
-        self.state[i] = OUT
+    def give_up(self, i: int) -> None:
+        """Block ``i`` is not handed out any more, and so neither is what waits for it."""
+        self.state[i] = FAILED
 
     def tell(self, stage: str, i: int) -> None:
         """Block ``i`` of an earlier stage is done, which it was not before: what waited for it alone is ready."""

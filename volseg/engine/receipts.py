@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 from volseg.engine.layout import Layout
+from volseg.engine.ready import Ready
 from volseg.errors import IncompleteRunError
 from volseg.io import files, tables
 
@@ -51,6 +52,7 @@ class Receipt:
     edges, basins, objects, components, rows  how many the block, part or layer has
     layer           of blocks that was ranked
     files           what the block wrote: fingerprints by key, see `files.fingerprint`
+    nothing_wanted  whether no voxel was wanted there
     filled          what of its source could not be decoded and was taken for 0: path and box of each chunk
     """
 
@@ -69,6 +71,7 @@ class Receipt:
     components: int = 0
     rows: int = 0
     layer: int = 0
+    nothing_wanted: bool = False
     files: dict[str, list] = field(default_factory=dict)
     filled: tuple[tuple[str, str], ...] = ()
 
@@ -350,6 +353,7 @@ class RunStatistics:
     worker_seconds  by stage, the seconds of each phase, of all workers together
     device_seconds, inferred_voxels, bytes_sent, bytes_fetched  sums over all receipts
     peak_bytes      the most that one worker held
+    blocks          by stage, the state of each block, for who looks on; None where nobody does
     """
 
     slots: int = 1
@@ -363,6 +367,7 @@ class RunStatistics:
     peak_bytes: int = 0
     in_flight: int = 0
     ended: int = 0
+    blocks: dict[str, Ready] | None = None
     waiting_sum: int = 0
 
     def begin(self, stage: str) -> None:

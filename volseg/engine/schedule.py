@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg import system
 from volseg.box import Blocks
-from volseg.engine import cluster, folder, kernels, loop
+from volseg.engine import cluster, folder, kernels, loop, monitor
 from volseg.engine.block_tables import Values
 from volseg.engine.pipeline import process_block, process_block_in_pieces
 from volseg.engine.predict import release_network
@@ -28,12 +28,20 @@ FLAT_EDGES = 50_000_000  # that one process stitches unless it is told otherwise
 EDGE_BYTES = 120  # that a process which stitches holds for each of them: measured on 0.5 to 10 million
 
 
-def run_stages(client: Any, run: Run, markers: Markers, progress: Progress) -> RunStatistics:
+def run_stages(client: Any, run: Run, markers: Markers, progress: Progress, plan: dict | None = None) -> RunStatistics:
     """Every stage is done over all blocks; what it took, over the blocks that no marker covered.
 
-    A file that turns out to be damaged is made again, by doing the blocks again that wrote it.
+    The dashboard, where there is one, shows it, beside the ``plan``. A file that turns out to be damaged is made again, by
+    doing the blocks again that wrote it.
     """
     statistics = RunStatistics(slots=cluster.threads(client), devices=cluster.devices(client))
+    with monitor.shown(client, run, statistics, plan, progress.message):
+        return _run_and_mend(client, run, markers, progress, statistics)
+
+
+def _run_and_mend(
+    client: Any, run: Run, markers: Markers, progress: Progress, statistics: RunStatistics
+) -> RunStatistics:
     mended: Counter[str] = Counter()
     while True:
         try:
@@ -97,7 +105,9 @@ def _run_together(
         blocks[stage.name] = Ready(stage.grid, markers.done(stage.name), earlier, own, stage.part.box)
     given_up = [_failed_before(*item) for item in markers.given_up.items() if item[0][0] in by_name]
     for name, i in (failure.item for failure in given_up):
-        blocks[name].withhold(i)
+        blocks[name].give_up(i)
+    if statistics.blocks is not None:
+        statistics.blocks.update(blocks)
     advance = {name: progress.stage(name, by_name[name].part.voxels, state.voxels) for name, state in blocks.items()}
     followers = {name: [stage.name for stage in stages if name in stage.after] for name in blocks}
 
@@ -111,7 +121,7 @@ def _run_together(
 
     def done(item: tuple[str, int], receipt: Receipt) -> None:
         name, i = item
-        blocks[name].end(i)
+        blocks[name].end(i, empty=receipt.nothing_wanted)
         for follower in followers[name]:
             blocks[follower].tell(name, i)
         statistics.end(by_name[name].title, receipt)
@@ -128,12 +138,17 @@ def _run_together(
         name, i = failure.item
         progress.message(f"{name} of block {by_name[name].grid[i]}: {failure.reason}: trying it alone, in less memory")
 
+    def give_up(failure: loop.Failure) -> None:
+        name, i = failure.item
+        blocks[name].give_up(i)
+
     settings = run.config.cluster
     inferring = [stage.name for stage in stages if stage.on_device]
     failures = loop.run(
         client, process_block, ready([stage.name for stage in reversed(stages) if not stage.on_device]), run.out, run.id,
         device=ready(inferring) if inferring else (), tries=settings.tries, window=cluster.window(client, settings),
         done=done, stop=stop, careful=process_block_in_pieces, tell=tell,
+        give_up=give_up,
     )  # fmt: skip
     markers.flush()
     _refuse(run, stages, [*failures, *given_up])
