@@ -107,6 +107,16 @@ def test_what_was_done_before_this_command_is_no_speed_of_it():
     assert run.outlook()[0] == pytest.approx(15 / 40)
 
 
+def test_a_line_of_speeds_is_smooth_where_blocks_end_in_steps():
+    states, told = np.zeros((1, 1, 100), np.uint8), []
+    for i in range(41):
+        states[0, 0, : i // 4 * 4] = DONE  # four blocks of ten voxels every four seconds
+        told.append(message(states, now=100.0 + i))
+    times, speeds = view(*told).rate_lines()["predict"]
+    assert times[-1] == 40.0
+    assert all(6 <= speed <= 14 for speed in speeds[10:])
+
+
 def test_speeds_of_long_runs_are_thinned():
     states = np.zeros((1, 1, 4), np.uint8)
     run = view(*(message(states, now=100.0 + i) for i in range(1500)))

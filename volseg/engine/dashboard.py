@@ -73,7 +73,7 @@ class _Page:
     def __init__(self, runs: dict[str, RunView], scheduler: Scheduler) -> None:
         self.runs, self.scheduler = runs, scheduler
         self.run = Select(title="run", options=[], name="run", visible=False)
-        self.head = Div(name="head", sizing_mode="stretch_width")
+        self.head = Div(name="head", sizing_mode="stretch_width", stylesheets=[":host .bk-clearfix {width: 100%}"])
         self.rates = _Rates()
         self.map = _Map()
         self.plan = Div(name="plan")
@@ -169,7 +169,7 @@ class _Rates:
         self.source = ColumnDataSource({"xs": [], "ys": [], "color": [], "title": []}, name="rates")
         self.root = figure(
             title="voxels/s by stage", height=260, sizing_mode="stretch_width", toolbar_location=None,
-            x_axis_label="s since the command began", y_axis_label="million voxels/s", tools="",
+            x_axis_label="s since the first stage began", y_axis_label="million voxels/s", tools="",
         )  # fmt: skip
         self.root.multi_line("xs", "ys", color="color", line_width=2, source=self.source, legend_field="title")
         self.root.legend.location = "top_left"

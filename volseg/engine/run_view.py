@@ -6,7 +6,6 @@ import zlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,8 @@ import numpy as np
 from volseg.box import Triple
 from volseg.engine.ready import DONE, EMPTY, FAILED, OUT, READY, WAITING
 
-RATE_S = 30.0  # over which a speed is taken
+RATE_S = 30.0  # over which the speed of late is taken
+SMOOTH_S = 10.0  # over which each speed of a line is taken: blocks end in steps
 HISTORY = 600  # moments of which the speeds are kept; of more, every second one
 CELLS = 256  # of a map along an axis; of more blocks, several share one
 STATES = {
@@ -110,14 +110,18 @@ class RunView:
         return {title: (done[title] - first[1].get(title, 0)) / took if took > 0 else 0.0 for title in done}
 
     def rate_lines(self) -> dict[str, tuple[list[float], list[float]]]:
-        """By title, times since the start and the voxels per second before each."""
+        """By title, times since the start and the voxels per second in the `SMOOTH_S` before each."""
         moments = list(self.history)
         lines: dict[str, tuple[list[float], list[float]]] = {}
-        for (t0, before), (t1, after) in pairwise(moments):
+        first = 0
+        for k in range(1, len(moments)):
+            while first < k - 1 and moments[first][0] < moments[k][0] - SMOOTH_S:
+                first += 1
+            (begin, before), (end, after) = moments[first], moments[k]
             for title, count in after.items():
                 times, speeds = lines.setdefault(title, ([], []))
-                times.append(t1 - self.began)
-                speeds.append((count - before.get(title, 0)) / (t1 - t0))
+                times.append(end - self.began)
+                speeds.append((count - before.get(title, 0)) / (end - begin))
         return lines
 
     def outlook(self) -> tuple[float, float | None]:
