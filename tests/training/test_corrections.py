@@ -11,10 +11,10 @@ import volseg
 from tests.helpers import config_of
 from volseg.box import Box
 from volseg.errors import UserError
-from volseg.inference.model import load_card
+from volseg.inference.model import load_card, write_card
 from volseg.io import suggested
 from volseg.io.suggested import Item, Queue
-from volseg.training.corrections import read_addition, train_more
+from volseg.training.corrections import extended, read_addition, train_more
 from volseg.training.samples import annotated_batch
 from volseg.training.sources import load_sources
 from volseg.training.targets import UNLABELED
@@ -130,6 +130,21 @@ def test_without_held_out_sections_halves_of_what_was_added_check_each_other(tra
     assert set(told["before"]) == set(told["after"]) == {"iou", "pq"}
     halves = [load_card(tmp_path / f"mine-2/cross-check-{k}/model.safetensors").training.data for k in (1, 2)]
     assert [[one.learned for one in half[1:]] for half in halves] == [[(7,)], [(1, 3, "5:7")]]
+
+
+def test_decoding_begins_with_that_of_the_model_before(trained, tables, folder, tmp_path):
+    correct(tables, folder, "s0001")
+    card = load_card(tmp_path / "mine/model.safetensors")
+    decode = {"fragments": {"threshold": 0.35}, "stitch": {"seed": 0.65, "min_voxels": 77}}
+    write_card(tmp_path / "mine/model.safetensors", card.changed(decode=decode))
+    stitch = trained.stitch.model_copy(update={"min_voxels": 55})
+    addition = read_addition(str(folder), trained.train)
+    config = extended(
+        trained.model_copy(update={"stitch": stitch}), [addition], tmp_path / "mine", tmp_path / "mine-2", ["steps"]
+    )
+    assert (config.fragments.threshold, config.stitch.seed, config.stitch.min_voxels) == (0.35, 0.65, 55)
+    assert config.train.start == str(tmp_path / "mine/model.safetensors")
+    assert (config.train.steps, config.train.lr) == (trained.train.steps, trained.train.lr / 2)
 
 
 def test_labels_in_any_form_are_added_to_the_image_of_the_config(trained, tables, tmp_path):

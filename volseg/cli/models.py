@@ -71,8 +71,10 @@ def train(
     )
     if wants_json():
         from volseg.inference.model import load_card
+        from volseg.training.corrections import read_record
 
-        emit("", {"model": str(path), "report": str(path.with_name("report.html")), "card": load_card(path).to_json()})
+        plain = {"model": str(path), "report": str(path.with_name("report.html")), "card": load_card(path).to_json()}
+        emit("", {**plain, "added": read_record(path.parent)} if add else plain)
 
 
 def suggest(

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from volseg.config import Config, Setting, Train, TrainData, local_path, parse_set
+from volseg.config import Config, Setting, Train, TrainData, load, local_path, parse_set
 from volseg.errors import UserError
 from volseg.inference import model
 from volseg.io import files, suggested, volume
@@ -98,7 +98,7 @@ def train_more(
     """
     base = config.train
     last, place = _last_and_next(base.out)
-    before = _record(last / RECORD) if last else {}
+    before = read_record(last) if last else {}
     own = [files.absolute(local_path(os.fspath(folder))) for folder in folders]
     known = [folder for folder in before.get("folders", []) if _still_there(folder, own, log)]
     wanted = dict.fromkeys([*known, *own])
@@ -110,7 +110,7 @@ def train_more(
         )
     for note in (note for one in additions for note in one.notes):
         log(note)
-    config = _extended(config, additions, last, place, given)
+    config = extended(config, additions, last, place, given)
     record = _begin(place, {"folders": list(wanted), "digest": digest, "start": config.train.start}, log)
     _compare_before(record, config, _new_tables(config, additions, before.get("sections", {})), place, log)
     path = train(config, log)
@@ -250,10 +250,10 @@ def _digest(found: Annotation, sections: Sequence[int]) -> str:
 # ---------------------------------------------------------------- the config
 
 
-def _extended(
+def extended(
     config: Config, additions: Sequence[Addition], last: Path | None, place: Path, given: Sequence[str]
 ) -> Config:
-    """The config of the next training."""
+    """Return the config of the next training, in ``place``, which goes on from the model in ``last``."""
     base = config.train
     old = [_without_added(table, additions) for table in base.data]
     data = [*old, *_weighted(old, additions)]
@@ -263,7 +263,18 @@ def _extended(
         changes |= {name: value for name, value in shorter.items() if name not in given}
         changes["start"] = str(last / MODEL_NAME)
     changes["every"] = min(base.every, changes.get("steps", base.steps))
-    return config.model_copy(update={"train": base.model_copy(update=changes)})
+    settings = base.model_copy(update=changes)
+    return _decoding_of_start(config, settings.start).model_copy(update={"train": settings})
+
+
+def _decoding_of_start(config: Config, start: str) -> Config:
+    """The config with the decoding of the model that training goes on from, where it does not say another."""
+    if not start:
+        return config
+    own = config.model_dump(mode="json", include={"fragments", "stitch"}, exclude_defaults=True)
+    return load(own, base=dict(model.load_card(model.named(start)).decode)).model_copy(
+        update={"predict": config.predict}
+    )
 
 
 def _without_added(table: TrainData, additions: Sequence[Addition]) -> TrainData:
@@ -326,13 +337,13 @@ def given_settings(settings: Sequence[Setting]) -> list[str]:
 def _last_and_next(out: str) -> tuple[Path | None, Path]:
     """The folder of the last finished model, None for none, and that of the next, which may be begun."""
     first = Path(out)
-    record = _record(first / RECORD)
+    record = read_record(first)
     if not (first / MODEL_NAME).exists() or (record and not record.get("done")):
         return None, first
     last = first
     for number in count(2):
         place = first.with_name(f"{first.name}-{number}")
-        record = _record(place / RECORD)
+        record = read_record(place)
         if record.get("done"):
             last = place
         elif record or not place.exists():
@@ -340,8 +351,9 @@ def _last_and_next(out: str) -> tuple[Path | None, Path]:
     return last, place
 
 
-def _record(path: Path) -> dict:
-    """What `_save` wrote; nothing where that is not there."""
+def read_record(folder: Path) -> dict:
+    """Return what ``added.json`` in the folder of a training holds; nothing where that is not there."""
+    path = folder / RECORD
     try:
         return dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
@@ -356,7 +368,7 @@ def _save(place: Path, record: dict) -> None:
 
 def _begin(place: Path, record: dict, log: Log) -> dict:
     """The record of the next training; of one that was stopped with the same additions, what it holds already."""
-    old = _record(place / RECORD)
+    old = read_record(place)
     if all(old.get(key) == value for key, value in record.items()):
         return old
     if old:

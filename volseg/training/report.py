@@ -134,7 +134,7 @@ def format_data(sources: list[Source]) -> str:
     """Return what each volume holds as lines of text, with advice where there is reason."""
     rows = data_rows(sources)
     table = format_table(list(rows[0]["row"]), [row["row"].values() for row in rows])
-    notes = [f"labels: {text}" for row in rows for text in row["notes"]]
+    notes = dict.fromkeys(f"labels: {text}" for row in rows for text in row["notes"])
     advice = [f"advice: {row['row']['volume']}: {text}" for row in rows for text in row["advice"]]
     return "\n".join([table, *notes, *advice])
 
