@@ -111,12 +111,17 @@ class Calibration:
     other_slabs_pq
         The mean PQ over slabs along z, each decided as the others choose: what to expect of new voxels. None where the part
         with truth is not at least `SLABS` sections, or a slab has no object.
+    ceiling_pq
+        The PQ if each basin became part of the true object of which it holds the most voxels, or of none where that is the
+        background: about what rules on joins and sizes can reach at most. What lacks beyond it is the network's, or that of
+        the settings of ``[fragments]``.
     """
 
     run: str
     candidates: tuple[Candidate, ...]
     chosen: Candidate
     other_slabs_pq: float | None = None
+    ceiling_pq: float | None = None
 
     @property
     def best(self) -> Candidate:
@@ -135,15 +140,17 @@ class Calibration:
     def to_json(self) -> dict:
         """Plain values that ``json.dumps`` takes."""
         return {
-            "run": self.run, "other_slabs_pq": self.other_slabs_pq,
+            "run": self.run, "other_slabs_pq": self.other_slabs_pq, "ceiling_pq": self.ceiling_pq,
             "candidates": [candidate.to_json() for candidate in self.candidates],
         }  # fmt: skip
 
     def __str__(self) -> str:
-        text = format_candidates(self.candidates)
-        if self.other_slabs_pq is None:
-            return text
-        return f"{text}\nPQ {self.other_slabs_pq:.3f} in slabs along z, each decided as the others choose"
+        lines = [format_candidates(self.candidates)]
+        if self.other_slabs_pq is not None:
+            lines.append(f"PQ {self.other_slabs_pq:.3f} in slabs along z, each decided as the others choose")
+        if self.ceiling_pq is not None:
+            lines.append(f"PQ {self.ceiling_pq:.3f} if each basin joined the true object that it overlaps most")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
@@ -190,7 +197,8 @@ def calibrate(run: str | PathLike | Any, truth: str | PathLike | Any, *, box: Bo
     rows.sort(key=order)
     candidates = tuple(candidate for candidate, _ in rows)
     objects = np.unique(np.concatenate([table.truth[table.truth > 0] for table in slabs])).size
-    return Calibration(stored.path, candidates, _choose(candidates, objects), _other_slabs_pq(rows, slabs))
+    ceiling = _ceiling_pq(sum(slabs, Contingency.empty()))
+    return Calibration(stored.path, candidates, _choose(candidates, objects), _other_slabs_pq(rows, slabs), ceiling)
 
 
 def _slabs(box: Box) -> list[Box]:
@@ -219,6 +227,20 @@ def _other_slabs_pq(rows: list[Row], slabs: list[Contingency]) -> float | None:
         return None
     scores = np.array([pq for _, pq in rows])  # candidates, slabs, itself or the others
     return float(np.mean([scores[scores[:, k, 1].argmax(), k, 0] for k in range(len(slabs))]))
+
+
+def _ceiling_pq(overlap: Contingency) -> float:
+    """`Calibration.ceiling_pq`, of the voxels that basins (from 1) and true objects share.
+
+    >>> overlap = Contingency.from_labels(np.array([1, 1, 1, 2, 2, 0]), np.array([1, 1, 2, 2, 2, 0]))
+    >>> round(_ceiling_pq(overlap), 2)  # basin 2 holds two voxels of object 2, and one of object 1
+    0.67
+    """
+    order = np.lexsort([overlap.truth, -overlap.counts, overlap.pred])
+    basin, first = np.unique(overlap.pred[order], return_index=True)
+    target = np.zeros(int(basin.max(initial=0)) + 1, np.uint64)
+    target[basin] = np.where(basin > 0, overlap.truth[order][first], 0)
+    return score_instances(overlap.relabeled(target)).pq
 
 
 def settings_to_try(own: Stitch) -> list[Stitch]:
