@@ -80,8 +80,11 @@ def labels_of_blocks(grid, rules, graphs, done, destinations):
     return [above[-1, n] for n in range(len(grid))]
 
 
-def brute_force(height, rules, connectivity=6):
-    """Labels voxel by voxel: every edge sorted, one union-find, no basins; then the rules as they are told."""
+def brute_force(height, rules, connectivity=6, joins=(), splits=()):
+    """Labels voxel by voxel: every edge sorted, one union-find, no basins; then the rules as they are told.
+
+    Pairs of voxels that must be joined, or must not be, are looked at once all joins are known.
+    """
     flat = height.ravel()
     masked = np.flatnonzero(flat != OUTSIDE)
     edges, faces = list(contacts(height, connectivity)), list(contacts(height))
@@ -95,17 +98,44 @@ def brute_force(height, rules, connectivity=6):
         p |= q
         object_of.update(dict.fromkeys(q, p))
 
-    for (high, u), (_, v) in sorted(sorted([(int(flat[u]), u), (int(flat[v]), v)], reverse=True) for u, v in edges):
+    ordered = sorted(sorted([(int(flat[u]), u), (int(flat[v]), v)], reverse=True) for u, v in edges)
+    sequence = []
+    for (high, u), (_, v) in ordered:
         p, q = object_of[u], object_of[v]
         shallow = max(deepest(p), deepest(q)) if p is not q else high
         if p is not q and (high <= level or shallow > low or high - shallow < depth):
             join(p, q)
+            sequence.append((u, v))
     while pairs := [
         (mean, min(p), min(q)) for mean, p, q in borders(object_of, faces, flat) if mean <= rules.join_height
     ]:
         _, p, q = min(pairs)
+        ends = {p, q}
+        lowest = ((u, v) for (_, u), (_, v) in ordered if {min(object_of[u]), min(object_of[v])} == ends)
+        sequence.append(next(lowest))
         join(object_of[p], object_of[q])
-    return numbered(flat, object_of, dropped_and_filled(height, object_of, edges, rules)).reshape(height.shape)
+    if joins or splits:
+        object_of.update(replayed(object_of, [*descents(edges, flat), *joins, *sequence], splits))
+    named = {voxel for pair in (*joins, *splits) for voxel in pair}
+    return numbered(flat, object_of, dropped_and_filled(height, object_of, edges, rules, named)).reshape(height.shape)
+
+
+def descents(edges, flat):
+    """Each voxel that is no minimum, with its lowest neighbor: both are of one basin."""
+    lowest = {}
+    for u, v in [*edges, *((v, u) for u, v in edges)]:
+        lowest[u] = min(lowest.get(u, (flat[u], u)), (flat[v], v))
+    return [(u, v) for u, (_, v) in lowest.items() if u != v]
+
+
+def replayed(voxels, sequence, splits):
+    """The objects after the joins of a sequence, without those that would bring together what must be apart."""
+    object_of = {v: {v} for v in voxels}
+    for u, v in sequence:
+        both = object_of[u] | object_of[v]
+        if not any(a in both and b in both for a, b in splits):
+            object_of.update(dict.fromkeys(both, both))
+    return object_of
 
 
 def contacts(height, connectivity=6):
@@ -128,8 +158,11 @@ def borders(object_of, faces, flat):
     return [(Fraction(sum(h), len(h)), object_of[p[0]], object_of[p[1]]) for p, h in result.items() if len(p) == 2]
 
 
-def dropped_and_filled(height, object_of, edges, rules):
-    """Voxels that are in no object; those of filled holes have come to their object in ``object_of``."""
+def dropped_and_filled(height, object_of, edges, rules, named=frozenset()):
+    """Voxels that are in no object; those of filled holes have come to their object in ``object_of``.
+
+    What holds a voxel that is ``named`` is an object.
+    """
     flat = height.ravel()
     places = np.indices(height.shape).reshape(3, -1).T
     on_face = ((places == 0) | (places == np.array(height.shape) - 1)) @ np.array(rules.cut_weights)
@@ -140,14 +173,14 @@ def dropped_and_filled(height, object_of, edges, rules):
 
     empty = {
         v for v, o in object_of.items()
-        if is_small(o) or not (rules.keep_unseeded or min(flat[list(o)]) <= rules.seeds[1])
+        if not named & o and (is_small(o) or not (rules.keep_unseeded or min(flat[list(o)]) <= rules.seeds[1]))
     }  # fmt: skip
     fill(object_of, empty, edges, rules.fill_voxels)
     outside = set(np.flatnonzero(flat == OUTSIDE).tolist())
     empty |= outside
     faces = [pair for pair in contacts(np.zeros_like(height)) if outside & set(pair)]
     fill(object_of, empty, [*edges, *faces], rules.fill_voxels, outside & border(height.shape))
-    return empty | {v for v, o in object_of.items() if len(o) > rules.max_voxels}
+    return empty | {v for v, o in object_of.items() if len(o) > rules.max_voxels and not named & o}
 
 
 def fill(object_of, empty, edges, most, open_voxels=frozenset()):

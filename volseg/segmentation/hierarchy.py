@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 
 import numpy as np
 from numba import njit
@@ -66,6 +67,8 @@ class Graph:
     outer
         OUTER: edges and drains from ``component``, whose ``region`` touches a ``neighbor`` outside the part (both global
         ids of `stitch`).
+    pinned
+        int64 (n,): components that corrections name, once each: objects, whatever their size.
     """
 
     minimum: np.ndarray
@@ -75,6 +78,7 @@ class Graph:
     cut: np.ndarray
     inner: np.ndarray
     outer: np.ndarray
+    pinned: np.ndarray = dataclass_field(default_factory=lambda: np.empty(0, np.int64))
 
 
 # ---------------------------------------------------------------- parts of the volume
@@ -109,7 +113,9 @@ def linked_blocks(grid: Blocks, i: int, connectivity: int) -> list[int]:
     return [i, *grid.neighbors(i)] if connectivity == 6 else grid.overlapping(grid[i].grow(1))
 
 
-def block_graph(i: int, table: BlockBasins, links: Mapping[int, Links]) -> Graph:
+def block_graph(
+    i: int, table: BlockBasins, links: Mapping[int, Links], pinned: np.ndarray | Sequence[int] = ()
+) -> Graph:
     """The `Graph` of block ``i``, whose components are its regions.
 
     Parameters
@@ -120,6 +126,8 @@ def block_graph(i: int, table: BlockBasins, links: Mapping[int, Links]) -> Graph
         Its table.
     links
         Those of all `linked_blocks`, by number.
+    pinned
+        Regions (from 1) of the block that corrections name.
     """
     inner = np.empty(table.edges.size, INNER)
     inner["a"], inner["b"] = table.edges["a"] - 1, table.edges["b"] - 1
@@ -132,7 +140,7 @@ def block_graph(i: int, table: BlockBasins, links: Mapping[int, Links]) -> Graph
         edges = links[j].edges[links[j].edges["b"] >> 32 == i]
         outer += [_outer_drains(drains[:, 1], drains[:, 0]), _outer_edges(edges["b"], edges["a"], edges)]
     sums = {field: getattr(table, field) for field in SUMS}
-    return Graph(**sums, inner=inner, outer=np.concatenate(outer))
+    return Graph(**sums, inner=inner, outer=np.concatenate(outer), pinned=np.unique(np.array(pinned, np.int64)) - 1)
 
 
 def _outer_drains(region: np.ndarray, neighbor: np.ndarray) -> np.ndarray:
@@ -195,11 +203,16 @@ def contract(graph: Graph, level: int) -> tuple[Graph, Graph, np.ndarray]:
     destination = new_index[group]
     inner["a"], inner["b"] = destination[inner["a"]], destination[inner["b"]]
     outer["component"] = destination[outer["component"]]
-    return _select(sums, is_open, inner, outer), _select(sums, finished, inner[:0], outer[:0]), destination
+    pinned = np.unique(destination[graph.pinned])
+    up = _select(sums, is_open, inner, outer, pinned[pinned >= 0])
+    return up, _select(sums, finished, inner[:0], outer[:0], ~pinned[pinned < 0]), destination
 
 
-def _select(sums: dict[str, np.ndarray], components: np.ndarray, inner: np.ndarray, outer: np.ndarray) -> Graph:
-    return Graph(**{field: column[components] for field, column in sums.items()}, inner=inner, outer=outer)
+def _select(
+    sums: dict[str, np.ndarray], components: np.ndarray, inner: np.ndarray, outer: np.ndarray, pinned: np.ndarray
+) -> Graph:
+    columns = {name: column[components] for name, column in sums.items()}
+    return Graph(**columns, inner=inner, outer=outer, pinned=pinned)
 
 
 def _number_distinct(ids: np.ndarray) -> tuple[np.ndarray, int]:
@@ -289,8 +302,11 @@ def _sum(graph: Graph, root: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarr
 
 def labeled(finished: Graph, rules: Rules) -> np.ndarray:
     """Which finished objects have a label, by the rules that see an object's sums and nothing else; bool (objects,)."""
-    has_size = rules.is_large(finished.voxels, finished.cut) & (finished.voxels <= rules.max_voxels)
-    return has_size if rules.keep_unseeded else has_size & (finished.minimum <= rules.seeds[1])
+    kept = rules.is_large(finished.voxels, finished.cut) & (finished.voxels <= rules.max_voxels)
+    if not rules.keep_unseeded:
+        kept &= finished.minimum <= rules.seeds[1]
+    kept[finished.pinned] = True
+    return kept
 
 
 # ---------------------------------------------------------------- 3
@@ -312,7 +328,7 @@ def join(below: Iterable[Graph], grid: Blocks, level: int, n: int) -> Graph:
         The part.
     """
     sums: dict[str, list[np.ndarray]] = {field: [] for field in SUMS}
-    inner, outer = [np.empty(0, INNER)], [np.empty(0, OUTER)]
+    inner, outer, pinned = [np.empty(0, INNER)], [np.empty(0, OUTER)], [np.empty(0, np.int64)]
     claims: dict[tuple[int, int], np.ndarray] = {}  # by pair of children: what the first lists of the second
     answers: dict[tuple[int, int], np.ndarray] = {}  # and the second of the first
     siblings, graphs, count = children(grid, level, n), iter(below), 0
@@ -320,6 +336,7 @@ def join(below: Iterable[Graph], grid: Blocks, level: int, n: int) -> Graph:
         graph = next(graphs)
         inner.append(_shifted(graph.inner, ("a", "b"), count))
         rows = _shifted(graph.outer, ("component",), count)
+        pinned.append(graph.pinned + count)
         for field, column in sums.items():
             column.append(getattr(graph, field))
         count += graph.minimum.size
@@ -335,7 +352,7 @@ def join(below: Iterable[Graph], grid: Blocks, level: int, n: int) -> Graph:
     for pair in list(claims):
         inner.append(_common_edges(claims.pop(pair), answers.pop(pair)))
     columns = {field: np.concatenate(column) for field, column in sums.items()}
-    return Graph(**columns, inner=_concatenate(inner), outer=_concatenate(outer))
+    return Graph(**columns, inner=_concatenate(inner), outer=_concatenate(outer), pinned=np.concatenate(pinned))
 
 
 def _concatenate(pieces: list[np.ndarray]) -> np.ndarray:

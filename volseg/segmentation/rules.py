@@ -15,6 +15,9 @@ The rules, in this order:
    the volume's border. So a cavity that one object encloses becomes part of it.
 6. too large: dropped.
 
+Corrections, where there are some, change what rules 1 to 3 made (`constraints`); what they name is an object, whatever
+rules 4 and 6 say.
+
 All arithmetic is on integers, and ties go to the earlier first voxel, so no cutting into blocks changes anything.
 """
 
@@ -28,7 +31,8 @@ import numpy as np
 
 from volseg.box import VoxelSize
 from volseg.config import Config
-from volseg.segmentation.agglomerate import agglomerate, borders, forest, rank_components
+from volseg.segmentation.agglomerate import APART, agglomerate, borders, forest, rank_components
+from volseg.segmentation.constraints import Constraints, replay
 from volseg.segmentation.edges import connected_components
 from volseg.segmentation.heights import height_difference, seed_height
 from volseg.segmentation.holes import Holes
@@ -156,7 +160,9 @@ def cut_weights(voxel_size_nm: VoxelSize) -> tuple[tuple[int, int, int], int]:
     return (y * x, z * x, z * y), z * y * x
 
 
-def label_basins(basins: Basins, rules: Rules, holes: Holes | None = None) -> np.ndarray:
+def label_basins(
+    basins: Basins, rules: Rules, holes: Holes | None = None, constraints: Constraints | None = None
+) -> np.ndarray:
     """The label of each basin, and after them of each hole.
 
     Parameters
@@ -167,6 +173,8 @@ def label_basins(basins: Basins, rules: Rules, holes: Holes | None = None) -> np
         What decides.
     holes
         The volume's holes; without them only dropped pieces inside the mask can be filled.
+    constraints
+        Corrections, by numbers of basins.
 
     Returns
     -------
@@ -187,33 +195,49 @@ def label_basins(basins: Basins, rules: Rules, holes: Holes | None = None) -> np
     >>> label_basins(basins, Rules(3, min_voxels=5)).tolist()
     [0, 1, 1]
     """
-    return label_components(basins, rules, components(basins, rules), holes)
+    return label_components(basins, rules, components(basins, rules, constraints), holes, constraints)
 
 
-def components(basins: Basins, rules: Rules) -> np.ndarray:
+def components(basins: Basins, rules: Rules, constraints: Constraints | None = None) -> np.ndarray:
     """For each basin a number of its component after all joins, before any is dropped; int64 (basins,)."""
     edges = basins.edges
-    root, _ = forest(edges["a"], edges["b"], edges["high"], basins.minimum, *rules.seeds)
-    if rules.join_height < 0 or not edges.size:
+    root, action = forest(edges["a"], edges["b"], edges["high"], basins.minimum, *rules.seeds)
+    joins: list[tuple[int, int, int, int, int]] = []
+    group, first = root, basins.first
+    if rules.join_height >= 0 and edges.size:
+        group, first = rank_components(root, basins.first)
+        joins = agglomerate(*borders(edges, group), rules.join_height)
+    if constraints is not None:
+        rows = np.r_[np.flatnonzero((action > 0) & (action < APART)), np.array([join[-1] for join in joins], np.int64)]
+        return replay(edges["a"][rows], edges["b"][rows], basins.minimum.size, constraints)
+    if not joins:
         return root
-    group, first = rank_components(root, basins.first)
-    absorbed_by = {q: p for p, q, *_ in agglomerate(*borders(edges, group), rules.join_height)}
+    absorbed_by = {q: p for p, q, *_ in joins}
     target = np.arange(first.size)
     for q in sorted(absorbed_by):  # p < q, so p has its root by now
         target[q] = target[absorbed_by[q]]
     return target[group]
 
 
-def label_components(basins: Basins, rules: Rules, component: np.ndarray, holes: Holes | None = None) -> np.ndarray:
+def label_components(
+    basins: Basins,
+    rules: Rules,
+    component: np.ndarray,
+    holes: Holes | None = None,
+    constraints: Constraints | None = None,
+) -> np.ndarray:
     """`label_basins`, where ``component`` is what `components` gave for rules that join alike."""
+    named = np.empty(0, np.int64) if constraints is None else constraints.named
     group, first = rank_components(component, basins.first)
     voxels = sum_by_group(basins.voxels, group, first.size)
     labeled = rules.is_large(voxels, sum_by_group(basins.cut, group, first.size))
     if not rules.keep_unseeded:
         labeled &= min_by_group(basins.minimum.astype(np.int64), group, first.size) <= rules.seeds[1]
+    labeled[group[named]] = True
     if holes is not None or (rules.fill_voxels and not labeled.all()):
         group, voxels, labeled = _fill_holes(basins, group, labeled, voxels, rules.fill_voxels, holes)
     labeled &= voxels <= rules.max_voxels
+    labeled[group[named]] = True
     return np.where(labeled, np.cumsum(labeled), 0)[group]
 
 
