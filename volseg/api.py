@@ -18,6 +18,7 @@ from volseg.config import Config
 from volseg.engine import cluster, finish, folder
 from volseg.engine import update as updates
 from volseg.engine.blocks import choose_blocks
+from volseg.engine.correction_check import checked_corrections
 from volseg.engine.finished import FinishedRun, open_run
 from volseg.engine.layout import Layout
 from volseg.engine.lock import Lock
@@ -28,6 +29,7 @@ from volseg.evaluation.run_report import report_if_quick
 from volseg.inference import hardware, voxel_size
 from volseg.inference.settings import Settings, default_out, settings_of
 from volseg.io import probabilities, volume
+from volseg.io.corrections import read as read_corrections
 from volseg.planning import measure, prepare
 from volseg.planning import plan as planning
 from volseg.progress import Progress, displayed
@@ -160,6 +162,7 @@ def segment(
     settings: Settings = (),
     overwrite: bool = False,
     recompute: bool = False,
+    corrections: str | os.PathLike | dict | None = None,
     retry_failed: bool = True,
     progress: Progress | None = None,
 ) -> FinishedRun:
@@ -180,6 +183,9 @@ def segment(
         As in `infer`.
     recompute : bool
         Whether to make basins anew where the run's work folder was cleaned.
+    corrections : path or dict, optional
+        Which points of a run, or which labels, are one object and which are two, as `review` writes it; "none" for no
+        corrections. The run keeps those that it has if this is not given.
 
     Returns
     -------
@@ -188,7 +194,8 @@ def segment(
     Raises
     ------
     UserError
-        For what is neither run nor probabilities, or a change of what a run's probabilities depend on.
+        For what is neither run nor probabilities, a change of what a run's probabilities depend on, or corrections that
+        contradict each other or do not fit the run.
     IncompleteRunError
         When blocks failed.
     """
@@ -199,7 +206,9 @@ def segment(
                 f"{run_path} is a run and is decided anew in place; leave out --out and --overwrite, or give {run_path}/0 to "
                 "make another run of its probabilities"
             )
-        return _decide_anew(run_path, config, settings, recompute, retry_failed, progress)
+        return _decide_anew(run_path, config, settings, recompute, corrections, retry_failed, progress)
+    if corrections is not None:
+        raise UserError(f"{path} is not a volseg run: corrections are of the objects that a run has")
     if recompute:
         raise UserError(f"{path} is not a volseg run: --recompute is for a run whose work folder was cleaned")
     return _segment_probabilities(path, out, settings_of(config, settings, base={}), overwrite, retry_failed, progress)
@@ -225,12 +234,20 @@ def _segment_probabilities(
 
 
 def _decide_anew(
-    path: str, config: Any, settings: Settings, recompute: bool, retry_failed: bool, progress: Progress | None
-) -> FinishedRun:
+    path: str, config: Any, settings: Settings, recompute: bool, corrections: str | os.PathLike | dict | None,
+    retry_failed: bool, progress: Progress | None,
+) -> FinishedRun:  # fmt: skip
     start, out = time.perf_counter(), folder.absolute(path.rstrip("/"))
+    given = None if corrections in (None, "none") else read_corrections(corrections)
     with displayed(progress) as shown, Lock(out) as lock:  # from here on no other command changes what is read
-        old = folder.load_run(out, recompute=recompute)
-        run = _with_settings(old, out, config, settings)
+        known = folder.described_run(out)
+        wanted = None
+        if known and corrections != "none":  # before anything is written
+            wanted = checked_corrections(given, known, _with_settings(known, out, config, settings))
+        if given:
+            shown.message(f"corrections: {wanted or 'none'}, {given.undecided} undecided")
+        run = _with_settings(folder.load_run(out, recompute=recompute), out, config, settings)
+        run = replace(run, corrections=wanted)
 
         def reopen() -> None:
             folder.reopen(out)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from volseg.box import Box
-from volseg.engine import cluster, folder, kernels, schedule
+from volseg.engine import cluster, corrections, folder, kernels, schedule
 from volseg.engine.block_tables import Joins
 from volseg.engine.finished import FinishedRun
 from volseg.engine.guard import MemoryLimits
@@ -30,6 +30,7 @@ from volseg.engine.stages import keys
 from volseg.errors import IncompleteRunError, OutOfMemoryError, UserError
 from volseg.inference import hardware
 from volseg.io import files, volume
+from volseg.io.corrections import format_file
 from volseg.io.resample import Grid
 from volseg.progress import Progress
 from volseg.segmentation import objects, saddles
@@ -181,6 +182,7 @@ def finish(
     folder.describe_image(run)
     _write_pictures(run, columns)
     folder.describe_labels(run, columns)
+    layout.save_corrections(format_file(corrections.correction_file(run)) if run.corrections else "")
     now = time.perf_counter()
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
     files.remove_temporary(run.out)
@@ -298,7 +300,9 @@ def _joins(run: Run) -> Joins:
     graph = saddles.object_graph(run.layout.borders.load_each(range(len(run.grid))))
     label = np.arange(1, 1 + graph.minimum.size)
     confidence = saddles.confidence(graph, label, run.config.fragments, run.voxel_size_nm)
-    return Joins(saddles.rank_saddles(graph, Rules.from_config(run.config, run.voxel_size_nm), label), confidence)
+    rules, wanted = Rules.from_config(run.config, run.voxel_size_nm), corrections.label_constraints(run)
+    wanted = wanted and wanted.renamed(lambda labels: labels - 1)
+    return Joins(saddles.rank_saddles(graph, rules, label, wanted), confidence)
 
 
 def _why_no_object(run: Run) -> str:

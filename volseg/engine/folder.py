@@ -292,6 +292,13 @@ def peek_run(path: str) -> Run | None:
         return None
 
 
+def described_run(out: str) -> Run | None:
+    """What `load_run` gives, without a word written; None where it would refuse."""
+    run = peek_run(partial_path(out)) or peek_run(out)
+    layout = Layout(out)
+    return run or (replace(Run.from_json(layout.load_summary()), out=out) if layout.finished else None)
+
+
 def load_run(out: str, *, recompute: bool = False) -> Run:
     """The run at ``out``, or the one of that name which `segment` left unfinished; its work folder is there.
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from volseg import system
-from volseg.engine import restore
+from volseg.engine import corrections, restore
 from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, Values
 from volseg.engine.keys import basins_key, decision_key
 from volseg.engine.receipts import Timings
@@ -93,12 +93,14 @@ def _stitch_all(run: Run, timings: Timings) -> dict:
         background, hole_of = _gather_holes(run, basin_of)
     with timings.phase("decide"):
         rule = Rules.from_config(run.config, run.voxel_size_nm)
-        label, label_of_hole = np.split(label_basins(basins, rule, background), [basins.minimum.size])
+        regions = corrections.region_constraints(run)
+        wanted = regions and regions.looked_up(basin_of.__getitem__)
+        label, label_of_hole = np.split(label_basins(basins, rule, background, wanted), [basins.minimum.size])
     count = int(label.max(initial=0))
     with timings.phase("write"):
         confidence = saddles.confidence(basins, label, run.config.fragments, run.voxel_size_nm)
         layout.joins.remove_all()
-        layout.joins.save(Joins(saddles.rank_saddles(basins, rule, label), confidence), decision_key(run))
+        layout.joins.save(Joins(saddles.rank_saddles(basins, rule, label, wanted), confidence), decision_key(run))
         dtype = label_dtype(count)
 
         def save(i: int) -> None:
@@ -159,7 +161,7 @@ def contract(run: Run, n: int, timings: Timings, level: int) -> dict:
         if level == 0:
             near = hierarchy.linked_blocks(run.grid, n, run.config.fragments.connectivity)
             links = dict(zip(near, layout.links.load_each(near), strict=True))
-            graph = hierarchy.block_graph(n, layout.block_basins.load(n), links)
+            graph = hierarchy.block_graph(n, layout.block_basins.load(n), links, corrections.pinned_regions(run, n))
         else:
             children = [(level - 1, child) for child in hierarchy.children(run.grid, level, n)]
             graphs = layout.graphs.load_each(
@@ -210,7 +212,11 @@ def assign(run: Run, n: int, timings: Timings, level: int) -> None:
         label = hierarchy.assign(became.destination, above, finished)
     with timings.phase("write"):
         if level == 0:
-            layout.block_labels.save(BlockLabels(np.r_[0, label].astype(label_dtype(int(offsets[-1])))), n)
+            labels = np.r_[0, label].astype(label_dtype(int(offsets[-1])))
+            if run.corrections:
+                layout.tree_labels.save(Values(labels), n)
+            else:
+                layout.block_labels.save(BlockLabels(labels), n)
             return
         shares = np.split(label, np.cumsum(became.sizes)[:-1])
         for child, share in zip(hierarchy.children(run.grid, level, n), shares, strict=True):

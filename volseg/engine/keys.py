@@ -8,6 +8,7 @@ from volseg.engine.run import Run, digest
 from volseg.segmentation.edges import EDGE
 
 CONSTANT_TILES = "constant tiles are 0"  # what predict does with them
+SADDLE_ROWS = "a voxel on each side"  # what the tables of saddles hold
 
 
 def probability_key(run: Run) -> str:
@@ -26,6 +27,25 @@ def probability_key(run: Run) -> str:
     return digest(key, run.roi.key) if run.roi else key
 
 
+def probabilities_id(run: Run) -> str:
+    """Of what the stored probabilities are, however they are cut into blocks: what corrections are made for."""
+    made: list
+    if run.channels:
+        made = [(channel.name, channel.source is not None, channel.inverted) for channel in run.channels]
+    else:
+        predict = run.config.predict
+        made = [
+            run.model_sha256, run.mean, run.std, run.engine.arithmetic, predict.tile, predict.overlap, predict.tta,
+            sorted(predict.planes),
+        ]  # fmt: skip
+    return digest(run.checksum, run.shape, made, *([run.roi.key] if run.roi else []))
+
+
+def labels_id(run: Run) -> str:
+    """Of what the labels are, however they are cut into blocks."""
+    return digest(probabilities_id(run), run.config.fragments.model_dump(), vars(run.distance_unit), *_rules(run))
+
+
 def basins_key(run: Run) -> str:
     """Of basins and their edge tables."""
     unit = vars(run.distance_unit)
@@ -38,4 +58,9 @@ def holes_key(run: Run) -> str:
 
 def decision_key(run: Run) -> str:
     """Of which basins are one object, and so of labels."""
-    return digest(basins_key(run), run.config.stitch.model_dump(exclude={"reduce"}))
+    return digest(basins_key(run), SADDLE_ROWS, *_rules(run))
+
+
+def _rules(run: Run) -> list:
+    """What decides which basins are one object."""
+    return [run.config.stitch.model_dump(exclude={"reduce"}), *([run.corrections.key] if run.corrections else [])]

@@ -6,6 +6,7 @@
       image/LEVEL             the volume, where a copy was asked for
       tables/                 objects and merges as Parquet and CSV, a histogram of volumes
       overlay.png, review/    pictures
+      corrections.json        corrections of objects, where there are some
       run.json                what the finished run is and took; written last
       report.html             a page about the run
       log.txt                 what each command said that worked on it
@@ -31,7 +32,7 @@ from volseg.engine.layout_marks import BlockMarks
 from volseg.engine.stored import StoredArray, Tables, load_table, record_written
 from volseg.errors import DamagedFileError, UserError
 from volseg.io import arrays, files, tables
-from volseg.segmentation import hierarchy, holes, objects, saddles, stitch
+from volseg.segmentation import constraints, hierarchy, holes, objects, saddles, stitch
 from volseg.segmentation.basins import BlockBasins
 
 if TYPE_CHECKING:
@@ -186,6 +187,24 @@ class Layout(BlockMarks):
     def layer_offsets(self) -> Tables[Values]:
         """How many objects begin in all layers before each."""
         return self._tables("tree/offsets", Values)
+
+    @cached_property
+    def tree_labels(self) -> Tables[Values]:
+        """Of a block's regions, before corrections."""
+        return self._tables("tree/before/{}", Values)
+
+    @cached_property
+    def named_labels(self) -> Tables[Values]:
+        """The labels before corrections of the objects that these name, ascending."""
+        return self._tables("tree/named", Values)
+
+    @cached_property
+    def named_parts(self) -> Tables[constraints.NamedParts]:
+        return self._tables("tree/named/{}", constraints.NamedParts)
+
+    @cached_property
+    def corrected_objects(self) -> Tables[constraints.CorrectedObjects]:
+        return self._tables("tree/corrected", constraints.CorrectedObjects)
 
     def remove_tree(self) -> None:
         files.remove(f"{self.path}/work/tree")
@@ -354,6 +373,17 @@ class Layout(BlockMarks):
         """What describes labels that are about to change."""
         for name in ("review", "report.html", "tables/merges.parquet", "tables/merges.csv"):
             files.remove(f"{self.path}/{name}")
+
+    @property
+    def corrections_path(self) -> str:
+        return f"{self.path}/corrections.json"
+
+    def save_corrections(self, text: str) -> None:
+        """The corrections as a file that can be given again; none where there is no ``text``."""
+        if text:
+            files.write_bytes(self.path, "corrections.json", text.encode())
+        else:
+            files.remove(self.corrections_path)
 
     @property
     def log_path(self) -> str:

@@ -20,6 +20,7 @@ from volseg.errors import DamagedFileError
 from volseg.inference import tiles
 from volseg.inference.backends import Engine
 from volseg.io import probabilities, pyramid, volume
+from volseg.io.corrections import Corrections
 from volseg.io.header import check_shape
 from volseg.io.resample import Grid
 from volseg.io.roi import RegionOfInterest
@@ -48,6 +49,7 @@ class Run:
     restored             whether labels are brought back to that grid
     pass_blocks          by plane, of passes whose own blocks would not fit the memory
     cuts                 by plane, where blocks follow the source's chunks and the tiles
+    corrections          of the objects that the rules make; None for none
     """
 
     out: str
@@ -71,6 +73,7 @@ class Run:
     restored: bool = False
     pass_blocks: dict[str, Triple] = field(default_factory=dict)
     cuts: dict[str, Cut] = field(default_factory=dict)
+    corrections: Corrections | None = None
 
     @property
     def shape(self) -> Triple:
@@ -306,6 +309,7 @@ class Run:
             "roi": _roi(plain.get("roi")),
             "given": _volume(plain.get("given")),
             "given_roi": _roi(plain.get("given_roi")),
+            "corrections": Corrections.from_json(plain.get("corrections")),
         }
         return cls(**{**known, **nested})
 

@@ -211,10 +211,12 @@ def _stitch(client: Any, run: Run, markers: Markers, progress: Progress, statist
             "stitched as a tree: tables/merges lists borders only; joins need all edges in one process, stitch.reduce=flat"
         )
         objects = int(run.layout.layer_offsets.load().values[-1])
+        if run.corrections:
+            objects = int(run.layout.corrected_objects.load().objects[0])
         markers.add(stitch.name, 0, Receipt(objects=objects))
         markers.flush()
         for stage in group_of(run, group):
-            if stage.name not in ("assign0", "borders"):
+            if stage.name not in ("renumber" if run.corrections else "assign0", "borders"):
                 markers.remove(stage.name)
         run.layout.remove_tree()
 

@@ -3,7 +3,8 @@
     basins   predict (or import) -> fragments -> link, and where holes are filled -> find_holes -> link_holes
              predict (or import) -> coarsen1 -> coarsen2 -> ...   and where a copy is asked for, image0 -> image1 -> ...
     flat     stitch                                   one process decides on all basins
-    tree     contract0 -> ... -> rank -> ... -> assign0 -> borders    or a tree of blocks does
+    tree     contract0 -> ... -> rank -> ... -> assign0 -> borders    or a tree of blocks does; where objects are
+             corrected, assign0 -> name_objects -> collect_named -> correct -> renumber -> borders
     labels   relabel -> pyramid1 -> pyramid2 -> ...
 
 Stages of the groups basins and labels run side by side: a block of one goes as soon as what it is made from is done. Those of
@@ -18,7 +19,7 @@ from functools import partial
 from typing import Any, Literal
 
 from volseg.box import Blocks, Box
-from volseg.engine import instances, predict
+from volseg.engine import corrections, instances, predict
 from volseg.engine.keys import basins_key, decision_key, holes_key, probability_key
 from volseg.engine.parts import Part
 from volseg.engine.receipts import Timings
@@ -159,7 +160,19 @@ def _tree(run: Run) -> list[Stage]:
     up = [stage(f"contract{k}", partial(instances.contract, level=k), hierarchy.parts(run.grid, k)) for k in levels]
     down = [stage(f"assign{k}", partial(instances.assign, level=k), hierarchy.parts(run.grid, k)) for k in levels]
     rank, borders = stage("rank", instances.rank, run.layers), stage("borders", instances.measure_borders, run.grid)
-    return [*up, rank, *reversed(down), borders]
+    return [*up, rank, *reversed(down), *_corrections(run, stage), borders]
+
+
+def _corrections(run: Run, stage: Callable[[str, Callable, Blocks], Stage]) -> list[Stage]:
+    if not run.corrections:
+        return []
+    whole = Blocks(run.shape, run.shape)
+    return [
+        stage("name_objects", corrections.name_objects, whole),
+        stage("collect_named", corrections.collect_named, run.grid),
+        stage("correct", corrections.correct, whole),
+        stage("renumber", corrections.renumber, run.grid),
+    ]
 
 
 def _labels(run: Run) -> list[Stage]:

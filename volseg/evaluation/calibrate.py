@@ -23,6 +23,7 @@ import numpy as np
 
 from volseg.box import Box
 from volseg.config import Stitch
+from volseg.engine.corrections import region_constraints
 from volseg.errors import UserError
 from volseg.evaluation.contingency import Contingency
 from volseg.evaluation.evaluate import parse_box, read_truth
@@ -299,14 +300,16 @@ def _candidates(run: StoredRun, basins: Basins, slabs: list[Contingency], tried:
     others = [sum(slabs[:k] + slabs[k + 1 :], Contingency.empty()) for k in range(len(slabs))]
     own, default = run.config.stitch, _default(run.config.stitch)
     volume_holes = run.layout.volume_holes.load() if run.fills else None
+    regions = region_constraints(run.run)
+    wanted = regions and regions.looked_up(lambda i: run.layout.block_labels.load(i).basin)
     joined: dict[Rules, np.ndarray] = {}
     scored: dict[bytes, tuple[dict, list]] = {}
     for settings in tried:
         rules = Rules.from_config(run.config.model_copy(update={"stitch": settings}), run.voxel_size_nm)
         joins = Rules(rules.seed_height, rules.persistence, rules.join_height, low_height=rules.low_height)
         if joins not in joined:
-            joined = {joins: components(basins, joins)}
-        label = label_components(basins, rules, joined[joins], volume_holes)
+            joined = {joins: components(basins, joins, wanted)}
+        label = label_components(basins, rules, joined[joins], volume_holes, wanted)
         key = label.tobytes()
         if key not in scored:
             name = np.r_[0, label]

@@ -7,7 +7,8 @@ Labels come from a forest over the whole volume, so a box alone cannot tell them
     ids      labels are the stored id map applied to the stored regions (needs ``work``)
     mask     no label outside the mask, but in holes that one object encloses, where holes are filled
     rule     one label per basin; basins that the forest must join, in any surroundings, have one label; an object that
-             is complete in the box is kept or dropped by its size and seed, is alone with its id, and ids are in raster order
+             is complete in the box is kept or dropped by its size and seed, is alone with its id, and ids are in raster order;
+             objects that corrections name are left out
     table    objects complete in the box have exactly the table's row; parts of others stay inside its bounding box
 """
 
@@ -243,6 +244,8 @@ def _against_rule(
     complete = complete[root]
     kept &= (rules.max_voxels == NO_LIMIT) | (complete & (voxels <= rules.max_voxels) & (not run.fills))
     stored = region_label[1:]
+    corrected = np.isin(stored, run.corrected)
+    complete &= ~(np.bincount(root, weights=corrected, minlength=size) > 0)[root]
     bad = stored != stored[root]
     bad |= kept & (stored == 0)
     if run.fills:  # what is dropped may lie in a hole, and a hole in the first corner begin before its object
@@ -251,6 +254,7 @@ def _against_rule(
         bad |= complete & ~kept & (stored != 0)
         bad |= complete & (stored != 0) & _shared(stored, root)
         bad |= _out_of_order(stored, root, complete, table.first)
+    bad &= ~corrected
     wrong = (region != 0) & (np.r_[False, bad][region] | (label != region_label[region]))
     return wrong, joins, int(np.count_nonzero(complete & kept & (root == np.arange(size))))
 

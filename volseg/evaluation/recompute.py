@@ -9,10 +9,12 @@ from math import prod
 import numpy as np
 
 from volseg.box import Blocks, Box, Triple
+from volseg.engine.corrections import region_constraints
 from volseg.evaluation.recheck import first_voxel, heights, inner, region_rows
 from volseg.evaluation.stored import StoredRun
 from volseg.segmentation import stitch
 from volseg.segmentation.basins import BlockBasins, watershed_block
+from volseg.segmentation.constraints import Constraints
 from volseg.segmentation.holes import BlockHoles, block_holes, face_contacts, number_holes
 from volseg.segmentation.holes import gather as gather_holes
 from volseg.segmentation.rules import label_basins, label_dtype
@@ -73,7 +75,8 @@ def relabel(run: StoredRun, block: Triple) -> Relabeling:
     if run.fills:
         holes = [block_holes(region, box, run.shape) for region, box in zip(regions, grid, strict=True)]
         contacts = [face_contacts(i, holes.__getitem__, grid) for i in range(len(grid))]
-    ids = _decide(run, tables, links, holes, contacts)
+    pairs = region_constraints(run.run, grid, lambda i, box: regions[i][box.slices_within(grid[i])])
+    ids = _decide(run, tables, links, holes, contacts, pairs)
     objects = max(int(block_ids.max()) for block_ids in ids)
     wrong, first = 0, None
     for box, region, block_ids in zip(grid, regions, ids, strict=True):
@@ -97,14 +100,17 @@ def _decide(
     links: Sequence[stitch.Links],
     holes: Sequence[BlockHoles],
     contacts: Sequence[np.ndarray],
+    pairs: Constraints | None,
 ) -> list[np.ndarray]:
     """For each block the label of region 0 (none), 1, 2, ... and then, where holes are filled, of its holes."""
     basins, basin_of = stitch.gather(tables, links)
+    constraints = pairs and pairs.looked_up(basin_of.__getitem__)
     if not run.fills:
-        label = label_basins(basins, run.rules)
+        label = label_basins(basins, run.rules, constraints=constraints)
         return [np.r_[0, label[basin]] for basin in basin_of]
     volume_holes, hole_of = gather_holes(holes, contacts, basin_of)
-    label, hole_label = np.split(label_basins(basins, run.rules, volume_holes), [basins.minimum.size])
+    decided = label_basins(basins, run.rules, volume_holes, constraints)
+    label, hole_label = np.split(decided, [basins.minimum.size])
     return [np.r_[0, label[basin], hole_label[hole]] for basin, hole in zip(basin_of, hole_of, strict=True)]
 
 
@@ -127,8 +133,8 @@ def rejoin(run: StoredRun) -> Rejoining | None:
     stray = sum(_stray_links(link, tables) for link in links) + _stray_holes(holes, contacts, tables)
     if stray:
         return Rejoining(regions, stray)
-    wrong = 0
-    for i, expected in enumerate(_decide(run, tables, links, holes, contacts)):
+    wrong, pairs = 0, region_constraints(run.run, run.grid, lambda i, box: run.regions(box))
+    for i, expected in enumerate(_decide(run, tables, links, holes, contacts, pairs)):
         stored = run.layout.block_labels.load(i).label.astype(np.int64)
         wrong += int(np.count_nonzero(stored != expected)) if stored.size == expected.size else expected.size
     return Rejoining(regions, wrong)

@@ -312,6 +312,8 @@ def _versions(run: FinishedRun) -> str:
     if own.engine:
         rows += [("engine", f"{own.engine}, {own.engine.processor}, batch {own.engine.batch} ({own.engine.why})")]
         rows += [("model", f"{own.config.predict.model or 'the shipped one'}, sha256 {own.model_sha256}")]
+    if own.corrections:
+        rows += [("corrections", str(own.corrections))]
     rows += [(name, version) for name, version in facts["versions"].items()]
     return page.table(("", ""), rows)
 

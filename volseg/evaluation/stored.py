@@ -109,6 +109,14 @@ class StoredRun:
         return self._voxels("probabilities", box.grow(self.halo).clip(self.shape))
 
     @cached_property
+    def corrected(self) -> np.ndarray:
+        """The labels of the objects that corrections name, ascending."""
+        pairs = self.run.corrections.pairs if self.run.corrections else []
+        points = [point for _, pair in pairs for point in pair]
+        labels = [self.labels.read(Box((z, y, x), (z + 1, y + 1, x + 1))) for z, y, x in points]
+        return np.unique(np.array(labels, np.int64))
+
+    @cached_property
     def objects(self) -> dict[str, np.ndarray]:
         """Columns of the object table, by ascending ``id``."""
         return self.table("objects")

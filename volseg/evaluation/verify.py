@@ -56,6 +56,8 @@ class Verification:
         The whole volume labeled again; None where it has more than `MAX_RELABELED_VOXELS`.
     seams
         Block faces beside other planes.
+    corrections
+        How many joins and splits the run has, which all that was recomputed obeys.
     damaged
         Keys of files that are missing or not as they were written; where they cannot be read, nothing was recomputed.
     """
@@ -71,6 +73,7 @@ class Verification:
     relabeling: Relabeling | None
     seams: Seams | None
     damaged: tuple[str, ...] = ()
+    corrections: tuple[int, int] = (0, 0)
 
     @property
     def ok(self) -> bool:
@@ -93,6 +96,7 @@ class Verification:
             "objects": self.objects,
             "seed": self.seed,
             "notes": list(self.notes),
+            "corrections": dict(zip(("joins", "splits"), self.corrections, strict=True)),
             "boxes": [box.to_json() for box in self.boxes],
             "joined": self.rejoining and self.rejoining.to_json(),
             "whole": self.relabeling and self.relabeling.to_json(),
@@ -152,6 +156,7 @@ def _recomputed(path: str, boxes: int, seed: int, damaged: tuple[str, ...]) -> V
         return Verification(path, stored.shape, stored.grid.block, 0, seed, notes, (), None, None, None, damaged)
     rng = np.random.default_rng(seed)
     checked = tuple(check_box(stored, box) for box in draw_boxes(stored, boxes, rng))
+    corrections = stored.run.corrections
     small = prod(stored.shape) <= MAX_RELABELED_VOXELS
     relabeling = relabel(stored, other_block(stored)) if small else None
     empty = (
@@ -171,6 +176,7 @@ def _recomputed(path: str, boxes: int, seed: int, damaged: tuple[str, ...]) -> V
         relabeling=relabeling,
         seams=measure_seams(stored, rng),
         damaged=damaged,
+        corrections=(len(corrections.joins), len(corrections.splits)) if corrections else (0, 0),
     )
 
 
@@ -229,8 +235,12 @@ def format_verification(result: Verification) -> str:
         for box in result.boxes
         for name, first in box.first.items()
     ]
-    parts = [*lines, title, *result.notes, format_table(columns, cells), *firsts, *LEGEND, *_rejoining_lines(result.rejoining),
-             _relabeling_line(result.relabeling), *_seam_lines(result.seams)]  # fmt: skip
+    joins, splits = result.corrections
+    corrections = [f"corrected by {joins} join(s) and {splits} split(s), which what follows obeys"] * any(
+        (joins, splits)
+    )
+    parts = [*lines, title, *corrections, *result.notes, format_table(columns, cells), *firsts, *LEGEND,
+             *_rejoining_lines(result.rejoining), _relabeling_line(result.relabeling), *_seam_lines(result.seams)]  # fmt: skip
     wrong = "NOT EQUAL: the labels are not those of this run's rule"
     last = advice if result.equal and advice else "all that was checked is equal" if result.equal else wrong
     return "\n".join([*parts, last, *([advice] if advice and not result.equal else [])])

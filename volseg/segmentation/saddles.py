@@ -15,7 +15,8 @@ interior makes one. ``rule`` says which number decided:
     persistence  how deep the shallower part lies below the saddle, against ``stitch.persistence``
     mean         the whole border's mean probability, against ``stitch.join_mean``
 
-A join by several rules has the greatest margin of them, a border that several rules could join the smallest.
+A join by several rules has the greatest margin of them, a border that several rules could join the smallest. What
+corrections say is certain, and not listed.
 
 Where a `hierarchy` stitched, no process knows the order of joins inside an object, so borders alone are listed:
 `block_borders` finds them in each block's tables, and `object_graph` makes of them what `rank_saddles` takes.
@@ -42,6 +43,7 @@ from volseg.segmentation.agglomerate import (
     rank_components,
 )
 from volseg.segmentation.basins import BlockBasins
+from volseg.segmentation.constraints import Constraints
 from volseg.segmentation.edges import EDGE, SADDLE_ORDER, argsort_saddles, find, merge_parallel, unite
 from volseg.segmentation.heights import height_difference, height_to_probability
 from volseg.segmentation.rules import Rules
@@ -58,7 +60,8 @@ ROW = np.dtype(
         ("kind", np.int8),  # index of KINDS
         ("rule", np.int8),  # index of RULES
         ("saddle", np.int64),  # height
-        ("voxel", np.int64),  # linear index of its higher end
+        ("voxel", np.int64),  # linear index of its higher end, and of its lower one: they lie on the two sides
+        ("low_voxel", np.int64),
         ("edge", np.int64),  # its row in the edges of `Basins`
         ("area", np.int64),  # voxel faces, and the sum of their heights
         ("height", np.int64),
@@ -68,7 +71,7 @@ ROW = np.dtype(
 )
 
 
-def rank_saddles(basins: Basins, rules: Rules, label: np.ndarray) -> np.ndarray:
+def rank_saddles(basins: Basins, rules: Rules, label: np.ndarray, constraints: Constraints | None = None) -> np.ndarray:
     """Joins and borders, least certain first.
 
     Parameters
@@ -79,6 +82,8 @@ def rank_saddles(basins: Basins, rules: Rules, label: np.ndarray) -> np.ndarray:
         What decided.
     label
         int64 (basins,): what `rules.label_basins` gave.
+    constraints
+        Corrections, by numbers of basins.
 
     Returns
     -------
@@ -91,12 +96,31 @@ def rank_saddles(basins: Basins, rules: Rules, label: np.ndarray) -> np.ndarray:
         _mean_joins(basins, rules, label, root),
         _object_borders(basins, rules, label),
     ])  # fmt: skip
+    if constraints is not None:
+        rows = rows[~_are_corrected(rows, basins, label, constraints)]
     return rows[np.lexsort([rows["edge"], rows["kind"], rows["margin"]])][:MAX_ROWS]
+
+
+def _are_corrected(rows: np.ndarray, basins: Basins, label: np.ndarray, constraints: Constraints) -> np.ndarray:
+    """Which rows corrections decide: joins of a pair of basins that they join, borders of objects that they hold apart."""
+    edges = basins.edges[rows["edge"]]
+    joined = _are_among(np.stack([edges["a"], edges["b"]], axis=1), constraints.joins)
+    apart = _are_among(rows["label"], label[constraints.splits])
+    return np.where(rows["kind"] == KINDS.index("join"), joined, apart)
+
+
+def _are_among(pairs: np.ndarray, listed: np.ndarray) -> np.ndarray:
+    """Which pairs are listed, in either order."""
+    both = np.concatenate([np.sort(listed, axis=1), np.sort(pairs, axis=1)])
+    _, number = np.unique(both, axis=0, return_inverse=True)
+    number = number.ravel()
+    return np.isin(number[len(listed) :], number[: len(listed)])
 
 
 def _forest_joins(basins: Basins, rules: Rules, label: np.ndarray, action: np.ndarray) -> np.ndarray:
     """Joins of `forest`, replayed: a part's size is known only at its step."""
     row = np.flatnonzero((action > 0) & (action < APART))
+    row = row[label[basins.edges["a"][row]] == label[basins.edges["b"][row]]]  # corrections leave joins out
     edges = basins.edges[row]
     voxels, shallow = _join_sides(edges["a"], edges["b"], basins.voxels, basins.minimum)
     large = (voxels.min(axis=1, initial=INT64_MAX) >= max(1, rules.min_voxels)) & (label[edges["a"]] > 0)
@@ -137,7 +161,7 @@ def _mean_joins(basins: Basins, rules: Rules, label: np.ndarray, root: np.ndarra
         row["voxels"] = max(voxels[p], voxels[q]), min(voxels[p], voxels[q])
         voxels[p] += voxels[q]
     large = rows["voxels"].min(axis=1, initial=INT64_MAX) >= rules.min_voxels
-    return rows[large & (rows["label"][:, 0] > 0)]
+    return rows[large & (rows["label"][:, 0] > 0) & (rows["label"][:, 0] == rows["label"][:, 1])]
 
 
 def _object_borders(basins: Basins, rules: Rules, label: np.ndarray) -> np.ndarray:
@@ -173,6 +197,7 @@ def _rows(basins: Basins, row: np.ndarray, kind: str, label: np.ndarray) -> np.n
     edges, rows = basins.edges[row], np.zeros(row.size, ROW)
     rows["edge"] = row
     rows["kind"], rows["saddle"], rows["voxel"] = KINDS.index(kind), edges["high"], edges["high_voxel"]
+    rows["low_voxel"] = edges["low_voxel"]
     rows["area"], rows["height"] = edges["area"], edges["height"]
     rows["label"] = np.stack([label[edges["a"]], label[edges["b"]]], axis=1)
     return rows
@@ -256,7 +281,8 @@ def saddles_table(
 
     ``z y x`` is the saddle's voxel. Probabilities are what heights are made of (`heights.height_to_probability`).
     ``contact_faces`` counts voxel faces; ``contact_um2`` takes the mean face of a voxel where voxels are no cubes.
-    ``voxels_a`` and ``voxels_b`` are, of a join, its two parts at that step, the larger first.
+    ``voxels_a`` and ``voxels_b`` are, of a join, its two parts at that step, the larger first. ``voxel_a`` and ``voxel_b``
+    are linear indices of voxels on the two sides of the saddle, in the grid in which was decided.
 
     Parameters
     ----------
@@ -291,6 +317,8 @@ def saddles_table(
         "voxels_b": rows["voxels"][:, 1],
         **{"z": z, "y": y, "x": x},
         **{f"{axis}_nm": place * float(n) for axis, place, n in zip("zyx", (z, y, x), voxel_size_nm, strict=True)},
+        "voxel_a": rows["voxel"],
+        "voxel_b": rows["low_voxel"],
     }
 
 
