@@ -1,6 +1,7 @@
 """The least certain decisions of a run, listed and drawn."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.helpers import basins_of, row
-from volseg import cli
+from tests.helpers import Quiet, basins_of, row
+from volseg import api, cli
 from volseg.box import Box
 from volseg.errors import UserError
 from volseg.evaluation.review import join_sides, open_reviewed, review, sides
+from volseg.evaluation.review_page import LOGIC
 from volseg.segmentation import saddles
 from volseg.segmentation.rules import Rules, label_basins
 
@@ -41,6 +43,65 @@ def test_a_review_is_a_frame_and_plain_values_too(reference, tmp_path):
     pandas.testing.assert_frame_equal(frame, table[frame.columns], check_dtype=False)
     assert json.loads(json.dumps(found.to_json()))["decisions"][0]["margin"] == table["margin"][0]
     assert found.decisions[0].picture in found._repr_html_()
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_decisions_made_on_the_page_are_a_file_that_segment_takes(reference, tmp_path):
+    run = str(shutil.copytree(reference, tmp_path / "run.volseg.zarr"))
+    found = review(run, 3)
+    data = re.search(r'id="data">(.*?)</script>', Path(found.page).read_text())[1]
+    clicks = """
+const kept = begun(data), said = [message(kept)], place = data.questions[1].place;
+kept.answers[0].choice = "change";
+const cut = [[place.z, place.y, place.x + 3], [place.z, place.y + place.ny - 1, place.x + place.nx - 1]];
+cut.forEach((point, panel) => click(kept.answers[1], voxelAt(place, ...pixelsOf(place, point)[panel])));
+said.push(message(kept));
+kept.answers[2].choice = "keep";
+said.push(message(kept), message(begun({...data, questions: []})));
+const text = fileText(data, kept), again = fromFile(data, JSON.parse(text));
+const gap = voxelAt(place, place.nx * place.zoom + 1, 0), empty = fileText(data, begun(data)), same = fileText(data, again);
+console.log(JSON.stringify({text, said, cut, gap, same, empty}));
+"""
+    script = f"const data = {data};\n{LOGIC}\n{clicks}"
+    done = subprocess.run(["node", "-"], input=script, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert json.loads(told["empty"]) == json.loads(Path(found.corrections).read_text())
+    assert told["empty"].count("\n") == 6  # a line for each correction
+    assert [line.split(":")[0] for line in told["said"]] == [
+        "0 of 3 are decided.", "2 of 3 are decided.", "All 3 are decided", "Nothing is uncertain",
+    ]  # fmt: skip
+    entries, expected = (json.loads(text)["corrections"] for text in (told["text"], told["empty"]))
+    first, second, third = expected
+    turned = {"join": "split", "border": "join"}
+    kept = {"join": "join", "border": "split"}
+    kinds = [decision.kind for decision in found.decisions]
+    assert entries[:2] == [{**first, "do": turned[kinds[0]]}, second]
+    assert entries[2] == {**entries[2], "do": "split", "points": told["cut"]}
+    assert told["gap"] is None
+    assert entries[3] == {**third, "do": kept[kinds[2]]}
+
+    def decided(text):
+        listed = json.loads(text)["corrections"]
+        return sorted(json.dumps(each) for each in listed if each["do"] != "undecided")
+
+    assert decided(told["same"]) == decided(told["text"])
+    file = json.loads(told["text"])
+    del file["corrections"][2]  # in the corners there is no object
+    made = api.segment(run, corrections=file, progress=Quiet())
+    for each in (entries[0], entries[3]):
+        a, b = (int(made.labels[tuple(point)]) for point in each["points"])
+        assert (a == b) == (each["do"] == "join")
+
+
+def test_a_page_without_questions_says_that_all_is_certain(reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "run.volseg.zarr")
+    made = api.segment(str(run), settings=["stitch.min_voxels=1000000"], progress=Quiet())
+    found = review(made)
+    assert not found.decisions
+    assert "nothing is uncertain" in str(found)
+    page = Path(found.page).read_text()
+    assert "Nothing is uncertain" in page
+    assert "<img" not in page
 
 
 def test_the_two_sides_of_a_join_are_told_apart_at_its_saddle(reference):

@@ -234,6 +234,15 @@ def segment(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Make a run's basins anew if work/ was cleaned.")
     ] = False,
+    corrections: Annotated[
+        str,
+        typer.Option(
+            "--corrections",
+            metavar="FILE|none",
+            help="Joins and splits of a run's objects, as volseg review writes them; "
+            "the run keeps them until another FILE or none is given.",
+        ),
+    ] = "",
     retry_failed: RetryFailed = True,
 ) -> None:
     """Segment probabilities without a network: a run's own, or those of any other network.
@@ -257,7 +266,7 @@ def segment(
     made = _run(
         lambda progress: api.segment(
             path, out or None, config=config, settings=[*(sets or ()), *given], overwrite=overwrite, recompute=recompute,
-            retry_failed=retry_failed, progress=progress,
+            corrections=corrections or None, retry_failed=retry_failed, progress=progress,
         )
     )  # fmt: skip
     _tell(made)
@@ -328,10 +337,13 @@ def review(
     run: Annotated[str, typer.Argument(help="A finished run.")],
     top: Annotated[int, typer.Option("--top", min=1, help="How many of the least certain.")] = 50,
 ) -> None:
-    """List the least certain joins and borders, with a picture of each in RUN/review."""
+    """List the least certain joins and borders, with a picture of each in RUN/review.
+
+    Its page takes decisions in the browser, and saves them as a file for volseg segment RUN --corrections FILE.
+    """
 
     result = volseg.review(run, top=top)
-    emit(f"{result}\npage     {result.page}", result.to_json())
+    emit(f"{result}\npage     {result.page}\nfile     {result.corrections}", result.to_json())
 
 
 @app.command()

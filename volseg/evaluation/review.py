@@ -6,7 +6,6 @@ decided otherwise. Two colors are two objects; the cross is the saddle.
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from dataclasses import asdict, dataclass, fields
@@ -17,10 +16,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from volseg.box import Box
+from volseg.engine.corrections import correction_file
 from volseg.engine.keys import decision_key
 from volseg.errors import DamagedFileError, UserError
+from volseg.evaluation.review_page import Question, format_page
 from volseg.evaluation.stored import StoredRun, open_stored
 from volseg.io import files
+from volseg.io.corrections import entry, format_file
 from volseg.io.pictures import grayscale, label_outline, pictured_volume
 from volseg.progress import format_table
 from volseg.segmentation import saddles
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 HALF_WINDOW = 96  # voxels of a picture on each side of the saddle
 ZOOM = 2  # pixels of a picture for each voxel
+GAP = 4  # pixels behind each panel
 CROSS = 8  # pixels of a cross on each side of the saddle
 TINT = 0.3  # share of an object's color inside it
 COLORS = np.array([[0, 0, 0], [255, 140, 0], [0, 160, 255]], float)
@@ -61,6 +64,8 @@ class Decision:
         Their labels; equal in a join.
     z, y, x
         The saddle's voxel.
+    voxel_a, voxel_b
+        Linear indices of voxels on the two sides of the saddle, in the grid in which was decided.
     picture
         The picture's path in the run's folder.
     """
@@ -77,6 +82,8 @@ class Decision:
     z: int
     y: int
     x: int
+    voxel_a: int
+    voxel_b: int
     picture: str
 
     def __str__(self) -> str:
@@ -91,10 +98,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Review:
-    """The least certain decisions of a run, the least certain first, and the page that shows them."""
+    """The least certain decisions of a run, the least certain first, the page that shows them, and a file to fill in: see
+    `volseg.io.corrections`."""
 
     run: str
     page: str
+    corrections: str
     decisions: tuple[Decision, ...]
 
     def to_json(self) -> dict:
@@ -118,10 +127,10 @@ _COLUMNS = [field.name for field in fields(Decision)]
 
 
 def review(run: str | PathLike | Any, top: int = 50) -> Review:
-    """Draw the least certain joins and borders of a run.
+    """Draw the least certain joins and borders of a run, to be decided by a person.
 
-    Pictures are written to ``review/`` of the run, with ``index.html``, which holds them all; what was there before is
-    removed.
+    Pictures are written to ``review/`` of the run, with ``index.html``, which holds them all and takes decisions, and
+    ``corrections.json``, in which they can be filled in by hand; `segment` takes either. What was there before is removed.
 
     Parameters
     ----------
@@ -142,8 +151,22 @@ def review(run: str | PathLike | Any, top: int = 50) -> Review:
     pictures = [draw(reviewed, i) for i in range(len(chosen))]
     for decision, image in zip(chosen, pictures, strict=True):
         files.write_bytes(path, decision.picture, _encode(image, "PNG"))
-    files.write_bytes(path, "review/index.html", format_page(path, chosen, pictures).encode())
-    return Review(path, f"{path}/review/index.html", chosen)
+    queue = [_question(reviewed, i) for i in range(len(chosen))]
+    plain = correction_file(reviewed.stored.run)
+    page = format_page(path, plain, queue, [_encode(image, "JPEG") for image in pictures])
+    files.write_bytes(path, "review/index.html", page.encode())
+    undecided = [entry("undecided", question.points, question.text) for question in queue]
+    filled = {**plain, "corrections": [*plain["corrections"], *undecided]}
+    files.write_bytes(path, "review/corrections.json", format_file(filled).encode())
+    return Review(path, f"{path}/review/index.html", f"{path}/review/corrections.json", chosen)
+
+
+def _question(reviewed: ReviewedRun, i: int) -> Question:
+    """Row ``i`` as the page asks for it."""
+    decision, shape = reviewed.decisions[i], reviewed.stored.run.shape
+    box, _ = _window(reviewed, i)
+    a, b = (tuple(int(n) for n in np.unravel_index(voxel, shape)) for voxel in (decision.voxel_a, decision.voxel_b))
+    return Question(decision.kind, str(decision), (a, b), box, ZOOM, GAP)
 
 
 @dataclass(frozen=True)
@@ -173,7 +196,8 @@ def open_reviewed(run: str | PathLike | Any) -> ReviewedRun:
     stored = open_stored(run)
     try:
         columns = stored.table("merges")
-    except DamagedFileError:
+        columns["voxel_b"]
+    except (DamagedFileError, KeyError):  # without the column: of an earlier volseg
         raise UserError(f"{stored.path} has no sound table of merges: volseg segment {stored.path} writes it") from None
     columns["picture"] = np.array([f"review/{i + 1:04d}.png" for i in range(columns["kind"].size)], object)
     decisions = tuple(Decision(*row) for row in zip(*(columns[name].tolist() for name in _COLUMNS), strict=True))
@@ -189,6 +213,17 @@ def open_reviewed(run: str | PathLike | Any) -> ReviewedRun:
 def draw(reviewed: ReviewedRun, i: int) -> np.ndarray:
     """RGB of row ``i``: three panels side by side. The parts of a join are told apart only where ``work`` was kept."""
     decision, run = reviewed.decisions[i], reviewed.stored
+    box, saddle = _window(reviewed, i)
+    image = grayscale(pictured_volume(run.run.source, run.path).read(box)[0])
+    two = sides(reviewed, i, box)
+    one = np.isin(run.labels.read(box)[0], [decision.label_a, decision.label_b]).astype(np.int64)
+    panels = [one, two] if decision.kind == "join" else [two, one]
+    return np.concatenate([_panel(image, ids, saddle) for ids in (np.zeros_like(two), *panels)], axis=1)
+
+
+def _window(reviewed: ReviewedRun, i: int) -> tuple[Box, tuple[int, int]]:
+    """The part of a section that the picture of row ``i`` shows, and the saddle's y and x in it."""
+    decision, run = reviewed.decisions[i], reviewed.stored
     z, y, x = decision.z, decision.y, decision.x
     if run.run.restored:  # pictures show the grid in which was decided
         z, y, x = run.run.to_own.nearest_box(Box((z, y, x), (z + 1, y + 1, x + 1))).start
@@ -196,12 +231,7 @@ def draw(reviewed: ReviewedRun, i: int) -> np.ndarray:
     y0 = int(np.clip(y - HALF_WINDOW, 0, run.shape[1] - ny))
     x0 = int(np.clip(x - HALF_WINDOW, 0, run.shape[2] - nx))
     box = Box((z, y0, x0), (z + 1, y0 + ny, x0 + nx))
-    image = grayscale(pictured_volume(run.run.source, run.path).read(box)[0])
-    two = sides(reviewed, i, box)
-    one = np.isin(run.labels.read(box)[0], [decision.label_a, decision.label_b]).astype(np.int64)
-    panels = [one, two] if decision.kind == "join" else [two, one]
-    saddle = y - y0, x - x0
-    return np.concatenate([_panel(image, ids, saddle) for ids in (np.zeros_like(two), *panels)], axis=1)
+    return box, (y - y0, x - x0)
 
 
 def sides(reviewed: ReviewedRun, i: int, box: Box) -> np.ndarray:
@@ -245,7 +275,7 @@ def _panel(image: np.ndarray, ids: np.ndarray, saddle: tuple[int, int]) -> np.nd
     pen = ImageDraw.Draw(panel)
     pen.line([(x - CROSS, y), (x + CROSS, y)], fill=(255, 255, 0))
     pen.line([(x, y - CROSS), (x, y + CROSS)], fill=(255, 255, 0))
-    return np.pad(np.asarray(panel), [(0, 0), (0, 4), (0, 0)], constant_values=255)
+    return np.pad(np.asarray(panel), [(0, 0), (0, GAP), (0, 0)], constant_values=255)
 
 
 def _encode(image: np.ndarray, kind: str) -> bytes:
@@ -257,22 +287,11 @@ def _encode(image: np.ndarray, kind: str) -> bytes:
 # ---------------------------------------------------------------- as text
 
 
-def format_page(path: str, decisions: tuple[Decision, ...], pictures: list[np.ndarray]) -> str:
-    """One HTML page with all pictures inside it."""
-    items = []
-    for decision, image in zip(decisions, pictures, strict=True):
-        source = base64.b64encode(_encode(image, "JPEG")).decode()
-        items.append(f'<h2>{html.escape(str(decision))}</h2><img alt="" src="data:image/jpeg;base64,{source}">')
-    style = "body{font:14px sans-serif;margin:2em}img{max-width:100%}"
-    head = f"<meta charset=utf-8><title>volseg review</title><style>{style}</style>"
-    legend = (
-        "Left the image, then what was decided, then the other decision. Two colors: two objects. Cross: the saddle."
-    )
-    return f"<!doctype html>{head}<h1>{html.escape(path)}</h1><p>{legend}</p>{''.join(items)}"
-
-
 def format_decisions(decisions: tuple[Decision, ...]) -> str:
     """A line for each decision."""
     if not decisions:
-        return "no join and no border: no two parts of any size touch"
-    return format_table([SHORT.get(name, name) for name in _COLUMNS], [list(vars(each).values()) for each in decisions])
+        return "nothing is uncertain: no join and no border of two parts of any size is left to decide"
+    shown = [name for name in _COLUMNS if name not in ("voxel_a", "voxel_b")]
+    return format_table(
+        [SHORT.get(name, name) for name in shown], [[getattr(each, name) for name in shown] for each in decisions]
+    )
