@@ -17,16 +17,14 @@ from volseg import system
 from volseg.config import Config
 from volseg.engine import cluster, finish, folder
 from volseg.engine import update as updates
-from volseg.engine.blocks import choose_blocks
 from volseg.engine.correction_check import checked_corrections
 from volseg.engine.finished import FinishedRun, open_run
 from volseg.engine.layout import Layout
 from volseg.engine.lock import Lock
 from volseg.engine.run import Run
-from volseg.engine.stages import keys
 from volseg.errors import UserError
 from volseg.evaluation.run_report import report_if_quick
-from volseg.inference import hardware, voxel_size
+from volseg.inference import hardware
 from volseg.inference.settings import Settings, default_out, settings_of
 from volseg.io import probabilities, volume
 from volseg.io.corrections import read as read_corrections
@@ -122,7 +120,7 @@ def infer(
             if not change or change.what == "everything":
                 begin = partial(_begin, run, [source], out, anew, shown, replace_finished=overwrite or update)
                 return _execute(run, out, begin, shown, start, retry_failed)
-    made = _decide_anew(out, change.config, (), False, retry_failed, progress)
+    made = _decide_anew(out, change.config, (), False, None, retry_failed, progress)
     with displayed(progress) as shown:
         shown.message(updates.rewritten(out))
     return made
@@ -243,10 +241,10 @@ def _decide_anew(
         known = folder.described_run(out)
         wanted = None
         if known and corrections != "none":  # before anything is written
-            wanted = checked_corrections(given, known, _with_settings(known, out, config, settings))
+            wanted = checked_corrections(given, known, prepare.decided_anew(known, out, config, settings))
         if given:
             shown.message(f"corrections: {wanted or 'none'}, {given.undecided} undecided")
-        run = _with_settings(folder.load_run(out, recompute=recompute), out, config, settings)
+        run = prepare.decided_anew(folder.load_run(out, recompute=recompute), out, config, settings)
         run = replace(run, corrections=wanted)
 
         def reopen() -> None:
@@ -256,22 +254,6 @@ def _decide_anew(
         light = prod(run.shape) <= LIGHT_VOXELS
         made = finish.execute(run, lock, reopen, shown, start=start, light=light, retry_failed=retry_failed)
         return report_if_quick(made)
-
-
-def _with_settings(old: Run, out: str, config: Any, settings: Settings) -> Run:
-    """The run as it is to be decided anew; refuses what its probabilities depend on."""
-    chosen = settings_of(config, settings, base=old.config.model_dump(mode="json", exclude={"train"}))
-    block = old.block if chosen.blocks == old.config.blocks else choose_blocks(old.shape, chosen.blocks.shape)[1]
-    restored = bool(old.given) and voxel_size.in_source(chosen.output.space, old.given, old.source)
-    run = replace(old, out=folder.partial_path(out), config=chosen, block=block, restored=restored)
-    fixed = ("input", "predict", "probabilities")
-    stage = run.probability_stage
-    if keys(run)[stage] != keys(old)[stage] or any(getattr(chosen, s) != getattr(old.config, s) for s in fixed):
-        raise UserError(
-            f"volseg segment cannot change {', '.join(fixed)} or output.chunk of a run; make it anew for that, with --overwrite"
-        )
-    prepare.check_channels(run.config, run.heads, run.channels)
-    return run
 
 
 def _execute(

@@ -70,7 +70,8 @@ def compare(out: str, run: Run) -> Change:
     rules = {"fragments": new.config.fragments, "stitch": new.config.stitch, "output": new.config.output}
     config = old.config.model_copy(update=rules)
     if old.channels or probability_key(new) != probability_key(old):
-        return Change("everything", _differing_fact(old, new), config)
+        lost = "; its corrections are of other probabilities and are not kept" if old.corrections else ""
+        return Change("everything", _differing_fact(old, new) + lost, config)
     before, after = (_decisive(one.config) for one in (old, new))
     changed = [name for name in after if before[name] != after[name]]
     if not changed:

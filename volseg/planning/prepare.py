@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from math import prod
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from volseg.inference import autoselect as probe
 from volseg.inference import model, sampling, tiles, voxel_size
 from volseg.inference.backends import Engine
 from volseg.inference.normalization import gray_levels
+from volseg.inference.settings import Settings, settings_of
 from volseg.io import probabilities, roi, volume
 from volseg.io.resample import Grid
 from volseg.planning import memory
@@ -117,6 +119,22 @@ def from_probabilities(channels: tuple[probabilities.Channel, ...], config: Conf
         roi=roi.find(config.input, sources[0].shape, sources[0].voxel_size_nm),
     )
     return _blocked(run)
+
+
+def decided_anew(old: Run, out: str, config: str | PathLike | Config | dict | None, settings: Settings) -> Run:
+    """The run at ``out`` as it is to be decided anew; refuses to change what its probabilities depend on."""
+    chosen = settings_of(config, settings, base=old.config.model_dump(mode="json", exclude={"train"}))
+    block = old.block if chosen.blocks == old.config.blocks else choose_blocks(old.shape, chosen.blocks.shape)[1]
+    restored = bool(old.given) and voxel_size.in_source(chosen.output.space, old.given, old.source)
+    run = replace(old, out=folder.partial_path(out), config=chosen, block=block, restored=restored)
+    fixed = ("input", "predict", "probabilities")
+    stage = run.probability_stage
+    if keys(run)[stage] != keys(old)[stage] or any(getattr(chosen, s) != getattr(old.config, s) for s in fixed):
+        raise UserError(
+            f"volseg segment cannot change {', '.join(fixed)} or output.chunk of a run; make it anew for that, with --overwrite"
+        )
+    check_channels(run.config, run.heads, run.channels)
+    return run
 
 
 def _blocked(run: Run) -> Run:
