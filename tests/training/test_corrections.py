@@ -62,60 +62,53 @@ def record(place):
     return json.loads((place / "added.json").read_text())
 
 
-def stop_at(words):
-    """Tells nothing, and ends a training where it would say this."""
+def stop_at(words, time=1):
+    """Tells nothing, and ends a training where it would say this for the n-th time."""
+    met = []
 
     def say(line):
-        if words in line:
+        met.extend([line] * (words in line))
+        if len(met) == time:
             raise KeyboardInterrupt
 
     return say
 
 
-def test_corrected_sections_are_learned_from_and_the_rest_is_named(trained, tables, tmp_path):
+def test_corrected_sections_are_learned_from_and_the_next_ones_go_on_from_there(trained, tables, tmp_path):
     folder = write_folder(tables, tmp_path / "em.suggest", (1, 2, 5, 6))
     correct(tables, folder, "s0001", "s0002", "s0006")
+    (tmp_path / "mine-2").mkdir()
+    (tmp_path / "mine-2/added.json").write_text(json.dumps({"digest": "of other corrections", "folders": []}))
     said = []
-    made = train_more(trained, [folder], said.append)
+    made = volseg.train(trained, settings=["train.steps=3"], add=[folder], say=said.append)
     assert made == tmp_path / "mine-2/model.safetensors"
     before, card = load_card(tmp_path / "mine/model.safetensors"), load_card(made)
     assert [(one.learn, one.learned) for one in card.training.data] == [(2, (0, 4)), (2, ("1:3",))]
-    assert card.training.steps == 2
+    assert card.training.steps == 3
     told = record(made.parent)
-    assert (told["done"], told["on"]) == (True, "held-out sections")
+    assert (told["done"], told["on"], told["sections"]) == (True, "held-out sections", {str(folder): ["1:3"]})
     for when, scored in (("before", before), ("after", card)):
         assert told[when]["iou"] == pytest.approx(scored.scores["calibrated"]["iou"], abs=1e-6)
     assert told["after"]["pq"] == pytest.approx(card.scores["calibrated"]["pq"], abs=1e-6)
     for words in (
         "as they were written: s0005",
         "since the config holds them out: sections 6",
-        "what changed, on held-out",
+        "begun with other corrections: beginning anew",
+        "what changed, on held-out sections: IoU ",
     ):
         assert any(words in line for line in said), words
-
-
-def test_training_goes_on_after_a_stop_and_after_more_corrections(trained, tables, folder, tmp_path):
-    correct(tables, folder, "s0001")
-    with pytest.raises(KeyboardInterrupt):
-        train_more(trained, [folder], stop_at("step 2/2"))
-    assert not (tmp_path / "mine-2/model.safetensors").exists()
-    correct(tables, folder, "s0003")
-    said = []
-    train_more(trained, [folder], said.append)
-    assert f"{tmp_path / 'mine-2'} was begun with other corrections: beginning anew" in said
-    assert record(tmp_path / "mine-2")["sections"] == {str(folder): [1, 3]}
     with pytest.raises(UserError, match=r"mine-2/model.safetensors has learned from all of .* already"):
         train_more(trained, [folder], said.append)
     other = write_folder(tables, tmp_path / "other.suggest", (5,))
     correct(tables, other, "s0005")
-    train_more(trained, [other], said.append)
-    told = record(tmp_path / "mine-3")
-    assert told["start"] == str(tmp_path / "mine-2/model.safetensors")
-    assert told["sections"] == {str(folder): [1, 3], str(other): [5]}
-    shutil.rmtree(other)
-    correct(tables, folder, "s0005")
     with pytest.raises(KeyboardInterrupt):
-        train_more(trained, [folder], stop_at("other.suggest, which was added before, is not there any more"))
+        train_more(trained, [other], stop_at("foreground"))  # the table of what is learned from
+    told = record(tmp_path / "mine-3")
+    assert (told["start"], told["folders"]) == (str(made), [str(folder), str(other)])
+    assert "done" not in told
+    shutil.rmtree(folder)
+    with pytest.raises(KeyboardInterrupt):
+        train_more(trained, [other], stop_at("em.suggest, which was added before, is not there any more"))
 
 
 def test_without_held_out_sections_halves_of_what_was_added_check_each_other(trained, tables, folder, tmp_path):
@@ -124,12 +117,29 @@ def test_without_held_out_sections_halves_of_what_was_added_check_each_other(tra
     settings = trained.train.model_copy(update={"data": (data,), "steps": 4})
     far = write_folder(tables, tmp_path / "far.suggest", (7,), window="0:96,0:64")
     correct(tables, far, "s0007_y0_x0")
-    train_more(trained.model_copy(update={"train": settings}), [folder, far], lambda line: None)
+    config = trained.model_copy(update={"train": settings})
+    with pytest.raises(KeyboardInterrupt):
+        train_more(config, [folder, far], stop_at("foreground", time=3))  # the table of the training after both checks
     told = record(tmp_path / "mine-2")
     assert told["on"] == "5 added sections, cross-checked"
     assert set(told["before"]) == set(told["after"]) == {"iou", "pq"}
+    assert all(0 <= told[when][name] <= 1 for when in ("before", "after") for name in ("iou", "pq"))
     halves = [load_card(tmp_path / f"mine-2/cross-check-{k}/model.safetensors").training.data for k in (1, 2)]
     assert [[one.learned for one in half[1:]] for half in halves] == [[(7,)], [(1, 3, "5:7")]]
+    assert [half[0].learned for half in halves] == [(0, 2, 4)] * 2
+
+
+def test_labels_in_any_form_are_added_to_the_image_of_the_config(trained, tables, tmp_path):
+    truth = tifffile.imread(tables["data"][0]["label"])
+    (tmp_path / "more").mkdir()
+    tifffile.imwrite(tmp_path / "more/s0.tif", truth[0])
+    tifffile.imwrite(tmp_path / "more/s3.tif", truth[3])
+    added = read_addition(str(tmp_path / "more"), trained.train)
+    config = extended(trained, [added], tmp_path / "mine", tmp_path / "mine-2", [])
+    assert [table.train for table in config.train.data] == [(2, 4), (0, 3)]
+    assert [table.share for table in config.train.data] == [1.0, 1.0]
+    assert config.train.steps == 2
+    assert [source.train_sections for source in load_sources(config.train)] == [(1, 3), (0, 3)]
 
 
 def test_decoding_begins_with_that_of_the_model_before(trained, tables, folder, tmp_path):
@@ -145,18 +155,6 @@ def test_decoding_begins_with_that_of_the_model_before(trained, tables, folder, 
     assert (config.fragments.threshold, config.stitch.seed, config.stitch.min_voxels) == (0.35, 0.65, 55)
     assert config.train.start == str(tmp_path / "mine/model.safetensors")
     assert (config.train.steps, config.train.lr) == (trained.train.steps, trained.train.lr / 2)
-
-
-def test_labels_in_any_form_are_added_to_the_image_of_the_config(trained, tables, tmp_path):
-    truth = tifffile.imread(tables["data"][0]["label"])
-    (tmp_path / "more").mkdir()
-    tifffile.imwrite(tmp_path / "more/s0.tif", truth[0])
-    tifffile.imwrite(tmp_path / "more/s3.tif", truth[3])
-    made = volseg.train(trained, settings=["train.steps=3"], add=[tmp_path / "more"], say=lambda line: None)
-    card = load_card(made)
-    assert record(made.parent)["sections"] == {str(tmp_path / "more"): [0, 3]}
-    assert [one.learned for one in card.training.data] == [(2, 4), (0, 3)]
-    assert card.training.steps == 3
 
 
 def test_scribbles_count_where_they_are(trained, tables, tmp_path):
