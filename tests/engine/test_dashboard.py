@@ -21,7 +21,10 @@ from tornado.websocket import websocket_connect
 from tests.helpers import SHAPE, Quiet, markers_of, settings
 from volseg.engine import cluster, folder, metrics, monitor, schedule
 from volseg.engine.ready import DONE, EMPTY, FAILED, OUT, READY, WAITING
+from volseg.engine.receipts import RunStatistics
 from volseg.engine.run_view import CELLS, COLORS, STATES, RunView, draw
+from volseg.engine.stages import stages_of
+from volseg.errors import IncompleteRunError
 from volseg.evaluation.view import BROWSERS
 from volseg.io import volume
 from volseg.planning import prepare
@@ -283,3 +286,21 @@ def test_a_browser_draws_the_page(served, tmp_path):
     assert {name: int((pixels == color).all(-1).sum()) > 10_000 for name, color in COLORS.items()} == dict.fromkeys(
         COLORS, True
     )
+
+
+def test_a_block_that_is_given_up_counts_as_failed(image, tmp_path):
+    copy = tmp_path / "em.zarr"
+    shutil.copytree(image, copy)
+    config = settings(blocks={"shape": (11, 150, 170)}, cluster={"workers": 1, "tries": 1})
+    run = prepare.from_image(volume.open(str(copy)), config, str(tmp_path / "run.partial"))
+    folder.begin(run, overwrite=False)
+    shard = next(copy.glob("0/c/0/1/*"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    statistics = RunStatistics(blocks={})
+    stages = [stages_of(run)["predict"]]
+    with (
+        cluster.connect(config.cluster, light=True) as client,
+        pytest.raises(IncompleteRunError, match="predict failed"),
+    ):
+        schedule._run_together(client, run, stages, markers_of(run), Quiet(), statistics)
+    assert FAILED in statistics.blocks["predict"].state
