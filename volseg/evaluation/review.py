@@ -166,7 +166,8 @@ def _question(reviewed: ReviewedRun, i: int) -> Question:
     decision, shape = reviewed.decisions[i], reviewed.stored.run.shape
     box, _ = _window(reviewed, i)
     a, b = (tuple(int(n) for n in np.unravel_index(voxel, shape)) for voxel in (decision.voxel_a, decision.voxel_b))
-    return Question(decision.kind, str(decision), (a, b), box, ZOOM, GAP)
+    labeled = reviewed.stored.labels.read(box)[0] > 0
+    return Question(decision.kind, str(decision), (a, b), box, labeled, ZOOM, GAP)
 
 
 @dataclass(frozen=True)

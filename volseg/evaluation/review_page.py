@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from volseg.box import Box
 from volseg.io.corrections import Pair
 
@@ -20,6 +22,7 @@ class Question:
     text    what was decided, and how
     points  voxels on the two sides of the saddle
     box     the part of a section that the picture shows, in three panels side by side
+    labeled bool (y, x): where an object is in it
     zoom    pixels of the picture for each voxel
     gap     pixels behind each panel
     """
@@ -28,6 +31,7 @@ class Question:
     text: str
     points: Pair
     box: Box
+    labeled: np.ndarray
     zoom: int
     gap: int
 
@@ -60,7 +64,16 @@ def format_page(path: str, file: dict, questions: list[Question], pictures: list
 
 def _plain(question: Question) -> dict:
     (z, y, x), (_, ny, nx) = question.box.start, question.box.shape
-    place = {"z": z, "y": y, "x": x, "ny": ny, "nx": nx, "zoom": question.zoom, "gap": question.gap}
+    place: dict[str, int | str] = {
+        "z": z,
+        "y": y,
+        "x": x,
+        "ny": ny,
+        "nx": nx,
+        "zoom": question.zoom,
+        "gap": question.gap,
+    }
+    place["labeled"] = base64.b64encode(np.packbits(question.labeled)).decode()
     return {"kind": question.kind, "text": question.text, "points": question.points, "place": place}
 
 
@@ -90,6 +103,8 @@ STYLE = (
 # pairs of points to split. LOGIC knows no document.
 LOGIC = """
 "use strict";
+const CUT = "two points in the picture of: ";
+
 function begun(data) {
   return {earlier: data.file.corrections, answers: data.questions.map(() => ({choice: "", cuts: [], first: null}))};
 }
@@ -104,7 +119,7 @@ function action(question, choice) {
 function fileText(data, kept) {
   const entries = [...kept.earlier];
   data.questions.forEach((question, k) => {
-    const one = kept.answers[k], note = "two points in the picture of: " + question.text;
+    const one = kept.answers[k], note = CUT + question.text;
     entries.push({do: action(question, one.choice), points: question.points, note: question.text});
     for (const points of one.cuts) entries.push({do: "split", points, note});
   });
@@ -120,9 +135,11 @@ function fromFile(data, saved) {
   const kept = {...begun(data), earlier: []};
   const same = (p, q) => JSON.stringify([...p].sort()) === JSON.stringify([...q].sort());
   for (const entry of saved.corrections) {
-    const k = data.questions.findIndex(question => entry.points && same(question.points, entry.points));
     if (entry.do === "undecided") continue;
-    if (k < 0) kept.earlier.push(entry);
+    const cut = data.questions.findIndex(question => entry.do === "split" && entry.note === CUT + question.text);
+    const k = data.questions.findIndex(question => entry.points && same(question.points, entry.points));
+    if (cut >= 0) kept.answers[cut].cuts.push(entry.points);
+    else if (k < 0) kept.earlier.push(entry);
     else kept.answers[k].choice = action(data.questions[k], "keep") === entry.do ? "keep" : "change";
   }
   return kept;
@@ -141,6 +158,11 @@ function pixelsOf(place, [, y, x]) {
 }
 
 function sizeOf(place) { return [3 * (place.nx * place.zoom + place.gap), place.ny * place.zoom]; }
+
+function isObject(place, [, y, x]) {
+  const k = (y - place.y) * place.nx + x - place.x;
+  return (atob(place.labeled).charCodeAt(k >> 3) >> (7 - k % 8) & 1) === 1;
+}
 
 function click(one, point) {
   if (one.first && String(one.first) !== String(point)) one.cuts.push([one.first, point]);
@@ -203,7 +225,8 @@ sections.forEach((section, k) => {
     const box = event.target.getBoundingClientRect(), [width, height] = sizeOf(data.questions[k].place);
     const column = (event.clientX - box.left) * width / box.width, row = (event.clientY - box.top) * height / box.height;
     const point = voxelAt(data.questions[k].place, column, row);
-    if (point) { click(kept.answers[k], point); changed(); }
+    if (point && !isObject(data.questions[k].place, point)) byId("state").textContent = "There is no object at this point.";
+    else if (point) { click(kept.answers[k], point); changed(); }
   };
 });
 
