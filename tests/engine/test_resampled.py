@@ -1,6 +1,8 @@
 """Runs of volumes whose voxels are not the model's: the same labels for every cutting, in both spaces."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from volseg import api
 from volseg.box import Box
 from volseg.evaluation.calibrate import calibrate
 from volseg.evaluation.review import review
-from volseg.io import volume
+from volseg.io import corrections, volume
 
 NM = (5.0, 10.0, 10.0)
 ROI = "1:20,7:70,3:80"
@@ -81,6 +83,33 @@ def test_scales_and_shifts_place_all_arrays_in_one_space(own, restored):
         assert first["coordinateTransformations"][1]["translation"] == [0.0, 0.0, -2.5, -2.5]
     labels = zarr.open_group(f"{own.path}/labels/instances", mode="r").attrs["ome"]["multiscales"][0]["datasets"][0]
     assert labels["coordinateTransformations"][1]["translation"] == [0.0, -2.5, -2.5]
+
+
+def test_objects_are_corrected_by_points_of_either_grid_and_by_labels(restored, tmp_path):
+    run = volseg.open(shutil.copytree(restored.path, tmp_path / "run.zarr"))
+    found = review(run, 4)
+    given = corrections.read(found.corrections)
+    asked = json.loads(Path(found.corrections).read_text())["corrections"]
+    assert given.shape == SHAPE  # saddles are voxels of the grid in which was decided
+    turned = {"join": "split", "border": "join"}
+    entries = [
+        {"do": turned[one.kind], "points": each["points"]} for one, each in zip(found.decisions, asked, strict=True)
+    ]
+    file = corrections.header(given.run, given.labels, given.shape)
+    assert api.segment(run, corrections={**file, "corrections": entries}, progress=Quiet()).object_count > 1
+    result = volseg.verify(run)
+    assert result.ok, str(result)
+    assert sum(result.corrections) == len(entries) == 4
+    api.segment(run, corrections="none", progress=Quiet())
+    same(run, restored)
+    one, two = run.objects.sort_values("voxels")["id"].to_list()[-2:]
+    points = [[int(n) for n in np.argwhere(run.labels[:] == label)[9]] for label in (one, two)]
+    by_labels = {**file, "corrections": [{"do": "join", "labels": [one, two]}]}
+    by_points = {**file, "shape": list(run.shape), "corrections": [{"do": "join", "points": points}]}
+    joined = [api.segment(run, corrections=each, progress=Quiet()).labels[:] for each in (by_points, "none", by_labels)]
+    np.testing.assert_array_equal(joined[0], joined[2])
+    np.testing.assert_array_equal(joined[1], restored.labels[:])
+    assert np.unique(joined[0][np.isin(joined[1], [one, two])]).size == 1
 
 
 def test_region_and_mask_are_given_in_the_source(coarse, restored, tmp_path):
