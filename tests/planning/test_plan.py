@@ -1,6 +1,7 @@
 """What a run will take is told before it runs, and held against real processes."""
 
 import json
+import os
 import time
 import tracemalloc
 from dataclasses import replace
@@ -267,3 +268,12 @@ def test_a_volume_of_absurd_size_is_planned_in_little_time_and_memory(tmp_path, 
     assert made.blocks == np.prod([-(-n // b) for n, b in zip(shape, made.block, strict=True)], dtype=object)
     assert held < 10_000_000
     assert time.process_time() - start < 30
+
+
+def test_workers_elsewhere_are_not_all_started_here_to_measure(image, tmp_path):
+    queue = {"kind": "slurm", "workers": 1000, "options": {"cores": 4, "memory": "8GB"}}
+    run = describe.from_image(volume.open(image), settings(cluster=queue), str(tmp_path / "run"))
+    workers = describe.workers_of(run)
+    assert (workers.workers, workers.threads) == (1000, 4)
+    assert measure._probes(run, workers) == max(1, os.cpu_count() // 4)
+    assert plan.make_plan(run, workers, measure.known_rates(run, workers)).host_bytes < 1e9  # none of them is here

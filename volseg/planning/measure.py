@@ -132,7 +132,7 @@ def measure_rates(run: Run, workers: cluster.WorkerPool) -> Rates:
         task = {**run.engine.arithmetic, "threads": workers.threads, "voxel_size_nm": run.voxel_size_nm,
                 "fragments": run.config.fragments.model_dump(mode="json")}  # fmt: skip
         Path(folder, "task.json").write_text(json.dumps(task))
-        found = _side_by_side(folder, 1 if run.engine.device == "cuda" else workers.workers)
+        found = _side_by_side(folder, _probes(run, workers))
     seconds_per_voxel = float(np.mean([1 / one["instances"] for one in found])) + INSTANCE_OVERHEAD_S
     rates = Rates(
         predict=workers.workers
@@ -147,6 +147,14 @@ def measure_rates(run: Run, workers: cluster.WorkerPool) -> Rates:
     )
     cache.store(_cache_file(run, workers), json.dumps(asdict(rates)).encode())
     return rates
+
+
+def _probes(run: Run, workers: cluster.WorkerPool) -> int:
+    """How many processes measure side by side: as many as workers, of those elsewhere as many as this machine has cores for."""
+    if run.engine.device == "cuda":
+        return 1
+    here = workers.workers if run.config.cluster.is_local else max(1, (os.cpu_count() or 1) // workers.threads)
+    return min(workers.workers, here)
 
 
 def _predict_rate(run: Run, network: float, threads: int) -> float:
