@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from volseg.box import Blocks, Box, Triple
-from volseg.engine.finished import open_run
 from volseg.errors import UserError
 from volseg.evaluation.contingency import Contingency
 from volseg.evaluation.metrics import (
@@ -423,6 +422,8 @@ def _image(image: Any, pred: _Labels, shape: Triple, box: Box) -> Read | None:
     if image is None and not pred.of_run:
         return None
     if image is None:
+        from volseg.engine.finished import open_run
+
         shown: volume.Volume | ArrayVolume = pictured_volume(open_run(pred.name).run.output_source, pred.name)
         origin = pred.origin
     else:
@@ -441,6 +442,8 @@ def _reliability(pred: _Labels, read_truth: Read, boxes: list[Box]) -> Reliabili
     """How often the probabilities of a run are right; None of other labels, and of a run that computed on another grid."""
     if not pred.of_run:
         return None
+    from volseg.engine.finished import open_run
+
     run = open_run(pred.name)
     if run.run.restored:
         return None
