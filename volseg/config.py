@@ -213,15 +213,11 @@ class Cluster(Section):
     tls_ca: LocalPath = ""  # certificate authority of a tls:// scheduler, a PEM file
     tls_cert: LocalPath = ""  # certificate for it, of this client and of what it starts
     tls_key: LocalPath = ""  # its key; "" takes the certificate's file
-    memory_limit: Annotated[float, Field(ge=0)] = (
-        0.0  # GB that a worker may hold; 0 takes an even share of what is free
-    )
+    memory_limit: Annotated[float, Field(ge=0)] = 0.0  # GB that a worker may hold; 0: an even share of what is free
     tries: Size = 3  # how often a block is tried before it is given up
     window: Count = 0  # blocks in flight; 0 takes three per worker thread
     dashboard: str = ":8787"  # address of the Dask dashboard; "" for none
-    durable: bool = (
-        True  # wait until what is done is on the disk, so that a power cut loses none of it; false for scratch
-    )
+    durable: bool = True  # wait until what is done is on the disk, so that a power cut loses nothing; false for scratch
     options: dict[str, Any] = {}  # what the kind's own library takes (queue, walltime, image ...): see configs/cluster
 
     @property
@@ -417,10 +413,7 @@ def parse_set(text: str) -> dict:
     return {section: {name: parsed}}
 
 
-RENAMED = {  # keys of before the first release
-    "unlabelled": "unlabeled",
-    "unlabelled_sections": "unlabeled_sections",
-}
+RENAMED = {"unlabelled": "unlabeled", "unlabelled_sections": "unlabeled_sections"}  # keys of before the first release
 
 
 def _suggest(location: tuple, tables: dict) -> str:
