@@ -1,6 +1,7 @@
 """Sections to annotate next: chosen where a run is unsure, spread, and written to be corrected."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from volseg.evaluation.uncertainty import Candidate, candidates, pieces
 from volseg.inference import model
 from volseg.io import suggested, volume
 from volseg.io.annotation import open_annotation
+from volseg.training.corrections import read_addition
 from volseg.training.napari_editor import read_stacks, save_changed
+from volseg.training.sources import load_sources
 from volseg.training.suggest import choose, suggest
 
 UNSURE = 13  # the section in which the network of `probed` knows nothing
@@ -80,6 +83,7 @@ def test_files_are_the_image_and_the_labels_of_today(reference, image, tmp_path)
         whole = Box((one.z, 0, 0), (one.z + 1, *source.shape[1:]))
         np.testing.assert_array_equal(tifffile.imread(paths[0]), source.read(whole)[0])
         np.testing.assert_array_equal(tifffile.imread(paths[1]), run.labels[one.z])
+    assert volume.open(suggested.read_queue(tmp_path / "next").image).checksum() == source.checksum()
     assert len(made.to_frame()) == len(json.loads(json.dumps(made.to_json()))["suggestions"]) == 3
     page = (tmp_path / "next/README.txt").read_text()
     assert all(word in page for word in ("napari", "Fiji", made.suggestions[0].name, "checked.txt", "65535"))
@@ -121,13 +125,13 @@ def test_windows_of_wide_planes_are_suggested(tmp_path):
 
 def test_a_huge_volume_is_looked_at_in_few_pieces():
     shape = (10**6, 10**5, 10**5)
-    some = list(pieces(shape, Box.from_shape(shape)))
+    some = list(pieces(Box.from_shape(shape)))
     assert sum(box.voxels for box in some) <= uncertainty.MAX_VOXELS
     assert len({box.start for box in some}) == len(some) > 10
     assert all(box.clip(shape) == box for box in some)
     assert max(box.start[0] for box in some) > 0.8 * shape[0]
-    small = list(pieces((40, 64, 64), Box((3, 0, 0), (20, 64, 64))))
-    assert [(box.start[0], box.stop[0]) for box in small] == [(3, 16), (16, 20)]
+    wanted = Box((30, 5, 900), (50, 64, 1000))
+    assert [str(box) for box in pieces(wanted)] == ["30:46,5:64,900:1000", "46:50,5:64,900:1000"]
 
 
 def test_the_choice_is_spread_over_windows_too():
@@ -183,3 +187,34 @@ def test_the_command_tells_what_it_made_and_what_is_wrong(probed, reference, run
     code, said, error = run("suggest", path, "--image", image, "--out", tmp_path / "next", "--napari")
     assert code == 0
     assert "pip install 'napari[all]'" in error
+
+
+def test_an_image_that_training_would_read_otherwise_is_refused(image, tmp_path):
+    config = settings(**LIGHT, input={"invert": True, "roi": "0:8,0:64,0:96"})
+    run = volseg.infer(image, tmp_path / "run.volseg.zarr", config=config)
+    with pytest.raises(UserError, match="which volseg train does not do"):
+        suggest(run, 2, tmp_path / "next")
+    made = suggest(run, 2, tmp_path / "next", image=image)
+    assert all((one.z < 8, one.y0, one.y1, one.x0, one.x1) == (True, 0, 64, 0, 96) for one in made.suggestions)
+    assert made.suggestions[0].name.endswith("_y0_x0")
+
+
+def test_what_the_model_of_a_run_learned_from_is_not_suggested_again(image, tmp_path):
+    depth = volume.open(image).shape[0]
+    data = [{"name": "em.zarr", "learn": 12, "learned": ["0:10", 20], "depth": depth, "held": [14]}]
+    card = model.load_card(model.shipped())
+    shutil.copy(model.shipped(), tmp_path / "model.safetensors")
+    model.write_card(tmp_path / "model.safetensors", card.changed(training={"data": data}))
+    config = settings(**LIGHT, predict={"model": str(tmp_path / "model.safetensors")}, input={"roi": "0:22,0:64,0:96"})
+    made = suggest(volseg.infer(image, tmp_path / "run.volseg.zarr", config=config), 9, tmp_path / "next")
+    assert {one.z for one in made.suggestions} <= {11, 12, 16, 17, 18}
+    assert any("12 sections are annotated already" in note for note in made.notes)
+    text = (tmp_path / "next/train.toml").read_text()
+    assert f'start = "{tmp_path / "model.safetensors"}"' in text
+    path = tmp_path / f"next/labels/{made.suggestions[0].name}.tif"
+    tifffile.imwrite(path, tifffile.imread(path) + np.uint16(1))
+    added = read_addition(str(tmp_path / "next"), volseg.config.load(tmp_path / "next/train.toml").train)
+    assert added.sections == (made.suggestions[0].z,)
+    assert [table.part for table in added.tables] == ["0:64,0:96"]
+    (source,) = load_sources(volseg.Config().train.model_copy(update={"data": added.tables}))
+    assert (source.image.shape, source.depth) == ((3, 64, 96), depth)

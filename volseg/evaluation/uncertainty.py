@@ -18,7 +18,7 @@ from math import prod
 import numpy as np
 from scipy import ndimage
 
-from volseg.box import Box, Triple
+from volseg.box import Box
 from volseg.evaluation.stored import StoredRun
 from volseg.io.resample import Grid
 from volseg.io.roi import RegionOfInterest
@@ -32,6 +32,7 @@ UNLIKE = 0.4  # probabilities so far apart in neighboring sections disagree
 MARGIN = 0.05  # of a decision, that counts half as much as one without a margin
 REACH = 2  # sections from a decision in which it is seen
 PATCH = 512  # longest edge of the part whose gray values are looked at
+MASKED_DRAWS = 8  # pieces that are tried for each one that is looked at, where a mask may want nothing of them
 SEED = 0  # of the pieces that are drawn
 
 
@@ -54,38 +55,45 @@ class Candidate:
     novelty: float
 
 
-def windows(plane: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Rows and columns of the windows of a plane: of a small one, all of it.
+def windows(wanted: Box) -> list[tuple[slice, slice]]:
+    """Rows and columns of the windows of a box's sections: of small ones, all of it.
 
-    >>> windows((768, 1024))
+    >>> windows(Box((0, 0, 0), (5, 768, 1024)))
     [(slice(0, 768, None), slice(0, 1024, None))]
-    >>> [window[1] for window in windows((1000, 4100))]
-    [slice(0, 1025, None), slice(1025, 2050, None), slice(2050, 3075, None), slice(3075, 4100, None)]
+    >>> [window[1] for window in windows(Box((0, 0, 100), (5, 1000, 4200)))]
+    [slice(100, 1125, None), slice(1125, 2150, None), slice(2150, 3175, None), slice(3175, 4200, None)]
     """
     spans = []
-    for length in plane:
+    for start, length in zip(wanted.start[1:], wanted.shape[1:], strict=True):
         count = 1 if length <= MAX_EDGE else length // (MAX_EDGE // 2)
-        edges = [length * i // count for i in range(count + 1)]
+        edges = [start + length * i // count for i in range(count + 1)]
         spans.append([slice(a, b) for a, b in pairwise(edges)])
     return list(product(*spans))
 
 
-def pieces(shape: Triple, wanted: Box, region: RegionOfInterest | None = None) -> Iterator[Box]:
-    """The pieces of a volume that are looked at: all that hold wanted voxels, or as many as `MAX_VOXELS` allow, evenly
-    spread and each drawn from its share."""
-    grid = windows(shape[1:])
-    layers = -(-shape[0] // DEPTH)
+def pieces(wanted: Box, region: RegionOfInterest | None = None) -> Iterator[Box]:
+    """The pieces of a volume that are looked at: all in the box that is wanted, or as many as `MAX_VOXELS` allow, evenly spread
+    and each drawn from its share. Of a ``region`` with a mask, those that it meets, among a few times as many."""
+    grid = windows(wanted)
+    layers = -(-wanted.shape[0] // DEPTH)
     largest = DEPTH * max(prod(s.stop - s.start for s in window) for window in grid)
     total = layers * len(grid)
     count = min(total, max(1, MAX_VOXELS // largest))
-    drawn = np.random.default_rng(SEED).random(count) if count < total else np.zeros(count)
-    for i, part in enumerate(drawn.tolist()):
-        layer, window = divmod(int((i + part) * total / count), len(grid))
+    masked = region is not None and region.mask is not None
+    shares = min(total, MASKED_DRAWS * count) if masked else count
+    rng = np.random.default_rng(SEED)
+    drawn = rng.random(shares) if shares < total else np.zeros(shares)
+    order = rng.permutation(shares).tolist() if shares > count else range(shares)
+    for i in order:
+        layer, window = divmod(int((i + drawn[i]) * total / shares), len(grid))
         y, x = grid[window]
-        box = Box((layer * DEPTH, y.start, x.start), (min(shape[0], (layer + 1) * DEPTH), y.stop, x.stop))
-        box = box.intersect(wanted)
-        if box.voxels and (region is None or region.meets(box)):
+        first = wanted.start[0] + layer * DEPTH
+        box = Box((first, y.start, x.start), (min(wanted.stop[0], first + DEPTH), y.stop, x.stop))
+        if not masked or region.meets(box):
             yield box
+            count -= 1
+        if not count:
+            return
 
 
 def candidates(stored: StoredRun, image: Volume, annotated: Sequence[int]) -> list[Candidate]:
@@ -105,13 +113,15 @@ def candidates(stored: StoredRun, image: Volume, annotated: Sequence[int]) -> li
     wanted = region.roi if region else Box.from_shape(image.shape)
     decisions = _decisions(stored)
     found, looks = [], []
-    for piece in pieces(image.shape, wanted, region):
+    for piece in pieces(wanted, region):
         shares = _uncertainty(stored, piece, wanted)
         grays = _grays(image, piece)
         for i, z in enumerate(range(piece.start[0], piece.stop[0])):
             box = Box((z, *piece.start[1:]), (z + 1, *piece.stop[1:]))
             found.append((box, *shares[:, i].tolist(), _nearby(decisions, box)))
             looks.append(grays[i])
+    if not found:
+        return []
     distance = _novelty(np.array(looks), np.array([box.start[0] in known for box, *_ in found]))
     return [
         Candidate(box, uncertain, unlike, joins, novelty)

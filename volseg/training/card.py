@@ -10,6 +10,7 @@ from pathlib import Path
 
 from volseg.config import Config, Stitch
 from volseg.inference.model_card import ModelCard
+from volseg.io.formats import INSIDE
 from volseg.training import checkpoint
 from volseg.training.checkpoint import State
 from volseg.training.decoding import Decoding
@@ -29,7 +30,7 @@ def model_card(
     settings, main = config.train, max(sources, key=lambda s: s.share)
     data = [
         {
-            "name": Path(s.name).name, "learn": len(s.train_sections), "unlabeled": len(s.unlabeled_sections),
+            "name": volume_name(s.name), "learn": len(s.train_sections), "unlabeled": len(s.unlabeled_sections),
             "learned": parts([s.first_section + z for z in s.train_sections]), "depth": s.depth,
             "held": [s.first_section + z for z in s.validation_sections], "share": s.share, "planes": list(table.planes),
         }
@@ -56,12 +57,21 @@ def model_card(
         "decode": decoding_tables(config, decoding),
         "training": training,
         "scores": {
-            "validation": {Path(name).name: values for name, values in scores.items()},
+            "validation": {volume_name(name): values for name, values in scores.items()},
             "calibrated": decoding.scores() if decoding else {},
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
     return ModelCard.from_json(plain)
+
+
+def volume_name(path: str) -> str:
+    """Return the name of the file or folder of a volume.
+
+    >>> volume_name("data/em.zarr::/0"), volume_name("data/em.tif"), volume_name("synth 3")
+    ('em.zarr', 'em.tif', 'synth 3')
+    """
+    return Path(path.partition(INSIDE)[0]).name
 
 
 def decoding_tables(config: Config, decoding: Decoding | None) -> dict:

@@ -210,16 +210,26 @@ def given_image(stored: StoredRun, image: str | os.PathLike | None) -> Volume:
         return opened
     if run.channels:
         raise UserError(f"{stored.path} was made of probabilities, and does not know their image: give --image VOLUME")
-    if own.inverted or own.channel_axis is not None or own.time_axis is not None or own.channel or own.time:
-        raise UserError(
-            f"{own.path} is read with input.channel, input.time or input.invert, which volseg train does not do: make a "
-            "volume of what is meant with volseg convert, and give it as --image"
-        )
     try:
         own.read(Box((0, 0, 0), (1, 1, 1)))
     except UserError as error:
         raise UserError(f"the volume of {stored.path} cannot be read ({error}): give --image VOLUME") from None
+    if not _opens_as_it_is(own):
+        raise UserError(
+            f"{own.path} is read with input.channel, input.time or input.invert, which volseg train does not do: make a "
+            "volume of what is meant with volseg convert, and give it as --image"
+        )
     return own
+
+
+def _opens_as_it_is(source: Volume) -> bool:
+    """Whether its path alone names the volume, without settings of ``[input]``: so training opens it."""
+    try:
+        opened = volume.open(image_path(source), voxel_size_nm=source.voxel_size_nm)
+    except UserError:
+        return False
+    facts = ("shape", "dtype", "dataset", "channel", "time", "inverted")
+    return all(getattr(opened, name) == getattr(source, name) for name in facts)
 
 
 def _card(stored: StoredRun) -> tuple[ModelCard | None, list[str]]:
@@ -355,9 +365,7 @@ def _write_item(stored: StoredRun, source: Volume, folder: Path, one: Suggestion
 def image_path(source: Volume) -> str:
     """The path by which `volume.open` opens it: with the array inside a container."""
     return (
-        f"{source.path}{INSIDE}/{source.dataset}"
-        if source.dataset and not files.is_remote(source.path)
-        else source.path
+        f"{source.path}{INSIDE}{source.dataset}" if source.dataset and not files.is_remote(source.path) else source.path
     )
 
 
