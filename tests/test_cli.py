@@ -210,3 +210,9 @@ def test_scores_of_a_part_say_how_to_score_it_alone(run, tmp_path, monkeypatch):
     assert code == 0
     assert "did only 0:4,0:96,0:96, all else counts as missed; --box 0:4,0:96,0:96 scores that part" in said
     assert "did only" not in run("evaluate", "part.volseg.zarr", "em.zarr/labels/truth", "--box", "0:4,0:96,0:96")[2]
+
+
+def test_loops_are_compiled_ahead(run):
+    code, out, _ = run("compile", "--json")
+    assert code == 0
+    assert json.loads(out)["seconds"] > 0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from volseg.box import Box
-from volseg.engine import cluster, corrections, folder, kernels, schedule
+from volseg.engine import cluster, corrections, folder, schedule
 from volseg.engine.block_tables import Joins
 from volseg.engine.finished import FinishedRun
 from volseg.engine.guard import MemoryLimits
@@ -64,11 +64,9 @@ def _execute(
     run: Run, lock: Lock, prepare: Callable[[], None], progress: RunProgress, start: float, light: bool, plan: dict | None,
     retry_failed: bool,
 ) -> FinishedRun:  # fmt: skip
-    light = light or kernels.is_compiler()
     gpus = 0 if light else gpus_of(run)
-    local = not light and run.config.cluster.is_local
     workers = cluster.connect(run.config.cluster, gpus, light=light, tell=progress.message)
-    with kernels.compiled_beside(local) as compiling, workers as client:
+    with workers as client:
         wait_for_writers(run.layout.begun_path)
         prepare()
         progress.begin(run)
@@ -77,8 +75,6 @@ def _execute(
             progress.message(warning)
         if (link := cluster.dashboard(client)) and not light:
             progress.message(f"dashboard {link}")
-        if compiling:
-            progress.message("the first run of this version on this machine: compiling its loops beside it")
         threading.Thread(target=_import_ahead, daemon=True).start()
         if not light:
             allowed = round(run.config.cluster.memory_limit * 1e9)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import time
 from functools import lru_cache
 
-from volseg.engine import cluster, kernels
+from volseg.engine import cluster
 from volseg.engine.lock import writing
 from volseg.engine.predict import in_pieces, release_network
 from volseg.engine.receipts import Receipt, Timings
@@ -39,8 +39,6 @@ def process_block(path: str, run_id: str, stage_name: str, i: int) -> Receipt:
     run, stages = _load(path, run_id)
     stage, timings, start = stages[stage_name], Timings(), time.perf_counter()
     facts, out_of_memory = None, ""
-    if not stage.on_device:
-        kernels.wait()
     try:
         with writing(run.layout.begun_path), recording() as written, recording_filled() as filled:
             facts = stage.function(run, i, timings)

@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg import system
 from volseg.box import Blocks
-from volseg.engine import cluster, folder, kernels, loop, monitor
+from volseg.engine import cluster, folder, loop, monitor
 from volseg.engine.block_tables import Values
 from volseg.engine.pipeline import process_block, process_block_in_pieces
 from volseg.engine.predict import release_network
@@ -113,8 +113,7 @@ def _run_together(
 
     def ready(names: list[str]) -> Iterator[tuple[str, int] | None]:
         while True:
-            able = (name for name in names if by_name[name].on_device or not _wait_for_kernels(statistics))
-            item = next(((name, i) for name in able if (i := blocks[name].take()) is not None), None)
+            item = next(((name, i) for name in names if (i := blocks[name].take()) is not None), None)
             if item:
                 statistics.begin(by_name[item[0]].title)
             yield item
@@ -152,11 +151,6 @@ def _run_together(
     )  # fmt: skip
     markers.flush()
     _refuse(run, stages, [*failures, *given_up])
-
-
-def _wait_for_kernels(statistics: RunStatistics) -> bool:
-    """Whether what needs compiled loops is not handed out yet: there is something else under way, and they are compiled."""
-    return kernels.are_compiling() and statistics.in_flight > 0
 
 
 def _refuse(run: Run, stages: list[Stage], failures: list[loop.Failure]) -> None:
