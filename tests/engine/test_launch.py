@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -144,9 +145,10 @@ def test_local_workers_are_as_many_as_there_is_work_for():
 
 
 @pytest.mark.parametrize("kind", sorted(PACKAGES))
-def test_a_library_that_is_missing_is_named_with_the_line_that_installs_it(kind):
-    if system.installed(PACKAGES[kind]):
-        pytest.skip(f"{PACKAGES[kind]} is installed")
+def test_a_library_that_is_missing_is_named_with_the_line_that_installs_it(kind, monkeypatch):
+    package = PACKAGES[kind]
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(system, "find_spec", lambda name: None if name == package else find_spec(name))
     settings = load(CONFIGS / f"{kind}.toml").cluster
     with (
         pytest.raises(UserError, match=rf"{PACKAGES[kind]} is not installed.*volseg\[\w+\]"),
@@ -198,7 +200,8 @@ def test_a_worker_with_a_gpu_has_its_resource_and_no_dashboard_where_none_is_wan
 def test_a_job_script_starts_workers_as_volseg_wants_them(kind, tmp_path):
     jobqueue = pytest.importorskip("dask_jobqueue", reason="needs dask-jobqueue (extra jobqueue)")
     settings = load(CONFIGS / f"{kind}.toml").cluster
-    settings = settings.model_copy(update={"options": {**settings.options, "shared_temp_directory": str(tmp_path)}})
+    options = {**settings.options, "shared_temp_directory": str(tmp_path)}
+    settings = settings.model_copy(update={"options": options, "dashboard": ""})
     with getattr(jobqueue, launch.QUEUES[kind])(**launch.queue_options(settings, gpu=False)) as made:
         script = made.job_script()
     assert "--nthreads 1" in script

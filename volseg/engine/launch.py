@@ -10,6 +10,7 @@ import shlex
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +126,9 @@ def started(config: Cluster, gpu: bool, tell: Callable[[str], None]) -> Iterator
     """A client of a cluster that the kind's library starts, once it has its first worker; it ends with the block."""
     start = {"kubernetes": _kubernetes, "ssh": _ssh, "gateway": _gateway}.get(config.kind, _queue)
     try:
-        cluster = start(config, gpu)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Port .* is already in use")
+            cluster = start(config, gpu)
     except UserError:
         raise
     except Exception as error:  # each library raises what it likes for a server that is away, or an option it lacks
