@@ -34,7 +34,8 @@ from volseg.box import Box
 from volseg.config import Config, load, parse_set
 from volseg.engine import folder, integrity
 from volseg.engine.finished import open_run
-from volseg.engine.layout import Layout, marker_checksum
+from volseg.engine.layout import Layout
+from volseg.engine.layout_marks import marker_checksum
 from volseg.engine.receipts import Markers
 from volseg.errors import UserError
 from volseg.inference import model
