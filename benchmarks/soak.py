@@ -78,7 +78,10 @@ def watch(source: Path, out: Path, workers: int) -> list[dict]:
     with log.open("wb") as file, subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT) as command:
         while command.poll() is None:
             with suppress(psutil.Error):
-                samples.append(_sample(psutil.Process(command.pid), time.perf_counter() - start))
+                sample = _sample(psutil.Process(command.pid), time.perf_counter() - start)
+                if not sample["client + scheduler MB"]:
+                    continue  # it is ending, and holds nothing any more
+                samples.append(sample)
                 if len(samples) % PRINT_EVERY == 0:
                     print(samples[-1], flush=True)
             time.sleep(SAMPLE_S)

@@ -102,7 +102,7 @@ def replay(a: np.ndarray, b: np.ndarray, count: int, constraints: Constraints) -
     >>> replay(a, b, 4, Constraints(nothing, np.array([[0, 3]]))).tolist()
     [0, 0, 2, 2]
     >>> replay(a, b, 4, Constraints(np.array([[0, 3]]), np.array([[1, 0]]))).tolist()
-    [0, 1, 1, 0]
+    [0, 1, 0, 0]
     """
     split = np.ascontiguousarray(constraints.splits).ravel()
     slot = np.full(count, -1, np.int32)
