@@ -305,7 +305,7 @@ class Train(Section):
     data: tuple[TrainData, ...] = ()  # annotated volumes: a [[train.data]] table each
     encoder: str = "tu-tf_efficientnet_lite0"
     decoder: tuple[Size, Size, Size, Size, Size] = (128, 64, 32, 16, 16)
-    sections: Literal[1, 3, 5] = 3  # neighboring sections seen as channels
+    sections: Literal[1, 3, 5, 7] = 3  # neighboring sections seen as channels
     binning: Literal[1, 2] = 1  # the network sees squares of that many voxels a side as one, and tells of each voxel
     pretrained: bool = True  # ImageNet encoder weights from the installed package
     start: LocalPath = ""  # an earlier volseg model to start from, or "shipped"

@@ -41,7 +41,7 @@ def message(states, now=100.0, began=100.0, voxels=1000, seconds=None, **more):
         for name in ("predict", "fragments")
     ]
     done = int((states >= DONE).sum()) * voxels // states.size
-    blocks = {"predict": (done, zlib.compress(states.tobytes()))}
+    blocks = {"predict": (done, zlib.compress(states.tobytes()), (0, 0, 0), counts)}
     sums = {"inferred_voxels": 5, "device_share": 0.0, "worker_bytes": 10**8}
     head = {"run": "1", "name": "em.zarr", "began": began, "slots": 1, "plan": PLAN, "ended": ""}
     return {**head, "now": now, "stages": stages, "blocks": blocks, "seconds": seconds or {}, "sums": sums, **more}
@@ -205,6 +205,7 @@ def test_the_map_is_that_of_the_layer_and_stage_that_are_chosen(served):
     state = view_of(client)
     counts = state.stages["fragments"].blocks()
     assert counts == {"waiting": 0, "running": 0, "done": 3, "failed": 0, "nothing wanted": 5}
+    assert state.stages["fragments"].states.shape == (3, 1, 1)
     np.testing.assert_array_equal(colors(state.stages["fragments"].picture(0))[0, 0], COLORS["done"])
     np.testing.assert_array_equal(colors(state.stages["fragments"].picture(5))[0, 0], COLORS["nothing wanted"])
     with opened(client) as session:

@@ -33,6 +33,42 @@ def test_a_block_is_ready_once_all_that_it_needs_is_done(shape, block, other, ha
         assert out == {j for j in range(len(late)) if done.issuperset(early.overlapping(region(late[j])))}
 
 
+@settings(deadline=None, max_examples=40)
+@given(shape=sizes, block=sizes, other=sizes, halo=st.integers(0, 3), ends=st.data())
+def test_what_lies_outside_the_wanted_box_is_as_done(shape, block, other, halo, ends):
+    early, late = Blocks(shape, block), Blocks(shape, other)
+    start = [ends.draw(st.integers(0, n - 1)) for n in shape]
+    stop = [ends.draw(st.integers(a + 1, n)) for a, n in zip(start, shape, strict=True)]
+    only = Box(tuple(start), tuple(stop))
+
+    def region(box):
+        return box.grow(halo)
+
+    first = Ready(early, only=only.grow(halo))
+    then = Ready(late, earlier={"first": (first, region)}, only=only)
+    waiting, wanted, out = set(early.overlapping(only.grow(halo))), set(late.overlapping(only)), set()
+    assert (first.left, then.left) == (len(waiting), len(wanted)) == (len(first.state), len(then.state))
+    while wanted - out:
+        while (j := then.take()) is not None:
+            out.add(j)
+        assert out == {j for j in wanted if waiting.isdisjoint(early.overlapping(region(late[j])))}
+        if (i := first.take()) is not None:
+            first.end(i)
+            waiting.remove(i)
+            then.tell("first", i)
+    assert first.voxels == sum(early[i].voxels for i in early.overlapping(only.grow(halo)) if i not in waiting)
+
+
+def test_a_box_in_a_huge_volume_costs_what_is_in_it():
+    grid = Blocks((1 << 20,) * 3, (64, 64, 64))
+    ready = Ready(grid, own=("row", lambda box: Box((0, 0, 0), box.stop)), only=Box((640, 640, 640), (700, 768, 704)))
+    assert len(ready.state) == 2
+    assert (ready.take(), ready.take()) == (grid.index((10, 10, 10)), None)
+    ready.end(grid.index((10, 10, 10)))
+    ready.tell("row", grid.index((10, 10, 10)))
+    assert (ready.take(), ready.take()) == (grid.index((10, 11, 10)), None)
+
+
 def test_what_was_done_before_is_not_handed_out_again():
     grid = Blocks((4, 4, 4), (1, 4, 4))
     first = Ready(grid, done=[0, 1, 2])
@@ -73,6 +109,6 @@ def test_blocks_that_are_given_up_or_hold_nothing_that_is_wanted_say_so():
         else:
             first.end(i, empty=i == 2)
             then.tell("first", i)
-    assert list(first.state) == [DONE, FAILED, EMPTY, EMPTY]
+    assert list(first.state) == [DONE, FAILED, EMPTY]
     assert (first.left, first.voxels) == (1, 32)
     assert [then.take() for _ in range(4)] == [0, 2, 3, None]  # not what waits for the one that was given up

@@ -172,6 +172,15 @@ def test_a_network_that_bins_begins_with_the_mean_of_each_square():
         torch.testing.assert_close(binned(doubled(small) + noise), doubled(network(small)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("binning", [1, 2])
+def test_a_network_of_more_sections_begins_with_those_that_it_knows(binning):
+    network = model.build(model.PRETRAINED, SMALL, 3, binning=binning).eval()
+    more = model.adapted(network, CARD.changed(binning=binning), model.HEADS, binning, sections=7)
+    image = torch.randn(1, 7, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(more(image), network(image[:, 2:5]))
+
+
 def doubled(image):
     return image.repeat_interleave(2, 2).repeat_interleave(2, 3)
 

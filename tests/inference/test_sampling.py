@@ -32,7 +32,7 @@ def source():
 
 @pytest.mark.parametrize("plane", ["xy", "xz", "yz"])
 @pytest.mark.parametrize(("first", "stop"), [(0, 2), (2, 5), (4, 7)])
-@pytest.mark.parametrize("sections", [1, 3, 5])
+@pytest.mark.parametrize("sections", [1, 3, 7])
 def test_a_sampled_tile_is_what_a_run_cuts(source, plane, first, stop, sections):
     """Against the cut that a run makes of the whole volume, mirrored and at the ends of the volume too."""
     axes = tiles.PLANES[plane]

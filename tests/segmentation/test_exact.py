@@ -233,6 +233,22 @@ def test_every_cutting_gives_the_brute_force_forest(field, connectivity, data):
     np.testing.assert_array_equal(result, expected)
 
 
+@settings(deadline=None, max_examples=30)
+@given(field=fields(), ends=st.data())
+def test_blocks_without_basins_may_be_left_out(field, ends):
+    height = field[0].copy()
+    start = [ends.draw(st.integers(0, n - 1)) for n in height.shape]
+    height[: start[0]], height[:, : start[1]], height[:, :, : start[2]] = OUTSIDE, OUTSIDE, OUTSIDE
+    grid, _, tables, links = cut(height, (2, 2, 2))
+    kept = [i for i in range(len(grid)) if tables[i].minimum.size]
+    whole, basin_of = gather(tables, links)
+    part, basin_of_kept = gather([tables[i] for i in kept], [links[i] for i in kept], kept)
+    for name, values in vars(whole).items():
+        np.testing.assert_array_equal(getattr(part, name), values)
+    for i, basin in zip(kept, basin_of_kept, strict=True):
+        np.testing.assert_array_equal(basin, basin_of[i])
+
+
 @settings(max_examples=250, deadline=None)
 @given(field=fields(), data=st.data())
 def test_a_tree_of_blocks_gives_what_one_union_find_does(field, data):

@@ -107,43 +107,47 @@ def _stitch_all(run: Run, timings: Timings) -> dict:
             labels = np.r_[0, label[basin_of[i]], label_of_hole[hole_of[i]]].astype(dtype)
             layout.block_labels.save(BlockLabels(labels, basin_of[i], hole_of[i]), i)
 
-        side_by_side(save, run.parts.own.numbers)
+        side_by_side(save, list(basin_of))
         if not stored:
             layout.save_basins(basins, basins_key(run))
     return {"objects": count, "basins": int(label.size), "edges": int(basins.edges.size)}
 
 
-def _stored_basins(run: Run) -> tuple[stitch.Basins, list[np.ndarray]] | None:
+def _stored_basins(run: Run) -> tuple[stitch.Basins, dict[int, np.ndarray]] | None:
     """What `_gather_basins` gave when these basins were decided on before: a hundredth of the bytes of all tables."""
     try:
         basins = run.layout.load_basins(basins_key(run))
         if basins is None:
             return None
-        each = run.layout.block_labels.load_each(range(len(run.grid)), skip=("label", "hole"))
-        return basins, [labels.basin for labels in each]
+        blocks = run.parts.own.numbers
+        each = run.layout.block_labels.load_each(blocks, skip=("label", "hole"))
+        return basins, {i: labels.basin for i, labels in zip(blocks, each, strict=True)}
     except DamagedFileError:  # all tables have the same
         return None
 
 
-def _gather_basins(run: Run) -> tuple[stitch.Basins, list[np.ndarray]]:
+def _gather_basins(run: Run) -> tuple[stitch.Basins, dict[int, np.ndarray]]:
     """The volume's basins, and the basin of each of a block's regions, from all tables. None are stored until all is."""
-    layout, blocks = run.layout, range(len(run.grid))
+    layout, blocks = run.layout, run.parts.own.numbers
     layout.remove_basins()
-    basins = layout.block_basins.load_each(blocks, skip=("crossing_edges", "face_voxel", "face_region"))
-    return stitch.gather(basins, layout.links.load_each(blocks))
+    tables = layout.block_basins.load_each(blocks, skip=("crossing_edges", "face_voxel", "face_region"))
+    basins, basin_of = stitch.gather(
+        tables, layout.links.load_each(blocks), None if run.parts.own.box is None else blocks
+    )
+    return basins, dict(zip(blocks, basin_of, strict=True))
 
 
-def _gather_holes(run: Run, basin_of: list[np.ndarray]) -> tuple[holes.Holes | None, list[np.ndarray]]:
+def _gather_holes(run: Run, basin_of: dict[int, np.ndarray]) -> tuple[holes.Holes | None, dict[int, np.ndarray]]:
     """The volume's holes, stored for `calibrate`, and the hole of each of a block's holes; none where none is filled."""
     if not run.fills_holes:
-        return None, [np.empty(0, np.int64)] * len(run.grid)
-    layout, blocks = run.layout, range(len(run.grid))
+        return None, dict.fromkeys(basin_of, np.empty(0, np.int64))
+    layout, blocks = run.layout, list(basin_of)
     contacts = (contact.pairs for contact in layout.hole_contacts.load_each(blocks))
     background, hole_of = holes.gather(
-        layout.block_holes.load_each(blocks, skip=("run_start", "run_piece")), contacts, basin_of
+        layout.block_holes.load_each(blocks, skip=("run_start", "run_piece")), contacts, list(basin_of.values())
     )
     layout.volume_holes.save(background)
-    return background, hole_of
+    return background, dict(zip(blocks, hole_of, strict=True))
 
 
 # ---------------------------------------------------------------- a tree of blocks decides

@@ -11,6 +11,7 @@ from typing import Any
 
 from distributed import Client, Scheduler, SchedulerPlugin
 
+from volseg.box import Triple
 from volseg.engine import cluster
 from volseg.engine.ready import Ready
 from volseg.engine.receipts import RunStatistics
@@ -109,15 +110,15 @@ class _Feed:
         }
         self.client.run_on_scheduler(receive, message)
 
-    def _packed(self, name: str, ready: Ready) -> tuple[int, bytes] | None:
-        """Voxels that are done, and the states of all blocks; None where nothing has changed."""
+    def _packed(self, name: str, ready: Ready) -> tuple[int, bytes, Triple, Triple] | None:
+        """Voxels that are done, and the blocks' states, first, counts; None where nothing has changed."""
         states = bytes(ready.state)
         if self.sent.get(name) == states:
             return None
         self.sent[name] = states
         if not ready.left:
             self.statistics.blocks.pop(name, None)
-        return ready.voxels, zlib.compress(states, 1)
+        return ready.voxels, zlib.compress(states, 1), ready.first, ready.at.shape
 
 
 def _plain(stage: Stage) -> dict[str, Any]:

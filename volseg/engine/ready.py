@@ -1,12 +1,13 @@
-"""Which blocks of a stage may start: five bytes for each block, whatever the volume."""
+"""Which blocks of a stage may start: five bytes for each block that there is to do, whatever the volume."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import prod
 
 import numpy as np
 
-from volseg.box import Blocks, Box
+from volseg.box import Blocks, Box, Triple
 
 WAITING, READY, OUT, FAILED, DONE, EMPTY = range(6)  # the last two are done; in an empty one nothing is wanted
 Region = Callable[[Box], Box]  # the part of an earlier stage's volume that a box is made from; each axis for itself
@@ -14,6 +15,8 @@ Region = Callable[[Box], Box]  # the part of an earlier stage's volume that a bo
 
 class Ready:
     """The blocks of a stage, each waiting, ready to be handed out, handed out, given up, or done.
+
+    There is something to do in those that share a voxel with the box ``only``: others count as done and have no state here.
 
     >>> z = Blocks((6, 4, 4), (2, 4, 4))
     >>> earlier = Ready(z, done=[0])
@@ -34,53 +37,60 @@ class Ready:
         only: Box | None = None,
     ) -> None:
         self.grid = grid
-        self.state = bytearray(len(grid))
-        self.at = np.frombuffer(self.state, np.uint8).reshape(grid.counts)
-        self.missing = np.zeros(grid.counts, np.int32)  # blocks that each waits for
+        self.rows = grid.spans(Box.from_shape(grid.shape) if only is None else only)
+        self.state = bytearray(prod(map(len, self.rows)))
+        self.at = np.frombuffer(self.state, np.uint8).reshape(tuple(map(len, self.rows)))
+        self.missing = np.zeros(self.at.shape, np.int32)  # blocks that each waits for
         self.spans = {}
-        self.inside = (slice(None),) * 3  # blocks that there are to do: others count as done
-        if only is not None:
-            z, y, x = (slice(span.start, span.stop) for span in grid.spans(only))
-            self.inside = z, y, x
-            self.at[...] = EMPTY
-            self.at[self.inside] = WAITING
         for i in done:
-            self.state[i] = DONE
+            if (k := self._position(i)) is not None:
+                self.state[k] = DONE
         for stage, (before, region) in (earlier or {}).items():
-            self.spans[stage] = before.grid, _spans(grid, before.grid, region)
-            self.missing += _missing(before.at >= DONE, self.spans[stage][1])
+            self.spans[stage] = before.grid, self._spans(before.grid, region)
+            self.missing += _missing(before, self.spans[stage][1])
         if own:  # a block waits for those of its own stage under a region of it, but not for itself
-            self.spans[own[0]] = grid, _spans(grid, grid, own[1])
-            self.missing += _missing(self.at >= DONE, self.spans[own[0]][1]) - (self.at < DONE)
+            self.spans[own[0]] = grid, self._spans(grid, own[1])
+            self.missing += _missing(self, self.spans[own[0]][1]) - (self.at < DONE)
         self.at[(self.missing == 0) & (self.at == WAITING)] = READY
         self.left = int((self.at < DONE).sum())
         self.cursor = 0
 
     @property
+    def first(self) -> Triple:
+        """Grid position of the first block that there is to do."""
+        z, y, x = (row.start for row in self.rows)
+        return z, y, x
+
+    @property
     def voxels(self) -> int:
-        """Voxels of all blocks that are done, of those that there are to do."""
-        axes = enumerate(self.grid.counts)
-        z, y, x = (np.diff([self.grid.edge(axis, k) for k in range(count + 1)]) for axis, count in axes)
-        z, y, x = (lengths[s] for lengths, s in zip((z, y, x), self.inside, strict=True))
-        return int((self.at[self.inside] >= DONE) @ x @ y @ z)
+        """Voxels of all blocks that are done."""
+        z, y, x = (
+            np.diff([self.grid.edge(axis, k) for k in range(row.start, row.stop + 1)])
+            for axis, row in enumerate(self.rows)
+        )
+        return int((self.at >= DONE) @ x @ y @ z)
 
     def take(self) -> int | None:
         """The first block that is ready: it is handed out; None where none is."""
-        i = self.state.find(READY, self.cursor)
-        self.cursor = len(self.state) if i < 0 else i + 1
-        if i < 0:
+        k = self.state.find(READY, self.cursor)
+        self.cursor = len(self.state) if k < 0 else k + 1
+        if k < 0:
             return None
-        self.state[i] = OUT
-        return i
+        self.state[k] = OUT
+        z, y, x = (row[int(c)] for row, c in zip(self.rows, np.unravel_index(k, self.at.shape), strict=True))
+        return self.grid.index((z, y, x))
 
     def end(self, i: int, *, empty: bool = False) -> None:
         """Block ``i`` is done; in an ``empty`` one nothing was wanted."""
-        self.left -= self.state[i] < DONE
-        self.state[i] = EMPTY if empty else DONE
+        k = self._position(i)
+        assert k is not None, f"block {i} was never handed out"
+        self.left -= self.state[k] < DONE
+        self.state[k] = EMPTY if empty else DONE
 
     def give_up(self, i: int) -> None:
         """Block ``i`` is not handed out any more, and so neither is what waits for it."""
-        self.state[i] = FAILED
+        if (k := self._position(i)) is not None:
+            self.state[k] = FAILED
 
     def tell(self, stage: str, i: int) -> None:
         """Block ``i`` of an earlier stage is done, which it was not before: what waited for it alone is ready."""
@@ -94,26 +104,36 @@ class Ready:
         if freed.any():
             self.at[near][freed] = READY
             first = tuple(int(k) + s.start for k, s in zip(np.argwhere(freed)[0], near, strict=True))
-            self.cursor = min(self.cursor, self.grid.index(first))
+            self.cursor = min(self.cursor, int(np.ravel_multi_index(first, self.at.shape)))
+
+    def _position(self, i: int) -> int | None:
+        """Where the state of block ``i`` is; None where there is nothing to do in it."""
+        coords = self.grid.coords(i)
+        if not all(c in row for c, row in zip(coords, self.rows, strict=True)):
+            return None
+        _, ny, nx = self.at.shape
+        z, y, x = (c - row.start for c, row in zip(coords, self.rows, strict=True))
+        return (z * ny + y) * nx + x
+
+    def _spans(self, earlier: Blocks, region: Region) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Along each axis and for each row of blocks: the first earlier block that it needs, and the one after the last."""
+        spans = []
+        for axis, row in enumerate(self.rows):
+            boxes = [
+                region(self.grid[self.grid.index(tuple(c * (k == axis) for k in range(3)))]).clip(earlier.shape)
+                for c in row
+            ]
+            start = np.array([earlier.position(axis, box.start[axis]) for box in boxes], np.int64)
+            stop = np.array([earlier.position(axis, box.stop[axis] - 1) + 1 for box in boxes], np.int64)
+            spans.append((start, stop))
+        return spans
 
 
-def _spans(grid: Blocks, earlier: Blocks, region: Region) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Along each axis and for each row of blocks: the first earlier block that it needs, and the one after the last."""
-    spans = []
-    for axis, count in enumerate(grid.counts):
-        boxes = [
-            region(grid[grid.index(tuple(c * (k == axis) for k in range(3)))]).clip(earlier.shape) for c in range(count)
-        ]
-        start = np.array([earlier.position(axis, box.start[axis]) for box in boxes])
-        stop = np.array([earlier.position(axis, box.stop[axis] - 1) + 1 for box in boxes])
-        spans.append((start, stop))
-    return spans
-
-
-def _missing(done: np.ndarray, spans: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """How many of the earlier blocks in each block's spans are not done."""
-    lacking = np.pad(~done, ((1, 0),) * 3).astype(np.int32)
-    for axis, (start, stop) in enumerate(spans):
+def _missing(earlier: Ready, spans: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """How many of the earlier blocks in each block's spans are not done; where there is nothing to do, all are."""
+    lacking = np.pad(earlier.at < DONE, ((1, 0),) * 3).astype(np.int32)
+    for axis, (row, (start, stop)) in enumerate(zip(earlier.rows, spans, strict=True)):
         lacking = lacking.cumsum(axis, dtype=np.int32)
+        start, stop = (np.clip(end - row.start, 0, len(row)) for end in (start, stop))
         lacking = lacking.take(stop, axis) - lacking.take(start, axis)
     return lacking

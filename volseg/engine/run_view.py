@@ -6,6 +6,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -44,25 +45,29 @@ class StageView:
     infers: bool = False
     done: int = 0
     before: int = -1
-    states: np.ndarray | None = None
+    states: np.ndarray | None = None  # z y x, of the blocks from ``first`` on: in others nothing is wanted
+    first: Triple = (0, 0, 0)
     found: np.ndarray | None = None  # blocks in each state
 
-    def take(self, states: np.ndarray, done: int) -> None:
-        """The blocks are in these states, and so many voxels are done."""
-        self.states = states.reshape(self.counts)
-        self.found = np.bincount(states, minlength=EMPTY + 1)
+    def take(self, done: int, states: np.ndarray, first: Triple = (0, 0, 0)) -> None:
+        """So many voxels are done, and the blocks are in these states."""
+        self.states, self.first = states, first
+        self.found = np.bincount(states.ravel(), minlength=EMPTY + 1)
+        self.found[EMPTY] += prod(self.counts) - states.size
         self.done, self.before = done, done if self.before < 0 else self.before
 
     def blocks(self) -> dict[str, int]:
         """How many blocks are in each of `STATES`; before it began, all wait."""
         if self.found is None:
-            z, y, x = self.counts
-            return {name: z * y * x * (name == "waiting") for name in STATES}
+            return {name: prod(self.counts) * (name == "waiting") for name in STATES}
         return {name: int(sum(self.found[state] for state in states)) for name, states in STATES.items()}
 
     def picture(self, z: int) -> np.ndarray:
         """Layer ``z`` of the blocks as `draw` colors it."""
-        states = np.full(self.counts[1:], WAITING, np.uint8) if self.states is None else self.states[z]
+        states = np.full(self.counts[1:], WAITING if self.states is None else EMPTY, np.uint8)
+        if self.states is not None and 0 <= z - self.first[0] < len(self.states):
+            (_, y, x), (_, height, width) = self.first, self.states.shape
+            states[y : y + height, x : x + width] = self.states[z - self.first[0]]
         return draw(states)
 
 
@@ -88,8 +93,9 @@ class RunView:
         self.seconds, self.sums = message["seconds"], message["sums"]
         known = self.stages
         self.stages = {plain["name"]: known.get(plain["name"]) or _stage(plain) for plain in message["stages"]}
-        for name, (done, packed) in message["blocks"].items():
-            self.stages[name].take(np.frombuffer(zlib.decompress(packed), np.uint8), done)
+        for name, (done, packed, first, counts) in message["blocks"].items():
+            states = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(counts)
+            self.stages[name].take(done, states, first)
         if not self.history or self.now > self.history[-1][0]:
             self.history.append((self.now, self.done_by_title()))
         if len(self.history) > HISTORY:

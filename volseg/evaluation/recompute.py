@@ -76,7 +76,7 @@ def relabel(run: StoredRun, block: Triple) -> Relabeling:
         holes = [block_holes(region, box, run.shape) for region, box in zip(regions, grid, strict=True)]
         contacts = [face_contacts(i, holes.__getitem__, grid) for i in range(len(grid))]
     pairs = region_constraints(run.run, grid, lambda i, box: regions[i][box.slices_within(grid[i])])
-    ids = _decide(run, tables, links, holes, contacts, pairs)
+    ids = _decide(run, tables, links, holes, contacts, pairs, range(len(grid)))
     objects = max(int(block_ids.max()) for block_ids in ids)
     wrong, first = 0, None
     for box, region, block_ids in zip(grid, regions, ids, strict=True):
@@ -101,10 +101,11 @@ def _decide(
     holes: Sequence[BlockHoles],
     contacts: Sequence[np.ndarray],
     pairs: Constraints | None,
+    blocks: Sequence[int],
 ) -> list[np.ndarray]:
     """For each block the label of region 0 (none), 1, 2, ... and then, where holes are filled, of its holes."""
-    basins, basin_of = stitch.gather(tables, links)
-    constraints = pairs and pairs.looked_up(basin_of.__getitem__)
+    basins, basin_of = stitch.gather(tables, links, blocks)
+    constraints = pairs and pairs.looked_up(dict(zip(blocks, basin_of, strict=True)).__getitem__)
     if not run.fills:
         label = label_basins(basins, run.rules, constraints=constraints)
         return [np.r_[0, label[basin]] for basin in basin_of]
@@ -117,7 +118,8 @@ def _decide(
 def rejoin(run: StoredRun) -> Rejoining | None:
     """The stored tables are joined again; None where they have more than `MAX_ROWS` rows."""
     tables, links, rows = [], [], 0
-    for i in range(len(run.grid)):
+    blocks = run.run.parts.own.numbers
+    for i in blocks:
         table = run.layout.block_basins.load(i)
         tables.append(
             replace(table, crossing_edges=table.edges[:0], face_voxel=table.root[:0], face_region=table.root[:0])
@@ -127,26 +129,25 @@ def rejoin(run: StoredRun) -> Rejoining | None:
         if rows > MAX_ROWS:
             return None
     regions = sum(table.root.size for table in tables)
-    blocks = range(len(run.grid)) if run.fills else ()
-    holes = [run.layout.block_holes.load(i) for i in blocks]
-    contacts = [run.layout.hole_contacts.load(i).pairs for i in blocks]
-    stray = sum(_stray_links(link, tables) for link in links) + _stray_holes(holes, contacts, tables)
+    holes = [run.layout.block_holes.load(i) for i in blocks if run.fills]
+    contacts = [run.layout.hole_contacts.load(i).pairs for i in blocks if run.fills]
+    table_of = dict(zip(blocks, tables, strict=True))
+    stray = sum(_stray_links(link, table_of) for link in links) + _stray_holes(holes, contacts, tables)
     if stray:
         return Rejoining(regions, stray)
     wrong, pairs = 0, region_constraints(run.run, run.grid, lambda i, box: run.regions(box))
-    for i, expected in enumerate(_decide(run, tables, links, holes, contacts, pairs)):
+    for i, expected in zip(blocks, _decide(run, tables, links, holes, contacts, pairs, blocks), strict=True):
         stored = run.layout.block_labels.load(i).label.astype(np.int64)
         wrong += int(np.count_nonzero(stored != expected)) if stored.size == expected.size else expected.size
     return Rejoining(regions, wrong)
 
 
-def _stray_links(link: stitch.Links, tables: list[BlockBasins]) -> int:
+def _stray_links(link: stitch.Links, tables: dict[int, BlockBasins]) -> int:
     """How many links of a block name a region that no table has, or drain to one that is not lower."""
-    table_of = dict(enumerate(tables)).get
-    upper, lower = (region_rows(names, table_of) for names in link.drains.T)
+    upper, lower = (region_rows(names, tables.get) for names in link.drains.T)
     (known, _, height, root), (end_known, leaves, end_height, end_root) = upper, lower
     down = (end_height < height) | ((end_height == height) & ((end_root < root) | ((end_root == root) & ~leaves)))
-    ends = [region_rows(link.edges[end], table_of)[0] for end in "ab"]
+    ends = [region_rows(link.edges[end], tables.get)[0] for end in "ab"]
     return int(np.count_nonzero(~(known & end_known & down)) + np.count_nonzero(~(ends[0] & ends[1])))
 
 

@@ -200,19 +200,31 @@ def _binned_stem(weight: torch.Tensor, binning: int) -> torch.Tensor:
     return weight.repeat_interleave(binning**2, 1) / binning**2
 
 
-def adapted(network: torch.nn.Module, card: ModelCard, heads: tuple[str, ...], binning: int = 1) -> torch.nn.Module:
+def _among_more(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """A convolution that does not look at this many more channels before and after its own."""
+    import torch
+
+    return torch.nn.functional.pad(weight, (0, 0, 0, 0, channels, channels))
+
+
+def adapted(
+    network: torch.nn.Module, card: ModelCard, heads: tuple[str, ...], binning: int = 1, sections: int | None = None
+) -> torch.nn.Module:
     """``network``, of the ``card``, with these ``heads`` (new ones at random) and ``binning``, at first with equal squares.
 
-    A network that bins already is not to be undone: ``binning`` is the card's, or the card's is 1.
+    A network that bins already is not to be undone: ``binning`` is the card's, or the card's is 1. Of more ``sections`` than
+    the card's, those farther off are at first not looked at.
     """
-    fine = card.binning
-    if tuple(heads) == card.heads and binning == fine:
+    fine, sections = card.binning, sections or card.sections
+    if tuple(heads) == card.heads and binning == fine and sections == card.sections:
         return network
-    other = build(card.encoder, card.decoder, card.sections, heads, binning=binning)
+    other = build(card.encoder, card.decoder, sections, heads, binning=binning)
     weights, new = network.state_dict(), other.state_dict()
+    stem = next(iter(weights))
     if binning != fine:
-        stem = next(iter(weights))
         weights[stem] = _binned_stem(weights[stem], binning)
+    for name in {stem, "detail.0.weight"} & set(weights):
+        weights[name] = _among_more(weights[name], (sections - card.sections) // 2 * binning**2)
     each = binning**2  # channels of a head
     for name in ("segmentation_head.0.weight", "segmentation_head.0.bias"):
         old = weights.pop(name).repeat_interleave(each // fine**2, 0)

@@ -12,7 +12,7 @@ the order of blocks nor a block given twice changes anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,13 +73,13 @@ class Basins:
     edges: np.ndarray
 
 
-def global_id(block: int, region: np.ndarray) -> np.ndarray:
+def global_id(block: int | np.ndarray, region: np.ndarray) -> np.ndarray:
     """Ids, unique in the volume, of a block's regions.
 
     >>> hex(global_id(2, np.array([5]))[0])
     '0x200000005'
     """
-    return (np.int64(block) << 32) | np.asarray(region, np.int64)
+    return (np.asarray(block, np.int64) << 32) | np.asarray(region, np.int64)
 
 
 # ---------------------------------------------------------------- 1
@@ -149,7 +149,9 @@ def _region_ids(voxels: np.ndarray, table_of: Callable[[int], BlockBasins], grid
 # ---------------------------------------------------------------- 2
 
 
-def gather(tables: Iterable[BlockBasins], links: Iterable[Links]) -> tuple[Basins, list[np.ndarray]]:
+def gather(
+    tables: Iterable[BlockBasins], links: Iterable[Links], blocks: Sequence[int] | None = None
+) -> tuple[Basins, list[np.ndarray]]:
     """The volume's `Basins`, and for each block the basin of each of its regions.
 
     Of all edges there is only one copy, which is renamed, merged and sorted where it lies.
@@ -159,6 +161,8 @@ def gather(tables: Iterable[BlockBasins], links: Iterable[Links]) -> tuple[Basin
     tables, links
         Of each block in the order of blocks. They are taken one at a time; `BlockBasins.crossing_edges`, ``face_voxel``
         and ``face_region`` are not looked at.
+    blocks
+        Numbers of these blocks, ascending, by which links name them; None for 0, 1, 2 and so on.
 
     Returns
     -------
@@ -188,9 +192,12 @@ def gather(tables: Iterable[BlockBasins], links: Iterable[Links]) -> tuple[Basin
     sums = ("minimum", "voxels", "first", "probability_sum", "cut")
     columns: dict[str, list[np.ndarray]] = {field: [] for field in sums}
     drains, edges = [np.empty((0, 2), np.int64)], _EdgeBuffer()
+    numbers = None if blocks is None else np.asarray(blocks)
     for i, (table, block_links) in enumerate(zip(tables, links, strict=True)):
         for field, column in columns.items():
             column.append(getattr(table, field))
+        if numbers is not None:
+            block_links = _renumbered(block_links, numbers)
         drains.append(block_links.drains)
         edges.append(_with_global_ids(table.edges, i))
         edges.append(block_links.edges)
@@ -230,6 +237,17 @@ def _with_global_ids(edges: np.ndarray, block: int) -> np.ndarray:
     out = edges.copy()
     out["a"], out["b"] = global_id(block, edges["a"]), global_id(block, edges["b"])
     return out
+
+
+def _renumbered(links: Links, blocks: np.ndarray) -> Links:
+    """The same with blocks numbered by their place in ``blocks``."""
+
+    def renumbered(ids: np.ndarray) -> np.ndarray:
+        return global_id(np.searchsorted(blocks, ids >> 32), ids & REGION_MASK)
+
+    edges = links.edges.copy()
+    edges["a"], edges["b"] = renumbered(edges["a"]), renumbered(edges["b"])
+    return Links(drains=renumbered(links.drains), edges=edges)
 
 
 def _true_basins(drains: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -64,7 +64,7 @@ def _build_network(settings: Train) -> torch.nn.Module:
 def _load_start(settings: Train) -> torch.nn.Module:
     """The network of ``train.start``, which must be of the kind that the settings ask for."""
     network, card = model.load(model.named(settings.start))
-    for key in ("encoder", "decoder", "sections"):
+    for key in ("encoder", "decoder"):
         if getattr(settings, key) != getattr(card, key):
             raise UserError(
                 f"train.start = {settings.start} has {key} = {getattr(card, key)}, but train.{key} = {getattr(settings, key)}; "
@@ -72,7 +72,11 @@ def _load_start(settings: Train) -> torch.nn.Module:
             )
     if card.binning not in (1, settings.binning):
         raise UserError(f"train.start = {settings.start} bins its input already; set train.binning = {card.binning}")
-    return model.adapted(network, card, settings.heads, settings.binning)
+    if settings.sections < card.sections:
+        raise UserError(
+            f"train.start = {settings.start} sees {card.sections} sections; set train.sections to that, or to more"
+        )
+    return model.adapted(network, card, settings.heads, settings.binning, settings.sections)
 
 
 def moving_average(network: torch.nn.Module, decay: float) -> AveragedModel:
