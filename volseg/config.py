@@ -254,6 +254,9 @@ class TrainData(Section):
     """One annotated volume, or a synthetic one (``synth_seed``)."""
 
     image: str = ""  # the volume
+    channel: Count | None = None  # which of several channels of it, from 0; None refuses several
+    time: Count | None = None  # which of several times of it, from 0; None refuses several
+    invert: bool = False  # turn its gray values around, as input.invert does
     label: str = ""  # what is annotated in it: a volume, a folder of sections, or drawn regions, see docs/labels.md
     synth_seed: int | None = None  # makes a synthetic volume instead, another one for each seed
     synth_shape: tuple[Size, Size, Size] = (64, 512, 512)  # its voxels, z y x

@@ -52,6 +52,18 @@ def test_a_section_without_annotation_is_refused(annotated):
             load_sources(_train(image, folder, **settings))
 
 
+def test_one_channel_of_an_image_teaches_inverted_or_not(annotated, tmp_path):
+    _, image, label, folder = annotated
+    path = str(tmp_path / "channels.tif")
+    tifffile.imwrite(path, np.stack([255 - image, image], axis=1), imagej=True, metadata={"axes": "ZCYX"})
+    for chosen in ({"channel": 1}, {"channel": 0, "invert": True}):
+        (source,) = load_sources(_train(path, folder, **chosen))
+        np.testing.assert_array_equal(source.image, image)
+        assert source.train_sections == (0, 3, 7)
+    with pytest.raises(UserError, match="2 channels"):
+        load_sources(_train(path, folder))
+
+
 def test_an_image_given_as_labels_is_refused(annotated):
     image, _, _, _ = annotated
     with pytest.raises(UserError, match=r"train\.data\[0\]: .*image\.tif holds no labels"):

@@ -22,6 +22,7 @@ from volseg.inference import model
 from volseg.io import files, suggested, volume
 from volseg.io.annotation import Annotation, open_annotation
 from volseg.training.comparison import cross_check, format_scores, held_out_scores
+from volseg.training.sources import open_image
 from volseg.training.steps import Log
 from volseg.training.survey import parts, ranges, runs, survey
 from volseg.training.targets import parse_sections
@@ -190,7 +191,7 @@ def _read_labels(path: str, base: Train, scribbles: bool | None) -> Addition:
             "with image and label"
         )
     table = next(table for table in base.data if table.image)
-    image = volume.open(table.image, voxel_size_nm=table.voxel_size_nm)
+    image = open_image(table)
     try:
         found = open_annotation(path, image)
     except UserError:
@@ -204,7 +205,8 @@ def _read_labels(path: str, base: Train, scribbles: bool | None) -> Addition:
     if not sections:
         raise UserError(f"all that is annotated in {path} is held out by the config (validate_on)")
     form = {"unlabeled": surveyed.unlabeled, "background": surveyed.background, "first_number": first_number}
-    common = {"image": table.image, "label": path, "voxel_size_nm": table.voxel_size_nm, **form}
+    read = {name: getattr(table, name) for name in ("image", "channel", "time", "invert", "voxel_size_nm")}
+    common = {**read, "label": path, **form}
     groups = [sections] if surveyed.kind == "scribbles" else _groups(sections)
     tables = [TrainData(**common, train=tuple(parts(group))) for group in groups]
     notes = [*found.notes, f"{path}: {len(sections)} sections of {surveyed.kind}: {surveyed.reason}", *surveyed.notes]
@@ -224,7 +226,7 @@ def _held_out(base: Train, image: str, depth: int) -> set[int]:
 
 
 def _same_image(table: TrainData, image: str) -> bool:
-    return bool(table.image) and volume.open(table.image).path == image
+    return bool(table.image) and open_image(table).path == image
 
 
 def _groups(sections: Sequence[int]) -> list[list[int]]:
@@ -281,7 +283,7 @@ def _without_added(table: TrainData, additions: Sequence[Addition]) -> TrainData
     """A table of the config without the sections that were corrected since."""
     if not table.image:
         return table
-    image = volume.open(table.image)
+    image = open_image(table)
     corrected = {
         z
         for one in additions
@@ -314,7 +316,7 @@ def _weighted(old: Sequence[TrainData], additions: Sequence[Addition]) -> list[T
 
 
 def _section_count(table: TrainData) -> int:
-    image = volume.open(table.image)
+    image = open_image(table)
     if named := parse_sections(table.train, image.shape[0]):
         return len(named)
     found = open_annotation(table.label, image, first_number=table.first_number, part=table.window)

@@ -158,13 +158,20 @@ def _check_self_training(sources: list[Source], settings: Train) -> None:
         )
 
 
+def open_image(data: TrainData) -> volume.Volume:
+    """The image of a ``[[train.data]]`` table; reads headers only."""
+    return volume.open(
+        data.image, voxel_size_nm=data.voxel_size_nm, channel=data.channel, time=data.time, invert=data.invert
+    )
+
+
 def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | None) -> Source:
     """The source that ``data`` describes, in voxels of about the model's size; reads the sections in use and their neighbors
     on both sides."""
     margin = settings.sections // 2
     synthetic = data.synth_seed is not None
     place = f"{table} ({f'synth {data.synth_seed}' if synthetic else data.image})"
-    image = None if synthetic else volume.open(data.image, voxel_size_nm=data.voxel_size_nm)
+    image = None if synthetic else open_image(data)
     depth = image.shape[0] if image else data.synth_shape[0]
     held_out = parse_sections(data.validate_on, depth)
     named = parse_sections(data.train, depth)
