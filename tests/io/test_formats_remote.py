@@ -48,11 +48,17 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Takes as many requests at once as tensorstore sends: one that it does not take comes again after seconds."""
+
+    request_queue_size = 256
+
+
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
     """A folder, and the URL under which a web server on loopback gives it."""
     folder = tmp_path_factory.mktemp("web")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    server = Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield folder, f"http://127.0.0.1:{server.server_port}"
