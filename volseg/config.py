@@ -194,6 +194,7 @@ class Output(Section):
     )
     copy_image: bool = False  # copy the volume into the run, as a pyramid: a result that can be handed on alone
     keep_work: bool = True  # keep basins and edge tables, so that decoding can be repeated
+    probabilities: Literal["keep", "drop"] = "keep"  # drop: removed block by block once basins are made of them
 
 
 ClusterKind = Literal[

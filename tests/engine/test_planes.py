@@ -91,6 +91,14 @@ def test_passes_are_not_made_again_once_their_mean_is_there(seen, tmp_path):
     assert digest(out) == digest(seen)
 
 
+def test_a_damaged_mean_of_passes_is_made_again(seen, tmp_path):
+    """The passes are gone by then."""
+    out = str(shutil.copytree(seen, tmp_path / "run.volseg.zarr"))
+    next(Path(out, "0/c").rglob("*/*/*/*")).write_bytes(b"damaged")
+    api.repair(out, progress=Quiet())
+    assert stored(out) == stored(seen)
+
+
 def forwards(image, run, axes, ways):
     """Probabilities (channels, z, y, x) of whole planes across ``axes[0]``: torch, numpy and a loop, nothing else."""
     network, card = model.load(model.shipped())

@@ -27,6 +27,18 @@ class BlockLabels:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """How probable the voxels of each of a block's regions are, and of its holes where these are filled.
+
+    total   int64: sum of the stored mask probability (uint8); ``total[0]`` is of what has no region
+    lowest  uint8: the lowest of it; 255 where there is no voxel
+    """
+
+    total: np.ndarray
+    lowest: np.ndarray
+
+
+@dataclass(frozen=True)
 class HoleContacts:
     """Pairs of holes, and of holes and regions, that touch over a block's far faces: see `holes.face_contacts`."""
 

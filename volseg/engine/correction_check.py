@@ -1,13 +1,14 @@
 """Corrections are looked at before a run is decided anew by them: every point lies in a basin, and none contradicts another.
 
-The basin of a point is found by descent from the stored probabilities, block after block, so no table is needed.
+The basin of a point is found by descent from the stored probabilities, block after block, so no table is needed; in a run that
+dropped them, by the regions and tables of its blocks.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -128,6 +129,8 @@ def _voxel_of_label(entry: Entry, label: int, old: Run, minimum_of: MinimumOf) -
 
 def _minimum_finder(old: Run, run: Run) -> MinimumOf:
     """Gives the minimum (linear index) of the basin of a voxel, under the settings of ``run``; None outside the mask."""
+    if old.drops:
+        return _stored_minimum_finder(old)
     settings, shape, voxel_size_nm = run.config.fragments, run.shape, run.voxel_size_nm
     halo, read = height_halo(settings, voxel_size_nm), old.layout.probabilities.read
 
@@ -146,6 +149,24 @@ def _minimum_finder(old: Run, run: Run) -> MinimumOf:
             if row < 0 or not table.is_exit[row]:
                 return int(table.root[row]) if row >= 0 else None
             z, y, x = (int(n) for n in np.unravel_index(table.root[row], shape))  # the descent leaves the box there
+            voxel = z, y, x
+
+    return minimum_of
+
+
+def _stored_minimum_finder(old: Run) -> MinimumOf:
+    """The same under the settings that the run has, from what it stored of its basins."""
+    table_of = lru_cache(maxsize=64)(partial(old.layout.block_basins.load, skip=("edges", "crossing_edges")))
+
+    @lru_cache(maxsize=1 << 16)
+    def minimum_of(voxel: Triple) -> int | None:
+        while True:
+            z, y, x = voxel
+            box = Box(voxel, (z + 1, y + 1, x + 1))
+            table, row = table_of(old.grid.overlapping(box)[0]), int(old.layout.regions.read(box)[0, 0, 0]) - 1
+            if row < 0 or not table.is_exit[row]:
+                return int(table.root[row]) if row >= 0 else None
+            z, y, x = (int(n) for n in np.unravel_index(table.root[row], old.shape))
             voxel = z, y, x
 
     return minimum_of

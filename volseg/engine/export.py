@@ -90,6 +90,8 @@ def checked(run: FinishedRun, out: str, wanted: Request) -> Request:
     what = heads[0] if wanted.what == "probabilities" else wanted.what
     if what not in (LABELS, *heads):
         raise UserError(f"the run holds no {what!r}; give {LABELS} or one of its probabilities: {', '.join(heads)}")
+    if what != LABELS:
+        run.run.require_probabilities(f"an export of {what}")
     if kind in CHUNKED or kind in SINGLE:
         if wanted.meshes and (kind, what) != ("precomputed", LABELS):
             raise UserError(

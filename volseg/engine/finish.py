@@ -92,7 +92,7 @@ def _markers(run: Run, lock: Lock) -> Markers:
 def _checked_markers(run: Run, lock: Lock, progress: Progress) -> Markers:
     """The markers of what is done and still as it was written: a restart does not build on damaged files."""
     markers = _markers(run, lock)
-    marks = markers.marks()
+    marks = markers.marks(apart=run.probability_stage if run.drops else "")  # of these, `drop` looks at what is needed
     if not marks:
         return markers
     damaged = markers.damaged(marks, progress.stage("check", sum(mark[0] for mark in marks.values()), 0))
@@ -176,6 +176,8 @@ def finish(
     merges = saddles.saddles_table(joins.rows, run.config.fragments, run.shape, run.voxel_size_nm)
     _write_table(layout, "merges", _on_output_grid(run, merges))
     folder.describe_image(run)
+    if run.drops:
+        layout.probabilities.remove()
     _write_pictures(run, columns)
     folder.describe_labels(run, columns)
     layout.save_corrections(format_file(corrections.correction_file(run)) if run.corrections else "")
@@ -261,8 +263,13 @@ def _write_pictures(run: Run, columns: dict[str, np.ndarray]) -> None:
     labels = volume.open(run.out, dataset="labels/instances/0")
     with ThreadPoolExecutor(1) as beside:
         histogram = beside.submit(pictures.volume_histogram, columns)
-        overlay = pictures.overlay(pictures.pictured_volume(run.output_source, run.out), labels, columns)
-        run.layout.write_picture("overlay", overlay)
+        try:
+            shown = pictures.pictured_volume(run.output_source, run.out)
+        except UserError:
+            if not run.drops:
+                raise
+            shown = labels  # neither the source nor probabilities are there
+        run.layout.write_picture("overlay", pictures.overlay(shown, labels, columns))
         run.layout.write_picture("tables/volumes", histogram.result())
 
 

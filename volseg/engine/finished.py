@@ -88,7 +88,8 @@ class FinishedRun:
 
     @property
     def probabilities(self) -> zarr.Array:
-        """What the network said: zarr array (channel, z, y, x), uint8; 255 is certain."""
+        """What the network said: zarr array (channel, z, y, x), uint8; 255 is certain. `UserError` where they were dropped."""
+        self.run.require_probabilities("FinishedRun.probabilities")
         return arrays.node(self.path, "0")
 
     @property

@@ -25,6 +25,9 @@ from volseg.segmentation.rules import label_dtype
 FREE_SETTINGS = ("out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why")
 
 
+MAKING_BASINS = "making basins anew"
+
+
 def partial_path(out: str) -> str:
     """Where a run lies until it is whole; on an object store, which cannot rename, at its final name."""
     return out if files.is_remote(out) else f"{out}.partial"
@@ -167,6 +170,13 @@ def create_missing_arrays(run: Run) -> None:
             array.restore(**form)
 
 
+def create_passes(run: Run) -> None:
+    """The arrays that passes store into are there: also once they went, and a block of their mean is to be made again."""
+    for array in (run.layout.plane_probabilities(stage) for stage in run.passes):
+        if not array.exists():
+            array.create(**_arrays(run)[array])
+
+
 def _check_model(run: Run) -> None:
     """Raises `DamagedFileError` where the network that the run began with is not what was stored."""
     mark = run.layout.load_description().get("model_mark")
@@ -216,6 +226,8 @@ def describe_labels(run: Run, columns: dict[str, np.ndarray] | None = None) -> N
     levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.output_voxel_size_nm))]
     finest = run.given.voxel_size_nm if run.given and not run.restored else None
     attributes = ome.multiscales("instances", "zyx", levels, source="../../", finest=finest)
+    if run.drops:  # then the copy of the volume is the image, if there is one
+        attributes["ome"]["image-label"] = {"source": {"image": "../../image"}} if run.image_levels else {}
     if columns is not None and columns["id"].size <= ome.MAX_LISTED_LABELS:
         listed = {name: columns[name] for name in ("voxels", "volume_um3", "confidence")}
         attributes["ome"]["image-label"] |= ome.label_properties(columns["id"], listed)
@@ -223,11 +235,13 @@ def describe_labels(run: Run, columns: dict[str, np.ndarray] | None = None) -> N
 
 
 def describe_image(run: Run) -> None:
-    """The OME metadata of the probabilities are there."""
+    """The OME metadata of the probabilities, where they are kept, and of a copy of the volume are there."""
     levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.probability_levels, run.voxel_size_nm))]
     finest = run.given.voxel_size_nm if run.given else None
-    attributes = ome.multiscales("probability", "czyx", levels, finest=finest)
-    attributes["ome"]["omero"] = ome.channels(run.heads)
+    attributes = {}
+    if not run.drops:
+        attributes = ome.multiscales("probability", "czyx", levels, finest=finest)
+        attributes["ome"]["omero"] = ome.channels(run.heads)
     if run.image_levels:
         sizes = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.output_voxel_size_nm))]
         own = run.given.voxel_size_nm if run.given and not run.restored else None
@@ -309,6 +323,7 @@ def load_run(out: str, *, recompute: bool = False) -> Run:
     if not Layout(path).described:
         if not Layout(out).finished:
             raise UserError(f"{out} is not a volseg run (no run.json in it); give a folder that volseg made")
+        Run.from_json({**Layout(out).load_summary(), "out": out}).require_probabilities(MAKING_BASINS)
         if not recompute:
             raise UserError(
                 f"the work folder of {out} was cleaned: its basins must be made anew: volseg segment {out} --recompute"
@@ -322,6 +337,7 @@ def load_run(out: str, *, recompute: bool = False) -> Run:
                 f"{path} was made by another version of volseg, which may have predicted otherwise: make it anew with "
                 "volseg infer --overwrite, or keep a finished run's probabilities as they are with --recompute"
             )
+        run.require_probabilities(MAKING_BASINS)
         Layout(out).remove_work()
         _rebuild_work(out)
     return run

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import fields
 from functools import lru_cache
 
 import numpy as np
 
 from volseg import system
 from volseg.engine import corrections, restore
-from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, Values
+from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, Tally, Values
 from volseg.engine.keys import basins_key, decision_key
 from volseg.engine.receipts import Timings
+from volseg.engine.restore import OutputBlock
 from volseg.engine.run import Run
 from volseg.engine.stored import recording, side_by_side
 from volseg.errors import DamagedFileError
@@ -31,11 +33,13 @@ def find_basins(run: Run, i: int, timings: Timings) -> dict:
     around = box.grow(height_halo(settings, run.voxel_size_nm)).clip(run.shape)
     wanted = run.wants_any(run.wanted_part(around))
     if settings.threshold > 0 and (not wanted or run.layout.probabilities.is_empty(around)):
+        _refuse_late(run)
         run.layout.regions.clear(box)
         run.layout.block_basins.save(no_basins(settings.connectivity), i)
         return {"nothing_wanted": not wanted}
     with timings.phase("read"):
         probability = run.layout.probabilities.read(around)
+        _refuse_late(run)
     with timings.phase("basins"):
         height = block_heights(probability, box, run.shape, settings, run.voxel_size_nm)
         mask = np.ascontiguousarray(probability[0][box.slices_within(around)])
@@ -59,6 +63,41 @@ def link(run: Run, i: int, timings: Timings) -> dict:
     with timings.phase("write"):
         run.layout.links.save(links, i)
     return {"edges": int(basins_of(i).edges.size + links.edges.size)}
+
+
+def tally(run: Run, i: int, timings: Timings) -> None:
+    """What the object table needs of the probabilities of block ``i`` of the labels is stored, before they are dropped."""
+    layout, box = run.layout, run.output_grid[i]
+    with timings.phase("read"):
+        if run.restored:
+            numbers = {j: np.zeros(_numbers(run, j), np.uint8) for j in restore.own_blocks(run, i)}
+            block = restore.output_block(run, i, numbers)
+            region, count = block.region, block.label.size
+        else:
+            region, count = layout.regions.read(box), _numbers(run, i)
+        mask = _mask_probability(run, i)
+    with timings.phase("measure"):
+        place = holes.number_holes(region) if run.fills_holes and not run.restored else region
+        tallied = Tally(*objects.tally(place, mask, count))
+    _refuse_late(run)
+    layout.tallies.save(tallied, i)
+
+
+def _numbers(run: Run, i: int) -> int:
+    """How many regions block ``i`` has and, where they are filled, holes; and one for what is neither."""
+    others = tuple(f.name for f in fields(BlockBasins) if f.name != "voxels")
+    holes_ = run.layout.block_holes.load(i).voxels.size if run.fills_holes else 0
+    return 1 + run.layout.block_basins.load(i, skip=others).voxels.size + holes_
+
+
+def _refuse_late(run: Run) -> None:
+    """Raises where the probabilities that were just read may have been dropped before: another worker did the block.
+
+    They go when all that is made from them is done (`drop`): a shard becomes an empty file, which nobody can read, and in the
+    end the array goes, first its description. So where that is still there, nothing that was read was missing.
+    """
+    if run.drops and not run.layout.probabilities.described:
+        raise DamagedFileError(run.out, f"{run.layout.probabilities.name}/zarr.json", "was dropped")
 
 
 def find_holes(run: Run, i: int, timings: Timings) -> None:
@@ -268,10 +307,8 @@ def relabel(run: Run, i: int, timings: Timings) -> dict:
             return
         with timings.phase("read"):
             regions = layout.regions.read(box)
-            mask = layout.probabilities.read(box, channel=0)
-        with timings.phase("measure"):
-            place = holes.number_holes(regions) if run.fills_holes else regions
-            sums = objects.measure(place, label, mask, box, behind)
+        place = holes.number_holes(regions) if run.fills_holes else regions
+        sums = _measured(run, i, OutputBlock(place, label, behind), timings)
         with timings.phase("write"):
             layout.labels().write(box, objects.paint(place, label))
             layout.object_sums.save(sums, i)
@@ -294,13 +331,30 @@ def _relabel_restored(run: Run, i: int, timings: Timings) -> dict:
             return
         with timings.phase("read"):
             block = restore.output_block(run, i, labels)
-        with timings.phase("measure"):
-            sums = objects.measure(block.region, block.label, block.probability, box, block.behind)
+        sums = _measured(run, i, block, timings)
         with timings.phase("write"):
             layout.labels().write(box, objects.paint(block.region, block.label))
             layout.object_sums.save(sums, i)
 
     return _unless_kept(run, "relabel", i, stamp, make)
+
+
+def _measured(run: Run, i: int, block: OutputBlock, timings: Timings) -> objects.ObjectSums:
+    """What block ``i`` of the labels adds to the object table."""
+    box = run.output_grid[i]
+    with timings.phase("read"):
+        tally = run.layout.tallies.load(i) if run.drops else None
+        mask = np.zeros(box.shape, np.uint8) if tally else _mask_probability(run, i)
+    with timings.phase("measure"):
+        sums = objects.measure(block.region, block.label, mask, box, block.behind)
+        return objects.with_tally(sums, block.label, tally.total, tally.lowest) if tally else sums
+
+
+def _mask_probability(run: Run, i: int) -> np.ndarray:
+    """The stored mask probability of block ``i`` of the labels, uint8 (z, y, x)."""
+    if run.restored:
+        return restore.output_probability(run, i)
+    return run.layout.probabilities.read(run.grid[i], channel=0)
 
 
 def downsample(run: Run, i: int, timings: Timings, level: int) -> dict:

@@ -56,6 +56,11 @@ def holes_key(run: Run) -> str:
     return digest(basins_key(run), "holes")
 
 
+def tally_key(run: Run) -> str:
+    """Of what is kept of probabilities that are dropped."""
+    return digest(basins_key(run), run.output_shape, run.fills_holes, "tally")
+
+
 def decision_key(run: Run) -> str:
     """Of which basins are one object, and so of labels."""
     return digest(basins_key(run), SADDLE_ROWS, *_rules(run))

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
-from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, TileParts, Values
+from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, Tally, TileParts, Values
 from volseg.engine.layout_marks import BlockMarks
 from volseg.engine.stored import StoredArray, Tables, load_table, record_written
 from volseg.errors import DamagedFileError, UserError
@@ -112,6 +112,11 @@ class Layout(BlockMarks):
     @cached_property
     def object_sums(self) -> Tables[objects.ObjectSums]:
         return self._tables("objects/{}", objects.ObjectSums, self.nothing.sums if self.nothing else nothing_absent)
+
+    @cached_property
+    def tallies(self) -> Tables[Tally]:
+        """Of blocks of labels, where probabilities are dropped."""
+        return self._tables("tallies/{}", Tally)
 
     @cached_property
     def borders(self) -> Tables[saddles.BlockBorders]:

@@ -4,6 +4,7 @@
     import       instead of predict: one block of probabilities that another network made -> uint8
     fragments    probabilities -> the watershed basins of one block, and a table of how they touch
     link         a block's exits and crossing edges come to name its neighbors' basins
+    tally        where probabilities are dropped: what the object table needs of them; then they go (`drop`)
     find_holes   where holes are filled: pieces of background of one block; `link_holes`: what they touch over its faces
     stitch       all tables -> the label of every basin; beyond one memory by `contract`, `rank` and `assign`
     relabel      basins -> labels of one block, and sums for the object table

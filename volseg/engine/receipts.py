@@ -148,6 +148,7 @@ class Markers:
         Called before markers are written; raises where this command may not write any more.
 
     ``given_up`` are blocks that failed before and are not to be tried again: stage and block, with what ``failed.json`` says.
+    ``on_stored`` hears, in that thread, of blocks whose markers have been written.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Markers:
         self.layout, self.keys, self.durable, self.check = Layout(path), keys, durable, check
         self.known: dict[str, dict[int, Receipt]] = {}
         self.given_up: dict[tuple[str, int], dict] = {}
+        self.on_stored: Callable[[list[tuple[str, int]]], None] = lambda items: None
         self.pending: queue.SimpleQueue[tuple[str, int, Receipt] | None] = queue.SimpleQueue()
         self.error: Exception | None = None
         self.thread: threading.Thread | None = None
@@ -243,6 +245,7 @@ class Markers:
             loose.update(receipts)
             if len(loose) >= PACKED:
                 self._pack(stage, loose)
+        self.on_stored([(stage, i) for stage, i, _ in items])
 
     def _write_one(self, stage: str, i: int, receipt: Receipt) -> None:
         self.layout.write_marker(stage, f"{i}-{self.keys[stage]}", receipt.to_json())
@@ -284,10 +287,10 @@ class Markers:
         names = self.layout.markers(stage)
         return [name for name in names if name.startswith(PACK) and name.endswith(f"-{self.keys[stage]}")]
 
-    def marks(self, keys: Iterable[str] | None = None) -> dict[str, list]:
-        """The fingerprints of these files, of those that a block wrote, or of all."""
+    def marks(self, keys: Iterable[str] | None = None, *, apart: str = "") -> dict[str, list]:
+        """The fingerprints of these files, of those that a block wrote, or of all but those of the stage ``apart``."""
         wanted = None if keys is None else set(keys)
-        every = (receipt.files for stage in self.keys for _, receipt in self.stored(stage))
+        every = (receipt.files for stage in self.keys if stage != apart for _, receipt in self.stored(stage))
         return {key: mark for files_ in every for key, mark in files_.items() if wanted is None or key in wanted}
 
     def makers(self, damaged: Iterable[str]) -> dict[str, list[int]]:

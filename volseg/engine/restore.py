@@ -21,19 +21,23 @@ class OutputBlock:
 
     region       uint32 (z, y, x): numbers over all of the run's blocks that it meets, 0 outside
     label        of each of these, ``label[0]`` is 0
-    probability  uint8 (z, y, x): the stored mask probability
     behind       the labels of the plane behind its far end along each axis; None where the volume ends
     """
 
     region: np.ndarray
     label: np.ndarray
-    probability: np.ndarray
     behind: list[np.ndarray | None]
+
+
+def own_box(run: Run, box: Box) -> Box:
+    """The part of the run's own grid that a box of the labels' grid, with a voxel behind it, is made from."""
+    stop = tuple(min(b + 1, n) for b, n in zip(box.stop, run.output_shape, strict=True))
+    return run.to_own.nearest_box(Box(box.start, stop))
 
 
 def own_blocks(run: Run, i: int) -> list[int]:
     """The run's own blocks that block ``i`` of the labels' grid, with a voxel behind it, is made from."""
-    return run.grid.overlapping(run.to_own.nearest_box(_with_behind(run, i)))
+    return run.grid.overlapping(own_box(run, run.output_grid[i]))
 
 
 def output_block(run: Run, i: int, labels: dict[int, np.ndarray]) -> OutputBlock:
@@ -44,11 +48,15 @@ def output_block(run: Run, i: int, labels: dict[int, np.ndarray]) -> OutputBlock
     region = to_own.take(region, inside, around)
     if run.given_roi:
         region *= run.given_roi.read(around)
-    own_box = to_own.nearest_box(box)
-    probability = run.layout.probabilities.read(own_box, channel=0)
     behind = [_plane(label[region], box, axis, run.output_shape[axis]) for axis in range(3)]
-    region = np.ascontiguousarray(region[box.slices_within(around)])
-    return OutputBlock(region, label, to_own.take(probability, own_box, box), behind)
+    return OutputBlock(np.ascontiguousarray(region[box.slices_within(around)]), label, behind)
+
+
+def output_probability(run: Run, i: int) -> np.ndarray:
+    """The stored mask probability of block ``i`` of the labels' grid, uint8 (z, y, x)."""
+    box = run.output_grid[i]
+    own_box = run.to_own.nearest_box(box)
+    return run.to_own.take(run.layout.probabilities.read(own_box, channel=0), own_box, box)
 
 
 def own_regions(run: Run, box: Box, labels: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

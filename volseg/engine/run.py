@@ -16,7 +16,7 @@ from volseg.config import Config
 from volseg.engine.blocks import Cut, fit, plane_blocks
 from volseg.engine.layout import Layout
 from volseg.engine.parts import Parts
-from volseg.errors import DamagedFileError
+from volseg.errors import DamagedFileError, UserError
 from volseg.inference import tiles
 from volseg.inference.backends import Engine
 from volseg.io import probabilities, pyramid, volume
@@ -92,6 +92,19 @@ class Run:
     def probability_stage(self) -> str:
         """The stage that stores probabilities."""
         return "import" if self.channels else "predict"
+
+    @property
+    def drops(self) -> bool:
+        """Whether probabilities are removed once nothing is made from them any more."""
+        return self.config.output.probabilities == "drop"
+
+    def require_probabilities(self, what: str) -> None:
+        """Refuses ``what``, which reads the stored probabilities, where the run does not keep them."""
+        if self.drops:
+            raise UserError(
+                f"{what} needs the probabilities of {self.out}, which were dropped (output.probabilities = 'drop'); make the "
+                "run anew with --set output.probabilities=keep --overwrite"
+            )
 
     @property
     def batch(self) -> int:
@@ -188,8 +201,8 @@ class Run:
 
     @property
     def probability_levels(self) -> list[tuple[Triple, Triple]]:
-        """The same of the probabilities: as many, as OME-Zarr wants it of an image and its labels."""
-        return pyramid.levels(self.shape, self.voxel_size_nm, len(self.levels), smallest=1)
+        """The same of the probabilities: as many, as OME-Zarr wants it of an image and its labels; one where they go."""
+        return pyramid.levels(self.shape, self.voxel_size_nm, 1 if self.drops else len(self.levels), smallest=1)
 
     def probability_grid(self, level: int) -> Blocks:
         """The blocks of one level of the probabilities."""

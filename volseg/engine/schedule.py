@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg import system
 from volseg.box import Blocks
-from volseg.engine import cluster, folder, loop, monitor
+from volseg.engine import cluster, drop, folder, loop, monitor
 from volseg.engine.block_tables import Values
 from volseg.engine.pipeline import process_block, process_block_in_pieces
 from volseg.engine.predict import release_network
@@ -67,9 +67,12 @@ def mend(run: Run, markers: Markers, keys: Iterable[str]) -> bool:
 
 def _run_groups(client: Any, run: Run, markers: Markers, progress: Progress, statistics: RunStatistics) -> None:
     basins = group_of(run, "basins")
-    if _is_done(markers, stages_of(run)[run.probability_stage]):
-        basins = [stage for stage in basins if stage.name not in run.passes]  # what they stored may be gone
-    _run_together(client, run, basins, markers, progress, statistics)
+    with drop.dropping(run, markers):
+        if _is_done(markers, stages_of(run)[run.probability_stage]):
+            basins = [stage for stage in basins if stage.name not in run.passes]  # what they stored may be gone
+        else:
+            folder.create_passes(run)
+        _run_together(client, run, basins, markers, progress, statistics)
     folder.drop_passes(run, markers)
     run.layout.remove_tile_parts()
     _stitch(client, run, markers, progress, statistics)

@@ -2,6 +2,7 @@
 
     basins   predict (or import) -> fragments -> link, and where holes are filled -> find_holes -> link_holes
              predict (or import) -> coarsen1 -> coarsen2 -> ...   and where a copy is asked for, image0 -> image1 -> ...
+             fragments -> tally   instead of coarsen, where probabilities are dropped
     flat     stitch                                   one process decides on all basins
     tree     contract0 -> ... -> rank -> ... -> assign0 -> borders    or a tree of blocks does; where objects are
              corrected, assign0 -> name_objects -> collect_named -> correct -> renumber -> borders
@@ -19,8 +20,8 @@ from functools import partial
 from typing import Any, Literal
 
 from volseg.box import Blocks, Box
-from volseg.engine import corrections, instances, predict
-from volseg.engine.keys import basins_key, decision_key, holes_key, probability_key
+from volseg.engine import corrections, instances, predict, restore
+from volseg.engine.keys import basins_key, decision_key, holes_key, probability_key, tally_key
 from volseg.engine.parts import Part
 from volseg.engine.receipts import Timings
 from volseg.engine.run import Run, digest
@@ -130,6 +131,15 @@ def _fragments(run: Run) -> list[Stage]:
     return [Stage("fragments", instances.find_basins, run.parts.own, basins_key(run), "basins", after)]
 
 
+def _tally(run: Run) -> list[Stage]:
+    if not run.drops:
+        return []
+    after: dict[str, Region] = {"fragments": partial(restore.own_box, run) if run.restored else same}
+    if run.fills_holes:
+        after["find_holes"] = after["fragments"]
+    return [Stage("tally", instances.tally, run.parts.labels(0), tally_key(run), "basins", after)]
+
+
 def _link(run: Run) -> list[Stage]:
     after = {"fragments": partial(Box.grow, halo=1)}
     return [Stage("link", instances.link, run.parts.own, basins_key(run), "basins", after)]
@@ -198,7 +208,7 @@ def _labels(run: Run) -> list[Stage]:
 
 
 STAGES: tuple[Callable[[Run], list[Stage]], ...] = (
-    _predict, _import, _fragments, _link, _holes, _coarsen, _image, _stitch, _tree, _labels,
+    _predict, _import, _fragments, _link, _holes, _tally, _coarsen, _image, _stitch, _tree, _labels,
 )  # fmt: skip
 
 

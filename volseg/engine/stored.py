@@ -204,8 +204,21 @@ class StoredArray:
             record_written(self.path, self.keys_of(box))
         return record
 
+    def drop(self, box: Box) -> None:
+        """The shards under ``box`` take no room any more; each is an empty file, so that nobody reads it as 0."""
+        for key in self.keys_of(box):
+            if files.exists(f"{self.path}/{key}"):
+                files.write_bytes(self.path, key, b"")
+
     def exists(self) -> bool:
         return files.exists(f"{self.path}/{self.name}")
 
+    @property
+    def described(self) -> bool:
+        """Whether there is a description by which it can be opened."""
+        return files.exists(f"{self.path}/{self.name}/zarr.json")
+
     def remove(self) -> None:
+        """Nothing is left of it; the description goes first, so where it is there, so are the shards."""
+        files.remove(f"{self.path}/{self.name}/zarr.json")
         files.remove(f"{self.path}/{self.name}")

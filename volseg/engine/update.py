@@ -7,7 +7,7 @@ from typing import Literal
 
 from volseg.config import Config
 from volseg.engine import folder
-from volseg.engine.keys import probability_key
+from volseg.engine.keys import basins_key, probability_key, tally_key
 from volseg.engine.layout import Layout
 from volseg.engine.receipts import Markers
 from volseg.engine.run import Run
@@ -54,6 +54,20 @@ class Change:
         return said[self.what]
 
 
+def needs_probabilities(old: Run, new: Run) -> str:
+    """Which change of a run's description cannot be brought about from its tables; "" for none.
+
+    ``new`` has the probabilities of ``old``.
+    """
+    if not new.drops:
+        return "output.probabilities = 'keep'"
+    if basins_key(old) != basins_key(new):
+        return "another [fragments]" if old.block == new.block else "another blocks.shape"
+    if tally_key(old) != tally_key(new):
+        return "another output.space" if old.output_shape != new.output_shape else "another stitch.fill_holes_voxels"
+    return ""
+
+
 def refuse_finished(out: str, replaced: bool) -> None:
     """A finished run is neither replaced nor brought up to date unless that was asked for."""
     if Layout(out).finished and not replaced:
@@ -72,6 +86,8 @@ def compare(out: str, run: Run) -> Change:
     if old.channels or probability_key(new) != probability_key(old):
         lost = "; its corrections are of other probabilities and are not kept" if old.corrections else ""
         return Change("everything", _differing_fact(old, new) + lost, config)
+    if old.drops and (what := needs_probabilities(old, new)):
+        return Change("everything", f"{what} needs the probabilities, which were dropped", config)
     before, after = (_decisive(one.config) for one in (old, new))
     changed = [name for name in after if before[name] != after[name]]
     if not changed:

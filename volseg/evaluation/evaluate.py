@@ -439,13 +439,14 @@ def _image(image: Any, pred: _Labels, shape: Triple, box: Box) -> Read | None:
 
 
 def _reliability(pred: _Labels, read_truth: Read, boxes: list[Box]) -> Reliability | None:
-    """How often the probabilities of a run are right; None of other labels, and of a run that computed on another grid."""
+    """How often the probabilities of a run are right; None of other labels, and of a run that computed on another grid or kept
+    none."""
     if not pred.of_run:
         return None
     from volseg.engine.finished import open_run
 
     run = open_run(pred.name)
-    if run.run.restored:
+    if run.run.restored or run.run.drops:
         return None
     z, y, x = pred.origin
     stored = run.layout.probabilities

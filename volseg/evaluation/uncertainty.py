@@ -109,6 +109,7 @@ def candidates(stored: StoredRun, image: Volume, annotated: Sequence[int]) -> li
         Sections of it that were annotated, against which novelty is measured.
     """
     run, known = stored.run, set(annotated)
+    run.require_probabilities("looking for sections that would tell most")
     region = run.given_roi if run.given else run.roi
     wanted = region.roi if region else Box.from_shape(image.shape)
     decisions = _decisions(stored)

@@ -154,6 +154,8 @@ def _recomputed(path: str, boxes: int, seed: int, damaged: tuple[str, ...]) -> V
     if stored.run.restored and stored.missing:
         notes = (stored.missing, "the run was resampled: without its work folder, only its files are checked")
         return Verification(path, stored.shape, stored.grid.block, 0, seed, notes, (), None, None, None, damaged)
+    if stored.run.drops:
+        return _without_probabilities(stored, seed, damaged)
     rng = np.random.default_rng(seed)
     checked = tuple(check_box(stored, box) for box in draw_boxes(stored, boxes, rng))
     corrections = stored.run.corrections
@@ -180,6 +182,17 @@ def _recomputed(path: str, boxes: int, seed: int, damaged: tuple[str, ...]) -> V
     )
 
 
+def _without_probabilities(stored: StoredRun, seed: int, damaged: tuple[str, ...]) -> Verification:
+    """What `verify` finds of a run that dropped them: its files, and its tables joined again."""
+    corrections = stored.run.corrections
+    note = "the run's probabilities were dropped (output.probabilities = 'drop'): only its files and tables are checked"
+    return Verification(
+        stored.path, stored.shape, stored.grid.block, int(stored.objects["id"].size), seed,
+        tuple(filter(None, (note, stored.missing))), (), None if stored.missing else rejoin(stored), None, None, damaged,
+        (len(corrections.joins), len(corrections.splits)) if corrections else (0, 0),
+    )  # fmt: skip
+
+
 def draw_boxes(run: StoredRun, count: int, rng: np.random.Generator) -> list[Box]:
     """Up to ``count`` different random boxes in the run's roi, every other one around a corner where blocks meet."""
     size, block, roi = np.minimum(BOX, run.shape), np.array(run.grid.block), run.roi
@@ -200,6 +213,7 @@ def draw_boxes(run: StoredRun, count: int, rng: np.random.Generator) -> list[Box
 # ---------------------------------------------------------------- as text
 
 
+WRONG = "NOT EQUAL: the labels are not those of this run's rule"
 LEGEND = (
     "masked: voxels in the mask; joins: edges that must join in any surroundings; whole: objects that lie whole in the box",
     "then how many voxels are wrong by each check ('-': could not be checked): heights cut thin, basins by descent, ids by the",
@@ -217,7 +231,10 @@ def format_verification(result: Verification) -> str:
     else:
         lines, advice = [], ""
     if result.seams is None:
-        return "\n".join([*lines, *result.notes, advice or "every file is as it was written"])
+        rejoined = _rejoining_lines(result.rejoining)
+        verdict = [] if result.equal else [WRONG]
+        end = [advice] if advice else [] if verdict else ["every file is as it was written"]
+        return "\n".join([*lines, *result.notes, *rejoined, *verdict, *end])
     title = f"{result.run}: {_by(result.shape)} voxels in blocks of {_by(result.block)}, {result.objects} objects"
     columns = ("box", "masked", "joins", "whole", *CHECKS)
     cells = [
@@ -241,8 +258,7 @@ def format_verification(result: Verification) -> str:
     )
     parts = [*lines, title, *corrections, *result.notes, format_table(columns, cells), *firsts, *LEGEND,
              *_rejoining_lines(result.rejoining), _relabeling_line(result.relabeling), *_seam_lines(result.seams)]  # fmt: skip
-    wrong = "NOT EQUAL: the labels are not those of this run's rule"
-    last = advice if result.equal and advice else "all that was checked is equal" if result.equal else wrong
+    last = advice if result.equal and advice else "all that was checked is equal" if result.equal else WRONG
     return "\n".join([*parts, last, *([advice] if advice and not result.equal else [])])
 
 

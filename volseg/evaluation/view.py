@@ -164,8 +164,10 @@ def view(
 
 
 def napari_command(path: str) -> list[str]:
-    """What shows the run at ``path`` in napari, which reads a run as the OME-Zarr image that it is."""
-    return ["napari", "--plugin", "napari-ome-zarr", path]
+    """What shows the run at ``path`` in napari, which reads a run as the OME-Zarr image that it is; its labels alone where it
+    keeps no probabilities."""
+    run = open_run(path)
+    return ["napari", "--plugin", "napari-ome-zarr", run.layout.labels_path if run.run.drops else path]
 
 
 def layers_of(run: FinishedRun, image: str | os.PathLike | None = None) -> dict[str, Served]:
@@ -174,7 +176,7 @@ def layers_of(run: FinishedRun, image: str | os.PathLike | None = None) -> dict[
     source = volume.open(os.fspath(image)) if image else _own_image(run)
     if source is not None:
         layers[IMAGE] = Served(IMAGE, _sized(volume.levels(source), run.voxel_size_nm))
-    for head in run.run.heads:
+    for head in () if run.run.drops else run.run.heads:
         layers[head] = Served(head, levels_of(run, head))
     meshed = system.installed("zmesh")
     layers[LABELS] = Served(LABELS, levels_of(run, LABELS), columns, meshed)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from volseg.box import Box
 from volseg.errors import UserError
+from volseg.io import files
 from volseg.io.ome import label_colors
 from volseg.io.volume import Volume, open_channels, resampled
 
@@ -19,10 +20,12 @@ HISTOGRAM_BINS = 30  # of the histogram
 
 def pictured_volume(source: Volume, run: str) -> Volume:
     """What pictures of the run at ``run`` show, on the grid of ``source``: it or, where it is gone, the mask probabilities that
-    the run stored."""
+    the run stored. Raises `UserError` where it dropped them."""
     try:
         source.read(Box((0, 0, 0), (1, 1, 1)))
     except UserError:
+        if not files.exists(files.join(run, "0")):  # dropped
+            raise
         mask = open_channels(run, dataset="0")[0]
         return mask if mask.shape == source.shape else resampled(mask, source.shape)
     return source

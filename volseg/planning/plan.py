@@ -140,7 +140,8 @@ def _read_bytes(run: Run) -> int:
 def _written_bytes(run: Run, rates: Rates) -> int:
     """What is not wanted is 0 everywhere, and takes next to nothing."""
     levels = sum(prod(shape) for shape, _ in run.levels)
-    probability = len(run.heads) * rates.packed["probability"] * (1 + len(run.passes))
+    kept = 1.0 if not run.drops else min(1.0, 2 * run.predict_grid.block[0] / run.shape[0])  # layers that are under way
+    probability = len(run.heads) * rates.packed["probability"] * (kept + len(run.passes))
     arrays = prod(run.shape) * (probability + rates.packed["fragments"]) + levels * rates.packed["labels"]
     stored = arrays + table_bytes(run.shape, run.block, rates.packed)
     return round(stored * run.wanted_voxels / prod(run.shape))

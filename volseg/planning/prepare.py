@@ -17,6 +17,7 @@ from volseg.engine.blocks import blocks_of_chunks, choose_blocks, with_cuts, wit
 from volseg.engine.finish import gpus_of
 from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
+from volseg.engine.update import needs_probabilities
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
 from volseg.inference import model, sampling, tiles, voxel_size
@@ -133,6 +134,8 @@ def decided_anew(old: Run, out: str, config: str | PathLike | Config | dict | No
         raise UserError(
             f"volseg segment cannot change {', '.join(fixed)} or output.chunk of a run; make it anew for that, with --overwrite"
         )
+    if old.drops and (what := needs_probabilities(old, run)):
+        old.require_probabilities(what)
     check_channels(run.config, run.heads, run.channels)
     return run
 
