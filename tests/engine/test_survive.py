@@ -13,7 +13,7 @@ import pytest
 import zarr
 
 import volseg
-from tests.helpers import SHAPE, Quiet, digest, mark, markers_of, settings
+from tests.helpers import SHAPE, Quiet, digest, mark, markers_of, segment_probabilities, settings
 from volseg import api
 from volseg.engine import folder, lock, receipts
 from volseg.engine.integrity import damaged_files
@@ -203,6 +203,20 @@ def test_verify_names_what_is_damaged_and_repair_makes_it_again(image, reference
     assert damaged_files(str(out)) == []
     for part in SAME:
         assert contents(out / part) == contents(Path(reference, part))
+
+
+def test_what_a_tree_has_decided_is_made_again(reference, tmp_path):
+    """The graphs from which it was decided are gone by then."""
+    channels = {"mask_channel": 0, "contour_channel": 1}
+    tree = {"stitch": {"reduce": "tree"}, "blocks": {"shape": (11, 75, 85)}, "probabilities": channels}
+    out = Path(segment_probabilities(f"{reference}/0", tmp_path / "run.volseg.zarr", **tree).path)
+    before = {part: contents(out / part) for part in ("labels", "work/labels", "work/borders")}
+    flip(out / "work/labels/3.npz")
+    (out / "work/borders/5.npz").unlink()
+    assert set(volseg.verify(out, boxes=1).damaged) == {"work/labels/3.npz", "work/borders/5.npz"}
+    volseg.repair(out)
+    assert {part: contents(out / part) for part in before} == before
+    assert volseg.verify(out, boxes=1).ok
 
 
 def test_descriptions_of_arrays_and_groups_are_made_again_to_the_letter(reference, tmp_path):

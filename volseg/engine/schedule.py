@@ -193,7 +193,10 @@ def _stitch(client: Any, run: Run, markers: Markers, progress: Progress, statist
     stitch = stages_of(run)["stitch"]
     if run.config.stitch.reduce == "flat" and not run.layout.has_basins():
         markers.remove("stitch")  # a tree has made the labels, but not what is asked for
-    if _is_done(markers, stitch):
+    kept = "renumber" if run.corrections else "assign0", "borders"  # stages of a tree whose tables are read later on
+    if _is_done(markers, stitch) and (
+        run.layout.has_basins() or all(_is_done(markers, stages_of(run)[name]) for name in kept)
+    ):
         return
     client.run(release_network)  # nothing is inferred from here on: the graph takes the room that the network had
     group: Group = "flat" if _fits_one_process(run, markers) else "tree"
@@ -213,7 +216,7 @@ def _stitch(client: Any, run: Run, markers: Markers, progress: Progress, statist
         markers.add(stitch.name, 0, Receipt(objects=objects))
         markers.flush()
         for stage in group_of(run, group):
-            if stage.name not in ("renumber" if run.corrections else "assign0", "borders"):
+            if stage.name not in kept:
                 markers.remove(stage.name)
         run.layout.remove_tree()
 
