@@ -110,7 +110,7 @@ def _flops(run: Run) -> float:
 
 
 def _speed(seconds: float, voxels: int, flops: float = 0.0) -> dict:
-    row = {"Mvoxel/s": round(voxels / seconds / 1e6, 2)}
+    row = {"Mvoxel/s": float(f"{voxels / seconds / 1e6:.3g}")}
     return row | ({"TFLOP/s": round(flops / seconds / 1e12, 3)} if flops else {})
 
 
