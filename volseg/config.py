@@ -77,9 +77,7 @@ class Input(Section):
         "auto"  # to the model's voxel size: as it is read, or a stored level
     )
     allow_gaps: bool = False  # whether a folder of slices may lack some, by its numbers
-    on_bad_chunk: Literal["fail", "skip"] = (
-        "fail"  # what cannot be decoded ends the run, or is 0 and listed in run.json
-    )
+    on_bad_chunk: Literal["fail", "skip"] = "fail"  # what cannot be decoded ends the run, or is 0 and in run.json
     channel: Count | None = None  # which of several channels is read, from 0; None refuses several
     time: Count | None = None  # which of several times is read, from 0; None refuses several
     invert: bool = False  # turn gray values around, where objects are bright that the model knows dark
@@ -189,11 +187,10 @@ class Stitch(Section):
 class Output(Section):
     chunk: tuple[Size, Size, Size] = (32, 256, 256)  # what zarr compresses; cut to fit the block
     levels: Annotated[int, Field(ge=1, le=12)] = 4  # resolutions of the label pyramid
-    space: Literal["auto", "source", "model"] = (
-        "auto"  # whose voxels labels have; auto: the source's, up to 4 times finer
-    )
+    space: Literal["auto", "source", "model"] = "auto"  # whose voxels labels have; auto: the source's, up to 4 x finer
     copy_image: bool = False  # copy the volume into the run, as a pyramid: a result that can be handed on alone
     keep_work: bool = True  # keep basins and edge tables, so that decoding can be repeated
+    measure: tuple[Literal["gray", "feret"], ...] = ()  # more columns of the object table: mean_gray, feret_nm
     probabilities: Literal["keep", "drop"] = "keep"  # drop: removed block by block once basins are made of them
 
 

@@ -53,7 +53,7 @@ def test_a_section_without_annotation_is_refused(annotated):
 
 
 def test_one_channel_of_an_image_teaches_inverted_or_not(annotated, tmp_path):
-    _, image, label, folder = annotated
+    _, image, _, folder = annotated
     path = str(tmp_path / "channels.tif")
     tifffile.imwrite(path, np.stack([255 - image, image], axis=1), imagej=True, metadata={"axes": "ZCYX"})
     for chosen in ({"channel": 1}, {"channel": 0, "invert": True}):

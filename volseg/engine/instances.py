@@ -19,7 +19,7 @@ from volseg.engine.run import Run
 from volseg.engine.stored import recording, side_by_side
 from volseg.errors import DamagedFileError
 from volseg.io import pyramid
-from volseg.segmentation import hierarchy, holes, objects, saddles, stitch
+from volseg.segmentation import extents, hierarchy, holes, objects, saddles, stitch
 from volseg.segmentation.basins import BlockBasins, no_basins, watershed_block
 from volseg.segmentation.heights import block_heights, height_halo
 from volseg.segmentation.rules import Rules, label_basins, label_dtype
@@ -298,7 +298,7 @@ def relabel(run: Run, i: int, timings: Timings) -> dict:
     with timings.phase("read"):
         label = layout.block_labels.load(i).label
         behind = [_plane_behind(run, i, axis) for axis in range(3)]
-    stamp = _stamp(basins_key(run), label, *behind)
+    stamp = _stamp(basins_key(run), *sorted(run.config.output.measure), label, *behind)
 
     def make() -> None:
         if label.size == 1:  # no region, and no hole
@@ -322,7 +322,7 @@ def _relabel_restored(run: Run, i: int, timings: Timings) -> dict:
     with timings.phase("read"):
         blocks = restore.own_blocks(run, i)
         labels = dict(zip(blocks, (each.label for each in layout.block_labels.load_each(blocks)), strict=True))
-    stamp = _stamp(basins_key(run), str(run.output_shape), *labels.values())
+    stamp = _stamp(basins_key(run), str(run.output_shape), *sorted(run.config.output.measure), *labels.values())
 
     def make() -> None:
         if all(label.size == 1 for label in labels.values()):
@@ -345,8 +345,11 @@ def _measured(run: Run, i: int, block: OutputBlock, timings: Timings) -> objects
     with timings.phase("read"):
         tally = run.layout.tallies.load(i) if run.drops else None
         mask = np.zeros(box.shape, np.uint8) if tally else _mask_probability(run, i)
+        more = run.config.output.measure
+        gray = run.output_source.read(box) if "gray" in more else None
     with timings.phase("measure"):
-        sums = objects.measure(block.region, block.label, mask, box, block.behind)
+        along = extents.directions(run.output_voxel_size_nm) if "feret" in more else None
+        sums = objects.measure(block.region, block.label, mask, box, block.behind, gray, along)
         return objects.with_tally(sums, block.label, tally.total, tally.lowest) if tally else sums
 
 

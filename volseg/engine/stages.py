@@ -187,7 +187,8 @@ def _corrections(run: Run, stage: Callable[[str, Callable, Blocks], Stage]) -> l
 
 def _labels(run: Run) -> list[Stage]:
     key = digest(decision_key(run), run.output_shape) if run.restored else decision_key(run)
-    stages = [Stage("relabel", instances.relabel, run.parts.labels(0), key, "labels")]
+    measured = digest(key, sorted(run.config.output.measure)) if run.config.output.measure else key
+    stages = [Stage("relabel", instances.relabel, run.parts.labels(0), measured, "labels")]
     for level, (_, factor) in list(enumerate(run.levels))[1:]:
         region = partial(pyramid.parent_box, factor=factor, above=run.levels[level - 1][0])
         function = partial(instances.downsample, level=level)

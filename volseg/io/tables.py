@@ -18,10 +18,10 @@ READ_AHEAD_BYTES = 1 << 27  # of tables that are read before they are asked for
 NPZ_LOCK = threading.Lock()  # numpy parses headers with ast, which in Python 3.11 sometimes fails in parallel threads
 
 
-def save(out: str, key: str, **arrays: np.ndarray) -> None:
-    """The object ``key`` under ``out`` holds these arrays."""
+def save(out: str, key: str, **arrays: np.ndarray | None) -> None:
+    """The object ``key`` under ``out`` holds these arrays, but for those that are None."""
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
     files.write_bytes(out, key, file.getbuffer())
 
 

@@ -137,7 +137,21 @@ def decided_anew(old: Run, out: str, config: str | PathLike | Config | dict | No
     if old.drops and (what := needs_probabilities(old, run)):
         old.require_probabilities(what)
     check_channels(run.config, run.heads, run.channels)
+    _check_measured(run)
     return run
+
+
+def _check_measured(run: Run) -> None:
+    """Refuses to measure gray values where there are none, or none whose sums are the same in any order."""
+    if "gray" not in run.config.output.measure:
+        return
+    if run.channels:
+        raise UserError(f"output.measure = gray: {run.source.path} holds probabilities, no gray values; leave gray out")
+    if np.dtype(run.output_source.dtype).kind not in "ui":
+        raise UserError(
+            f"output.measure = gray: {run.source.path} holds {run.output_source.dtype}, and means are made of whole numbers "
+            "alone: convert it to uint8 or uint16, or leave gray out"
+        )
 
 
 def _blocked(run: Run) -> Run:
@@ -145,6 +159,7 @@ def _blocked(run: Run) -> Run:
 
     A restart must not choose anew: what is free is never the same twice.
     """
+    _check_measured(run)
     if old := folder.peek_run(run.out):
         plain = run.layout.load_description()
         blocks = {name: getattr(old, name) for name in ("predict_block", "block", "pass_blocks", "cuts")}

@@ -7,12 +7,13 @@ blocks. A contact between two blocks is counted by the block in front of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
 
 from volseg.box import Box, Triple, VoxelSize
+from volseg.segmentation import extents
 
 MOMENTS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # axes multiplied
 WORD_BITS = 32  # of the lower word of a moment
@@ -47,17 +48,27 @@ class ObjectSums:
         ROW: one for each label, sorted by id.
     contacts
         uint64 (n, 2): pairs of labels ``a < b`` that share a voxel face, sorted, each once.
+    gray, reach
+        Of each row, as `volseg.segmentation.extents` has them, where asked for; else None.
     """
 
     rows: np.ndarray
     contacts: np.ndarray
+    gray: np.ndarray | None = None
+    reach: np.ndarray | None = None
 
 
 # ---------------------------------------------------------------- one block
 
 
 def measure(
-    region: np.ndarray, label: np.ndarray, probability: np.ndarray, box: Box, behind: Sequence[np.ndarray | None]
+    region: np.ndarray,
+    label: np.ndarray,
+    probability: np.ndarray,
+    box: Box,
+    behind: Sequence[np.ndarray | None],
+    gray: np.ndarray | None = None,
+    along: np.ndarray | None = None,
 ) -> ObjectSums:
     """The `ObjectSums` of one block. Axes may have up to 2**25 voxels, the block fewer than 2**31.
 
@@ -73,6 +84,10 @@ def measure(
         The block.
     behind
         For each axis the labels of the plane behind the block's far end (2-D), or None where the volume ends there.
+    gray
+        Whole numbers (z, y, x): the volume's gray values, where their sums are wanted.
+    along
+        Of `extents.directions`, where the reach is wanted.
 
     Examples
     --------
@@ -87,8 +102,8 @@ def measure(
     ids, number = np.unique(np.asarray(label, np.uint64), return_inverse=True)
     rows = np.zeros(ids.size, ROW)
     rows["id"] = ids
-    start = np.array(box.start, np.int64)
-    *columns, same_faces, pairs = _add(region, number.astype(np.int64), probability, start, ids.size)
+    start, number = np.array(box.start, np.int64), number.astype(np.int64)
+    *columns, same_faces, pairs = _add(region, number, probability, start, ids.size)
     fields = ("voxels", "probability_sum", "min_probability", "sum", "moment", "start", "stop")
     for field, column in zip(fields, columns, strict=True):
         rows[field] = column
@@ -105,7 +120,10 @@ def measure(
             unlike = (own_label != next_label) & (own_label > 0) & (next_label > 0)
             contacts.append(np.stack([own_label[unlike], next_label[unlike]], axis=1))
         rows["faces"][:, axis] = 2 * (rows["voxels"] - same_faces[:, axis]) - border_faces
-    return merge([ObjectSums(rows[(rows["voxels"] > 0) & (ids > 0)], np.concatenate(contacts))])
+    here = (rows["voxels"] > 0) & (ids > 0)
+    sums = None if gray is None else extents.gray_sums(region, number, gray, ids.size)[here]
+    reach = None if along is None else extents.block_reach(region, number, start, along, ids.size)[here]
+    return merge([ObjectSums(rows[here], np.concatenate(contacts), sums, reach)])
 
 
 def tally(region: np.ndarray, probability: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +182,7 @@ def with_tally(sums: ObjectSums, label: np.ndarray, total: np.ndarray, lowest: n
     rows["min_probability"] = 255
     np.add.at(rows["probability_sum"], place[here], total[here])
     np.minimum.at(rows["min_probability"], place[here], lowest[here])
-    return ObjectSums(rows, sums.contacts)
+    return replace(sums, rows=rows)
 
 
 def paint(region: np.ndarray, label: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -332,7 +350,8 @@ def merge(parts: Sequence[ObjectSums]) -> ObjectSums:
     rows = np.concatenate([np.empty(0, ROW), *(part.rows for part in parts)])
     if not rows.size:
         return ObjectSums(rows, contacts)
-    rows = rows[np.argsort(rows["id"], kind="stable")]
+    order = np.argsort(rows["id"], kind="stable")
+    rows = rows[order]
     first = np.flatnonzero(np.r_[True, rows["id"][1:] != rows["id"][:-1]])
     merged = rows[first]
     for field, reduce in REDUCTIONS.items():
@@ -340,7 +359,15 @@ def merge(parts: Sequence[ObjectSums]) -> ObjectSums:
     carry = merged["moment"][..., 1] >> WORD_BITS
     merged["moment"][..., 0] += carry
     merged["moment"][..., 1] -= carry << WORD_BITS
-    return ObjectSums(merged, contacts)
+    some = [part for part in parts if part.rows.size]
+    gray = reach = None
+    if all(part.gray is not None for part in some):
+        gray = np.add.reduceat(np.concatenate([part.gray for part in some])[order], first)
+    if all(part.reach is not None for part in some):
+        each = np.concatenate([part.reach for part in some])[order]
+        lowest, highest = np.minimum.reduceat(each[..., 0], first), np.maximum.reduceat(each[..., 1], first)
+        reach = np.stack([lowest, highest], axis=-1)
+    return ObjectSums(merged, contacts, gray, reach)
 
 
 def objects_table(
@@ -368,6 +395,9 @@ def objects_table(
     ``sd1_nm / sd2_nm``, both at least 1, as ITK defines them. ``sphericity`` is the surface of that sphere as a share of the
     object's (Wadell 1932); since voxel faces overestimate surfaces, a ball has about 0.67. ``nearest_id`` is the object whose
     centroid is nearest, ``nearest_nm`` how far that is; 0 and NaN where there is no other.
+
+    ``mean_gray`` is the mean of the volume's gray values, and ``feret_nm`` the longest extent of the object, its voxels being
+    solid boxes, at most 1.8 % too short; both are there where they were asked for.
 
     ``confidence`` is the probability at an object's deepest point less that of the lowest saddle to another object; all of
     it where there is no other, NaN where it is not given.
@@ -411,6 +441,10 @@ def objects_table(
     ball_nm2 = np.cbrt(np.pi) * np.cbrt(6 * volume_nm3) ** 2
     columns["sphericity"] = np.divide(ball_nm2, area_nm2, out=np.full(rows.size, np.nan), where=area_nm2 > 0)
     centroids = np.stack([columns[f"centroid_{axis}_nm"] for axis in "zyx"], axis=1)
+    if sums.gray is not None:
+        columns["mean_gray"] = sums.gray / rows["voxels"]
+    if sums.reach is not None:
+        columns["feret_nm"] = extents.longest_nm(sums.reach, voxel_size_nm)
     columns["nearest_id"], columns["nearest_nm"] = _nearest(rows["id"], centroids)
     contact_rows = np.searchsorted(rows["id"], sums.contacts).ravel()
     columns["neighbors"] = np.bincount(contact_rows, minlength=rows.size)
