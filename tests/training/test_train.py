@@ -126,8 +126,11 @@ def test_a_run_starts_from_an_earlier_model(whole_run, tables, tmp_path):
 
 
 def test_a_start_of_another_shape_is_refused(whole_run, tables, tmp_path):
-    with pytest.raises(UserError, match="has sections = 3"):
-        train(config_of(tables, tmp_path, start=str(whole_run[0] / "model.safetensors"), sections=5), print)
+    start = str(whole_run[0] / "model.safetensors")
+    with pytest.raises(UserError, match=r"sees 3 sections; set train\.sections to that, or to more"):
+        train(config_of(tables, tmp_path, start=start, sections=1), print)
+    with pytest.raises(UserError, match="has decoder = "):
+        train(config_of(tables, tmp_path, start=start, decoder=[16, 16, 8, 8, 16]), print)
 
 
 def test_an_output_that_is_a_file_is_refused(tables, tmp_path):
