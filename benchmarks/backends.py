@@ -24,7 +24,7 @@ def measure(image: str, model_file: str, threads: tuple[int, ...], repeats: int)
     card = model.load_card(path)
     source = volume.open(image)
     norm = gray_statistics(source.shape, source.read)
-    grid = tiles.grid(source.shape[1:], Config().predict.tile, Config().predict.overlap, card.binning)
+    grid = tiles.grid(source.shape[1:], Config().predict.tile, Config().predict.overlap, card.multiple)
     first = source.shape[0] - PLANES
     last = range(first, source.shape[0])
     batch = sampling.read_tiles(source, grid.place((0, 0)), last, sections=card.sections, norm=norm)

@@ -107,7 +107,7 @@ def _windows(slab: np.ndarray) -> np.ndarray:
 def _bare(slab: np.ndarray, run: dict, path: Path) -> Callable[[], np.ndarray]:
     """The backend alone over tiles that lie in memory, on all cores, once it is loaded."""
     threads = cluster.CPU_COUNT
-    grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP, model.load_card(path).binning)
+    grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP, model.load_card(path).multiple)
     exported = export.export_model(path, run["engine"]["backend"], run["engine"]["precision"])
     shape = (1, 3, *grid.size)
     network = backends.load(exported, run["engine"]["backend"], run["engine"]["precision"], shape, threads)

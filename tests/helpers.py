@@ -244,3 +244,25 @@ def all_rules(draw, level):
 
 def row(*heights):
     return np.array([[heights]], np.int32)
+
+
+def onnx_network(
+    path, *, channels=1, inputs=1, last=("Sigmoid",), dims=4, size=("y", "x"), depth=5, opset=17, dtype=np.float32
+):
+    """An ONNX file: a convolution of 3 x 3 (x 3), then ``last``; its weights are the same for the same shape."""
+    from onnx import helper, numpy_helper, save
+
+    three = dims == 5
+    weights = np.random.default_rng(1).normal(size=(channels, inputs, *(3,) * (dims - 2))).astype(dtype)
+    nodes = [helper.make_node("Conv", ["image", "weights"], ["n0"], pads=[1] * (2 * (dims - 2)))]
+    for i, kind in enumerate(last):
+        nodes.append(helper.make_node(kind, [f"n{i}"], [f"n{i + 1}"], **({"axis": 1} if kind == "Softmax" else {})))
+    space = [*([depth] if three else []), *size]
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    made = helper.make_graph(
+        nodes, "network", [helper.make_tensor_value_info("image", kind, ["batch", inputs, *space])],
+        [helper.make_tensor_value_info(f"n{len(last)}", kind, ["batch", channels, *space])],
+        [numpy_helper.from_array(weights, "weights")],
+    )  # fmt: skip
+    save(helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
+    return path

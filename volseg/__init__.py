@@ -21,6 +21,7 @@ _MODULES = {
     "doctor": "planning.doctor",
     "evaluate": "evaluation.evaluate",
     "export": "api",
+    "export_model": "training.package",
     "infer": "api",
     "init": "training.init",
     "open": "api",
@@ -47,8 +48,8 @@ _MODULES = {
 }
 __all__ = [
     "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
-    "calibrate", "convert", "doctor", "evaluate", "export", "infer", "init", "open", "open_volume", "plan", "repair",
-    "report", "review", "segment", "suggest", "train", "tune", "verify", "view", "watershed",
+    "calibrate", "convert", "doctor", "evaluate", "export", "export_model", "infer", "init", "open", "open_volume", "plan",
+    "repair", "report", "review", "segment", "suggest", "train", "tune", "verify", "view", "watershed",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from volseg.progress import Progress
     from volseg.segmentation.watershed import watershed
     from volseg.training.init import init
+    from volseg.training.package import export_model
     from volseg.training.start import train, tune
     from volseg.training.suggest import suggest
 

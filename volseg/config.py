@@ -90,7 +90,9 @@ class Input(Section):
 
 
 class Predict(Section):
-    model: LocalPath = ""  # a .safetensors file; "" takes the one that ships with volseg
+    model: LocalPath = ""  # .safetensors, ONNX or a bioimage.io package; "" takes the one that ships with volseg
+    outputs: tuple[Literal["mask", "contour", "distance", ""], ...] = ()  # channels of an ONNX network that names none
+    activation: Literal["auto", "none", "sigmoid", "softmax"] = "auto"  # what makes its outputs probabilities
     backend: Literal["auto", "openvino", "onnx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     tile: Annotated[int, Field(ge=32, le=1 << 20)] = 1280  # longest tile edge in voxels; a plane that fits is one tile

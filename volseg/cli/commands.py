@@ -377,10 +377,11 @@ def _report(run: FinishedRun) -> str:
 
 MORE: tuple[Callable[..., None], ...] = (
     models.init, models.train, models.suggest, models.tune, models.backends, models.quantize, volumes.evaluate,
-    volumes.synth, volumes.convert, volumes.export, volumes.view, models.info, machine.doctor, machine.config,
+    volumes.synth, volumes.convert, volumes.export, volumes.view, models.info, models.export_model, machine.doctor,
+    machine.config,
 )  # fmt: skip
 for command in MORE:
-    app.command()(command)
+    app.command(command.__name__.replace("_", "-"))(command)
 app.command("compile")(machine.compile_loops)
 
 
@@ -402,9 +403,11 @@ def settings(
     sets: Sets = None,
 ) -> None:
     """Print every setting of an infer as a config file, and where it comes from if it is no default."""
-    from volseg.inference.model import load_card, shipped
+    from volseg.inference.model import load_card
+    from volseg.inference.model_file import model_file
 
-    base = load_card(model or load(config, sets or ()).predict.model or shipped()).decode
+    chosen = [*(sets or ()), *[f"predict.model={toml(model)}"] * bool(model)]
+    base = load_card(model_file(load(config, chosen).predict)).decode
     found = load(config, sets or (), base=base)
     emit(output.settings_page(found, layers(config, sets or (), base)), found.model_dump(mode="json"))
 

@@ -10,7 +10,7 @@ import typer
 
 from volseg.cli.options import ConfigFile, Model, Overwrite, Sets, numbers, toml
 from volseg.cli.output import EXIT_INTERRUPTED, emit, note, say, wants_json
-from volseg.config import load, local_path
+from volseg.config import Predict, load, local_path
 from volseg.errors import UserError
 
 
@@ -189,9 +189,27 @@ def info(
     model: Annotated[Path | None, typer.Argument(help="Model file; the shipped one if not given.")] = None,
 ) -> None:
     """Print a model's card: what it is for, what it learnt from, how good it is; as JSON with all settings of training."""
-    from volseg.inference.model import load_card, shipped
+    from volseg.inference.model import load_card
     from volseg.inference.model_card import format_card
+    from volseg.inference.model_file import model_file
 
-    path = Path(local_path(model)) if model else shipped()
+    path = model_file(Predict(model=str(model or "")))
     card = load_card(path)
     emit(format_card(path, card), card.to_json())
+
+
+def export_model(
+    model: Annotated[str, typer.Argument(help='Model file; "shipped" for the one that comes with volseg.')],
+    out: Annotated[str, typer.Argument(metavar="OUT.onnx|OUT.zip|FOLDER", help="ONNX file or bioimage.io package.")],
+    image: Annotated[
+        str, typer.Option("--image", metavar="VOLUME", help="Test the package with this; synthetic EM if not given.")
+    ] = "",
+    author: Annotated[list[str] | None, typer.Option("--author", help="Who made the model; repeatable.")] = None,
+    license: Annotated[str, typer.Option("--license", help="SPDX identifier such as CC-BY-4.0.")] = "",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model for other programs, as ONNX or as a bioimage.io package that bioimageio.core passes."""
+    from volseg.training.package import export_model as write
+
+    made = write(model, out, image=image or None, authors=tuple(author or ()), license=license, overwrite=overwrite)
+    emit(f"model    {made}", {"model": str(made)})

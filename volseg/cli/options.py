@@ -19,7 +19,9 @@ ConfigFile = Annotated[
     typer.Option("--config", metavar="FILE.toml|NAME", help="Settings; volseg config lists names."),
 ]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
-Model = Annotated[str, typer.Option("--model", help="Model file; the shipped one if not given.")]
+Model = Annotated[
+    str, typer.Option("--model", help="Model, ONNX file or bioimage.io package; the shipped model if not given.")
+]
 Out = Annotated[str, typer.Option("--out", help="Output; the volume's name + .volseg.zarr if not given.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Worker processes.")]
 Scheduler = Annotated[str, typer.Option("--scheduler", help="tcp://HOST:PORT of a Dask scheduler.")]

@@ -17,7 +17,8 @@ from volseg.engine.run import Run
 from volseg.engine.stages import keys, stages_of
 from volseg.engine.stored import StoredArray
 from volseg.errors import DamagedFileError, UserError
-from volseg.inference import export, model
+from volseg.inference import export
+from volseg.inference.model_file import model_file
 from volseg.io import files, ome, pyramid, volume
 from volseg.segmentation.rules import label_dtype
 
@@ -119,7 +120,7 @@ def _create(run: Run, network: bytes | None) -> None:
     for array, form in _arrays(run).items():
         array.create(**form)
     if not run.channels:
-        path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
+        path = model_file(run.config.predict)
         layout.save_model(network or export.export_model(path, run.engine.backend, run.engine.precision))
     if run.config.cluster.durable:
         files.sync_filesystem(run.out)

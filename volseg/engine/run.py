@@ -41,6 +41,7 @@ class Run:
     checksum             of the source
     predict_block, block of the stage that stores probabilities, and of those after it
     sections             neighboring sections that the network sees
+    multiple             voxels a side that its tiles are multiples of; 0: as its binning has it
     mean, std            of the gray values, by which they are standardized
     engine               what computes; None where its probabilities come from elsewhere
     roi                  the voxels to do; None for all
@@ -63,6 +64,7 @@ class Run:
     model_sha256: str = ""
     sections: int = 1
     binning: int = 1
+    multiple: int = 0
     mean: float = 0.0
     std: float = 1.0
     engine: Engine | None = None
@@ -216,10 +218,15 @@ class Run:
 
     # ---- tiles
 
+    @property
+    def tile_multiple(self) -> int:
+        """Voxels a side that tiles are multiples of."""
+        return self.multiple or tiles.MULTIPLE * self.binning
+
     def tile_grid(self, plane: str) -> tiles.Grid:
         """The tiles of every section of a pass: a function of the volume's shape."""
         section, predict = transpose_axes(self.shape, tiles.PLANES[plane])[1:], self.config.predict
-        return tiles.grid(section, predict.tile, predict.overlap, self.binning)
+        return tiles.grid(section, predict.tile, predict.overlap, self.tile_multiple)
 
     def tiles_reaching(self, plane: str, box: Box) -> Box:
         """The part of a pass's volume in which tiles begin that reach into ``box``."""

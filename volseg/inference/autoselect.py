@@ -23,7 +23,7 @@ import numpy as np
 
 from volseg.config import Predict
 from volseg.errors import UserError
-from volseg.inference import backends, cache, export, hardware
+from volseg.inference import backends, cache, export, hardware, model
 from volseg.inference.device import is_out_of_memory
 from volseg.system import installed, require
 
@@ -71,18 +71,20 @@ class Choice:
     why: str
 
 
-def choose(settings: Predict, path: Path, int8: bool, voxels: int, sample: Callable[[], np.ndarray]) -> Choice:
-    """The engine of a run over ``voxels`` voxels with the model at ``path``, whose quantized form may be taken (``int8``).
+def choose(
+    settings: Predict, path: Path, int8: bool, voxels: int, sample: Callable[[], np.ndarray], graph: bool = False
+) -> Choice:
+    """The engine of a run over ``voxels`` voxels with the model at ``path``; ``int8`` and ``graph`` as in `candidates`.
 
     ``sample`` gives some of its tiles, (B, sections, Y, X) float32, on which candidates are compared. Below `MIN_PROBED_VOXELS`
     the choice is a function of the arguments and the machine alone. Raises `UserError` for settings that cannot be met.
     """
-    wanted = candidates(settings, int8)
+    wanted = candidates(settings, int8, graph)
     if len(wanted) == 1 and (settings.batch or not hardware.gpu_count()):
         why = "as set" if installed("torch") else "all that runs without torch"
         return Choice(*wanted[0], settings.batch or 1, why)
     if voxels < MIN_PROBED_VOXELS:
-        found = backends.choose(settings.backend, settings.precision, int8)
+        found = backends.choose(settings.backend, settings.precision, int8, graph)
         known = DEFAULT_GPU_BATCH if backends.Engine.here(*found).device == "cuda" else 1
         why = "known to be fastest on such a machine; the volume is too small to try others"
         return Choice(*found, settings.batch or known, why)
@@ -92,22 +94,27 @@ def choose(settings: Predict, path: Path, int8: bool, voxels: int, sample: Calla
     return Choice(best.backend, best.precision, best.batch, f"{where}: {_comparison(measurements, best)}")
 
 
-def candidates(settings: Predict, int8: bool) -> list[tuple[str, str]]:
-    """The pairs of backend and precision that the settings allow and this machine has, float32 ones first."""
+def candidates(settings: Predict, int8: bool, graph: bool = False) -> list[tuple[str, str]]:
+    """The pairs of backend and precision that the settings allow and this machine has, float32 ones first.
+
+    ``int8``: the model's quantized form may be taken; ``graph``: it is an ONNX graph, which torch does not run.
+    """
     pairs = [(b, p) for p in ("fp32", "bf16", "fp16", "int8") for b in backends.PACKAGES if p in backends.PRECISIONS[b]]
     pairs = [
         pair for pair in pairs if settings.backend in ("auto", pair[0]) and settings.precision in ("auto", pair[1])
     ]
-    found = [pair for pair in pairs if _is_available(*pair, int8, asked=settings.precision != "auto")]
-    return found or [backends.choose(settings.backend, settings.precision)]
+    pairs = [pair for pair in pairs if not (graph and pair[0] == "torch")]
+    asked = settings.precision != "auto"
+    found = [pair for pair in pairs if _is_available(*pair, int8, graph, asked=asked)]
+    return found or [backends.choose(settings.backend, settings.precision, graph=graph)]
 
 
-def _is_available(backend: str, precision: str, int8: bool, *, asked: bool) -> bool:
+def _is_available(backend: str, precision: str, int8: bool, graph: bool, *, asked: bool) -> bool:
     """Whether the backend is installed and computes in that precision, in hardware unless it is ``asked`` for.
 
-    torch makes every form of a model but int8.
+    torch makes every form of a model but int8 and a ``graph`` that it is already.
     """
-    if precision != "int8" and not installed("torch"):
+    if precision != "int8" and not graph and not installed("torch"):
         return False
     cuda = hardware.gpu_count() > 0 and backend != "openvino"
     fits = {"fp32": True, "bf16": asked or cuda or hardware.has_bf16(), "fp16": cuda, "int8": asked or int8}[precision]
@@ -173,9 +180,10 @@ def measure(path: Path, wanted: list[tuple[str, str]], size: int, batch: np.ndar
     """A row for each candidate, from a process of its own: what it loads and what it breaks is gone afterwards.
 
     One that ends its process is refused, and another process goes on with the next, for `TIME_LIMIT_S` in all. Needs torch,
-    which makes the float32 form that all are held against.
+    which makes the float32 form that all are held against, unless the model is an ONNX graph.
     """
-    require("torch", extra="torch")
+    if not installed("torch") and not model.load_card(path).graph:
+        require("torch", extra="torch")
     end, found = time.monotonic() + TIME_LIMIT_S, list[Measurement]()
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "tiles.npy"), batch)

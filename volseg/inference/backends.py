@@ -36,16 +36,23 @@ PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
 PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "onnx": ("fp32",), "torch": ("fp32", "bf16", "fp16")}
 
 
-def choose(backend: str = "auto", precision: str = "auto", int8: bool = False) -> tuple[str, str]:
+def choose(backend: str = "auto", precision: str = "auto", int8: bool = False, graph: bool = False) -> tuple[str, str]:
     """The backend and precision that ``auto`` stands for on this machine, where nothing is measured.
 
     torch fp16 on a CUDA device; else OpenVINO: in int8 where the model's form may be taken (``int8``) and the CPU is
-    known to gain by it or torch is missing, which makes all other forms; in bf16 where the CPU has it. Raises `UserError`
-    for a pair that does not exist.
+    known to gain by it or torch is missing, which makes all other forms; in bf16 where the CPU has it. An ONNX ``graph`` from
+    elsewhere: ONNX Runtime on a CUDA device, else OpenVINO, in fp32. Raises `UserError` for a pair that does not exist.
     """
     cuda = hardware.gpu_count() > 0
+    if backend == "torch" and graph:
+        raise UserError(
+            "predict.backend = 'torch' does not run ONNX graphs, and this model is one; take openvino, onnx or auto"
+        )
     if backend == "auto":
-        backend = "torch" if cuda and precision != "int8" else "openvino"
+        on_gpu = ("onnx" if installed("onnxruntime") else "openvino") if graph else "torch"
+        backend = on_gpu if cuda and precision != "int8" else "openvino"
+    if precision == "auto" and graph:
+        precision = "fp32"
     if precision == "auto" and backend == "openvino":
         gains = "avx2" in hardware.cpu_flags() or not installed("torch")
         precision = "int8" if int8 and gains else "bf16" if hardware.has_bf16() else "fp32"

@@ -31,7 +31,7 @@ def export_model(path: Path, backend: str, precision: str = "fp32") -> bytes:
     -------
     bytes
         For torch the file itself; for int8 the quantized graph that it carries, unpacked; else an ONNX graph with the
-        sigmoid inside, made once for each network and kept in the user's cache.
+        sigmoid inside: the one that it holds, or one made once for each network and kept in the user's cache.
 
     Raises
     ------
@@ -40,6 +40,8 @@ def export_model(path: Path, backend: str, precision: str = "fp32") -> bytes:
     """
     if precision == "int8":
         return unpack_int8(model.quantized(path))
+    if model.load_card(path).graph:
+        return model.graph(path)
     return path.read_bytes() if backend == "torch" else _onnx(path)
 
 

@@ -1,6 +1,7 @@
 """The network and its file. A model file is safetensors: half-precision weights and a JSON card under ``volseg``.
 
-It may carry a quantized form of the network too: one tensor of bytes named ``int8``, with an entry in the card.
+It may carry a quantized form of the network too: one tensor of bytes named ``int8``, with an entry in the card. One that
+was made of an ONNX graph from elsewhere (`foreign`) holds that in place of weights: a tensor of bytes named ``onnx``.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 
 KEY = "volseg"  # metadata entry that holds the card
 INT8 = "int8"  # tensor that holds the quantized form, and the card's entry about it
+GRAPH = "onnx"  # tensor that holds a graph from elsewhere
 HEADS = ("mask", "contour")
 DETAIL = 24  # features of squares of voxels that a network which bins adds before its last layer
 PRETRAINED = "tu-tf_efficientnet_lite0"  # the encoder whose ImageNet weights are an installed package
 SHIPPED = "shipped"  # names the model that comes with volseg where a path may stand
-ADVICE = "give a .safetensors file made by volseg train"
+ADVICE = "give a .safetensors file made by volseg train, an ONNX file or a bioimage.io package"
 MAX_HEADER_BYTES = 1 << 24  # 30 kB in the shipped model; the format allows 100 MB
 
 
@@ -283,14 +285,23 @@ def network_digest(path: str | Path) -> str:
 
 def quantized(path: str | Path) -> bytes:
     """The quantized form that a model file carries, as `volseg quantize` made it; refuses a file without one."""
-    from safetensors import safe_open
-
     if load_card(path).int8 is None:
         raise UserError(
             f"{path} carries no quantized form; make it with volseg quantize, or use another predict.precision"
         )
+    return _bytes(path, INT8)
+
+
+def graph(path: str | Path) -> bytes:
+    """The ONNX graph that a model file holds in place of weights: its card says so."""
+    return _bytes(path, GRAPH)
+
+
+def _bytes(path: str | Path, tensor: str) -> bytes:
+    from safetensors import safe_open
+
     with safe_open(path, "numpy") as file:
-        return file.get_tensor(INT8).tobytes()
+        return file.get_tensor(tensor).tobytes()
 
 
 def add_quantized(path: str | Path, form: bytes, facts: dict) -> None:
@@ -319,6 +330,8 @@ def load(path: str | Path) -> tuple[torch.nn.Module, ModelCard]:
     from safetensors.torch import load_file
 
     card = load_card(path)
+    if card.graph:
+        raise UserError(f"{path} holds an ONNX graph, which runs but cannot be trained; give a model of volseg train")
     network = build(card.encoder, card.decoder, card.sections, card.heads, binning=card.binning)
     weights = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
     weights.pop(INT8, None)

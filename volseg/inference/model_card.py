@@ -21,6 +21,7 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from volseg.errors import UserError
@@ -29,6 +30,7 @@ MAX_INT8_IOU_LOSS = 0.003  # held-out IoU that an int8 form may lose for auto to
 MAX_CHANNELS = 4096  # of one layer of the decoder
 MAX_SECTIONS = 31
 MAX_BINNING = 8
+MULTIPLE = 32  # voxels a side that tiles are multiples of: the encoder halves a tile five times
 LISTED_VOLUMES = 4  # training volumes that `format_card` lists
 
 Text = Annotated[str, Field(max_length=1000)]
@@ -82,6 +84,16 @@ class Int8Form(_Record):
         return self.held_out is not None and self.held_out.iou_fp32 - self.held_out.iou_int8 <= MAX_INT8_IOU_LOSS
 
 
+class Graph(_Record):
+    """An ONNX graph from elsewhere that a model file holds in place of weights: from standardized tiles to probabilities."""
+
+    origin: Text  # the file, and how its inputs and outputs are understood
+    heads: Annotated[tuple[Head, ...], Field(min_length=1)]  # that it tells of; the card's others are 0
+    multiple: Annotated[int, Field(ge=1, le=1 << 16)] = MULTIPLE  # tiles are multiples of so many voxels a side
+    fixed: bool = False  # and have just so many
+    percentiles: tuple[FiniteFloat, FiniteFloat] | None = None  # become 0 and 1, in place of mean and deviation
+
+
 class ModelCard(_Record):
     """The card of a model: its network, the gray values and voxels it was trained on, its decoding, its record.
 
@@ -100,7 +112,7 @@ class ModelCard(_Record):
     name: Text
     use: Text = ""
     encoder: Text
-    decoder: tuple[Channels, Channels, Channels, Channels, Channels]
+    decoder: tuple[Channels, Channels, Channels, Channels, Channels] | None = None
     sections: Annotated[int, Field(ge=1, le=MAX_SECTIONS)]
     binning: Annotated[int, Field(ge=1, le=MAX_BINNING)] = 1
     heads: Annotated[tuple[Head, ...], Field(min_length=1, max_length=8)]
@@ -112,6 +124,7 @@ class ModelCard(_Record):
     scores: Annotated[dict[str, dict[str, Any]], Nothing] = {}
     versions: Annotated[dict[str, Text], Nothing] = {}
     int8: Annotated[Int8Form | None, BeforeValidator(lambda value: value or None)] = None
+    graph: Graph | None = None
     _text: str = PrivateAttr("")  # as it was given, so that a file written again has the same bytes
 
     @field_validator("encoder")
@@ -133,6 +146,12 @@ class ModelCard(_Record):
         if len(set(heads)) < len(heads):
             raise ValueError("must name each head once")
         return heads
+
+    @model_validator(mode="after")
+    def _has_a_network(self) -> Self:
+        if self.graph is None and self.decoder is None:
+            raise ValueError("nothing about 'decoder'")
+        return self
 
     @classmethod
     def parse(cls, text: str, name: str = "model card") -> Self:
@@ -167,6 +186,16 @@ class ModelCard(_Record):
     def changed(self, **values: Any) -> ModelCard:
         """This card with other values, which JSON can hold."""
         return self.from_json({**self.to_json(), **values})
+
+    @property
+    def multiple(self) -> int:
+        """Voxels a side that tiles are multiples of."""
+        return self.graph.multiple if self.graph else MULTIPLE * self.binning
+
+    @property
+    def told_heads(self) -> tuple[str, ...]:
+        """The heads that the network tells of."""
+        return self.graph.heads if self.graph else self.heads
 
     @property
     def int8_allowed(self) -> bool:
@@ -210,10 +239,17 @@ def _lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     yield "model", f"{card.name}: {card.use or 'no use is given'}"
     yield "file", f"{path}, {path.stat().st_size / 1e6:.1f} MB, sha256 {digest}"
-    yield "network", f"U-Net on {card.encoder}, decoder {' '.join(map(str, card.decoder))}{binned}"
+    yield (
+        "network",
+        (
+            card.graph.origin
+            if card.graph
+            else f"U-Net on {card.encoder}, decoder {' '.join(map(str, card.decoder))}{binned}"
+        ),
+    )
     size = " x ".join(f"{n:g}" for n in card.voxel_size_nm or ())
     yield "sees", f"{card.sections} section(s)" + (f" with voxels of {size} nm (z y x)" if size else "")
-    yield "tells", f"{', '.join(card.heads)} of the one in the middle"
+    yield "tells", f"{', '.join(card.told_heads)} of the one in the middle"
     yield "trained", _duration(card.training)
     volumes = card.training.data
     for volume in volumes[:LISTED_VOLUMES]:
@@ -222,7 +258,7 @@ def _lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
     for name, scores in card.scores.get("test", {}).items():
         yield "measured", f"{name}: {_pairs(scores)}"
     yield "decodes", ", ".join(f"{s}.{k} = {v}" for s, values in card.decode.items() for k, v in values.items())
-    yield "int8", _int8(card.int8)
+    yield "int8", "" if card.graph else _int8(card.int8)
     yield "made with", _pairs(card.versions)
     yield "all", "volseg info --json prints every setting it was trained with"
 

@@ -66,7 +66,7 @@ def spread_tiles(source: Volume, card: ModelCard, predict: Predict, norm: tuple[
     They are as large as a run's; on a CPU at most `MAX_CPU_TILE` a side.
     """
     longest = predict.tile if hardware.gpu_count() else min(MAX_CPU_TILE, predict.tile)
-    grid = tiles.grid(source.shape[1:], longest, 0, card.binning)
+    grid = tiles.grid(source.shape[1:], longest, 0, card.multiple)
     window = grid.overlapping(*(slice(0, n) for n in source.shape[1:]))
     middles = [2 * k + 1 for k in range(SAMPLES)]  # of so many equal shares, in halves of a share
     samples = [(m * source.shape[0] // (2 * SAMPLES), window[m * len(window) // (2 * SAMPLES)]) for m in middles]

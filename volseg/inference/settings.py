@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from volseg.config import Config, Setting, load
 from volseg.inference import model
+from volseg.inference.model_file import model_file
 
 Settings = Iterable[Setting]
 ENDINGS = (
@@ -45,8 +46,7 @@ def settings_of(
     if isinstance(config, Config):
         return load(sets=chosen, base=config.model_dump(mode="json", exclude_unset=True)) if chosen else config
     if base is None:
-        path = load(config, chosen).predict.model or model.shipped()
-        base = model.load_card(path).decode
+        base = model.load_card(model_file(load(config, chosen).predict)).decode
     return load(config, chosen, base)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from volseg.inference.device import NUMPY, Device
+from volseg.inference.model_card import MULTIPLE
 
 SAMPLED = 256  # blocks along an axis that are looked at where there are more
 MORE_TILES = 8  # than needed along an axis, where they hold fewer voxels together
-MULTIPLE = 32  # the encoder halves a tile five times
 PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
 
 
@@ -185,13 +185,13 @@ class Grid:
         return slice(y, y + self.y.size), slice(x, x + self.x.size)
 
 
-def grid(plane: tuple[int, int], tile: int, overlap: int, binning: int = 1) -> Grid:
-    """The tile grid of a volume whose sections have the shape ``plane``, for a network of that ``binning``.
+def grid(plane: tuple[int, int], tile: int, overlap: int, multiple: int = MULTIPLE) -> Grid:
+    """The tile grid of a volume whose sections have the shape ``plane``, for a network that takes multiples of so many voxels.
 
-    >>> grid((100, 96), 1280, 64).size, grid((100, 96), 1280, 64, binning=2).size
+    >>> grid((100, 96), 1280, 64).size, grid((100, 96), 1280, 64, multiple=64).size
     ((128, 96), (128, 128))
     """
-    y, x = (axis(length, tile, overlap, MULTIPLE * binning) for length in plane)
+    y, x = (axis(length, tile, overlap, multiple) for length in plane)
     return Grid(y, x)
 
 

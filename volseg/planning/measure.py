@@ -28,7 +28,8 @@ from volseg.config import Fragments
 from volseg.engine import cluster, finish, forkserver
 from volseg.engine.run import Run
 from volseg.errors import UserError
-from volseg.inference import backends, cache, export, hardware, model, sampling, tiles
+from volseg.inference import backends, cache, export, hardware, sampling, tiles
+from volseg.inference.model_file import model_file
 from volseg.planning import memory
 from volseg.planning.memory import TABLES_PER_BLOCK_TABLE
 from volseg.segmentation import objects
@@ -125,7 +126,7 @@ def measure_rates(run: Run, workers: cluster.WorkerPool) -> Rates:
     """
     if run.channels:
         return known_rates(run, workers)
-    path = Path(run.config.predict.model) if run.config.predict.model else model.shipped()
+    path = model_file(run.config.predict)
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "tiles.npy"), _sample_tiles(run))
         Path(folder, "model.bin").write_bytes(export.export_model(path, run.engine.backend, run.engine.precision))

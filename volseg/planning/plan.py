@@ -16,7 +16,6 @@ from volseg.box import Box, Triple
 from volseg.engine import cluster
 from volseg.engine.run import Run, redundancy
 from volseg.errors import UserError
-from volseg.inference import tiles
 from volseg.io import files
 from volseg.planning import memory, prepare
 from volseg.planning.measure import Rates
@@ -203,7 +202,7 @@ def _smaller(run: Run) -> str:
         return f"set predict.batch={run.batch // 2} or less"
     if run.config.blocks.shape:
         return "leave out blocks.shape, or make it smaller"
-    multiple = tiles.MULTIPLE * run.binning
+    multiple = run.tile_multiple
     longest = max(max(run.tile_grid(plane).size) for plane in run.config.predict.planes)
     smaller = max(multiple, min(longest, run.config.predict.tile) // 2 // multiple * multiple)
     return f"set predict.tile={smaller}" if smaller < longest else "use a machine with more"

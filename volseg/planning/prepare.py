@@ -20,9 +20,11 @@ from volseg.engine.stages import keys
 from volseg.engine.update import needs_probabilities
 from volseg.errors import UserError
 from volseg.inference import autoselect as probe
-from volseg.inference import model, sampling, tiles, voxel_size
+from volseg.inference import model, sampling, voxel_size
 from volseg.inference.backends import Engine
-from volseg.inference.normalization import gray_levels
+from volseg.inference.model_card import ModelCard
+from volseg.inference.model_file import model_file
+from volseg.inference.normalization import GrayLevels, gray_levels, gray_range
 from volseg.inference.settings import Settings, settings_of
 from volseg.io import probabilities, roi, volume
 from volseg.io.resample import Grid
@@ -31,13 +33,13 @@ from volseg.planning import memory
 
 def from_image(source: volume.Volume, config: Config, out: str, like: str = "") -> Run:
     """The run as plain data, every choice made; what computes is that of the run begun at ``out`` or there ``like`` it."""
-    path = Path(config.predict.model) if config.predict.model else model.shipped()
+    path = model_file(config.predict)
     card = model.load_card(path)
     if card.heads not in (probabilities.CHANNEL_NAMES[:2], probabilities.CHANNEL_NAMES):
         raise UserError(f"{path} has heads {list(card.heads)}; the watershed wants mask and contour, perhaps distance: train "
                         "such a model")  # fmt: skip
-    check_channels(config, card.heads)
-    _check_tiles(config.predict, tiles.MULTIPLE * card.binning)
+    check_channels(config, card.told_heads)
+    _check_tiles(config.predict, card.multiple, bool(card.graph and card.graph.fixed))
     if source.dtype == "bool" or np.dtype(source.dtype).kind not in "uif":
         raise UserError(
             f"{source.path} holds {source.dtype}; inference wants gray values: convert it to uint8 or float32"
@@ -53,22 +55,23 @@ def from_image(source: volume.Volume, config: Config, out: str, like: str = "") 
     rules, scaled = voxel_size.scaled_rules(config.stitch, card.voxel_size_nm, voxel_size_nm)
     config = config.model_copy(update={"stitch": rules})
     _refuse_anisotropic(config.predict.planes, voxel_size_nm)
+    origin = card.graph.origin if card.graph else ""
     slab, block = choose_blocks(source.shape, config.blocks.shape)
-    of_model = config.predict.normalize == "model"
     gray = gray_levels(source.shape, source.read, config.input.padding)
-    mean, std = (card.mean, card.std) if of_model else (gray.mean, gray.std)
+    mean, std = _standard(source, config.predict, card, gray)
     source = replace(source, notes=(*source.notes, *gray.notes(source.path)))
     begun = _begun_engine(out, config, path) or (_begun_engine(like, config, path) if like else None)
     computes = begun or _engine(source, config, path, mean, std)
     region = roi.find(config.input, (given or source).shape, (given or source).voxel_size_nm or voxel_size_nm)
     run = Run(
         out=out,
-        source=replace(source, notes=tuple(note for note in (*source.notes, matched.note, scaled) if note)),
+        source=replace(source, notes=tuple(note for note in (*source.notes, matched.note, scaled, origin) if note)),
         config=config,
         model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         heads=card.heads,
         sections=card.sections,
         binning=card.binning,
+        multiple=card.graph.multiple if card.graph else 0,
         mean=mean,
         std=std,
         voxel_size_nm=voxel_size_nm,
@@ -81,6 +84,16 @@ def from_image(source: volume.Volume, config: Config, out: str, like: str = "") 
     return _blocked(_resampled(run, given) if given else run)
 
 
+def _standard(source: volume.Volume, settings: Predict, card: ModelCard, gray: GrayLevels) -> tuple[float, float]:
+    """What is taken from each gray value, and what it is divided by then."""
+    if settings.normalize == "model":
+        return card.mean, card.std
+    if card.graph and card.graph.percentiles:
+        low, high = gray_range(source.shape, source.read, card.graph.percentiles, gray.padding)
+        return low, high - low
+    return gray.mean, gray.std
+
+
 def _resampled(run: Run, given: volume.Volume) -> Run:
     """The run whose source was made from ``given``, with its region of interest in the source's own voxels."""
     run = replace(run, given=replace(given, path=run.source.path, notes=()), given_roi=run.roi)
@@ -89,9 +102,14 @@ def _resampled(run: Run, given: volume.Volume) -> Run:
     return replace(run, roi=run.roi.resampled(to_given)) if run.roi else run
 
 
-def _check_tiles(settings: Predict, multiple: int) -> None:
-    """Refuses tiles that are smaller than the network's ``multiple``, or share more than half of the largest that it takes."""
+def _check_tiles(settings: Predict, multiple: int, fixed: bool) -> None:
+    """Refuses tiles that are smaller than the network's ``multiple``, or share more than half of the largest that it takes.
+
+    ``fixed``: it takes no other size than that one.
+    """
     longest = settings.tile // multiple * multiple
+    if fixed and longest != multiple:
+        raise UserError(f"predict.tile = {settings.tile}: this network takes tiles of {multiple} alone; set {multiple}")
     if not longest:
         raise UserError(
             f"predict.tile = {settings.tile}: this network takes multiples of {multiple}; set {multiple} or more"
@@ -188,7 +206,7 @@ def memory_limit(settings: Cluster, workers: cluster.WorkerPool) -> int:
 
 def check_channels(config: Config, heads: tuple[str, ...], taken: tuple[probabilities.Channel, ...] = ()) -> None:
     """Refuses to follow a channel that a run of these ``heads``, or ``taken`` from elsewhere, does not have."""
-    lacking = {channel.name for channel in taken if channel.source is None} | ({"distance"} - set(heads))
+    lacking = {channel.name for channel in taken if channel.source is None} | ({"contour", "distance"} - set(heads))
     height = config.fragments.height
     need = {"contour": "contour", "head": "distance"}.get(height)
     if need in lacking:
@@ -209,7 +227,7 @@ def _engine(source: volume.Volume, config: Config, path: Path, mean: float, std:
     card = model.load_card(path)
     choice = probe.choose(
         config.predict, path, card.int8_allowed, prod(source.shape),
-        lambda: sampling.spread_tiles(source, card, config.predict, (mean, std)),
+        lambda: sampling.spread_tiles(source, card, config.predict, (mean, std)), graph=card.graph is not None,
     )  # fmt: skip
     if choice.precision == "int8":
         model.quantized(path)
@@ -235,11 +253,12 @@ def try_backends(path: str, config: Config) -> list[probe.Measurement]:
     """Speed and distance from float32 of every backend and precision that could run the volume at ``path`` here."""
     folder.refuse_run(path)
     source = volume.open_input(path, config.input)
-    file = Path(config.predict.model) if config.predict.model else model.shipped()
+    file = model_file(config.predict)
     card = model.load_card(file)
     gray = gray_levels(source.shape, source.read, config.input.padding)
-    batch = sampling.spread_tiles(source, card, config.predict, (gray.mean, gray.std))
-    return probe.measure(file, probe.candidates(config.predict, card.int8 is not None), config.predict.batch, batch)
+    batch = sampling.spread_tiles(source, card, config.predict, _standard(source, config.predict, card, gray))
+    wanted = probe.candidates(config.predict, card.int8 is not None, card.graph is not None)
+    return probe.measure(file, wanted, config.predict.batch, batch)
 
 
 # ---------------------------------------------------------------- in words

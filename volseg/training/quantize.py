@@ -89,7 +89,7 @@ def _spread(sections: list[int]) -> list[int]:
 
 
 def _tile_grid(source: volume.Volume, card: ModelCard) -> tiles.Grid:
-    return tiles.grid(source.shape[1:], Predict().tile, Predict().overlap, card.binning)
+    return tiles.grid(source.shape[1:], Predict().tile, Predict().overlap, card.multiple)
 
 
 def _calibration_tiles(

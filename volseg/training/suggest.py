@@ -23,6 +23,7 @@ from volseg.evaluation.stored import StoredRun, open_stored
 from volseg.evaluation.uncertainty import Candidate, candidates, labels_at
 from volseg.inference import model
 from volseg.inference.model_card import ModelCard
+from volseg.inference.model_file import model_file
 from volseg.io import files, slices, suggested, volume
 from volseg.io.formats import INSIDE
 from volseg.io.suggested import Item, Queue
@@ -236,10 +237,10 @@ def _card(stored: StoredRun) -> tuple[ModelCard | None, list[str]]:
     """The card of the run's model, and a note where that is not there."""
     if stored.run.channels:
         return None, []
-    path = stored.config.predict.model or str(model.shipped())
     try:
-        return model.load_card(path), []
+        return model.load_card(model_file(stored.config.predict)), []
     except UserError:
+        path = stored.config.predict.model or str(model.shipped())
         return None, [f"the model {path} is not there: what it learned from is not known"]
 
 
@@ -339,7 +340,7 @@ def _write(
             suggested.README: readme_text(queue, format_suggestions(listed), str(folder)),
             suggested.CHECKED: CHECKED_TEXT,
         }
-        if card:
+        if card and not card.graph:
             texts[suggested.CONFIG] = config_text(card, queue, folder.name)
         for name, text in texts.items():
             files.write_atomic(partial / name, text.encode())
