@@ -266,7 +266,8 @@ def _follow(
                 if region[v] == 0:
                     if count == roots.size:
                         grown = np.empty(2 * count, np.int64)
-                        grown[:count] = roots
+                        for k in range(count):  # a slice takes two seconds to compile, for what it says of wrong shapes
+                            grown[k] = roots[k]
                         roots = grown
                     roots[count] = v
                     count += 1

@@ -260,9 +260,9 @@ def _merge_pairs(edges: np.ndarray, rows: np.ndarray) -> None:
     partner = np.empty(rows.size, np.int64)
     for k in range(rows.size):
         partner[k] = edges[rows[k]].b
-    by_partner = np.argsort(partner)
+    _heapsort(partner, rows)
     best = np.int64(-1)
-    for k in by_partner:
+    for k in range(rows.size):
         e = np.int64(rows[k])
         if best < 0 or edges[best].b != edges[e].b:
             best = e
@@ -273,6 +273,33 @@ def _merge_pairs(edges: np.ndarray, rows: np.ndarray) -> None:
         edges[best].area += edges[worse].area
         edges[best].height += edges[worse].height
         edges[worse].area = -1
+
+
+# numba's own sort takes three seconds to compile on each new machine; most basins have few edges.
+@njit(cache=True)
+def _heapsort(values: np.ndarray, rows: np.ndarray) -> None:
+    """``values`` ascend, and ``rows`` have gone with them."""
+    for top in range(values.size // 2 - 1, -1, -1):
+        _sift(values, rows, top, values.size)
+    for last in range(values.size - 1, 0, -1):
+        values[0], values[last] = values[last], values[0]
+        rows[0], rows[last] = rows[last], rows[0]
+        _sift(values, rows, 0, last)
+
+
+@njit(cache=True)
+def _sift(values: np.ndarray, rows: np.ndarray, top: int, size: int) -> None:
+    """The heap of the first ``size`` values is one again, where only the one at ``top`` may be too small."""
+    value, row = values[top], rows[top]
+    child = 2 * top + 1
+    while child < size:
+        if child + 1 < size and values[child + 1] > values[child]:
+            child += 1
+        if values[child] <= value:
+            break
+        values[top], rows[top] = values[child], rows[child]
+        top, child = child, 2 * child + 1
+    values[top], rows[top] = value, row
 
 
 @njit(cache=True)
