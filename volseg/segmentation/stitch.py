@@ -212,7 +212,7 @@ def gather(
         cut=sum_by_group(np.concatenate([np.empty((0, 3), np.int64), *columns.pop("cut")]), basin, count),
         edges=_basin_edges(edges.rows(), basin, offset, count),
     )
-    return basins, np.split(basin, offset[1:-1])
+    return basins, np.split(basin, offset[1:])[:-1]
 
 
 class _EdgeBuffer:
