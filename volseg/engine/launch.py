@@ -136,7 +136,7 @@ def started(config: Cluster, gpu: bool, tell: Callable[[str], None]) -> Iterator
             f"cannot start a cluster of kind {config.kind!r}: {_first_line(error)}; see cluster.options and "
             f"configs/cluster/{config.kind}.toml"
         ) from error
-    with cluster, Client(cluster, set_as_default=False) as client:
+    with closed_certificates(cluster), cluster, Client(cluster, set_as_default=False) as client:
         if config.maximum:
             cluster.adapt(minimum=max(1, config.minimum), maximum=config.maximum)
         elif config.kind != "ssh":
@@ -145,6 +145,17 @@ def started(config: Cluster, gpu: bool, tell: Callable[[str], None]) -> Iterator
             while not _workers_come(client, NOTE_S):
                 pass
         yield client
+
+
+@contextmanager
+def closed_certificates(cluster: Any) -> Iterator[None]:
+    """Afterwards the files are gone from which jobs of a queue read certificate and key: dask-jobqueue keeps them open."""
+    try:
+        yield
+    finally:
+        for value in list(vars(cluster).values()):
+            if hasattr(value, "delete") and hasattr(value, "file"):  # of tempfile.NamedTemporaryFile
+                value.close()
 
 
 def _first_line(error: BaseException) -> str:
