@@ -23,7 +23,7 @@ from volseg.engine.layout import Layout
 from volseg.engine.lock import Lock
 from volseg.engine.run import Run
 from volseg.errors import UserError
-from volseg.evaluation.run_report import report_if_quick
+from volseg.evaluation.run_report import report_if_quick, report_of_failure
 from volseg.inference import hardware
 from volseg.inference.settings import Settings, default_out, settings_of
 from volseg.io import probabilities, volume
@@ -252,8 +252,7 @@ def _decide_anew(
             folder.apply_settings(run)
 
         light = prod(run.shape) <= LIGHT_VOXELS
-        made = finish.execute(run, lock, reopen, shown, start=start, light=light, retry_failed=retry_failed)
-        return report_if_quick(made)
+        return _finished(run, lock, reopen, shown, start=start, light=light, retry_failed=retry_failed)
 
 
 def _execute(
@@ -266,6 +265,12 @@ def _execute(
     _refuse(run, made, workers)
     with Lock(out) as lock:
         options = {"start": start, "plan": made.to_json(), "retry_failed": retry_failed}
+        return _finished(run, lock, begin, progress, **options)
+
+
+def _finished(run: Run, lock: Lock, begin: Callable[[], None], progress: Progress, **options: Any) -> FinishedRun:
+    """The run, done; its page is written at its end, whatever that is."""
+    with report_of_failure(run, progress.message):
         return report_if_quick(finish.execute(run, lock, begin, progress, **options))
 
 
@@ -341,7 +346,7 @@ def repair(
 
         light = prod(run.shape) <= LIGHT_VOXELS
         options = {"start": start, "light": light, "retry_failed": retry_failed}
-        return report_if_quick(finish.execute(run, lock, lambda: folder.reopen(out), shown, **options))
+        return _finished(run, lock, lambda: folder.reopen(out), shown, **options)
 
 
 def open(path: str | os.PathLike) -> FinishedRun:

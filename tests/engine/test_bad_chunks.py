@@ -1,5 +1,6 @@
 """What cannot be decoded, filled with 0 where that is asked for: whole chunks, so the same for all blocks."""
 
+import html
 import json
 from pathlib import Path
 
@@ -173,9 +174,14 @@ def test_an_unfinished_run_goes_on_with_0_in_the_place_of_a_bad_chunk(voxels, tm
         again(Quiet())
     failed = json.loads((tmp_path / "run.partial/work/failed.json").read_text())["failed"]
     assert [Box.parse(entry["box"]).intersect(grid[i]).voxels for entry in failed] == [grid[i].voxels]
+    page = (tmp_path / "run.partial/report.html").read_text()
+    assert "1 block failed, and all that could be done without is done" in page
+    assert failed[0]["box"] in page
+    assert html.escape(failed[0]["reason"]) in page
     show = Quiet()
     with pytest.raises(IncompleteRunError, match="import failed in block"):
         again(show, retry_failed=False)
+    assert any(f"report   {tmp_path / 'run.partial/report.html'}: what failed" in text for text in show.said)
     assert any("1 block(s) failed before" in text and "leaving them, doing the rest" in text for text in show.said)
     assert json.loads((tmp_path / "run.partial/work/failed.json").read_text())["failed"] == failed
     run = again(show, on_bad_chunk="skip")

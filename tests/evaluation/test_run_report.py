@@ -13,7 +13,7 @@ import pytest
 
 import volseg
 from volseg.errors import UserError
-from volseg.evaluation import run_report
+from volseg.evaluation import report_parts
 from volseg.evaluation.view import BROWSERS
 
 VOID = {"meta", "img", "br", "input", "link"}
@@ -81,7 +81,7 @@ def test_the_map_holds_how_long_each_block_took(copied):
 
 
 def test_of_many_blocks_some_are_read(copied, monkeypatch):
-    monkeypatch.setattr(run_report, "MAPPED_BLOCKS", 2)
+    monkeypatch.setattr(report_parts, "MAPPED_BLOCKS", 2)
     text = Path(volseg.report(copied)).read_text()
     assert "4 blocks, every 2th was read" in text
 

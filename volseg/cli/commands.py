@@ -348,9 +348,9 @@ def review(
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(help="A finished run.")],
+    run: Annotated[str, typer.Argument(help="A run, finished or not.")],
     out: Annotated[
-        str, typer.Option("--out", metavar="FILE.html", help="The page; RUN/report.html if not given.")
+        str, typer.Option("--out", metavar="FILE.html", help="The page; report.html in the run if not given.")
     ] = "",
 ) -> None:
     """Write one HTML page about a run: stages, blocks, sizes, examples, settings, versions, log; no other file is needed."""

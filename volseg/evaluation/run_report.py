@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
-import json
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import numpy as np
 
-from volseg.box import Blocks
 from volseg.engine.finished import FinishedRun, open_run
 from volseg.engine.layout import Layout
 from volseg.engine.receipts import Markers
-from volseg.engine.run_log import changed_settings
-from volseg.engine.stages import Stage, stages_of
-from volseg.errors import DamagedFileError, UserError
-from volseg.evaluation import page
+from volseg.engine.run import Run
+from volseg.engine.stages import stages_of
+from volseg.errors import DamagedFileError, IncompleteRunError, UserError
+from volseg.evaluation import page, unfinished
+from volseg.evaluation.report_parts import block_map, log_text, settings_text, whole_page
 from volseg.io import files
 
 QUICK_BLOCKS = 300  # whose markers are read in some hundredths of a second
-MAPPED_BLOCKS = 20_000  # of a stage; of more, some are read
 PICTURE_WIDTH = 1400  # pixels
-LOG_LINES = 400
 LISTED = 10  # of the largest objects, and of the least certain decisions
 
 
 def report(run: str | os.PathLike | FinishedRun, out: str | os.PathLike | None = None) -> str:
-    """Write one HTML page about a finished run; no other file, and nothing from the network, is needed to read it.
+    """Write one HTML page about a run; no other file, and nothing from the network, is needed to read it.
 
     Stages over time, throughput, plan against actual, a map of blocks, sizes of objects, examples, least certain decisions,
-    settings, versions and log.
+    settings, versions and log; of a run that is not finished, what failed, how far it got, settings and log.
 
     Parameters
     ----------
     run : path or FinishedRun
-        A finished run.
+        The run.
     out : path, optional
-        The page, a local file; ``report.html`` in the run if not given.
+        The page, a local file; if not given, ``report.html`` in the run, and beside one that is being written.
 
     Returns
     -------
@@ -53,18 +49,23 @@ def report(run: str | os.PathLike | FinishedRun, out: str | os.PathLike | None =
     Raises
     ------
     UserError
-        Where there is no finished run, or the page cannot be written.
+        Where there is no run, or the page cannot be written.
 
     Examples
     --------
     >>> report("em.volseg.zarr")  # doctest: +SKIP
     'em.volseg.zarr/report.html'
     """
-    opened = run if isinstance(run, FinishedRun) else open_run(os.fspath(run))
-    text = _page(opened)
+    left = None if isinstance(run, FinishedRun) else unfinished.find(os.fspath(run))
+    if left:
+        text, layout = unfinished.page_of(left), left.run.layout
+        out = f"{left.out}.report.html" if out is None and left.writer else out
+    else:
+        opened = run if isinstance(run, FinishedRun) else open_run(os.fspath(run))
+        text, layout = _page(opened), opened.layout
     if out is None:
-        opened.layout.save_report(text.encode())
-        return opened.layout.report_path
+        layout.save_report(text.encode())
+        return layout.report_path
     try:
         files.write_atomic(os.fspath(out), text.encode())
     except OSError as error:
@@ -74,11 +75,29 @@ def report(run: str | os.PathLike | FinishedRun, out: str | os.PathLike | None =
 
 def report_if_quick(run: FinishedRun) -> FinishedRun:
     """The run has its page where that takes a tenth of a second; a page that cannot be written costs the run nothing."""
-    blocks = len(run.run.predict_grid) + len(run.run.grid)
-    if not files.is_remote(run.path) and blocks <= QUICK_BLOCKS:
+    if is_quick(run.run):
         with suppress(OSError, UserError):
             report(run)
     return run
+
+
+@contextmanager
+def report_of_failure(run: Run, tell: Callable[[str], None]) -> Iterator[None]:
+    """A run that stops inside has its page, which is told, if that takes a tenth of a second; one that is refused has none."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        refused = isinstance(error, UserError) and not isinstance(error, IncompleteRunError)
+        with suppress(OSError, UserError):
+            if not refused and is_quick(run) and (left := unfinished.find(run.out)):
+                left.run.layout.save_report(unfinished.page_of(replace(left, writer="")).encode())
+                tell(f"report   {left.run.layout.report_path}: what failed, and how far it got")
+        raise
+
+
+def is_quick(run: Run) -> bool:
+    """Whether a run's page takes a tenth of a second."""
+    return not files.is_remote(run.out) and len(run.predict_grid) + len(run.grid) <= QUICK_BLOCKS
 
 
 def _page(run: FinishedRun) -> str:
@@ -92,18 +111,16 @@ def _page(run: FinishedRun) -> str:
             page.section("Sizes", _sizes(run)),
             page.section("Examples", _examples(run.layout)),
             page.section("Least certain", _uncertain(run.layout)),
-            page.section("Settings that are no defaults", _settings(run)),
+            page.section("Settings that are no defaults", settings_text(run.config)),
             page.section("Made with", _versions(run)),
-            page.section("Log", _log(run.layout)),
+            page.section("Log", log_text(run.layout)),
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         state = f"is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         raise DamagedFileError(run.path, "run.json", state) from None
-    name = html.escape(run.path.rpartition("/")[2])
-    script = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
-    return page.whole(name, f"<h1>{html.escape(run.path)}</h1>{''.join(parts)}<script>{script}</script>")
+    return whole_page(run.path, parts)
 
 
 # ---------------------------------------------------------------- what it took
@@ -223,33 +240,8 @@ def _maps(run: FinishedRun) -> str:
     keys = run.summary["keys"]
     names = [name for name in (run.run.probability_stage, "fragments") if name in stages and name in keys]
     markers = Markers(run.path, keys)
-    found = [_map(run, stages[name], markers) for name in names]
+    found = [block_map(run.run, stages[name], markers) for name in names]
     return f"<div class=two>{''.join(found)}</div>"
-
-
-def _map(run: FinishedRun, stage: Stage, markers: Markers) -> str:
-    grid: Blocks = stage.grid
-    step = -(-len(grid) // MAPPED_BLOCKS)
-    seconds = np.full(len(grid), np.nan)
-    for i, receipt in markers.stored(stage.name, range(0, len(grid), step)):
-        seconds[i] = sum(receipt.seconds.values())
-    wanted = np.array([run.run.wants_any(grid[i]) for i in range(0, len(grid), step)])
-    known = seconds[np.isfinite(seconds) & (seconds > 0)]
-    low, high = (max(known.min(), 1e-4), max(known.max(), 1.01e-4, known.min() * 1.01)) if known.size else (1e-4, 1.0)
-    scaled = 2 + 253 * np.log(np.clip(seconds, low, high) / low) / math.log(high / low)
-    values = np.where(np.isfinite(seconds), scaled, 0).astype(np.uint8)
-    values[::step][~wanted] = 1
-    data = {"grid": grid.counts, "block": grid.block, "shape": grid.shape, "low": float(low), "high": float(high),
-            "values": base64.b64encode(values.tobytes()).decode()}  # fmt: skip
-    part = f", every {step}th was read" if step > 1 else ""
-    layers = (
-        f'<input type=range min=0 max={grid.counts[0] - 1} value={grid.counts[0] // 2} aria-label="layer of blocks">'
-    )
-    return (
-        f"<div class=map><h3>{html.escape(stage.title)}</h3><canvas></canvas><br>{layers} <output></output>"
-        f"<p>{len(grid):,} blocks{part}: {low:.2g} s (teal) to {high:.2g} s (red) each; light gray: nothing wanted.</p>"
-        f'<script type="application/json">{json.dumps(data)}</script></div>'
-    )
 
 
 # ---------------------------------------------------------------- objects
@@ -295,11 +287,6 @@ def _uncertain(layout: Layout) -> str:
 # ---------------------------------------------------------------- what it was made with
 
 
-def _settings(run: FinishedRun) -> str:
-    lines = changed_settings(run.config)
-    return f"<pre>{html.escape(chr(10).join(lines) or 'none')}</pre>"
-
-
 def _versions(run: FinishedRun) -> str:
     facts, own = run.summary, run.run
     rows = [
@@ -316,11 +303,3 @@ def _versions(run: FinishedRun) -> str:
         rows += [("corrections", str(own.corrections))]
     rows += [(name, version) for name, version in facts["versions"].items()]
     return page.table(("", ""), rows)
-
-
-def _log(layout: Layout) -> str:
-    lines = layout.load_log().decode(errors="replace").splitlines()
-    if not lines:
-        return ""
-    left_out = f"({len(lines) - LOG_LINES} earlier lines are in log.txt)\n" if len(lines) > LOG_LINES else ""
-    return f"<pre>{html.escape(left_out + chr(10).join(lines[-LOG_LINES:]))}</pre>"
