@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,12 +36,20 @@ class Part:
         return len(self.grid) if self.box is None else self.grid.count_overlapping(self.box)
 
     @cached_property
+    def shape(self) -> Triple:
+        """Of the box that these blocks fill together."""
+        if self.box is None:
+            return self.grid.shape
+        spans = self._spans
+        z, y, x = (
+            self.grid.edge(k, span.stop) - self.grid.edge(k, span.start) if span else 0 for k, span in enumerate(spans)
+        )
+        return z, y, x
+
+    @property
     def voxels(self) -> int:
         """Of these blocks together."""
-        whole = Box.from_shape(self.grid.shape)
-        if self.box is None or not self.numbers:
-            return whole.voxels if self.box is None else 0
-        return Box(self.grid[self.numbers[0]].start, self.grid[self.numbers[-1]].stop).voxels
+        return prod(self.shape)
 
     def holds(self, i: int) -> bool:
         return self.box is None or all(c in span for c, span in zip(self.grid.coords(i), self._spans, strict=True))

@@ -158,7 +158,9 @@ def _holes(run: Run) -> list[Stage]:
 
 
 def _stitch(run: Run) -> list[Stage]:
-    return [Stage("stitch", instances.stitch_all, Part(Blocks(run.shape, run.shape)), decision_key(run), "flat")]
+    z, y, x = (max(1, n) for n in run.parts.own.shape)  # all that holds basins, at once
+    one = Part(Blocks((z, y, x), (z, y, x)))
+    return [Stage("stitch", instances.stitch_all, one, decision_key(run), "flat")]
 
 
 def _tree(run: Run) -> list[Stage]:
