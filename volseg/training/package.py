@@ -157,7 +157,7 @@ def _described(
             weights=v5.WeightsDescr(
                 onnx=v5.OnnxWeightsDescr(source=folder / "model.onnx", opset_version=_opset(graph))
             ),
-            config=v5.Config(volseg={"card": card.changed(int8=None).text}),
+            config=v5.Config.model_validate({"volseg": {"card": card.changed(int8=None).text}}),
         )  # fmt: skip
 
 
