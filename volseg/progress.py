@@ -23,6 +23,7 @@ from volseg.errors import printable
 LINE_INTERVAL_S = 10  # between lines of progress where there is no terminal
 NOTEBOOK_INTERVAL_S = 0.3
 LOG_INTERVAL_S = 60  # between lines of progress in a log
+WHOLE = "whole run"
 KEPT_LINES = 1000  # of a log that has no place to be written to yet
 LOGGER = logging.getLogger("volseg")
 LOGGER.addHandler(logging.NullHandler())
@@ -30,7 +31,11 @@ _PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 class Progress(Protocol):
-    """What a command tells while it works. Several stages may be under way at once; each ends when all its voxels are done."""
+    """What a command tells while it works. Several stages may be under way at once; each ends when all its voxels are done.
+
+    One that has a method ``overall(share, seconds_left)`` hears, from a run's first second on, which share of all its work is
+    done and how long the rest will take: None where nothing tells.
+    """
 
     def message(self, text: str) -> None:
         """Tells one thing."""
@@ -62,9 +67,15 @@ class Lines:
         self.write = write or (lambda text: print(text, file=sys.stderr, flush=True))
         self.stages: dict[str, _StageProgress] = {}
         self.last_line = time.monotonic()
+        self.whole = ""
 
     def message(self, text: str) -> None:
         self.write(text)
+
+    def overall(self, share: float, left: float | None) -> None:
+        first, self.whole = not self.whole, overall_text(share, left)
+        if first and left is not None:
+            self.message(self.whole)
 
     def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
         self.stages[name] = _StageProgress(name, voxels, done)
@@ -78,13 +89,35 @@ class Lines:
         if stage.done >= stage.voxels:
             self.message(self.stages.pop(name).line(now))
         elif now - self.last_line > LINE_INTERVAL_S:
-            self.message("; ".join(stage.line(now) for stage in self.stages.values() if stage.done > stage.before))
+            lines = [stage.line(now) for stage in self.stages.values() if stage.done > stage.before]
+            self.message("; ".join([*[self.whole] * bool(self.whole), *lines]))
         else:
             return
         self.last_line = now
 
     def stop(self) -> None:
         """There is nothing to end."""
+
+
+def overall_text(share: float, left: float | None) -> str:
+    """How far a run is, in a few words.
+
+    >>> overall_text(0.034, 512.0), overall_text(0.0, None)
+    ('whole run    3 %  8.5 min left', 'whole run    0 %')
+    """
+    return f"{WHOLE:10} {100 * share:3.0f} %" + ("" if left is None else f"  {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """A time as one reads it.
+
+    >>> duration(3.2), duration(150), duration(9000), duration(200_000)
+    ('3 s', '2.5 min', '2.5 h', '2.3 days')
+    """
+    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
+        if seconds < most:
+            return f"{seconds / length:.{0 if length == 1 else 1}f} {unit}"
+    return f"{seconds / 86400:.1f} days"
 
 
 class _StageProgress:
@@ -123,14 +156,24 @@ class Bars:
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    def overall(self, share: float, left: float | None) -> None:
+        text = "" if left is None else duration(left)
+        self._begin()
+        if WHOLE not in self.bars:
+            self.bars[WHOLE] = self.live.add_task(WHOLE, total=1.0, left=text)
+        self.live.update(self.bars[WHOLE], completed=share, left=text)
+
     def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
-        if self.live is None:
-            self.live = _rich_progress(self.console)
-            self.live.start()
+        self._begin()
         if name in self.bars:  # the run has begun again
             self.live.remove_task(self.bars[name])
         task = self.bars[name] = self.live.add_task(name, total=voxels, completed=done)
         return lambda more: self.live.advance(task, more)
+
+    def _begin(self) -> None:
+        if self.live is None:
+            self.live = _rich_progress(self.console)
+            self.live.start()
 
     def stop(self) -> None:
         if self.live is not None:
@@ -145,10 +188,14 @@ class NotebookBars:
         self.stages: dict[str, _StageProgress] = {}
         self.handle: Any = None
         self.shown = 0.0
+        self.whole: tuple[float, str] | None = None
 
     def message(self, text: str) -> None:
         self.messages.append(text)
         self._show()
+
+    def overall(self, share: float, left: float | None) -> None:
+        self.whole = share, overall_text(share, left)
 
     def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
         self.stages.pop(name, None)  # the run has begun again
@@ -176,10 +223,11 @@ class NotebookBars:
 
     def _page(self) -> str:
         now = time.monotonic()
+        told = [(stage.voxels, stage.done, stage.line(now)) for stage in self.stages.values()]
         rows = (
-            f'<tr><td><progress max="{stage.voxels}" value="{stage.done}"></progress></td>'
-            f'<td style="text-align:left"><code>{html.escape(stage.line(now))}</code></td></tr>'
-            for stage in self.stages.values()
+            f'<tr><td><progress max="{most}" value="{done}"></progress></td>'
+            f'<td style="text-align:left"><code>{html.escape(line)}</code></td></tr>'
+            for most, done, line in ([(1, *self.whole)] if self.whole else []) + told
         )
         said = html.escape("\n".join(self.messages))
         return f"<pre>{said}</pre><table>{''.join(rows)}</table>"
@@ -191,12 +239,18 @@ def _rich_progress(console: Any) -> Any:
 
     class Speed(ProgressColumn):
         def render(self, task: Any) -> Text:
+            if "left" in task.fields:  # of the whole run
+                return Text("")
             speed = task.finished_speed or task.speed
             return Text(f"{speed / 1e6:.2f} Mvoxel/s" if speed else "- Mvoxel/s")
 
+    class Left(TimeRemainingColumn):
+        def render(self, task: Any) -> Text:
+            return Text(task.fields["left"]) if "left" in task.fields else super().render(task)
+
     return Progress(
         TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), Speed(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, speed_estimate_period=120,
+        TimeElapsedColumn(), TextColumn("left"), Left(), console=console, speed_estimate_period=120,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from distributed import Scheduler
 from tornado.ioloop import IOLoop
 
 from volseg.engine.run_view import COLORS, STATES, RunView, StageView, share_by_state
+from volseg.progress import duration
 
 NAME = "volseg"
 REFRESH_MS = 1000
@@ -133,17 +134,6 @@ def _head(run: RunView) -> str:
 
 def _css(state: str) -> str:
     return f"rgb{COLORS[state]}"
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(3.2), duration(150), duration(9000), duration(200_000)
-    ('3 s', '2.5 min', '2.5 h', '2.3 days')
-    """
-    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
-        if seconds < most:
-            return f"{seconds / length:.{0 if length == 1 else 1}f} {unit}"
-    return f"{seconds / 86400:.1f} days"
 
 
 def _plan(run: RunView) -> str:

@@ -69,7 +69,7 @@ def _execute(
     with workers as client:
         wait_for_writers(run.layout.begun_path)
         prepare()
-        progress.begin(run)
+        progress.begin(run, plan)
         folder.create_missing_arrays(run)
         if warning := cluster.exposure(client.scheduler.address):
             progress.message(warning)

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from volseg.config import Config
 from volseg.engine.finished import FinishedRun
 from volseg.engine.layout import Layout
 from volseg.engine.run import Run
+from volseg.engine.run_view import RunView, StageView
+from volseg.engine.stages import stages_of
 from volseg.errors import UserError
 from volseg.io import files
 from volseg.progress import LoggedProgress, Progress, log_line
 
 MAX_BYTES = 1 << 20  # of a log; beyond, the older half is dropped
 KEPT_LINES = 4096  # that a command writes anew where its run began anew
+OVERALL_INTERVAL_S = 0.5  # between looks at how far the whole run is
 REMOTE_INTERVAL_S = 60  # an object store has no appending: the whole log is written each time
 
 
@@ -93,12 +97,37 @@ class RunProgress(LoggedProgress):
             super().__init__(progress)
         self.since = time.time() - (time.perf_counter() - start)
         self.log: RunLog | None = None
+        self.view: RunView | None = None
+        self.last = 0.0  # time at which it was told how far the run is
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: Run, plan: dict | None = None) -> None:
         """The log begins with the command, the machine and the settings that are no defaults."""
+        self.view = RunView(run.out, time.time(), plan or {}, stages=_views(run))
         self.log = RunLog(run.layout)
         self.log.write(log_line("\n".join([_headline(), *changed_settings(run.config)]), when=self.since))
         self.attach(self.log.write)
+
+    def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
+        advance = super().stage(name, voxels, done)
+        stage = self.view.stages.get(name) if self.view else None
+        if stage is None:
+            return advance
+        stage.done, stage.before = done, done if stage.before < 0 else stage.before
+        self._tell_overall()
+
+        def advanced(more: int) -> None:
+            stage.done += more
+            self._tell_overall()
+            advance(more)
+
+        return advanced
+
+    def _tell_overall(self) -> None:
+        """What is shown tells how far the whole run is, if it can."""
+        now = time.time()
+        if self.view and now - self.last > OVERALL_INTERVAL_S and hasattr(self.shown, "overall"):
+            self.last = self.view.now = now
+            self.shown.overall(*self.view.outlook())
 
     def end(self, finished: FinishedRun) -> None:
         """The log, which lies at the run's final name now, ends with what the run gave and took."""
@@ -120,6 +149,15 @@ class RunProgress(LoggedProgress):
     def _flush(self) -> None:
         if self.log is not None:
             self.log.flush()
+
+
+def _views(run: Run) -> dict[str, StageView]:
+    """The stages of a run as far as they are known when it begins: that a tree decides shows later."""
+    return {
+        stage.name: StageView(stage.title, stage.grid.counts, stage.grid.shape, stage.part.voxels, stage.on_device)
+        for stage in stages_of(run).values()
+        if stage.group != "tree"
+    }
 
 
 def _headline() -> str:
