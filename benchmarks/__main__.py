@@ -313,6 +313,18 @@ def scale(
 
 
 @app.command()
+def waiting(
+    image: Annotated[str, typer.Option(help="The EPFL training stack.")] = f"{EPFL}/training.tif",
+    out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/waiting",
+    workers: Annotated[str, typer.Option(help="How many.")] = "1,2",
+) -> None:
+    """How long workers wait for data: from small chunks on disk, and from a store 30 ms away."""
+    from benchmarks import waiting as bench
+
+    bench.measure(image, out, tuple(int(n) for n in workers.split(",")))
+
+
+@app.command()
 def scaling(
     what: Annotated[str, typer.Argument(help="volumes, workers or blocks.")],
     out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/scaling",

@@ -258,3 +258,18 @@ def test_probabilities_of_others_are_the_same_by_chunks_and_by_planes(tmp_path, 
         labels.append(run.labels[:])
     assert read_in == [SHAPE, (8, 32, 96)]
     assert np.array_equal(*labels)
+
+
+def test_what_is_read_ahead_is_read_once_and_gives_the_same_bytes(deep, whole, cuts, tmp_path, monkeypatch):
+    """As of a store that answers late."""
+    run, read, boxes = begun(deep, tmp_path / "run", **SMALL), volume.Volume.read, []
+    assert run.cuts["xy"].block[0] == 2 * run.cuts["xy"].depth  # two layers of chunks
+    monkeypatch.setattr(volume.Volume, "read", lambda source, box: boxes.append(str(box)) or read(source, box))
+    i = len(run.predict_grid) // 2
+    for ahead in (True, False):
+        monkeypatch.setattr(Run, "reads_ahead", ahead)
+        pipeline.process_block(run.out, run.id, "predict", i)
+        box = run.predict_grid[i]
+        np.testing.assert_array_equal(run.layout.probabilities.read(box), whole["xy"][(slice(None), *box.slices)])
+    assert boxes[: len(boxes) // 2] == boxes[len(boxes) // 2 :]
+    assert len(boxes) > 2

@@ -141,7 +141,8 @@ def _cut(run: Run, plane: str, room: int) -> Cut | None:
 
     def size(rows: _Along, columns: _Along) -> int:
         slab = itemsize * (depth + 2 * run.sections) * rows.covered * columns.covered
-        return slab * 5 // 4 + rows.block * columns.block * (heads * shard + BLEND_BYTES + 8 * heads)
+        slab = slab * (9 if run.reads_ahead else 5) // 4
+        return slab + rows.block * columns.block * (heads * shard + BLEND_BYTES + 8 * heads)
 
     while True:
         ways = [

@@ -238,6 +238,7 @@ def _facts(
         "spans": {stage: [begin - start, end - start] for stage, (begin, end) in statistics.stage_spans.items()},
         "worker_seconds": statistics.worker_seconds,
         "device_share": statistics.device_share,
+        "data_wait_share": statistics.data_wait_share,
         "queue": statistics.queue,
         "workers": statistics.devices,
         "bus_bytes": {"sent": statistics.bytes_sent, "fetched": statistics.bytes_fetched},

@@ -272,8 +272,10 @@ def _time_lines(facts: dict, voxels: int) -> Iterator[str]:
     if spent:
         yield f"workers  {spent:.1f} s: {', '.join(_shares(worker_seconds, spent))}"
     if share := facts["device_share"]:
+        waited = 100 * facts.get("data_wait_share", 0.0)
         yield (
-            f"device   computed in {100 * share:.0f} % of predict; {facts['queue']:.1f} blocks waited for a worker on average"
+            f"device   computed in {100 * share:.0f} % of predict, waited for data in {waited:.1f} %; {facts['queue']:.1f} "
+            "blocks waited for a worker on average"
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -16,6 +17,7 @@ import numpy as np
 
 from volseg.box import Blocks, Box, inverse_axes, transpose_axes
 from volseg.engine import cluster
+from volseg.engine.data_wait import DataWait
 from volseg.engine.keys import probability_key
 from volseg.engine.receipts import Timings
 from volseg.engine.run import Run, digest, stored_run
@@ -33,6 +35,7 @@ from volseg.system import trim_memory
 PIECES = 8  # into which a block is cut that was too much for a worker's memory
 _IN_PIECES: ContextVar[bool] = ContextVar("in_pieces", default=False)
 DEVICE_LOCK = threading.Lock()  # held by the task of this process that infers, while others read and write
+DATA_WAIT = DataWait()  # of the device that this process has
 
 
 def predict(run: Run, i: int, timings: Timings) -> dict:
@@ -193,7 +196,7 @@ class Inference:
         out = np.zeros((len(run.heads), *layer.shape), np.uint8) if part.voxels else None
         stop = min(sections.stop, self.sections.stop)
         for piece in self._pieces(max(sections.start, self.done), stop):
-            with self.timings.phase("read"):
+            with _reading(self.timings):
                 mask = self._mask(piece)
             inside = None
             if out is not None:
@@ -210,7 +213,7 @@ class Inference:
         self._hand_over(-(-self.sections.stop // SPAN))
         self.taken.remove()
         sent = {"bytes_sent": self.device.sent, "bytes_fetched": self.device.fetched}
-        return {**self.facts, **sent}
+        return {**self.facts, **sent, "data_wait_seconds": DATA_WAIT.take()}
 
     def _pieces(self, start: int, stop: int) -> list[slice]:
         """Sections from ``start`` to ``stop``, cut where the chunks that they and those around them lie in end."""
@@ -234,7 +237,7 @@ class Inference:
         run, device = self.run_, self.device
         todo = self._todo(piece, mask)
         if self.reader and todo:
-            with self.timings.phase("read"):
+            with _reading(self.timings):
                 source = self.reader.read(piece.start, piece.stop)
                 with out_of_memory_as(f"{source.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
                     on_device = replace(source, voxels=device.put(source.voxels))
@@ -338,13 +341,24 @@ def _device_held(timings: Timings) -> Iterator[None]:
     with timings.phase("wait"):
         DEVICE_LOCK.acquire()
     try:
-        yield
+        with DATA_WAIT.inferring():
+            yield
     finally:
         DEVICE_LOCK.release()
 
 
+@contextmanager
+def _reading(timings: Timings) -> Iterator[None]:
+    """Inside, a task reads what it is to infer."""
+    with timings.phase("read"), DATA_WAIT.reading():
+        yield
+
+
 class SlabReader:
-    """Reads the source under some tiles, section after section, whole chunks at a time: none is decoded twice."""
+    """Reads the source under some tiles, section after section, whole chunks at a time: none is decoded twice.
+
+    Of a store that answers late, the chunks that follow are read while those before them are inferred.
+    """
 
     def __init__(self, run: Run, plane: str, window: Plane, sections: slice) -> None:
         self.run, self.axes, self.around = run, tiles.PLANES[plane], run.sections // 2
@@ -355,6 +369,8 @@ class SlabReader:
         rows, columns = (slice(max(0, s.start), min(s.stop, n)) for s, n in zip(window, shape[1:], strict=True))
         self.rows, self.columns = rows, columns
         self.start, self.voxels = 0, np.zeros((0, 0, 0))  # what was read last
+        self.pool = ThreadPoolExecutor(1) if run.reads_ahead and self.depth > 1 else None
+        self.ahead: tuple[Box, Future[np.ndarray]] | None = None  # what is being read
 
     def read(self, start: int, stop: int) -> tiles.Slab:
         """The sections from ``start`` to ``stop`` and those around them; both grow from call to call."""
@@ -367,18 +383,34 @@ class SlabReader:
             box = Box((first, self.rows.start, self.columns.start), (last, self.rows.stop, self.columns.stop))
             self.voxels = self._joined(kept, box)
             self.start = first - len(kept)
+            self._read_ahead(last)
         return tiles.Slab(self.voxels, (self.start, self.rows.start, self.columns.start), self.around, self.length)
 
     def _joined(self, kept: np.ndarray, box: Box) -> np.ndarray:
         """Sections that were kept, and those of ``box`` after them."""
-        volume_box = box.transpose(inverse_axes(self.axes))
         if not len(kept):
-            return np.ascontiguousarray(self.run.source.read(volume_box).transpose(self.axes))
+            return np.ascontiguousarray(self._read(box))
         out = np.empty((len(kept) + box.shape[0], *box.shape[1:]), kept.dtype)
         out[: len(kept)] = kept
         self.voxels = self.voxels[:0].copy()  # makes room for what is read
-        out[len(kept) :] = self.run.source.read(volume_box).transpose(self.axes)
+        out[len(kept) :] = self._read(box)
         return out
+
+    def _read(self, box: Box) -> np.ndarray:
+        """The voxels of ``box``, in the axes of the pass; those that are being read are waited for."""
+        ahead, self.ahead = self.ahead, None
+        voxels = ahead[1].result() if ahead and ahead[0] == box else self._source(box)
+        return voxels.transpose(self.axes)
+
+    def _source(self, box: Box) -> np.ndarray:
+        return self.run.source.read(box.transpose(inverse_axes(self.axes)))
+
+    def _read_ahead(self, start: int) -> None:
+        """The chunks from section ``start`` on begin to be read."""
+        stop = min(start - start % self.depth + self.depth, self.stop)
+        if self.pool and start < stop:
+            box = Box((start, self.rows.start, self.columns.start), (stop, self.rows.stop, self.columns.stop))
+            self.ahead = box, self.pool.submit(copy_context().run, self._source, box)
 
 
 # ---------------------------------------------------------------- the network

@@ -46,6 +46,7 @@ class Receipt:
     seconds         by phase
     voxels          of the block
     device_seconds  in which the device computed
+    data_wait_seconds  in which the device had nothing to do, as its process was reading
     inferred_voxels that went through the network
     bytes_sent, bytes_fetched  to and from the device
     kept            whether the block was left as an earlier decision had made it
@@ -61,6 +62,7 @@ class Receipt:
     pid: int = field(default_factory=os.getpid)
     peak_bytes: int = field(default_factory=lambda: peak_bytes())
     device_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
     inferred_voxels: int = 0
     bytes_sent: int = 0
     bytes_fetched: int = 0
@@ -354,7 +356,7 @@ class RunStatistics:
     devices         workers that infer
     stage_spans     by stage, when its first block was handed out and its last one ended
     worker_seconds  by stage, the seconds of each phase, of all workers together
-    device_seconds, inferred_voxels, bytes_sent, bytes_fetched  sums over all receipts
+    device_seconds, data_wait_seconds, inferred_voxels, bytes_sent, bytes_fetched  sums over all receipts
     peak_bytes      the most that one worker held
     blocks          by stage, the state of each block, for who looks on; None where nobody does
     """
@@ -364,6 +366,7 @@ class RunStatistics:
     stage_spans: dict[str, tuple[float, float]] = field(default_factory=dict)
     worker_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     device_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
     inferred_voxels: int = 0
     bytes_sent: int = 0
     bytes_fetched: int = 0
@@ -384,6 +387,7 @@ class RunStatistics:
         self.stage_spans[stage] = self.stage_spans[stage][0], time.perf_counter()
         add(self.worker_seconds.setdefault(stage, {}), receipt.seconds)
         self.device_seconds += receipt.device_seconds
+        self.data_wait_seconds += receipt.data_wait_seconds
         self.inferred_voxels += receipt.inferred_voxels
         self.bytes_sent += receipt.bytes_sent
         self.bytes_fetched += receipt.bytes_fetched
@@ -400,9 +404,17 @@ class RunStatistics:
     @property
     def device_share(self) -> float:
         """Share of the time of inference in which a device computed."""
+        return self._share_of_inference(self.device_seconds)
+
+    @property
+    def data_wait_share(self) -> float:
+        """Share of that time in which a device waited for data."""
+        return self._share_of_inference(self.data_wait_seconds)
+
+    def _share_of_inference(self, seconds: float) -> float:
         spans = [span for stage, span in self.stage_spans.items() if "infer" in self.worker_seconds.get(stage, ())]
         took = max((end for _, end in spans), default=0.0) - min((begin for begin, _ in spans), default=0.0)
-        return self.device_seconds / (took * self.devices) if took and self.devices else 0.0
+        return seconds / (took * self.devices) if took and self.devices else 0.0
 
     @property
     def queue(self) -> float:

@@ -19,7 +19,7 @@ from volseg.engine.parts import Parts
 from volseg.errors import DamagedFileError, UserError
 from volseg.inference import tiles
 from volseg.inference.backends import Engine
-from volseg.io import probabilities, pyramid, volume
+from volseg.io import files, probabilities, pyramid, volume
 from volseg.io.corrections import Corrections
 from volseg.io.header import check_shape
 from volseg.io.resample import Grid
@@ -154,6 +154,12 @@ class Run:
         """How many sections such a block reads at once, with those around them; 0 for all."""
         cut = self.cuts.get(plane)
         return cut.depth if cut else 0
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a block reads what follows while it infers: a store is waited for. Of local files, decoding takes the same
+        cores that infer, or a GPU has another task meanwhile."""
+        return files.is_remote(self.source.path)
 
     @property
     def layers(self) -> Blocks:

@@ -139,6 +139,7 @@ def _cards(run: FinishedRun) -> str:
     }
     if facts["device_share"]:
         cards["of predict the device computed"] = f"{100 * facts['device_share']:.0f} %"
+        cards["of predict it waited for data"] = f"{100 * facts.get('data_wait_share', 0.0):.1f} %"
     size = " x ".join(f"{n:g}" for n in run.voxel_size_nm)
     origin = f"{' x '.join(map(str, run.shape))} voxels of {size} nm, from {run.run.source.path}"
     none = f"<p>No object: {html.escape(facts['why_no_object'])}</p>" if not run.object_count else ""

@@ -122,6 +122,7 @@ def _store(path: str) -> Store:
     if not files.is_remote(path):
         return LocalStore(path)
     remote.filesystem(path)  # says in a line what is wrong
+    zarr.config.set({"async.concurrency": remote.REQUESTS})
     return FsspecStore.from_url(path, storage_options=remote.options(path))
 
 

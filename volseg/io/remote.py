@@ -7,13 +7,18 @@ from typing import Any
 
 from volseg.errors import UserError
 
+REQUESTS = 64  # to a store at once: it answers after tens of milliseconds, however many there are
 CONNECT_S, ANSWER_S = 3, 5  # that a store may take to accept a connection, and to answer, when it is first used
 TRANSPORT = ("aiobotocore", "aiohttp", "botocore", "urllib3")  # packages whose errors say that a store cannot be used
 
 
 def options(path: str) -> dict[str, Any]:
-    """What fsspec is told of the store of a URL: to read without a signature where no credentials are to be found."""
-    return {"anon": True} if path.startswith("s3://") and _is_anonymous() else {}
+    """What fsspec is told of the store of a URL: to have connections enough and, where no credentials are to be found, to read
+    without a signature."""
+    if not path.startswith("s3://"):
+        return {}
+    told = {"config_kwargs": {"max_pool_connections": REQUESTS, **_configured().get("config_kwargs", {})}}
+    return {**told, "anon": True} if _is_anonymous() else told
 
 
 def filesystem(path: str) -> tuple[Any, str]:
@@ -52,13 +57,17 @@ def advice(path: str) -> str:
     return "these credentials may not do that: see AWS_PROFILE, AWS_ACCESS_KEY_ID"
 
 
+def _configured() -> dict[str, Any]:
+    """What fsspec's own configuration says of S3."""
+    import fsspec.config
+
+    return fsspec.config.conf.get("s3", {})
+
+
 @lru_cache(maxsize=1)
 def _is_anonymous() -> bool:
     """Whether neither the environment, nor a file, nor the machine gives credentials for S3."""
-    import fsspec.config
-
-    told = fsspec.config.conf.get("s3", {})
-    if set(told) & {"anon", "key", "profile", "token", "session"}:
+    if set(_configured()) & {"anon", "key", "profile", "token", "session"}:
         return False
     try:
         from botocore.session import Session
@@ -78,7 +87,7 @@ def _check_answers(bucket: str) -> None:
     from fsspec.core import url_to_fs
 
     limits = {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S, "retries": {"total_max_attempts": 2}}
-    fs, root = url_to_fs(bucket, **options(bucket), config_kwargs=limits)
+    fs, root = url_to_fs(bucket, **{**options(bucket), "config_kwargs": limits})
     fs.retries = 1
     try:
         fs.ls(root, detail=False)

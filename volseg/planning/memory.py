@@ -110,7 +110,7 @@ def _predict(run: Run, plane: str, grid: Blocks, threads: int) -> int:
     out = heads * prod(run.stored_together(plane))
     if run.read_together(plane):  # kept sections beside those that follow, and the parts of tiles that come and go
         handed = grid_of_tiles.size[0] * columns + grid_of_tiles.size[1] * rows
-        slab += slab // 4 + 4 * heads * SPAN * handed // 4
+        slab += slab // 4 + slab * run.reads_ahead + 4 * heads * SPAN * handed // 4
     masked = prod(run.stored_together(plane)) if run.roi and run.roi.mask else 0
     tile = run.batch * prod(grid_of_tiles.size)
     under_way = 4 * tile * ((threads + 2) * run.sections + (threads + 1) * heads)
