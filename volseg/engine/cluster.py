@@ -17,6 +17,7 @@ from distributed.scheduler import KilledWorker
 from volseg import system
 from volseg.config import Cluster
 from volseg.engine import guard, launch, local, metrics
+from volseg.engine.elastic import let_workers_finish
 from volseg.engine.local import DEVICE, TASKS_PER_GPU, THREADS, WatchedNanny, worker_count
 from volseg.engine.receipts import Receipt, add, peak_bytes
 
@@ -72,10 +73,12 @@ def connect(
     if config.is_given:
         with launch.given(config) as client, launch.watched(client, tell):
             client.register_plugin(Counters())
+            let_workers_finish(client)
             yield client
     elif not (light or config.is_local):
         with launch.started(config, bool(gpus), tell) as client, launch.watched(client, tell):
             client.register_plugin(Counters())
+            let_workers_finish(client)
             yield client
     else:
         with _local(config, gpus, light) as client:
@@ -89,6 +92,8 @@ def _local(config: Cluster, gpus: int, light: bool) -> Iterator[Client]:
     try:
         with workers as cluster, Client(cluster, set_as_default=False) as client:
             client.register_plugin(Counters())
+            if not light:
+                let_workers_finish(client)
             yield client
             whole = True
     except TimeoutError:  # on a busy machine workers may end too slowly for Dask; what they did is stored

@@ -18,6 +18,7 @@ from typing import Any
 from distributed import Client, Future, as_completed, get_worker
 
 from volseg.engine.cluster import TASKS_IN_FLIGHT, cause_of_death, threads
+from volseg.engine.elastic import Silence
 from volseg.engine.local import DEVICE, HOST
 from volseg.errors import OutOfMemoryError, UserError
 from volseg.system import trim_memory
@@ -84,6 +85,7 @@ def run(
     heavy: set[Item] = set()
     solo: set[str] = set()  # the task that runs alone
     loop = as_completed([], loop=client.loop, raise_errors=False)
+    silence = Silence(client)
 
     def refill() -> None:
         while not stopped:
@@ -122,7 +124,10 @@ def run(
             failures.append(failure)
 
     refill()
-    for batch in loop.batches():
+    for batch in _batches(loop, silence):
+        if not batch:
+            for queue in queues:
+                queue.widen()
         finished = [future for future in batch if future.status == "finished"]
         for future, (seconds, outcomes) in zip(finished, client.gather(finished), strict=True):
             queue = queue_of.pop(future.key)
@@ -143,6 +148,18 @@ def run(
     if stopped:
         raise stopped[0]
     return sorted(failures, key=lambda failure: failure.item)
+
+
+def _batches(loop: as_completed, silence: Silence) -> Iterator[list[Future]]:
+    """Futures as they end, many at once; and now and then none, when workers were looked at."""
+    while not loop.is_empty():
+        if silence.look():
+            yield []
+        if not loop.has_ready():
+            with loop.thread_condition:
+                loop.thread_condition.wait(timeout=0.1)
+        if batch := loop.next_batch(block=False):
+            yield batch
 
 
 def _queues(client: Client, items: Iterable, device: Iterable) -> list[tuple[Iterator, dict, int]]:
@@ -173,7 +190,7 @@ class _Queue:
         self, client: Client, call: Callable, items: Iterator[Item | None], resources: dict, slots: int, window: int
     ) -> None:
         self.client, self.call, self.items, self.resources = client, call, items, resources
-        self.window = window or TASKS_IN_FLIGHT * max(1, slots)
+        self.fixed, self.window = window, window or TASKS_IN_FLIGHT * max(1, slots)
         self.retries: deque[Item] = deque()  # at once
         self.later: list[tuple[float, Failure]] = []  # at a time, on another worker
         self.in_flight: dict[str, list[Item]] = {}
@@ -184,6 +201,11 @@ class _Queue:
         due = [failure for when, failure in self.later if when <= time.monotonic()]
         self.later = [(when, failure) for when, failure in self.later if failure not in due]
         return [*map(self._again, due), *self._more()]
+
+    def widen(self) -> None:
+        """Workers that have joined have something to do, too."""
+        slots = _slots(self.client, next(iter(self.resources))) if self.resources else threads(self.client)
+        self.window = max(self.window, 0 if self.fixed else TASKS_IN_FLIGHT * slots)
 
     def retry(self, failure: Failure, pause: float) -> None:
         """The item of ``failure`` is tried again after ``pause`` seconds."""
