@@ -436,6 +436,7 @@ def export(
     kind: str = "",
     what: str = "labels",
     meshes: bool = False,
+    skeletons: bool = False,
     objects: Sequence[int] = (),
     max_error_nm: float | None = None,
     config: str | os.PathLike | Config | dict | None = None,
@@ -455,13 +456,16 @@ def export(
         The output: a local file or folder.
     kind : str
         ``"precomputed"``, ``"n5"``, ``"tiff"``, ``"hdf5"`` or ``"nrrd"``; meshes, in nm: ``"mesh"`` (Neuroglancer's),
-        ``"obj"``, ``"ply"`` or ``"glb"``, a file for each object; ``"rois"``, outlines in each section for ImageJ; and the
+        ``"obj"``, ``"ply"`` or ``"glb"``, a file for each object; center lines, ``"skeletons"`` (Neuroglancer's, nm) or
+        ``"swc"`` (µm), with a table of their lengths; ``"rois"``, outlines in each section for ImageJ; and the
         object table, ``"csv"``, ``"parquet"`` or ``"anndata"``. By default what the ending of ``out`` names.
     what : str
         ``"labels"``; or one of the run's heads, such as ``"mask"``, for its probabilities (uint8, 255 is certain).
         ``"probabilities"`` is the first head.
     meshes : bool
         Whether a precomputed volume holds meshes, too.
+    skeletons : bool
+        Whether a precomputed volume holds skeletons, too.
     objects : sequence of int
         Labels of the objects that are wanted, where single objects are written; all by default.
     max_error_nm : float, optional
@@ -488,7 +492,7 @@ def export(
 
     opened = run if isinstance(run, FinishedRun) else open_run(os.fspath(run))
     out = folder.absolute(os.fspath(out).rstrip("/"))
-    wanted = export.checked(opened, out, export.Request(kind, what, meshes, tuple(objects), max_error_nm))
+    wanted = export.checked(opened, out, export.Request(kind, what, meshes, tuple(objects), max_error_nm, skeletons))
     with displayed(progress) as shown:
         return export.execute(
             opened, out, wanted, settings_of(config, settings, base={}).cluster, shown, overwrite=overwrite

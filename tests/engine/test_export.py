@@ -16,7 +16,7 @@ from tests.helpers import Quiet
 from volseg.engine import export
 from volseg.errors import UserError
 from volseg.io import arrays
-from volseg.io.export import single
+from volseg.io.export import single, skeletons
 
 
 def export_of(run, out, **more):
@@ -185,3 +185,51 @@ def test_a_run_that_changes_meanwhile_gives_nothing(reference, tmp_path):
     with pytest.raises(UserError, match="was decided anew while it was exported"):
         export_of(opened, tmp_path / "labels.tif")
     assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]
+
+
+# ---------------------------------------------------------------- skeletons
+
+
+def test_skeletons_lie_in_their_objects_and_are_read_by_their_library(reference, tmp_path):
+    osteoid = pytest.importorskip("osteoid", reason="comes with kimimaro (extra skeletons)")
+    lines, trees = (export_of(reference, tmp_path / kind, kind=kind) for kind in ("skeletons", "swc"))
+    labels, size = labels_of(reference), np.array(volseg.open(reference).voxel_size_nm)
+    info = json.loads((lines / "info").read_text())
+    assert info["@type"] == "neuroglancer_skeletons"
+    table = np.genfromtxt(lines / "skeletons.csv", delimiter=",", names=True)
+    assert table["id"].tolist() == volseg.open(reference).objects["id"].tolist()
+    assert (lines / "skeletons.csv").read_bytes() == (trees / "skeletons.csv").read_bytes()
+    for row in table:
+        label = int(row["id"])
+        attributes = info["vertex_attributes"]
+        found = osteoid.Skeleton.from_precomputed((lines / str(label)).read_bytes(), vertex_attributes=attributes)
+        zyx = tuple((found.vertices[:, ::-1] / size).astype(int).T)
+        assert (labels[zyx] == label).all()
+        assert found.cable_length() == pytest.approx(row["length_nm"], rel=1e-4)
+        assert len(found.terminals()) == row["ends"]
+        tree = osteoid.Skeleton.from_swc((trees / f"{label}.swc").read_text())
+        assert tree.cable_length() * 1000 == pytest.approx(row["length_nm"], rel=1e-3)
+        assert len(tree.vertices) == len(found.vertices)
+
+
+def test_a_straight_rod_has_its_length_and_radius():
+    pytest.importorskip("kimimaro", reason="needs kimimaro (extra skeletons)")
+    y, x = np.ogrid[:41, :41]
+    rod = np.broadcast_to((y - 20) ** 2 + (x - 20) ** 2 <= 81, (80, 41, 41))
+    found = skeletons.center_lines(rod, (5, 0, 0), (5.0, 5.0, 5.0))
+    length, ends, branch_points, radius = found.measures
+    assert (ends, branch_points) == (2, 0)
+    assert length == pytest.approx(79 * 5, abs=50)
+    assert 0.8 * 9 * 5 <= radius <= 9.5 * 5  # near the ends the surface is nearer
+    assert found.vertices[:, 2].min() == (5 + 0.5) * 5
+    assert skeletons.center_lines(np.zeros((2, 2, 2), bool), (0, 0, 0), (1.0, 1.0, 1.0)) is None
+
+
+def test_skeletons_lie_beside_precomputed_labels(reference, tmp_path):
+    pytest.importorskip("kimimaro", reason="needs kimimaro (extra skeletons)")
+    label = int(volseg.open(reference).objects["id"][0])
+    made = export_of(reference, tmp_path / "em.precomputed", skeletons=True, objects=[label])
+    assert json.loads((made / "info").read_text())["skeletons"] == "skeletons"
+    assert sorted(path.name for path in (made / "skeletons").iterdir()) == sorted([str(label), "info", "skeletons.csv"])
+    with pytest.raises(UserError, match=r"skeletons lie beside labels in precomputed volumes alone.*--to skeletons"):
+        export_of(reference, tmp_path / "em.n5", skeletons=True)

@@ -69,12 +69,14 @@ def export(
         typer.Option(
             "--to",
             metavar="KIND",
-            help="precomputed, n5, tiff, hdf5, nrrd; meshes: mesh (Neuroglancer's), obj, ply, glb; rois; the object table: "
+            help="precomputed, n5, tiff, hdf5, nrrd; meshes: mesh (Neuroglancer's), obj, ply, glb; center lines: skeletons "
+            "(Neuroglancer's), swc; rois; the object table: "
             "csv, parquet, anndata. Else as DST ends.",
         ),
     ] = "",
     what: Annotated[str, typer.Option("--what", help="labels, or probabilities: mask, contour, ...")] = "labels",
     meshes: Annotated[bool, typer.Option("--meshes", help="Add meshes to a precomputed volume.")] = False,
+    skeletons: Annotated[bool, typer.Option("--skeletons", help="Add skeletons to a precomputed volume.")] = False,
     objects: Annotated[
         list[int] | None, typer.Option("--object", metavar="ID", help="Mesh or outline this object alone; repeatable.")
     ] = None,
@@ -92,8 +94,8 @@ def export(
 
     with shown("nothing is left of it, the same command begins anew") as progress:
         made = export(
-            run, out, kind=to, what=what, meshes=meshes, objects=objects or (), max_error_nm=max_error_nm,
-            settings=chosen, overwrite=overwrite, progress=progress,
+            run, out, kind=to, what=what, meshes=meshes, skeletons=skeletons, objects=objects or (),
+            max_error_nm=max_error_nm, settings=chosen, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     emit(f"export   {made}", {"export": made})
 

@@ -25,7 +25,7 @@ from volseg.engine.finished import FinishedRun
 from volseg.engine.lock import Lock
 from volseg.errors import UserError
 from volseg.io import files, volume
-from volseg.io.export import chunked, meshes, rois, single
+from volseg.io.export import chunked, meshes, rois, single, skeletons
 from volseg.io.export.objects import write_anndata
 from volseg.io.export.properties import segment_properties
 from volseg.progress import Progress
@@ -38,11 +38,12 @@ LABELS = "labels"
 
 @dataclass(frozen=True)
 class Form:
-    """A kind of export: the endings that name it, what writes it, and whether it is a folder."""
+    """A kind of export: the endings that name it, what writes it and the extra that holds that, and whether it is a folder."""
 
     suffixes: tuple[str, ...]
     packages: tuple[str, ...] = ()
     folder: bool = False
+    extra: str = "export"
 
 
 FORMS = {
@@ -55,12 +56,15 @@ FORMS = {
     "obj": Form((), ("zmesh", "trimesh"), folder=True),
     "ply": Form((), ("zmesh", "trimesh"), folder=True),
     "glb": Form((), ("zmesh", "trimesh"), folder=True),
+    "skeletons": Form((".skeletons",), ("kimimaro",), folder=True, extra="skeletons"),
+    "swc": Form((), ("kimimaro",), folder=True, extra="skeletons"),
     "rois": Form((".zip",), ("roifile",)),
     "csv": Form((".csv",)),
     "parquet": Form((".parquet",)),
     "anndata": Form((".h5ad",), ("h5py",)),
 }
 CHUNKED, SINGLE, MESHES = ("precomputed", "n5"), ("tiff", "hdf5", "nrrd"), ("mesh", "obj", "ply", "glb")
+LINES = ("skeletons", "swc")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Request:
     kind          one of `FORMS`
     what          labels, or the name of a head of its probabilities
     meshes        whether a precomputed volume holds meshes, too
+    skeletons     whether it holds skeletons, too
     objects       labels of those that are wanted where single objects go out; none for all
     max_error_nm  how far a mesh may lie from the voxels' surface; None for half the shortest edge of a voxel
     """
@@ -79,6 +84,7 @@ class Request:
     meshes: bool = False
     objects: tuple[int, ...] = ()
     max_error_nm: float | None = None
+    skeletons: bool = False
 
 
 def checked(run: FinishedRun, out: str, wanted: Request) -> Request:
@@ -86,18 +92,21 @@ def checked(run: FinishedRun, out: str, wanted: Request) -> Request:
     kind, heads = wanted.kind or _kind_of(out), run.run.heads
     if kind not in FORMS:
         raise UserError(f"there is no export {kind!r}; give one of {', '.join(FORMS)}")
-    system.require(*FORMS[kind].packages, *(("zmesh",) if wanted.meshes else ()), extra="export")
+    system.require(*FORMS[kind].packages, extra=FORMS[kind].extra)
+    system.require(*(("zmesh",) if wanted.meshes else ()), extra="export")
+    system.require(*(("kimimaro",) if wanted.skeletons else ()), extra="skeletons")
     what = heads[0] if wanted.what == "probabilities" else wanted.what
     if what not in (LABELS, *heads):
         raise UserError(f"the run holds no {what!r}; give {LABELS} or one of its probabilities: {', '.join(heads)}")
     if what != LABELS:
         run.run.require_probabilities(f"an export of {what}")
     if kind in CHUNKED or kind in SINGLE:
-        if wanted.meshes and (kind, what) != ("precomputed", LABELS):
-            raise UserError(
-                "meshes lie beside labels in precomputed volumes alone; leave out --meshes, or give --to mesh"
-            )
-        if wanted.objects and not wanted.meshes:
+        for asked, name, own in ((wanted.meshes, "meshes", "mesh"), (wanted.skeletons, "skeletons", "skeletons")):
+            if asked and (kind, what) != ("precomputed", LABELS):
+                raise UserError(
+                    f"{name} lie beside labels in precomputed volumes alone; leave out --{name}, or give --to {own}"
+                )
+        if wanted.objects and not (wanted.meshes or wanted.skeletons):
             raise UserError(f"{kind} holds the whole volume; leave out --object, or give one of {', '.join(MESHES)}")
     elif what != LABELS:
         raise UserError(f"{kind} holds objects, not {what}; leave out --what")
@@ -252,6 +261,9 @@ def _write_precomputed(run: FinishedRun, path: str, wanted: Request, config: Clu
     if wanted.meshes:
         _write_meshes(run, f"{path}/mesh", replace(wanted, kind="mesh"), config, progress)
         chunked.link(path, mesh="mesh")
+    if wanted.skeletons:
+        _write_skeletons(run, f"{path}/skeletons", replace(wanted, kind="skeletons"), config, progress)
+        chunked.link(path, skeletons="skeletons")
 
 
 def _write_meshes(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
@@ -269,6 +281,26 @@ def _write_meshes(run: FinishedRun, path: str, wanted: Request, config: Cluster,
         progress.message(
             f"{sum(missing)} objects are too thin for a surface at the coarser level that their size asks for"
         )
+
+
+def _write_skeletons(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
+    """With a table of what they measure, beside what else the folder holds."""
+    levels = levels_of(run, LABELS)
+    job = meshing.MeshJob(path, wanted.kind, levels, 0.0)
+    found = meshing.objects_of(columns_of(run), wanted.objects)
+    items = [(group,) for group in meshing.groups(found, levels[0].shape)]
+    weights = [sum(each.box.voxels for each in group) for (group,) in items]
+    if wanted.kind == "skeletons":
+        skeletons.describe(path)
+    light = sum(weights) <= LIGHT_VOXELS // 16
+    made = run_tasks(meshing.write_skeletons, job, items, weights, "skeletons", config, progress, light=light)
+    rows = sorted(row for some in made for row in some)
+    lines = [
+        ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row) for row in rows if row[1:]
+    ]
+    files.write_bytes(path, "skeletons.csv", "\n".join([",".join(skeletons.COLUMNS), *lines, ""]).encode())
+    if missing := sum(not row[1:] for row in rows):
+        progress.message(f"{missing} objects are too thin for a line at the coarser level that their size asks for")
 
 
 # ---------------------------------------------------------------- outlines and tables
@@ -315,6 +347,7 @@ WRITERS: dict[str, Callable[[FinishedRun, str, Request, Cluster, Progress], None
     "hdf5": _write_volume,
     "nrrd": _write_volume,
     **dict.fromkeys(MESHES, _write_meshes),
+    **dict.fromkeys(LINES, _write_skeletons),
     "rois": _write_rois,
     **dict.fromkeys(("csv", "parquet", "anndata"), _write_table),
 }

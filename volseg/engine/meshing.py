@@ -1,4 +1,5 @@
-"""Meshes of a run's objects, each from its own box: objects of one neighborhood are read together, large ones coarser."""
+"""Meshes and skeletons of a run's objects, each from its own box: objects of one neighborhood are read together, large ones
+coarser."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ import numpy as np
 
 from volseg.box import Blocks, Box, Triple
 from volseg.io import volume
-from volseg.io.export import meshes
+from volseg.io.export import meshes, skeletons
+from volseg.io.header import TripleNm
 
 NEIGHBORHOOD = (128, 256, 256)  # voxels: small objects that begin in one such block are read together
 SMALL_VOXELS = 1 << 22  # of an object's box, up to which it is one of several in a task
 TOGETHER_VOXELS = 1 << 25  # that are read at once
 MASK_VOXELS = 1 << 26  # of an object's box at the level it is meshed from; larger ones are meshed from coarser voxels
+LINE_VOXELS = 1 << 24  # the same for skeletons, which take more memory, and change less where voxels are coarser
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,25 @@ def write_meshes(job: MeshJob, objects: tuple[Object, ...]) -> int:
 
 def mesh_of(levels: tuple[volume.Volume, ...], each: Object, max_error_nm: float, most: int = 0) -> meshes.Mesh:
     """The surface of one object, from the finest voxels of which at most ``most`` fill its box."""
-    finest, most = levels[0].voxel_size_nm, most or MASK_VOXELS
+    mask, start, size = _mask_of(levels, each, most or MASK_VOXELS)
+    error = max_error_nm * max(b / a for a, b in zip(levels[0].voxel_size_nm, size, strict=True))
+    return meshes.surface(mask, start, size, error)
+
+
+def write_skeletons(job: MeshJob, objects: tuple[Object, ...]) -> list[tuple]:
+    """The skeletons of some objects are stored; by label, what `skeletons.COLUMNS` say of each."""
+    rows = []
+    for each in objects:
+        found = skeletons.center_lines(*_mask_of(job.levels, each, LINE_VOXELS))
+        if found:
+            skeletons.save(job.path, job.kind, each.label, found)
+        rows.append((each.label, *found.measures) if found else (each.label,))
+    return rows
+
+
+def _mask_of(levels: tuple[volume.Volume, ...], each: Object, most: int) -> tuple[np.ndarray, Triple, TripleNm]:
+    """One object in the finest voxels of which at most ``most`` fill its box: its mask, where it begins, their size."""
+    finest = levels[0].voxel_size_nm
     for level in levels:
         scale = [round(b / a) for a, b in zip(finest, level.voxel_size_nm, strict=True)]
         start = tuple(a // s for a, s in zip(each.box.start, scale, strict=True))
@@ -89,10 +110,9 @@ def mesh_of(levels: tuple[volume.Volume, ...], each: Object, max_error_nm: float
     factor = 1
     while box.voxels > most * factor**3:
         factor *= 2
+    z, y, x = (n // factor for n in box.start)
     size = tuple(n * factor for n in level.voxel_size_nm)
-    mask = meshes.read_mask(level, box, each.label, factor)
-    error = max_error_nm * max(b / a for a, b in zip(finest, size, strict=True))
-    return meshes.surface(mask, tuple(n // factor for n in box.start), size, error)
+    return meshes.read_mask(level, box, each.label, factor), (z, y, x), size
 
 
 def _join(a: Box, b: Box) -> Box:
