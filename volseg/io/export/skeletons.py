@@ -14,6 +14,7 @@ from volseg.io import files
 from volseg.io.header import TripleNm
 
 SCALE, CONST_VOXELS = 1.5, 10  # a branch is one from so many radii and shortest voxel edges off the line on
+CENTERING = {"pdrf_scale": 100_000, "pdrf_exponent": 4}  # kimimaro's own where it is given none at all
 INFO = {
     "@type": "neuroglancer_skeletons",
     "transform": [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0],
@@ -54,10 +55,10 @@ def center_lines(mask: np.ndarray, start: Triple, voxel_size_nm: TripleNm) -> Sk
     import kimimaro
 
     size = np.array(voxel_size_nm[::-1], np.float64)
-    params = {"scale": SCALE, "const": CONST_VOXELS * float(size.min())}
+    params = {"scale": SCALE, "const": CONST_VOXELS * float(size.min()), **CENTERING}
     padded = np.pad(mask.astype(np.uint8), 1)  # the box's faces are the object's, too
     found = kimimaro.skeletonize(
-        np.asfortranarray(padded.T), teasar_params=params, anisotropy=tuple(size), dust_threshold=0,
+        np.asfortranarray(padded.T), teasar_params=params, anisotropy=tuple(map(float, size)), dust_threshold=0,
         fix_borders=False, progress=False, parallel=1,
     )  # fmt: skip
     if 1 not in found:
