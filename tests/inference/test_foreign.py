@@ -270,6 +270,31 @@ def test_channels_go_by_their_names(tmp_path):
     assert card_of(folder).graph.origin.endswith("mask from channel 1, contour from channel 2; softmax")
 
 
+def test_a_package_of_the_format_before_is_read_too(tmp_path):
+    pytest.importorskip("bioimageio.core")
+    onnx_network(tmp_path / "weights.onnx", channels=2)
+    for name, channels in (("input.npy", 1), ("output.npy", 2)):
+        np.save(tmp_path / name, np.zeros((1, channels, 128, 128), np.float32))
+    (tmp_path / "README.md").write_text("# cells")
+    tensor = {"axes": "bcyx", "data_type": "float32"}
+    scaled = {"axes": "cyx", "mode": "per_sample", "min_percentile": 1, "max_percentile": 99.8}
+    described = {
+        "format_version": "0.4.10", "type": "model", "name": "cells before", "description": "cells", "license": "MIT",
+        "authors": [{"name": "they"}], "cite": [{"text": "they", "doi": "10.1000/xyz123"}], "tags": [],
+        "documentation": "README.md",
+        "timestamp": "2022-01-01T00:00:00", "test_inputs": ["input.npy"], "test_outputs": ["output.npy"],
+        "inputs": [{**tensor, "name": "raw", "shape": {"min": [1, 1, 128, 128], "step": [0, 0, 16, 16]},
+                    "preprocessing": [{"name": "scale_range", "kwargs": scaled}]}],
+        "outputs": [{**tensor, "name": "made", "halo": [0, 0, 48, 48],
+                     "shape": {"reference_tensor": "raw", "offset": [0, 0.5, 0, 0], "scale": [1, 1, 1, 1]}}],
+        "weights": {"onnx": {"source": "weights.onnx", "opset_version": 17}},
+    }  # fmt: skip
+    (tmp_path / "rdf.yaml").write_text(yaml.safe_dump(described))
+    card = card_of(tmp_path, outputs=("contour", "mask"))
+    assert (card.graph.percentiles, card.multiple, card.decode) == ((1.0, 99.8), 128, {"predict": {"overlap": 96}})
+    assert "mask from channel 1, contour from channel 0; sigmoid" in card.graph.origin
+
+
 def _changed(axes, at, **values):
     return [{**axis, **values} if i == at else axis for i, axis in enumerate(axes)]
 

@@ -311,4 +311,5 @@ def _origin(path: Path, told: Description, sections: int, channels: dict[str, in
     }[told.normalize]  # fmt: skip
     tells = ", ".join(f"{name} from channel {i}" for name, i in channels.items())
     size = f"{told.multiple}" if told.fixed else f"multiples of {told.multiple}"
-    return f"ONNX graph of {path.name}: {sees}, gray values by {gray}, tiles of {size}; {tells}; {activation}"[:1000]
+    name = path.resolve().name[:200]
+    return f"ONNX graph of {name}: {sees}, gray values by {gray}, tiles of {size}; {tells}; {activation}"
