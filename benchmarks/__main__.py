@@ -293,23 +293,32 @@ def stores(repeats: Annotated[int, typer.Option(min=1)] = 5) -> None:
 
 @app.command()
 def scale(
-    what: Annotated[str, typer.Argument(help="decoding or sparse.")],
+    what: Annotated[str, typer.Argument(help="decoding, sparse, restart or horizon.")],
     image: Annotated[str, typer.Option(help="The EPFL training stack.")] = f"{EPFL}/training.tif",
     out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/scale",
     chunks: Annotated[str, typer.Option(help="decoding: edges of a chunk.")] = "64,128,256",
     planes: Annotated[str, typer.Option(help="decoding: edges of a plane.")] = "1024,4096,16384,65536",
     depth: Annotated[int, typer.Option(help="decoding: sections of the volumes.")] = 2048,
     repeats: Annotated[int, typer.Option(min=1, help="sparse: runs of each, in turn; the median counts.")] = 3,
+    blocks: Annotated[float, typer.Option(help="restart: how many are done.")] = 1e6,
+    checked: Annotated[float, typer.Option(help="restart: how many of their files are there and looked at.")] = 1e5,
+    voxels: Annotated[float, typer.Option(help="horizon: of the volume.")] = 1e15,
+    faster: Annotated[float, typer.Option(help="horizon: how much faster than a core a worker infers.")] = 1.0,
 ) -> None:
-    """Volumes as they are stored: how often a chunk is decoded, and what an empty part costs."""
+    """Volumes as they are stored: how often a chunk is decoded, what an empty part and a restart cost, where limits lie."""
+    from benchmarks import horizon, restart
     from benchmarks import scale as bench
 
-    if what == "decoding":
+    if what == "restart":
+        restart.measure(int(blocks), int(checked))
+    elif what == "horizon":
+        horizon.measure(voxels, (1, 100, 10_000), faster)
+    elif what == "decoding":
         bench.measure_decoding(*(tuple(map(int, text.split(","))) for text in (chunks, planes)), depth)
     elif what == "sparse":
         bench.measure_sparse(image, out, repeats)
     else:
-        raise typer.BadParameter(f"{what!r} is none of decoding, sparse")
+        raise typer.BadParameter(f"{what!r} is none of decoding, sparse, restart, horizon")
 
 
 @app.command()

@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import (
+    horizon,
     report,
+    restart,
     scaling,
     soak,
     stitch,
@@ -57,3 +61,22 @@ def test_a_volume_made_of_moved_tables_is_stitched_flat_and_in_a_tree(reference)
     rows = stitch.measure_levels(pattern, 64 * 8 * 16 * 16)
     assert [r["parts"] for r in rows] == [64, 8, 1]
     assert rows[-1]["go up"] == 0 < rows[-1]["finished"]
+
+
+def test_a_restart_reads_all_markers_and_looks_at_files_wherever_they_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(restart, "LATENCY_S", 0.0)
+    restart.measure(27, 40)
+    rows = json.loads((tmp_path / "restart.json").read_text())["rows"]
+    assert [(row["store"], row["blocks"], row["files looked at"]) for row in rows] == [
+        ("disk", 27, 40),
+        ("30 ms away", 27, 40),
+    ]
+
+
+def test_more_workers_meet_another_limit():
+    few, many = (horizon.hours_of(1e15, workers, 1.0, horizon.Rates()) for workers in (1, 10_000))
+    assert few["compute"] == pytest.approx(10_000 * many["compute"])
+    assert few["scheduler"] == many["scheduler"]
+    assert max(few, key=few.get) == "compute"
+    assert max(many, key=many.get) == "requests"

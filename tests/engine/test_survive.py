@@ -381,6 +381,22 @@ def test_a_lock_on_an_object_store_goes_by_processes_and_heartbeats_not_by_clock
             lock.Lock(out).__enter__()
 
 
+def test_files_of_a_bucket_are_looked_at_by_listing_their_folders(bucket):
+    path, keys = f"{bucket}/looked", [f"work/{folder}/{i}" for folder in ("many", "few") for i in range(6)][:8]
+    for key in keys:
+        files.write_bytes(path, key, key.encode())
+    marks = {key: files.fingerprint(path, key) for key in keys}
+    markers, seen = Markers(path, {}), []
+    assert markers.damaged(marks, seen.append) == []
+    assert sum(seen) == sum(len(key) for key in keys)
+    files.write_bytes(path, keys[1], b"changed")
+    for key in (keys[2], keys[6]):
+        files.remove(f"{path}/{key}")
+    assert sorted(markers.damaged(marks)) == sorted([keys[1], keys[2], keys[6]])
+    files.remove(f"{path}/work/many")
+    assert set(markers.damaged(marks)) == {*keys[:6], keys[6]}
+
+
 def test_a_run_that_was_cleaned_meanwhile_stays_where_it_is(reference, tmp_path, monkeypatch):
     out, enter = shutil.copytree(reference, tmp_path / "run"), lock.Lock.__enter__
 

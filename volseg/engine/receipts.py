@@ -17,7 +17,7 @@ from functools import lru_cache
 from volseg.engine.layout import Layout
 from volseg.engine.ready import Ready
 from volseg.errors import IncompleteRunError
-from volseg.io import files, tables
+from volseg.io import files, remote, tables
 
 # ---------------------------------------------------------------- one block
 
@@ -95,10 +95,10 @@ class Receipt:
     def from_json(cls, plain: dict) -> Receipt:
         """Raises `TypeError` for what `to_json` never gave."""
         receipt = cls(**plain)
-        numbers = (getattr(receipt, f.name) for f in fields(cls) if f.name not in ("seconds", "files", "filled"))
+        numbers = (value for name, value in plain.items() if name not in ("seconds", "files", "filled"))
         marks = receipt.files.values() if isinstance(receipt.files, dict) else [None]
         fits = all(isinstance(mark, list) and len(mark) == 2 and isinstance(mark[0], int) for mark in marks)
-        if not (fits and isinstance(receipt.seconds, dict) and all(isinstance(n, int | float) for n in numbers)):
+        if not (fits and isinstance(receipt.seconds, dict) and all(isinstance(n, (int, float)) for n in numbers)):
             raise TypeError("not a receipt")
         return receipt
 
@@ -128,6 +128,7 @@ def peak_bytes() -> int:
 
 PACKED = 1024  # markers that share a file
 PACK = "pack"  # how its name begins
+LISTED = 4  # files in a folder of an object store from which on it is listed, rather than each asked for
 UNREADABLE = ValueError, TypeError, AttributeError, RecursionError, FileNotFoundError  # what a damaged marker raises
 
 
@@ -177,6 +178,14 @@ class Markers:
         """The whole receipts of a stage, one after the other, as the markers have them; of these ``blocks``, or of all."""
         self.flush()
         return _stored_receipts(self.layout, stage, self.keys[stage], blocks)
+
+    def _read(self, stage: str) -> Iterator[Receipt]:
+        """The whole receipts of a stage; once all were read, `receipts` knows them."""
+        known = {}
+        for i, receipt in self.stored(stage):
+            known[i] = receipt.slim()
+            yield receipt
+        self.known.setdefault(stage, known)
 
     def done(self, stage: str) -> set[int]:
         return set(self.receipts(stage))
@@ -292,7 +301,7 @@ class Markers:
     def marks(self, keys: Iterable[str] | None = None, *, apart: str = "") -> dict[str, list]:
         """The fingerprints of these files, of those that a block wrote, or of all but those of the stage ``apart``."""
         wanted = None if keys is None else set(keys)
-        every = (receipt.files for stage in self.keys if stage != apart for _, receipt in self.stored(stage))
+        every = (receipt.files for stage in self.keys if stage != apart for receipt in self._read(stage))
         return {key: mark for files_ in every for key, mark in files_.items() if wanted is None or key in wanted}
 
     def makers(self, damaged: Iterable[str]) -> dict[str, list[int]]:
@@ -307,13 +316,27 @@ class Markers:
     def damaged(self, marks: dict[str, list], advance: Callable[[int], None] = lambda _: None) -> list[str]:
         """Keys of the files that do not fit these fingerprints; ``advance`` is called with bytes as they are looked at."""
 
-        def look(item: tuple[str, list]) -> str:
+        def look(item: tuple[str, list]) -> list[str]:
             fits = self.layout.fits(*item)
             advance(item[1][0])
-            return "" if fits else item[0]
+            return [] if fits else [item[0]]
 
-        with ThreadPoolExecutor(tables.IO_THREADS) as pool:
-            return [key for key in pool.map(look, marks.items()) if key]
+        def look_in(folder: str) -> list[str]:
+            keys = by_folder[folder]
+            if len(keys) < LISTED:
+                return [key for one in keys for key in look((one, marks[one]))]
+            found = files.listed_fingerprints(self.layout.path, folder)
+            advance(sum(marks[key][0] for key in keys))
+            return [key for key in keys if found.get(key) != marks[key]]
+
+        if not files.is_remote(self.layout.path):
+            with ThreadPoolExecutor(tables.IO_THREADS) as pool:
+                return [key for keys in pool.map(look, marks.items()) for key in keys]
+        by_folder: dict[str, list[str]] = {}
+        for key in marks:
+            by_folder.setdefault(key.rpartition("/")[0], []).append(key)
+        with ThreadPoolExecutor(remote.REQUESTS) as pool:
+            return [key for keys in pool.map(look_in, by_folder) for key in keys]
 
 
 def _stored_receipts(
