@@ -117,9 +117,9 @@ def gray_range(
 
     Examples
     --------
-    >>> image = np.arange(101, dtype=np.uint8).repeat(4).reshape(1, 4, 101)
+    >>> image = np.broadcast_to(np.arange(101, dtype=np.uint8), (1, 4, 101))
     >>> gray_range(image.shape, lambda box: image[box.slices], (0.0, 100.0), (0.0,))
-    (1.0, 100.0)
+    (2.0, 100.0)
     """
 
     def some(box: Box) -> np.ndarray:
