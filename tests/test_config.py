@@ -73,7 +73,7 @@ def test_later_layers_win(tmp_path):
     [
         ("[stitch]\nsede = 1\n", r"run\.toml: unknown key 'stitch\.sede'; did you mean 'seed'"),
         ("[stich]\nseed = 1\n", r"run\.toml: unknown key 'stich'; did you mean 'stitch'"),
-        ("[predict]\nqqqq = 1\n", r"unknown key 'predict\.qqqq'; known here: model, backend"),
+        ("[predict]\nqqqq = 1\n", r"unknown key 'predict\.qqqq'; known here: model, outputs"),
         ("[predict]\ntile = 'big'\n", r"run\.toml: predict\.tile = 'big': input should be a valid integer"),
         ("[stitch]\nseed = 1.5\n", r"run\.toml: stitch\.seed = 1\.5: input should be less than or equal to 1"),
         ("[predict]\nbackend = 'tpu'\n", r"predict\.backend = 'tpu': input should be 'auto', 'openvino'"),

@@ -125,7 +125,7 @@ LINES = {
     "box outside the labels": ("evaluate labels.tif labels.tif --box 0:99,0:9,0:9", "0:99"),
     "box of no form": ("evaluate labels.tif labels.tif --box 1", "z0:z1,y0:y1,x0:x1"),
     "model that is not there": ("info none.safetensors", "none.safetensors"),
-    "model that is a folder": ("info .", "cannot read model file"),
+    "model that is a folder": ("info .", "a folder without bioimageio.yaml or rdf.yaml"),
     "quantize half told": ("quantize none.safetensors em.tif --truth labels.tif", "--held-out"),
     "quantize without a model": ("quantize none.safetensors em.tif", "none.safetensors"),
     "run that is none": ("verify em.tif", "em.tif"),

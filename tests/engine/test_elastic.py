@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from distributed import Client
+from distributed import Client, wait
 
 from tests.helpers import LIGHT, Quiet, begin_run, digest, markers_of, settings
 from volseg.config import Cluster
@@ -112,3 +112,17 @@ def test_how_long_a_worker_may_say_nothing_is_learnt():
         assert silence.look()
         assert silence.allowed == 20.0 * elastic.SILENCE
         assert not silence.look()  # it just did
+
+
+def test_a_result_that_a_stopped_worker_holds_is_computed_again(monkeypatch):
+    monkeypatch.setattr(elastic, "LEAST_SILENCE_S", 2.0)
+    with workers(2) as (_, client):
+        future = client.submit(os.getpid, pure=False)
+        wait(future)
+        (holder,) = client.who_has(future)[future.key]
+        stopped = pids(client)[holder]
+        os.kill(stopped, signal.SIGSTOP)
+        (computed_in,) = loop._gathered(client, [future], elastic.Silence(client))
+        assert computed_in != stopped
+        with suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import time
@@ -9,6 +10,7 @@ import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -129,7 +131,7 @@ def run(
             for queue in queues:
                 queue.widen()
         finished = [future for future in batch if future.status == "finished"]
-        for future, (seconds, outcomes) in zip(finished, client.gather(finished), strict=True):
+        for future, (seconds, outcomes) in zip(finished, _gathered(client, finished, silence), strict=True):
             queue = queue_of.pop(future.key)
             solo.discard(future.key)
             for item, outcome in zip(queue.complete(future.key, seconds), outcomes, strict=True):
@@ -160,6 +162,18 @@ def _batches(loop: as_completed, silence: Silence) -> Iterator[list[Future]]:
                 loop.thread_condition.wait(timeout=0.1)
         if batch := loop.next_batch(block=False):
             yield batch
+
+
+def _gathered(client: Client, finished: list[Future], silence: Silence) -> list:
+    """Their results. Where the worker that holds one says nothing any more, it is ended, and another computes it again."""
+
+    async def gather() -> list:
+        return await client.gather(finished, asynchronous=True)
+
+    results = asyncio.run_coroutine_threadsafe(gather(), client.loop.asyncio_loop)
+    while not wait([results], timeout=1.0).done:
+        silence.look()
+    return results.result()
 
 
 def _queues(client: Client, items: Iterable, device: Iterable) -> list[tuple[Iterator, dict, int]]:
