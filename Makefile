@@ -32,7 +32,7 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m volseg compile > /dev/null & compiler=$$!; $(MAKE) --no-print-directory lint && wait $$compiler
-	@$(BIN)/python -m pytest -n 4 --dist worksteal
+	@$(BIN)/python -m pytest -n 3 --dist worksteal
 
 chaos: $(READY)
 	@$(BIN)/python -m benchmarks chaos --minutes 5 --out chaos.json
