@@ -1,4 +1,4 @@
-"""A run of very many small blocks: whether memory and open files of its processes stay flat, and its log readable."""
+"""Whether memory and open files stay flat: over a run of very many small blocks, and over runs in one process for hours."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ import numpy as np
 import psutil
 from scipy.ndimage import gaussian_filter
 
+import volseg
 from benchmarks import report
+from benchmarks.chaos.episode import hash_result
 from volseg.box import Blocks, Box
+from volseg.evaluation.synthetic_volume import write_synthetic
 from volseg.io import arrays
+from volseg.progress import Silent
 
 BLOCK = (4, 16, 16)
 PATTERN = (16, 128, 128)  # voxels of noise that the volume repeats
@@ -23,6 +27,8 @@ GRID_PLANE = (32, 32)  # blocks along y and x, where there are that many
 SAMPLE_S = 1.0
 ROWS = 12
 PRINT_EVERY = 60  # samples
+LOOP_SHAPE = (16, 128, 128)
+LOOP_SETTINGS = ("blocks.shape=[8,64,64]", "predict.tile=64", "predict.overlap=16", "stitch.min_voxels=20")
 
 
 def measure(blocks: int, workers: int, place: str) -> None:
@@ -90,6 +96,40 @@ def watch(source: Path, out: Path, workers: int) -> list[dict]:
     text = log.read_text(errors="replace")
     chosen = [samples[round(i)] for i in np.linspace(0, len(samples) - 1, min(ROWS, len(samples)))]
     return [{**row, "log lines": len(text.splitlines()), "log bytes": len(text)} for row in chosen]
+
+
+def loop(hours: float, workers: int, place: str) -> None:
+    """Rows along hours in which one process infers and decides anew, again and again; each result is the same bytes.
+
+    Raises `RuntimeError` where one is not.
+    """
+    with TemporaryDirectory(prefix="soak-") as temporary:
+        folder = Path(place or temporary)
+        image = folder / "em.zarr"
+        write_synthetic(str(image), LOOP_SHAPE, LOOP_SHAPE, seed=12, overwrite=True, progress=Silent())
+        report.keep("soak-loop", repeat(image, folder / "run.volseg.zarr", 3600 * hours, workers))
+
+
+def repeat(image: Path, out: Path, seconds: float, workers: int) -> list[dict]:
+    """What this process holds after each of `ROWS` times of that long, and how many runs it has made by then."""
+    settings = [f"cluster.workers={workers}", "cluster.dashboard=''", *LOOP_SETTINGS]
+    expected: list[dict[str, str]] = []
+    start, rounds, samples = time.perf_counter(), 0, []
+    while True:
+        results = []
+        volseg.infer(image, out, settings=settings, overwrite=True, progress=Silent())
+        results.append(hash_result(out))
+        volseg.segment(out, settings=["stitch.seed=0.9", "stitch.min_voxels=30"], progress=Silent())
+        results.append(hash_result(out))
+        if results != (expected := expected or results):
+            raise RuntimeError(f"round {rounds} gave other bytes than the first: {out}")
+        rounds += 1
+        took = time.perf_counter() - start
+        if took * ROWS >= len(samples) * seconds:
+            samples.append({**_sample(psutil.Process(), took), "rounds": rounds})
+            print(samples[-1], flush=True)
+        if took >= seconds:
+            return samples
 
 
 def _sample(client: psutil.Process, seconds: float) -> dict:

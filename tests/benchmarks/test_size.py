@@ -52,6 +52,14 @@ def test_what_a_run_of_many_blocks_holds_is_told_along_the_way(monkeypatch, tmp_
     assert rows[-1]["log lines"] > 5
 
 
+def test_runs_in_one_process_are_watched_for_hours(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    soak.loop(1e-9, 1, str(tmp_path / "runs"))
+    (row,) = json.loads((tmp_path / "soak-loop.json").read_text())["rows"]
+    assert row["rounds"] == 1
+    assert row["its open files"] > 2
+
+
 def test_a_volume_made_of_moved_tables_is_stitched_flat_and_in_a_tree(reference):
     pattern = stitch.cut_pattern(reference, (8, 16, 16), (16, 32, 64))
     assert pattern.counts == (4, 4, 8)
