@@ -448,11 +448,15 @@ def soak(
     blocks: Annotated[int, typer.Option(min=1, help="How many small blocks.")] = 20_000,
     workers: Annotated[int, typer.Option(min=1)] = 2,
     place: Annotated[str, typer.Option(help="Folder of the run; a temporary one.")] = "",
+    hours: Annotated[float, typer.Option(min=0, help="Infer and decide anew in one process for so long instead.")] = 0,
 ) -> None:
     """Memory and open files of client, scheduler and workers along a run of very many blocks."""
     from benchmarks import soak as bench
 
-    bench.measure(blocks, workers, place)
+    if hours:
+        bench.loop(hours, workers, place)
+    else:
+        bench.measure(blocks, workers, place)
 
 
 if __name__ == "__main__":
