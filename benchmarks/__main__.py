@@ -301,7 +301,6 @@ def scale(
     depth: Annotated[int, typer.Option(help="decoding: sections of the volumes.")] = 2048,
     repeats: Annotated[int, typer.Option(min=1, help="sparse: runs of each, in turn; the median counts.")] = 3,
     blocks: Annotated[float, typer.Option(help="restart: how many are done.")] = 1e6,
-    checked: Annotated[float, typer.Option(help="restart: how many of their files are there and looked at.")] = 1e5,
     voxels: Annotated[float, typer.Option(help="horizon: of the volume.")] = 1e15,
     faster: Annotated[float, typer.Option(help="horizon: how much faster than a core a worker infers.")] = 1.0,
 ) -> None:
@@ -310,7 +309,7 @@ def scale(
     from benchmarks import scale as bench
 
     if what == "restart":
-        restart.measure(int(blocks), int(checked))
+        restart.measure(int(blocks))
     elif what == "horizon":
         horizon.measure(voxels, (1, 100, 10_000), faster)
     elif what == "decoding":

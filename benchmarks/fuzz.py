@@ -35,7 +35,7 @@ from volseg.config import Config, load, parse_set
 from volseg.engine import folder, integrity
 from volseg.engine.finished import open_run
 from volseg.engine.layout import Layout
-from volseg.engine.layout_marks import marker_checksum
+from volseg.engine.layout_marks import marker_text
 from volseg.engine.receipts import Markers
 from volseg.errors import UserError
 from volseg.inference import model
@@ -258,7 +258,7 @@ def signed(path: Path, plain: Any) -> bytes:
         return json.dumps(plain).encode()
     plain.pop("checksum", None)
     try:
-        return json.dumps({**plain, "checksum": marker_checksum(path.parent.name, path.stem, plain)}).encode()
+        return marker_text(path.parent.name, path.stem, plain)
     except RecursionError:  # too deep to be written
         return b"[" * 20_000
 

@@ -18,7 +18,7 @@ from benchmarks.throughput import difference, last_sections, slide
 from volseg.box import Box
 from volseg.config import load
 from volseg.engine import cluster, folder, pipeline
-from volseg.engine.receipts import Receipt
+from volseg.engine.receipt import Receipt
 from volseg.engine.run import Run
 from volseg.inference import backends, export, model
 from volseg.inference.normalization import standardized

@@ -25,7 +25,7 @@ from benchmarks import report
 from volseg.box import Blocks, Box, Triple
 from volseg.config import Fragments
 from volseg.engine.finished import open_run
-from volseg.engine.receipts import peak_bytes
+from volseg.engine.receipt import peak_bytes
 from volseg.errors import UserError
 from volseg.segmentation import hierarchy, stitch
 from volseg.segmentation.basins import BlockBasins, watershed_block

@@ -14,7 +14,8 @@ from volseg.box import Blocks, Box
 from volseg.config import Config, load, resolve
 from volseg.engine import cluster, finish, folder, pipeline, schedule
 from volseg.engine.layout import Layout
-from volseg.engine.receipts import Markers, Receipt, RunStatistics
+from volseg.engine.receipt import Receipt
+from volseg.engine.receipts import Markers, RunStatistics
 from volseg.engine.stages import keys, stages_of
 from volseg.inference import model
 from volseg.inference.model_card import ModelCard

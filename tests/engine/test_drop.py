@@ -19,7 +19,7 @@ from volseg.engine import cluster, drop, finish, folder, instances, schedule, up
 from volseg.engine.corrections import correction_file
 from volseg.engine.export import Request, checked
 from volseg.engine.finished import open_run
-from volseg.engine.receipts import Timings
+from volseg.engine.receipt import Timings
 from volseg.errors import DamagedFileError, UserError
 from volseg.evaluation.verify import verify
 

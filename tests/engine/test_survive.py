@@ -9,16 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 import zarr
+from hypothesis import strategies
 
 import volseg
 from tests.helpers import SHAPE, Quiet, digest, mark, markers_of, segment_probabilities, settings
 from volseg import api
-from volseg.engine import folder, lock, receipts
+from volseg.engine import folder, lock, receipts, stored
+from volseg.engine.file_check import FileCheck
 from volseg.engine.integrity import damaged_files
 from volseg.engine.layout import Layout
-from volseg.engine.receipts import Markers, Receipt
+from volseg.engine.packs import Pack
+from volseg.engine.receipt import Receipt
+from volseg.engine.receipts import Markers
 from volseg.engine.run import Run
 from volseg.errors import IncompleteRunError, UserError
 from volseg.io import files, volume
@@ -219,6 +224,19 @@ def test_what_a_tree_has_decided_is_made_again(reference, tmp_path):
     assert volseg.verify(out, boxes=1).ok
 
 
+def test_files_of_many_blocks_lie_in_several_folders(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "PER_FOLDER", 2)
+    channels = {"mask_channel": 0, "contour_channel": 1}
+    given = {"blocks": {"shape": (11, 75, 85)}, "probabilities": channels}
+    out = Path(segment_probabilities(f"{reference}/0", tmp_path / "run.volseg.zarr", **given).path)
+    assert digest(out) == digest(reference)
+    assert len(list((out / "work/tables/2").iterdir())) == 2
+    assert (
+        max(len(list(path.glob("*.npz"))) for path in (out / "work").rglob("*")) <= 3
+    )  # a file named by no block, too
+    assert volseg.verify(out, boxes=1).ok
+
+
 def test_descriptions_of_arrays_and_groups_are_made_again_to_the_letter(reference, tmp_path):
     """Also where they can still be read: another fill value would tell of other voxels."""
     out = shutil.copytree(reference, tmp_path / "run.volseg.zarr")
@@ -272,7 +290,7 @@ def test_the_blocks_that_wrote_a_file_are_known(reference):
     run = Run.from_json(Layout(reference).load_summary())
     markers = Markers(reference, Layout(reference).load_description()["keys"])
     assert markers.makers(["work/tables/0.npz"]) == {"fragments": [0]}
-    assert markers.damaged(markers.marks()) == []
+    assert markers.damaged() == []
     assert run.shape == SHAPE
 
 
@@ -386,15 +404,13 @@ def test_files_of_a_bucket_are_looked_at_by_listing_their_folders(bucket):
     for key in keys:
         files.write_bytes(path, key, key.encode())
     marks = {key: files.fingerprint(path, key) for key in keys}
-    markers, seen = Markers(path, {}), []
-    assert markers.damaged(marks, seen.append) == []
-    assert sum(seen) == sum(len(key) for key in keys)
+    assert FileCheck(path).damaged(marks) == []
     files.write_bytes(path, keys[1], b"changed")
     for key in (keys[2], keys[6]):
         files.remove(f"{path}/{key}")
-    assert sorted(markers.damaged(marks)) == sorted([keys[1], keys[2], keys[6]])
+    assert sorted(FileCheck(path).damaged(marks)) == sorted([keys[1], keys[2], keys[6]])
     files.remove(f"{path}/work/many")
-    assert set(markers.damaged(marks)) == {*keys[:6], keys[6]}
+    assert set(FileCheck(path).damaged(marks)) == {*keys[:6], keys[6]}
 
 
 def test_a_run_that_was_cleaned_meanwhile_stays_where_it_is(reference, tmp_path, monkeypatch):
@@ -444,7 +460,7 @@ def test_a_marker_that_is_not_as_written_counts_for_nothing_and_verify_finds_it(
     (marker,) = (tmp_path / "run/work/markers/stitch").iterdir()
     text = marker.read_text()
     for damaged in (
-        text.replace('"objects": ', '"objects": 1'),
+        text.replace('"objects":', '"objects":1'),
         text[:-9],
         "",
         (tmp_path / "run/run.json").read_text(),
@@ -475,6 +491,44 @@ def test_markers_of_other_blocks_stay(reference, tmp_path):
     assert 0 not in markers_of(run).done("link")
 
 
+@hypothesis.given(
+    receipts=strategies.dictionaries(
+        strategies.integers(0, 1 << 60),
+        strategies.builds(
+            Receipt,
+            voxels=strategies.integers(0, 1 << 40),
+            seconds=strategies.dictionaries(strategies.sampled_from(["read", "infer"]), strategies.floats(0, 10)),
+            kept=strategies.booleans(),
+            edges=strategies.integers(0, 3),
+            files=strategies.dictionaries(strategies.text(), strategies.just([3, "0badcafe", 17]), max_size=3),
+            filled=strategies.lists(strategies.tuples(strategies.text(), strategies.just("0:1,0:1,0:1"))).map(tuple),
+        ),
+        min_size=1,
+    )
+)
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_a_pack_says_what_each_receipt_says(receipts):
+    pack = Pack.from_json(json.loads(json.dumps(Pack.of(receipts).to_json())))
+    assert dict(pack.receipts()) == receipts
+    assert pack.slim() == {i: receipt.slim() for i, receipt in receipts.items()}
+    for key in {key for receipt in receipts.values() for key in receipt.files}:
+        assert pack.makers([key]) == {i for i, receipt in receipts.items() if key in receipt.files}
+
+
+def test_a_file_with_its_size_and_time_is_not_read_again_on_a_restart(tmp_path):
+    file = tmp_path / "shard"
+    file.write_bytes(b"abcd")
+    mark = files.dated_fingerprint(str(tmp_path), "shard")
+    file.write_bytes(b"abcx")
+    os.utime(file, ns=(mark[2], mark[2]))  # as a disk that forgets would have it
+    assert FileCheck(str(tmp_path)).damaged({"shard": mark}) == []
+    assert FileCheck(str(tmp_path), dates=False).damaged({"shard": mark}) == ["shard"]
+    os.utime(file)
+    assert FileCheck(str(tmp_path)).damaged({"shard": mark}) == ["shard"]
+    file.write_bytes(b"abcd")  # the same bytes, copied
+    assert FileCheck(str(tmp_path)).damaged({"shard": mark}) == []
+
+
 def test_markers_of_many_blocks_share_a_file(monkeypatch, tmp_path):
     """Written one by one or together, some taken back, one file torn: what is done is what a later command finds."""
     monkeypatch.setattr(receipts, "PACKED", 8)
@@ -491,6 +545,7 @@ def test_markers_of_many_blocks_share_a_file(monkeypatch, tmp_path):
     assert again.done("link") == set(range(30))
     assert [receipt.voxels for _, receipt in sorted(again.stored("link", [4, 29]))] == [4, 29]
     assert again.makers(["work/links/3.npz"]) == {"link": [3]}
+    assert again.count() == 30
     again.remove("link", [3, 11, 29])
     left = set(range(30)) - {3, 11, 29}
     assert again.done("link") == Markers(str(tmp_path), keys).done("link") == left

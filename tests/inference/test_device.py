@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.helpers import CARD, SMALL, settings, write_volume
 from volseg.box import Box
 from volseg.engine import folder, predict
-from volseg.engine.receipts import Timings
+from volseg.engine.receipt import Timings
 from volseg.engine.shares import Share
 from volseg.errors import OutOfMemoryError
 from volseg.inference import backends, export, hardware, model, tiles

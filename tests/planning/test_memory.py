@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import LIGHT, begin_run, settings, write_volume
 from volseg.box import Box
 from volseg.engine import cluster
-from volseg.engine.receipts import Timings
+from volseg.engine.receipt import Timings
 from volseg.engine.stages import stages_of
 from volseg.io.roi import RegionOfInterest
 from volseg.planning import measure, memory, plan
@@ -20,7 +20,7 @@ WORKERS = cluster.WorkerPool(1)
 STAGE = """
 import sys
 import volseg.engine.preload
-from volseg.engine.receipts import Timings
+from volseg.engine.receipt import Timings
 from volseg.engine.run import stored_run
 from volseg.engine.stages import stages_of
 from volseg.system import resident

@@ -19,7 +19,7 @@ from volseg.config import Cluster
 from volseg.engine import guard, launch, local, metrics
 from volseg.engine.elastic import let_workers_finish
 from volseg.engine.local import DEVICE, TASKS_PER_GPU, THREADS, WatchedNanny, worker_count
-from volseg.engine.receipts import Receipt, add, peak_bytes
+from volseg.engine.receipt import Receipt, add, peak_bytes
 
 TASKS_IN_FLIGHT = 3  # for each thread of a worker, so that none waits for this process
 MEMORY_SHARE = 0.9  # share of a worker's memory limit that it may use: at 0.95 Dask ends it

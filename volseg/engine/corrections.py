@@ -10,7 +10,7 @@ import numpy as np
 from volseg.box import Blocks, Box, Triple
 from volseg.engine.block_tables import BlockLabels, Values
 from volseg.engine.keys import labels_id, probabilities_id
-from volseg.engine.receipts import Timings
+from volseg.engine.receipt import Timings
 from volseg.engine.run import Run
 from volseg.io.corrections import Pair, entry, header
 from volseg.segmentation import constraints, hierarchy

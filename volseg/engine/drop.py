@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from volseg.box import Box
+from volseg.engine.file_check import FileCheck
 from volseg.engine.ready import Ready, Region
 from volseg.engine.receipts import Markers
 from volseg.engine.run import Run
@@ -76,7 +77,8 @@ def dropping(run: Run, markers: Markers) -> Iterator[None]:
     stage = run.probability_stage
     needed = markers.done(stage) - dropper.unneeded
     marks = {i: receipt.files for i, receipt in markers.stored(stage, needed)}
-    lacking = set(markers.damaged({key: mark for files in marks.values() for key, mark in files.items()}))
+    written = {key: mark for files in marks.values() for key, mark in files.items()}
+    lacking = set(FileCheck(run.out, dates=markers.durable).damaged(written))
     markers.remove(stage, [i for i, files in marks.items() if not lacking.isdisjoint(files)])
     markers.on_stored = dropper.tell
     yield

@@ -23,7 +23,8 @@ from volseg.engine.integrity import write_manifest
 from volseg.engine.keys import decision_key
 from volseg.engine.layout import Layout
 from volseg.engine.lock import Lock, wait_for_writers
-from volseg.engine.receipts import Markers, RunStatistics, peak_bytes
+from volseg.engine.receipt import peak_bytes
+from volseg.engine.receipts import Markers, RunStatistics
 from volseg.engine.run import Run, redundancy
 from volseg.engine.run_log import RunProgress
 from volseg.engine.stages import keys
@@ -92,10 +93,11 @@ def _markers(run: Run, lock: Lock) -> Markers:
 def _checked_markers(run: Run, lock: Lock, progress: Progress) -> Markers:
     """The markers of what is done and still as it was written: a restart does not build on damaged files."""
     markers = _markers(run, lock)
-    marks = markers.marks(apart=run.probability_stage if run.drops else "")  # of these, `drop` looks at what is needed
-    if not marks:
+    apart = run.probability_stage if run.drops else ""  # of these, `drop` looks at what is needed
+    done = markers.count(apart=apart)
+    if not done:
         return markers
-    damaged = markers.damaged(marks, progress.stage("check", sum(mark[0] for mark in marks.values()), 0))
+    damaged = markers.damaged(apart=apart, advance=progress.stage("check", done, 0))
     if damaged:
         makers = markers.makers(damaged)
         for stage, blocks in makers.items():
@@ -186,8 +188,8 @@ def finish(
     files.remove_temporary(run.out)
     facts = _facts(run, statistics, seconds, start, int(columns["id"].size), plan)
     markers = Markers(run.out, keys(run))
-    facts["filled_boxes"] = _filled_boxes(markers)
     facts["manifest_mark"] = write_manifest(layout, markers.marks())
+    facts["filled_boxes"] = _filled_boxes(markers)  # after `marks`, which has read every receipt
     layout.save_summary({**run.to_json(), "out": out, "keys": keys(run), **facts})
     durable = run.config.cluster.durable
     if durable:

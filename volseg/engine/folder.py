@@ -12,7 +12,8 @@ import numpy as np
 
 from volseg.engine.blocks import fit, shard_shape
 from volseg.engine.layout import Layout
-from volseg.engine.receipts import Markers, Receipt
+from volseg.engine.receipt import Receipt
+from volseg.engine.receipts import Markers
 from volseg.engine.run import Run
 from volseg.engine.stages import keys, stages_of
 from volseg.engine.stored import StoredArray

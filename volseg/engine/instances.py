@@ -13,7 +13,7 @@ from volseg import system
 from volseg.engine import corrections, restore
 from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, Tally, Values
 from volseg.engine.keys import basins_key, decision_key
-from volseg.engine.receipts import Timings
+from volseg.engine.receipt import Timings
 from volseg.engine.restore import OutputBlock
 from volseg.engine.run import Run
 from volseg.engine.stored import recording, side_by_side

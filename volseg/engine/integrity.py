@@ -21,7 +21,7 @@ def write_manifest(layout: Layout, known: dict[str, list]) -> list:
     keys = [key for key in files.list_keys(layout.path) if layout.in_manifest(key)]
 
     def mark(key: str) -> list:
-        return known.get(key) or files.fingerprint(layout.path, key)
+        return known[key][:2] if key in known else files.fingerprint(layout.path, key)
 
     with ThreadPoolExecutor(tables.IO_THREADS) as pool:
         return layout.save_manifest(dict(zip(keys, pool.map(mark, keys), strict=True)))

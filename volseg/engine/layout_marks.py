@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from volseg.engine.stored import record_known
+from volseg.engine.stored import record_known, subfolder
 from volseg.io import files
 
 
@@ -20,25 +20,32 @@ class BlockMarks:
     def read_stamp(self, stage: str, i: int, *, check: bool = True) -> str:
         """What the block was made from; ``""`` where nobody knows or, to ``check``, a file is not what was written then."""
         try:
-            made_from, written = json.loads(files.read_bytes(self.path, f"work/stamps/{stage}/{i}"))
-            return "" if check and not all(self.fits(*item) for item in written.items()) else made_from
+            made_from, written = json.loads(files.read_bytes(self.path, self._stamp_key(stage, i)))
+            return "" if check and not all(self.unchanged(*item) for item in written.items()) else made_from
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return ""
 
     def write_stamp(self, stage: str, i: int, made_from: str, written: dict[str, list]) -> None:
         """What the block was made from, and the fingerprints of its files."""
-        files.write_bytes(self.path, f"work/stamps/{stage}/{i}", json.dumps([made_from, written]).encode())
+        files.write_bytes(self.path, self._stamp_key(stage, i), json.dumps([made_from, written]).encode())
 
     def record_stamped(self, stage: str, i: int) -> None:
         """The files of the block, as its stamp has them, count as written in `stored.recording`."""
-        record_known(json.loads(files.read_bytes(self.path, f"work/stamps/{stage}/{i}"))[1])
+        record_known(json.loads(files.read_bytes(self.path, self._stamp_key(stage, i)))[1])
+
+    def _stamp_key(self, stage: str, i: int) -> str:
+        return f"work/stamps/{stage}/{subfolder(i)}{i}"
 
     def fits(self, key: str, mark: list) -> bool:
         """Whether the file still has that fingerprint."""
         try:
-            return files.fingerprint(self.path, key) == mark
+            return files.fingerprint(self.path, key) == mark[:2]
         except (OSError, ValueError):  # ValueError: what is no name of a file
             return False
+
+    def unchanged(self, key: str, mark: list) -> bool:
+        """As `fits`; but a file with the size and the time of its fingerprint is not read."""
+        return files.has_date(self.path, key, mark) or self.fits(key, mark)
 
     # ---- markers
 
@@ -52,14 +59,15 @@ class BlockMarks:
 
     def read_marker(self, stage: str, name: str) -> dict:
         """Raises `ValueError` where it is not as it was written, or is another block's."""
-        receipt = json.loads(files.read_bytes(self.path, self.marker_key(stage, name)))
-        if receipt.pop("checksum", "") != marker_checksum(stage, name, receipt):
+        text = files.read_bytes(self.path, self.marker_key(stage, name))
+        body = b"{" + text[MARKER_HEAD:]
+        if text[:MARKER_HEAD] != _marker_head(stage, name, body):
             raise ValueError("damaged marker")
-        return receipt
+        return json.loads(body)
 
-    def write_marker(self, stage: str, name: str, receipt: dict) -> None:
-        plain = {**receipt, "checksum": marker_checksum(stage, name, receipt)}
-        files.write_bytes(self.path, self.marker_key(stage, name), json.dumps(plain).encode())
+    def write_marker(self, stage: str, name: str, plain: dict) -> None:
+        """``plain``, which is not empty, is what the marker says."""
+        files.write_bytes(self.path, self.marker_key(stage, name), marker_text(stage, name, plain))
 
     def remove_marker(self, stage: str, name: str) -> None:
         files.remove(f"{self.path}/{self.marker_key(stage, name)}")
@@ -86,5 +94,15 @@ class BlockMarks:
         files.remove(self.failures_path)
 
 
-def marker_checksum(stage: str, name: str, receipt: dict) -> str:
-    return files.checksum(f"{stage}/{name} {json.dumps(receipt)}".encode())
+def marker_text(stage: str, name: str, plain: dict) -> bytes:
+    """What the marker of that name holds: ``plain``, which is not empty, and its checksum."""
+    body = json.dumps(plain, separators=(",", ":")).encode()
+    return _marker_head(stage, name, body) + body[1:]
+
+
+def _marker_head(stage: str, name: str, body: bytes) -> bytes:
+    """How a marker begins that says ``body``, a JSON object: its checksum is the first of the object's values."""
+    return b'{"checksum":"%s",' % files.checksum(f"{stage}/{name} ".encode() + body).encode()
+
+
+MARKER_HEAD = len(_marker_head("", "", b""))

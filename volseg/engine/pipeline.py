@@ -26,7 +26,7 @@ from functools import lru_cache
 from volseg.engine import cluster
 from volseg.engine.lock import writing
 from volseg.engine.predict import in_pieces, release_network
-from volseg.engine.receipts import Receipt, Timings
+from volseg.engine.receipt import Receipt, Timings
 from volseg.engine.run import Run, stored_run
 from volseg.engine.stages import Stage, stages_of
 from volseg.engine.stored import recording

@@ -19,7 +19,7 @@ from volseg.box import Blocks, Box, inverse_axes, transpose_axes
 from volseg.engine import cluster
 from volseg.engine.data_wait import DataWait
 from volseg.engine.keys import probability_key
-from volseg.engine.receipts import Timings
+from volseg.engine.receipt import Timings
 from volseg.engine.run import Run, digest, stored_run
 from volseg.engine.shares import SPAN, HandedOver, Plane, Share, Taken, bounds_of_tiles
 from volseg.engine.stored import StoredArray

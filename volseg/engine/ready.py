@@ -42,9 +42,7 @@ class Ready:
         self.at = np.frombuffer(self.state, np.uint8).reshape(tuple(map(len, self.rows)))
         self.missing = np.zeros(self.at.shape, np.int32)  # blocks that each waits for
         self.spans = {}
-        for i in done:
-            if (k := self._position(i)) is not None:
-                self.state[k] = DONE
+        self._set_done(np.fromiter(done, np.int64))
         for stage, (before, region) in (earlier or {}).items():
             self.spans[stage] = before.grid, self._spans(before.grid, region)
             self.missing += _missing(before, self.spans[stage][1])
@@ -54,6 +52,13 @@ class Ready:
         self.at[(self.missing == 0) & (self.at == WAITING)] = READY
         self.left = int((self.at < DONE).sum())
         self.cursor = 0
+
+    def _set_done(self, numbers: np.ndarray) -> None:
+        _, ny, nx = self.grid.counts
+        coords = numbers // (ny * nx), numbers // nx % ny, numbers % nx
+        inside = np.all([(c >= row.start) & (c < row.stop) for c, row in zip(coords, self.rows, strict=True)], axis=0)
+        z, y, x = (c[inside] - row.start for c, row in zip(coords, self.rows, strict=True))
+        self.at[z, y, x] = DONE
 
     @property
     def first(self) -> Triple:

@@ -1,135 +1,37 @@
-"""What a block reports when it is done, and what that adds up to over a run."""
+"""Which blocks of a run are done, and what their receipts add up to."""
 
 from __future__ import annotations
 
-import os
 import queue
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
+from volseg.engine.file_check import FileCheck
 from volseg.engine.layout import Layout
+from volseg.engine.packs import Pack
 from volseg.engine.ready import Ready
+from volseg.engine.receipt import Receipt, add
 from volseg.errors import IncompleteRunError
-from volseg.io import files, remote, tables
-
-# ---------------------------------------------------------------- one block
-
-
-class Timings:
-    """Seconds by phase of the work on one block; a phase inside another is taken from the outer one."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside."""
-        start, before = time.perf_counter(), sum(self.seconds.values())
-        try:
-            yield
-        finally:
-            others = sum(self.seconds.values()) - before
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start - others
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What the work on one block of one stage took and made; its marker holds it.
-
-    seconds         by phase
-    voxels          of the block
-    device_seconds  in which the device computed
-    data_wait_seconds  in which the device had nothing to do, as its process was reading
-    inferred_voxels that went through the network
-    bytes_sent, bytes_fetched  to and from the device
-    kept            whether the block was left as an earlier decision had made it
-    edges, basins, objects, components, rows  how many the block, part or layer has
-    layer           of blocks that was ranked
-    files           what the block wrote: fingerprints by key, see `files.fingerprint`
-    nothing_wanted  whether no voxel was wanted there
-    filled          what of its source could not be decoded and was taken for 0: path and box of each chunk
-    """
-
-    voxels: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    pid: int = field(default_factory=os.getpid)
-    peak_bytes: int = field(default_factory=lambda: peak_bytes())
-    device_seconds: float = 0.0
-    data_wait_seconds: float = 0.0
-    inferred_voxels: int = 0
-    bytes_sent: int = 0
-    bytes_fetched: int = 0
-    kept: bool = False
-    edges: int = 0
-    basins: int = 0
-    objects: int = 0
-    components: int = 0
-    rows: int = 0
-    layer: int = 0
-    nothing_wanted: bool = False
-    files: dict[str, list] = field(default_factory=dict)
-    filled: tuple[tuple[str, str], ...] = ()
-
-    def to_json(self) -> dict:
-        """Without what has its default, but for what each marker tells."""
-        always = {"voxels", "seconds", "pid", "peak_bytes", "files"}
-        return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name in always or getattr(self, f.name) != f.default
-        }
-
-    def slim(self) -> Receipt:
-        """What is counted over all blocks, alone: millions of these are held, and most are one object."""
-        filled = tuple((where, text) for where, text in self.filled)
-        return _slim(self.kept, self.edges, self.basins, self.objects, self.components, self.rows, self.layer, filled)
-
-    @classmethod
-    def from_json(cls, plain: dict) -> Receipt:
-        """Raises `TypeError` for what `to_json` never gave."""
-        receipt = cls(**plain)
-        numbers = (value for name, value in plain.items() if name not in ("seconds", "files", "filled"))
-        marks = receipt.files.values() if isinstance(receipt.files, dict) else [None]
-        fits = all(isinstance(mark, list) and len(mark) == 2 and isinstance(mark[0], int) for mark in marks)
-        if not (fits and isinstance(receipt.seconds, dict) and all(isinstance(n, (int, float)) for n in numbers)):
-            raise TypeError("not a receipt")
-        return receipt
-
-
-@lru_cache(maxsize=1024)
-def _slim(
-    kept: bool, edges: int, basins: int, objects: int, components: int, rows: int, layer: int, filled: tuple
-) -> Receipt:
-    return Receipt(
-        seconds={}, pid=0, peak_bytes=0, kept=kept, edges=edges, basins=basins, objects=objects, components=components,
-        rows=rows, layer=layer, filled=filled,
-    )  # fmt: skip
-
-
-def peak_bytes() -> int:
-    """Most memory this process has held so far."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
+from volseg.io import files, tables
 
 # ---------------------------------------------------------------- markers
 
 PACKED = 1024  # markers that share a file
 PACK = "pack"  # how its name begins
-LISTED = 4  # files in a folder of an object store from which on it is listed, rather than each asked for
-UNREADABLE = ValueError, TypeError, AttributeError, RecursionError, FileNotFoundError  # what a damaged marker raises
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RecursionError,
+    FileNotFoundError,
+)  # what a damaged marker raises
 
 
 class Markers:
@@ -171,21 +73,31 @@ class Markers:
     def receipts(self, stage: str) -> dict[int, Receipt]:
         """The receipt of each block of a stage that is done, as `Receipt.slim` has it: the marker has the rest."""
         if stage not in self.known:
-            self.known[stage] = {i: receipt.slim() for i, receipt in self.stored(stage)}
+            for _ in self._packs(stage):
+                pass
         return self.known[stage]
 
     def stored(self, stage: str, blocks: Iterable[int] | None = None) -> Iterator[tuple[int, Receipt]]:
         """The whole receipts of a stage, one after the other, as the markers have them; of these ``blocks``, or of all."""
-        self.flush()
-        return _stored_receipts(self.layout, stage, self.keys[stage], blocks)
+        wanted = None if blocks is None else set(blocks)
+        for pack in self._packs(stage, wanted):
+            yield from (item for item in pack.receipts() if wanted is None or item[0] in wanted)
 
-    def _read(self, stage: str) -> Iterator[Receipt]:
-        """The whole receipts of a stage; once all were read, `receipts` knows them."""
-        known = {}
-        for i, receipt in self.stored(stage):
-            known[i] = receipt.slim()
-            yield receipt
-        self.known.setdefault(stage, known)
+    def _packs(
+        self, stage: str, blocks: set[int] | None = None, use: Callable[[Pack], Any] = lambda _: None
+    ) -> Iterator[Pack]:
+        """All receipts of a stage, or of these ``blocks`` and others, as the markers have them.
+
+        Each pack is given to ``use`` in a thread, while others are read. Once all have been read, `receipts` knows them.
+        """
+        self.flush()
+        known: dict[int, Receipt] = {}
+        for pack in _stored_packs(self.layout, stage, self.keys[stage], blocks, use):
+            if stage not in self.known:
+                known.update(pack.slim())
+            yield pack
+        if blocks is None:
+            self.known.setdefault(stage, known)
 
     def done(self, stage: str) -> set[int]:
         return set(self.receipts(stage))
@@ -271,8 +183,8 @@ class Markers:
         receipts.clear()
 
     def _write_pack(self, stage: str, receipts: dict[int, Receipt]) -> None:
-        plain = {str(i): receipt.to_json() for i, receipt in receipts.items()}
-        self.layout.write_marker(stage, f"{PACK}{uuid.uuid4().hex[:12]}-{self.keys[stage]}", plain)
+        name = f"{PACK}{uuid.uuid4().hex[:12]}-{len(receipts)}-{self.keys[stage]}"
+        self.layout.write_marker(stage, name, Pack.of(receipts).to_json())
 
     def remove(self, stage: str, blocks: Iterable[int] | None = None) -> None:
         """These blocks of a stage, or all, count as not done."""
@@ -283,89 +195,91 @@ class Markers:
             return
         self.flush()
         gone = set(blocks)
-        for name in self._packs(stage):
-            packed = _read_pack(self.layout, stage, name)
-            if not gone.isdisjoint(packed):
-                self._write_pack(stage, {i: receipt for i, receipt in packed.items() if i not in gone})
-                self.layout.remove_marker(stage, name)
+        for name in self._pack_names(stage):
+            with suppress(*UNREADABLE):
+                pack = Pack.from_json(self.layout.read_marker(stage, name))
+                if not gone.isdisjoint(pack.blocks):
+                    self._write_pack(stage, {i: receipt for i, receipt in pack.receipts() if i not in gone})
+                    self.layout.remove_marker(stage, name)
         for i in gone:
             self.layout.remove_marker(stage, f"{i}-{self.keys[stage]}")
             self.receipts(stage).pop(i, None)
             self.loose.get(stage, {}).pop(i, None)
 
-    def _packs(self, stage: str) -> list[str]:
+    def _pack_names(self, stage: str) -> list[str]:
         """Names of the files that hold markers of many blocks."""
         names = self.layout.markers(stage)
         return [name for name in names if name.startswith(PACK) and name.endswith(f"-{self.keys[stage]}")]
 
-    def marks(self, keys: Iterable[str] | None = None, *, apart: str = "") -> dict[str, list]:
-        """The fingerprints of these files, of those that a block wrote, or of all but those of the stage ``apart``."""
+    def marks(self, keys: Iterable[str] | None = None) -> dict[str, list]:
+        """The fingerprints of these files, of those that a block wrote, or of all."""
         wanted = None if keys is None else set(keys)
-        every = (receipt.files for stage in self.keys if stage != apart for receipt in self._read(stage))
-        return {key: mark for files_ in every for key, mark in files_.items() if wanted is None or key in wanted}
+        marks: dict[str, list] = {}
+        for pack in (pack for stage in self.keys for pack in self._packs(stage)):
+            items = zip(pack.keys, pack.marks, strict=True)
+            marks.update(items if wanted is None else (item for item in items if item[0] in wanted))
+        return marks
 
     def makers(self, damaged: Iterable[str]) -> dict[str, list[int]]:
         """By stage, the blocks that wrote any of these files."""
         wanted = set(damaged)
         made = {
-            stage: sorted(i for i, receipt in self.stored(stage) if not wanted.isdisjoint(receipt.files))
-            for stage in self.keys
+            stage: sorted(set().union(*(pack.makers(wanted) for pack in self._packs(stage)))) for stage in self.keys
         }
         return {stage: blocks for stage, blocks in made.items() if blocks}
 
-    def damaged(self, marks: dict[str, list], advance: Callable[[int], None] = lambda _: None) -> list[str]:
-        """Keys of the files that do not fit these fingerprints; ``advance`` is called with bytes as they are looked at."""
+    def count(self, *, apart: str = "") -> int:
+        """How many blocks are done, but those of the stage ``apart``, as the names of the markers' files say."""
+        names = [
+            name for stage, key in self.keys.items() if stage != apart
+            for name in self.layout.markers(stage) if name.endswith(f"-{key}")
+        ]  # fmt: skip
+        return sum(int(name.split("-")[1]) if name.startswith(PACK) else 1 for name in names)
 
-        def look(item: tuple[str, list]) -> list[str]:
-            fits = self.layout.fits(*item)
-            advance(item[1][0])
-            return [] if fits else [item[0]]
+    def damaged(self, *, apart: str = "", advance: Callable[[int], None] = lambda _: None) -> list[str]:
+        """Keys of the files that blocks wrote, but those of the stage ``apart``, and that are not what was written.
 
-        def look_in(folder: str) -> list[str]:
-            keys = by_folder[folder]
-            if len(keys) < LISTED:
-                return [key for one in keys for key in look((one, marks[one]))]
-            found = files.listed_fingerprints(self.layout.path, folder)
-            advance(sum(marks[key][0] for key in keys))
-            return [key for key in keys if found.get(key) != marks[key]]
+        ``advance`` is called with how many blocks' files have been looked at.
+        """
+        check, found = FileCheck(self.layout.path, dates=self.durable), []
 
-        if not files.is_remote(self.layout.path):
-            with ThreadPoolExecutor(tables.IO_THREADS) as pool:
-                return [key for keys in pool.map(look, marks.items()) for key in keys]
-        by_folder: dict[str, list[str]] = {}
-        for key in marks:
-            by_folder.setdefault(key.rpartition("/")[0], []).append(key)
-        with ThreadPoolExecutor(remote.REQUESTS) as pool:
-            return [key for keys in pool.map(look_in, by_folder) for key in keys]
+        def look(pack: Pack) -> None:
+            found.extend(check.damaged(dict(zip(pack.keys, pack.marks, strict=True))))
+
+        for stage in (stage for stage in self.keys if stage != apart):
+            for pack in self._packs(stage, use=look):
+                advance(len(pack.blocks))
+        return sorted(found)
 
 
-def _stored_receipts(
-    layout: Layout, stage: str, key: str, blocks: Iterable[int] | None
-) -> Iterator[tuple[int, Receipt]]:
-    """The receipts of a stage's markers under that key; one that nobody can read is as good as none."""
+def _stored_packs(
+    layout: Layout, stage: str, key: str, blocks: set[int] | None, use: Callable[[Pack], Any]
+) -> Iterator[Pack]:
+    """The receipts of a stage's markers under that key, of these ``blocks`` and others, each given to ``use``; a marker that
+    nobody can read is as good as none."""
 
-    def read(name: str) -> dict[int, Receipt]:
-        if name.startswith(PACK):
-            return _read_pack(layout, stage, name)
+    def read(name: str) -> Pack | None:
         try:
-            return {int(name.partition("-")[0]): Receipt.from_json(layout.read_marker(stage, name))}
+            pack = Pack.from_json(layout.read_marker(stage, name))
         except UNREADABLE:
-            return {}
+            return None
+        use(pack)
+        return pack
 
-    wanted = None if blocks is None else set(blocks)
+    def read_loose(name: str) -> tuple[int, Receipt] | None:
+        with suppress(*UNREADABLE):
+            return int(name.partition("-")[0]), Receipt.from_json(layout.read_marker(stage, name))
+        return None
+
     names = [name for name in layout.markers(stage) if name.endswith(f"-{key}")]
-    if wanted is not None:
-        single = {f"{i}-{key}" for i in wanted}
-        names = [name for name in names if name.startswith(PACK) or name in single]
-    for receipts in tables.read_ahead(read, names):
-        yield from (item for item in receipts.items() if wanted is None or item[0] in wanted)
-
-
-def _read_pack(layout: Layout, stage: str, name: str) -> dict[int, Receipt]:
-    try:
-        return {int(i): Receipt.from_json(plain) for i, plain in layout.read_marker(stage, name).items()}
-    except UNREADABLE:
-        return {}
+    packed = [name for name in names if name.startswith(PACK)]
+    yield from filter(None, tables.read_ahead(read, packed))
+    wanted = None if blocks is None else {f"{i}-{key}" for i in blocks}
+    loose = [name for name in names if not name.startswith(PACK) and (wanted is None or name in wanted)]
+    receipts = dict(filter(None, tables.read_ahead(read_loose, loose)))
+    if receipts:
+        use(pack := Pack.of(receipts))
+        yield pack
 
 
 # ---------------------------------------------------------------- a run
@@ -443,9 +357,3 @@ class RunStatistics:
     def queue(self) -> float:
         """Blocks that were handed out and waited for a worker, on average over all ends."""
         return self.waiting_sum / max(1, self.ended)
-
-
-def add(total: dict[str, float], more: dict[str, float]) -> None:
-    """Every value of ``more`` is added to the one of that name."""
-    for name, value in more.items():
-        total[name] = total.get(name, 0.0) + value

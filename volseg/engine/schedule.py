@@ -18,7 +18,8 @@ from volseg.engine.block_tables import Values
 from volseg.engine.pipeline import process_block, process_block_in_pieces
 from volseg.engine.predict import release_network
 from volseg.engine.ready import Ready
-from volseg.engine.receipts import Markers, Receipt, RunStatistics
+from volseg.engine.receipt import Receipt
+from volseg.engine.receipts import Markers, RunStatistics
 from volseg.engine.run import Run
 from volseg.engine.stages import Group, Stage, group_of, stages_of
 from volseg.errors import DamagedFileError, IncompleteRunError, OutOfMemoryError, UserError

@@ -23,7 +23,7 @@ from volseg.box import Blocks, Box
 from volseg.engine import corrections, instances, predict, restore
 from volseg.engine.keys import basins_key, decision_key, holes_key, probability_key, tally_key
 from volseg.engine.parts import Part
-from volseg.engine.receipts import Timings
+from volseg.engine.receipt import Timings
 from volseg.engine.run import Run, digest
 from volseg.io import pyramid
 from volseg.segmentation import hierarchy

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import groupby
+from numbers import Integral
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ _RECORD: ContextVar[dict[str, list] | None] = ContextVar("record", default=None)
 
 @contextmanager
 def recording() -> Iterator[dict[str, list]]:
-    """The fingerprint of each file of a run that is written inside, by its key: see `files.fingerprint`."""
+    """The fingerprint of each file of a run that is written inside, by its key: see `files.dated_fingerprint`."""
     record: dict[str, list] = {}
     token = _RECORD.set(record)
     try:
@@ -54,12 +55,24 @@ def record_written(path: str, keys: Iterable[str]) -> None:
         return
     for key in keys:
         try:
-            record[key] = files.fingerprint(path, key)
+            record[key] = files.dated_fingerprint(path, key)
         except FileNotFoundError:
             record.pop(key, None)  # a shard that holds nothing is not stored
 
 
 # ---------------------------------------------------------------- tables and arrays
+
+
+PER_FOLDER = 4096  # files of a kind in one folder: file systems and people are slow in folders of a million
+
+
+def subfolder(i: int) -> str:
+    """Where in the folder of a kind the files of block or part ``i`` lie: itself for the first `PER_FOLDER`.
+
+    >>> subfolder(17), subfolder(10_000)
+    ('', '8192/')
+    """
+    return "" if i < PER_FOLDER else f"{i // PER_FOLDER * PER_FOLDER}/"
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,9 @@ class Tables(Generic[T]):
     )  # what a block has that has no table
 
     def key(self, *index: int | str) -> str:
-        return self.pattern.format(*index)
+        folder, slash, name = self.pattern.rpartition("/")
+        number = max((i for i in index if isinstance(i, Integral)), default=0)
+        return f"{folder}{slash}{subfolder(number)}{name}".format(*index)
 
     def save(self, value: T, *index: int | str) -> None:
         tables.save(self.path, self.key(*index), **vars(value))

@@ -328,6 +328,23 @@ def fingerprint(path: str, key: str) -> list:
     return [size, checksum.hexdigest().decode()]
 
 
+def dated_fingerprint(path: str, key: str) -> list:
+    """`fingerprint`, and of a local file the time of its last change, in ns."""
+    mark = fingerprint(path, key)
+    return mark if is_remote(path) else [*mark, os.stat(join(path, key)).st_mtime_ns]
+
+
+def has_date(path: str, key: str, mark: list) -> bool:
+    """Whether the file has the size and the time of that `dated_fingerprint`; False where the mark has no time."""
+    if len(mark) < 3:
+        return False
+    try:
+        status = os.stat(f"{path}/{key}")
+    except (OSError, ValueError):
+        return False
+    return [status.st_size, status.st_mtime_ns] == [mark[0], mark[2]]
+
+
 def listed_fingerprints(path: str, folder: str) -> dict[str, list]:
     """What `fingerprint` tells of each object that lies directly in a folder of an object store, by key: a thousand come with
     one request."""
