@@ -293,7 +293,7 @@ def stores(repeats: Annotated[int, typer.Option(min=1)] = 5) -> None:
 
 @app.command()
 def scale(
-    what: Annotated[str, typer.Argument(help="decoding, sparse, restart or horizon.")],
+    what: Annotated[str, typer.Argument(help="decoding, sparse, restart, end or horizon.")],
     image: Annotated[str, typer.Option(help="The EPFL training stack.")] = f"{EPFL}/training.tif",
     out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/scale",
     chunks: Annotated[str, typer.Option(help="decoding: edges of a chunk.")] = "64,128,256",
@@ -302,22 +302,25 @@ def scale(
     repeats: Annotated[int, typer.Option(min=1, help="sparse: runs of each, in turn; the median counts.")] = 3,
     blocks: Annotated[float, typer.Option(help="restart: how many are done.")] = 1e6,
     voxels: Annotated[float, typer.Option(help="horizon: of the volume.")] = 1e15,
+    times: Annotated[tuple[int, int, int], typer.Option(help="end: copies of the stack along z, y and x.")] = (8, 2, 2),
     faster: Annotated[float, typer.Option(help="horizon: how much faster than a core a worker infers.")] = 1.0,
 ) -> None:
     """Volumes as they are stored: how often a chunk is decoded, what an empty part and a restart cost, where limits lie."""
-    from benchmarks import horizon, restart
+    from benchmarks import end_to_end, horizon, restart
     from benchmarks import scale as bench
 
     if what == "restart":
         restart.measure(int(blocks))
     elif what == "horizon":
         horizon.measure(voxels, (1, 100, 10_000), faster)
+    elif what == "end":
+        end_to_end.measure(image, out, times, seconds=60)
     elif what == "decoding":
         bench.measure_decoding(*(tuple(map(int, text.split(","))) for text in (chunks, planes)), depth)
     elif what == "sparse":
         bench.measure_sparse(image, out, repeats)
     else:
-        raise typer.BadParameter(f"{what!r} is none of decoding, sparse, restart, horizon")
+        raise typer.BadParameter(f"{what!r} is none of decoding, sparse, restart, end, horizon")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from benchmarks import (
     backends,
+    end_to_end,
     epfl,
     formats,
     gpu,
@@ -136,3 +137,15 @@ def test_a_whole_command_is_timed_and_scored(image, monkeypatch, tmp_path):
     assert row["model"] == "shipped"
     assert row["seconds"] > 0
     assert 0 < row["IoU"] <= 1
+
+
+def test_a_mirrored_volume_is_inferred_beside_the_bare_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    em = np.random.default_rng(0).integers(0, 255, (36, 64, 80), np.uint8)
+    tifffile.imwrite(tmp_path / "em.tif", em)
+    end_to_end.measure(str(tmp_path / "em.tif"), str(tmp_path / "out"), (1, 2, 1), 0.5)
+    (row,) = json.loads((tmp_path / "end-to-end.json").read_text())["rows"]
+    assert row["voxels"] == 2 * em.size
+    assert row["wanted / bare"] > 0
+    laid = volume.open(str(tmp_path / "out/em.zarr/0"), voxel_size_nm=(5, 5, 5)).read(Box.from_shape((36, 128, 80)))
+    assert (laid[:, 64:] == em[:, ::-1]).all()
