@@ -238,14 +238,15 @@ def _decide_anew(
     start, out = time.perf_counter(), folder.absolute(path.rstrip("/"))
     given = None if corrections in (None, "none") else read_corrections(corrections)
     with displayed(progress) as shown, Lock(out) as lock:  # from here on no other command changes what is read
-        known = folder.described_run(out)
-        wanted = None
+        known, wanted = folder.described_run(out), None
+        anew = partial(prepare.decided_anew, out=out, config=config, settings=settings)
         if known and corrections != "none":  # before anything is written
-            wanted = checked_corrections(given, known, prepare.decided_anew(known, out, config, settings))
+            wanted = checked_corrections(given, known, anew(known))
         if given:
             shown.message(f"corrections: {wanted or 'none'}, {given.undecided} undecided")
-        run = prepare.decided_anew(folder.load_run(out, recompute=recompute), out, config, settings)
-        run = replace(run, corrections=wanted)
+        run = replace(anew(folder.load_run(out, recompute=recompute)), corrections=wanted)
+        if note := prepare.rules_note(run):
+            shown.message(note)
 
         def reopen() -> None:
             folder.reopen(out)

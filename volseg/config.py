@@ -162,7 +162,7 @@ class Stitch(Section):
     persistence: Share = 0.0  # seeds less than this below the saddle between them are one seed
     join_mean: Share = 0.0  # neighbors are joined whose whole border has at least this mean probability; 0: none
     keep_unseeded: bool = False  # keep objects that hold no seed
-    min_voxels: Count = 500  # smaller objects are dropped
+    min_voxels: Count = 500  # smaller objects are dropped; counts of voxels in [stitch] are of the model's size
     min_volume_nm3: Annotated[float, Field(ge=0)] = 0.0  # so are those of less than this volume
     count_cut: bool = False  # beyond a face of the volume, what it cuts counts as going on as the cube on its cut
     max_voxels: Count = 0  # larger objects are dropped; 0: none

@@ -157,8 +157,50 @@ def test_space_is_decided_anew_and_the_source_may_be_gone(coarse, own, tmp_path)
     assert run.show().size == (2 * run.shape[2], run.shape[1])
 
 
-def test_rules_in_voxels_are_the_models(coarse, tmp_path):
+LARGER = {"input": {"voxel_size_nm": (5, 5, 10), "resample": "off"}, "stitch": {"min_voxels": 101}}
+
+
+@pytest.fixture(scope="module")
+def larger(image, tmp_path_factory):
+    """A run whose voxels are twice as large as those of its model, and what was said of it."""
     quiet = Quiet()
-    run = infer(coarse, tmp_path / "run.zarr", quiet, input={"resample": "off"}, stitch={"min_voxels": 100})
-    assert run.config.stitch.min_voxels == 25
-    assert any("stitch.min_voxels = 100 are 25" in line for line in quiet.said)
+    return infer(image, tmp_path_factory.mktemp("larger") / "run.zarr", quiet, **LARGER), quiet.said
+
+
+def brought_up_to_date(image, run):
+    """The run, inferred again with the same settings, and what was said of it."""
+    quiet = Quiet()
+    config = settings(**LARGER, cluster={"workers": 1})
+    return volseg.infer(image, run, config=config, update=True, progress=quiet), quiet.said
+
+
+def test_rules_count_the_models_voxels_whatever_command_takes_them(image, larger, tmp_path):
+    run, said = larger
+    assert run.config.stitch.min_voxels == 101
+    assert any("stitch.min_voxels = 101 are 51" in line for line in said)
+    voxels = run.objects["voxels"].sort_values().to_list()
+    run = volseg.open(shutil.copytree(run.path, tmp_path / "run.zarr"))
+    middle = voxels[len(voxels) // 2]
+    assert voxels[0] < middle < voxels[-1]
+    for wanted, least in ((2 * middle, middle), (2 * middle + 1, middle + 1)):
+        quiet = Quiet()
+        again = volseg.segment(run, settings=[f"stitch.min_voxels={wanted}"], progress=quiet)
+        assert any(f"stitch.min_voxels = {wanted} are {least}" in line for line in quiet.said)
+        assert again.objects["voxels"].min() == next(n for n in voxels if n >= least)
+    assert volseg.verify(again, boxes=2).ok
+    own = next(each for each in calibrate(again, again.labels[:]).candidates if each.own)
+    assert (own.pq, own.min_voxels) == (1, 2 * middle + 1)
+    again, said = brought_up_to_date(image, run.path)
+    assert any("stitch.min_voxels = 101 was" in line for line in said)
+    assert again.objects["voxels"].sort_values().to_list() == voxels
+
+
+def test_a_run_that_counts_its_own_voxels_is_brought_up_to_date_in_those(image, larger, tmp_path):
+    """As runs of an earlier state do, whose settings were scaled when they were stored."""
+    path = shutil.copytree(larger[0].path, tmp_path / "run.zarr")
+    for file in (path / "run.json", path / "work" / "run.json"):
+        plain = json.loads(file.read_text())
+        del plain["rule_voxel_nm"]
+        plain["config"]["stitch"]["min_voxels"] = 51
+        file.write_text(json.dumps(plain))
+    assert any("nothing is done" in line for line in brought_up_to_date(image, str(path))[1])

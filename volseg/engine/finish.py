@@ -36,7 +36,6 @@ from volseg.io.resample import Grid
 from volseg.progress import Progress
 from volseg.segmentation import objects, saddles
 from volseg.segmentation.heights import height_to_probability, seed_height
-from volseg.segmentation.rules import Rules
 
 RESTART_SHARE = 0.1  # of predict's blocks that may be lost where a batch turns out to be too large
 BATCH_LIMITED = "; memory holds no more tiles at once"  # of why a run computes as it does
@@ -306,7 +305,7 @@ def _joins(run: Run) -> Joins:
     graph = saddles.object_graph(run.layout.borders.load_each(range(len(run.grid))))
     label = np.arange(1, 1 + graph.minimum.size)
     confidence = saddles.confidence(graph, label, run.config.fragments, run.voxel_size_nm)
-    rules, wanted = Rules.from_config(run.config, run.voxel_size_nm), corrections.label_constraints(run)
+    rules, wanted = run.rules, corrections.label_constraints(run)
     wanted = wanted and wanted.renamed(lambda labels: labels - 1)
     return Joins(saddles.rank_saddles(graph, rules, label, wanted), confidence)
 

@@ -22,7 +22,7 @@ from volseg.io import pyramid
 from volseg.segmentation import extents, hierarchy, holes, objects, saddles, stitch
 from volseg.segmentation.basins import BlockBasins, no_basins, watershed_block
 from volseg.segmentation.heights import block_heights, height_halo
-from volseg.segmentation.rules import Rules, label_basins, label_dtype
+from volseg.segmentation.rules import label_basins, label_dtype
 
 # ---------------------------------------------------------------- basins
 
@@ -131,7 +131,7 @@ def _stitch_all(run: Run, timings: Timings) -> dict:
         basins, basin_of = stored or _gather_basins(run)
         background, hole_of = _gather_holes(run, basin_of)
     with timings.phase("decide"):
-        rule = Rules.from_config(run.config, run.voxel_size_nm)
+        rule = run.rules
         regions = corrections.region_constraints(run)
         wanted = regions and regions.looked_up(basin_of.__getitem__)
         label, label_of_hole = np.split(label_basins(basins, rule, background, wanted), [basins.minimum.size])
@@ -212,7 +212,7 @@ def contract(run: Run, n: int, timings: Timings, level: int) -> dict:
             )  # the higher, the larger: fewer at once
             graph = hierarchy.join(map(counted, graphs), run.grid, level, n)
     with timings.phase("contract"):
-        rule = Rules.from_config(run.config, run.voxel_size_nm)
+        rule = run.rules
         up, finished, destination = hierarchy.contract(graph, rule.seed_height)
         del graph
         labeled = hierarchy.labeled(finished, rule)

@@ -68,4 +68,4 @@ def decision_key(run: Run) -> str:
 
 def _rules(run: Run) -> list:
     """What decides which basins are one object."""
-    return [run.config.stitch.model_dump(exclude={"reduce"}), *([run.corrections.key] if run.corrections else [])]
+    return [run.stitch.model_dump(exclude={"reduce"}), *([run.corrections.key] if run.corrections else [])]

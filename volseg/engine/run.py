@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
-from volseg.config import Config
+from volseg.config import Config, Stitch
 from volseg.engine.blocks import Cut, fit, plane_blocks
 from volseg.engine.layout import Layout
 from volseg.engine.parts import Parts
 from volseg.errors import DamagedFileError, UserError
-from volseg.inference import tiles
+from volseg.inference import tiles, voxel_size
 from volseg.inference.backends import Engine
 from volseg.io import files, probabilities, pyramid, volume
 from volseg.io.corrections import Corrections
@@ -25,6 +25,7 @@ from volseg.io.header import check_shape
 from volseg.io.resample import Grid
 from volseg.io.roi import RegionOfInterest
 from volseg.segmentation.distances import DistanceUnit, distance_unit
+from volseg.segmentation.rules import Rules
 
 SAMPLED_TILES = 128  # that are looked up in a mask, to count those that are needed
 
@@ -51,6 +52,7 @@ class Run:
     pass_blocks          by plane, of passes whose own blocks would not fit the memory
     cuts                 by plane, where blocks follow the source's chunks and the tiles
     corrections          of the objects that the rules make; None for none
+    rule_voxel_nm        size of the voxels that [stitch] counts, the model's; None where those are this run's own
     """
 
     out: str
@@ -76,6 +78,7 @@ class Run:
     pass_blocks: dict[str, Triple] = field(default_factory=dict)
     cuts: dict[str, Cut] = field(default_factory=dict)
     corrections: Corrections | None = None
+    rule_voxel_nm: tuple[float, float, float] | None = None
 
     @property
     def shape(self) -> Triple:
@@ -281,6 +284,16 @@ class Run:
     @property
     def distance_unit(self) -> DistanceUnit:
         return distance_unit(self.config.fragments, self.voxel_size_nm)
+
+    @property
+    def stitch(self) -> Stitch:
+        """``[stitch]`` in voxels of this run."""
+        return voxel_size.scaled_rules(self.config.stitch, self.rule_voxel_nm, self.voxel_size_nm)
+
+    @property
+    def rules(self) -> Rules:
+        """What decides about basins."""
+        return Rules.from_config(self.config.model_copy(update={"stitch": self.stitch}), self.voxel_size_nm)
 
     # ---- as JSON
 

@@ -81,7 +81,9 @@ def compare(out: str, run: Run) -> Change:
     old = folder.peek_run(out) or Run.from_json({**Layout(out).load_summary(), "out": out})
     cut = {"out": old.out, "predict_block": old.predict_block, "block": old.block}
     new = replace(run, **cut, pass_blocks=old.pass_blocks, cuts=old.cuts) if run.shape == old.shape else run
-    rules = {"fragments": new.config.fragments, "stitch": new.config.stitch, "output": new.config.output}
+    stitch = new.config.stitch if old.rule_voxel_nm == new.rule_voxel_nm else new.stitch  # older runs count their own
+    new = replace(new, config=new.config.model_copy(update={"stitch": stitch}), rule_voxel_nm=old.rule_voxel_nm)
+    rules = {"fragments": new.config.fragments, "stitch": stitch, "output": new.config.output}
     config = old.config.model_copy(update=rules)
     if old.channels or probability_key(new) != probability_key(old):
         lost = "; its corrections are of other probabilities and are not kept" if old.corrections else ""

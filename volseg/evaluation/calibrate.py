@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, product
 from os import PathLike
 from pathlib import Path
@@ -305,7 +305,7 @@ def _candidates(run: StoredRun, basins: Basins, slabs: list[Contingency], tried:
     joined: dict[Rules, np.ndarray] = {}
     scored: dict[bytes, tuple[dict, list]] = {}
     for settings in tried:
-        rules = Rules.from_config(run.config.model_copy(update={"stitch": settings}), run.voxel_size_nm)
+        rules = replace(run.run, config=run.config.model_copy(update={"stitch": settings})).rules
         joins = Rules(rules.seed_height, rules.persistence, rules.join_height, low_height=rules.low_height)
         if joins not in joined:
             joined = {joins: components(basins, joins, wanted)}

@@ -92,7 +92,7 @@ class StoredRun:
 
     @property
     def rules(self) -> Rules:
-        return Rules.from_config(self.config, self.voxel_size_nm)
+        return self.run.rules
 
     @property
     def fills(self) -> bool:

@@ -133,20 +133,34 @@ def in_source(space: Literal["auto", "source", "model"], given: Volume, taken: V
     return space == "source" or (space == "auto" and factor <= SAME * MAX_SOURCE_FACTOR)
 
 
-def scaled_rules(rules: Stitch, model_nm: Size | None, voxel_size_nm: Size) -> tuple[Stitch, str]:
-    """The rules in voxels of this size, and a note on them: a model's settings count voxels of the model's size.
+def rule_size(model_nm: Size | None, voxel_size_nm: Size) -> Size | None:
+    """The voxel size in which rules count voxels, the model's; None where that is, or counts as, a run's own.
 
-    >>> scaled_rules(Stitch(min_voxels=500), (5.0, 5.0, 5.0), (10.0, 10.0, 10.0))[0].min_voxels
+    >>> rule_size((5.0, 5.0, 5.0), (6.0, 6.0, 6.0)), rule_size((5.0, 5.0, 5.0), (5.0, 5.0, 5.01))
+    ((5.0, 5.0, 5.0), None)
+    """
+    return model_nm if model_nm and not 0.99 < prod(voxel_size_nm) / prod(model_nm) < 1.01 else None
+
+
+def scaled_rules(rules: Stitch, rule_nm: Size | None, voxel_size_nm: Size) -> Stitch:
+    """The rules, which count voxels of ``rule_nm``, in voxels of a run; None leaves them as they are.
+
+    >>> scaled_rules(Stitch(min_voxels=500), (5.0, 5.0, 5.0), (10.0, 10.0, 10.0)).min_voxels
     63
     """
-    if model_nm is None:
-        return rules, ""
-    ratio = prod(b / a for a, b in zip(voxel_size_nm, model_nm, strict=True))
-    if 0.99 < ratio < 1.01:
-        return rules, ""
+    return rules.model_copy(update=_scaled_counts(rules, rule_nm, voxel_size_nm))
+
+
+def rules_note(rules: Stitch, rule_nm: Size | None, voxel_size_nm: Size) -> str:
+    """What `scaled_rules` changes, in words; "" for nothing."""
+    scaled = _scaled_counts(rules, rule_nm, voxel_size_nm)
+    said = ", ".join(f"stitch.{name} = {getattr(rules, name)} are {count}" for name, count in scaled.items())
+    return f"voxels of rules are the model's, {_text(rule_nm)} nm: here {said}" if scaled else ""
+
+
+def _scaled_counts(rules: Stitch, rule_nm: Size | None, voxel_size_nm: Size) -> dict[str, int]:
+    if rule_nm is None:
+        return {}
+    ratio = prod(b / a for a, b in zip(voxel_size_nm, rule_nm, strict=True))
     values = {name: int(getattr(rules, name)) for name in ("min_voxels", "max_voxels", "fill_holes_voxels")}
-    scaled = {name: ceil(count * ratio) for name, count in values.items() if count}
-    if not scaled:
-        return rules, ""
-    said = ", ".join(f"stitch.{name} = {values[name]} are {count}" for name, count in scaled.items())
-    return rules.model_copy(update=scaled), f"voxels of rules are the model's, {_text(model_nm)} nm: here {said}"
+    return {name: ceil(count * ratio) for name, count in values.items() if count}

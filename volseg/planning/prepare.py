@@ -52,8 +52,6 @@ def from_image(source: volume.Volume, config: Config, out: str, like: str = "") 
     matched = voxel_size.match(source, card.voxel_size_nm, config.input.resample, any_level=not config.input.dataset)
     given, source = matched.given, replace(matched.volume, path=folder.absolute(source.path))
     voxel_size_nm = source.voxel_size_nm or card.voxel_size_nm or (1.0, 1.0, 1.0)
-    rules, scaled = voxel_size.scaled_rules(config.stitch, card.voxel_size_nm, voxel_size_nm)
-    config = config.model_copy(update={"stitch": rules})
     _refuse_anisotropic(config.predict.planes, voxel_size_nm)
     origin = card.graph.origin if card.graph else ""
     slab, block = choose_blocks(source.shape, config.blocks.shape)
@@ -65,7 +63,7 @@ def from_image(source: volume.Volume, config: Config, out: str, like: str = "") 
     region = roi.find(config.input, (given or source).shape, (given or source).voxel_size_nm or voxel_size_nm)
     run = Run(
         out=out,
-        source=replace(source, notes=tuple(note for note in (*source.notes, matched.note, scaled, origin) if note)),
+        source=replace(source, notes=tuple(note for note in (*source.notes, matched.note, origin) if note)),
         config=config,
         model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         heads=card.heads,
@@ -80,6 +78,7 @@ def from_image(source: volume.Volume, config: Config, out: str, like: str = "") 
         predict_block=slab,
         block=block,
         roi=region,
+        rule_voxel_nm=voxel_size.rule_size(card.voxel_size_nm, voxel_size_nm),
     )
     return _blocked(_resampled(run, given) if given else run)
 
@@ -275,9 +274,15 @@ def headline(run: Run) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """What was decided of the volumes that a run reads, a line each."""
+    """What was decided of the volumes that a run reads, and what its rules count, a line each."""
     sources = (run.source, *(channel.source for channel in run.channels), run.roi and run.roi.mask)
-    return list(dict.fromkeys(note for source in sources if source for note in source.notes))
+    found = [note for source in sources if source for note in source.notes]
+    return list(dict.fromkeys(note for note in (*found, rules_note(run)) if note))
+
+
+def rules_note(run: Run) -> str:
+    """How many voxels of a run its rules count, where that is not what its settings say; "" where it is."""
+    return voxel_size.rules_note(run.config.stitch, run.rule_voxel_nm, run.voxel_size_nm)
 
 
 def _assumed(run: Run) -> str:
