@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from collections.abc import Callable
@@ -289,12 +288,12 @@ def _write_table(layout: Layout, name: str, columns: dict[str, np.ndarray]) -> N
     import pyarrow
     from pyarrow import csv, parquet
 
-    file, rows, table = io.BytesIO(), io.BytesIO(), pyarrow.table(columns)
+    file, rows, table = pyarrow.BufferOutputStream(), pyarrow.BufferOutputStream(), pyarrow.table(columns)
     parquet.write_table(table, file)
-    layout.write_table(name, "parquet", file.getvalue())
+    layout.write_table(name, "parquet", file.getvalue().to_pybytes())
     rows.write(f"{','.join(columns)}\n".encode())
     csv.write_csv(table, rows, csv.WriteOptions(include_header=False, quoting_style="none"))
-    layout.write_table(name, "csv", rows.getvalue())
+    layout.write_table(name, "csv", rows.getvalue().to_pybytes())
 
 
 def _joins(run: Run) -> Joins:

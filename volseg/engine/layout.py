@@ -18,7 +18,6 @@ one for each block; arrays are zarr, a shard for each block.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -348,13 +347,17 @@ class Layout(BlockMarks):
             raise DamagedFileError(self.path, key, "is missing") from None
 
     def read_columns(self, name: str) -> pyarrow.Table:
-        """A table of results. Raises `DamagedFileError` where it is missing, or none."""
+        """A table of results. Raises `DamagedFileError` where it is missing, or none.
+
+        Arrow's threads never meet a Python object: one that still lets go of it as the process ends aborts it
+        (https://github.com/apache/arrow/issues/34314).
+        """
         import pyarrow
         from pyarrow import parquet
 
         data = self.read_table(name)
         try:
-            return parquet.read_table(io.BytesIO(data))
+            return parquet.read_table(pyarrow.BufferReader(data), use_threads=False)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             state = f"is damaged ({' '.join(str(error).split())[:200]})"
             raise DamagedFileError(self.path, f"tables/{name}.parquet", state) from None
