@@ -1,8 +1,10 @@
 """Who may use the workers."""
 
 import asyncio
+import gc
 import os
 import signal
+import weakref
 
 import dask
 import psutil
@@ -63,6 +65,17 @@ class DiesAtStart(WorkerPlugin):
             if n in (1, 2):
                 os.kill(os.getpid(), signal.SIGKILL)
             return
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_a_cluster_that_has_ended_is_held_by_nobody(light):
+    """Who infers again and again in one process does not run out of memory."""
+    with cluster.connect(Cluster(workers=1, dashboard=""), light=light) as client:
+        assert client.submit(sum, [1, 2]).result() == 3
+        scheduler = weakref.ref(client.cluster.scheduler)
+    del client
+    gc.collect()
+    assert scheduler() is None
 
 
 def test_the_only_worker_comes_back_though_it_dies_while_it_starts(tmp_path):

@@ -99,6 +99,8 @@ def _local(config: Cluster, gpus: int, light: bool) -> Iterator[Client]:
     except TimeoutError:  # on a busy machine workers may end too slowly for Dask; what they did is stored
         if not whole:
             raise
+    finally:
+        local.forget_handlers()
 
 
 def exposure(address: str) -> str:
