@@ -446,6 +446,18 @@ def chaos(
 
 
 @app.command()
+def hosts(
+    probabilities: Annotated[
+        str, typer.Option(help="An array of mask and contour; a small synthetic one if not given.")
+    ] = "",
+) -> None:
+    """Workers on hosts of their own (network namespaces), data in an S3 store: hosts are lost, leave and come."""
+    from benchmarks import hosts as bench
+
+    bench.measure(probabilities)
+
+
+@app.command()
 def soak(
     blocks: Annotated[int, typer.Option(min=1, help="How many small blocks.")] = 20_000,
     workers: Annotated[int, typer.Option(min=1)] = 2,

@@ -96,7 +96,7 @@ class Cluster:
     def __init__(self, stand: Stand, rng: Random) -> None:
         self.stand, self.folder = stand, stand.place / "tls"
         self.folder.mkdir(exist_ok=True)
-        self.files = _certificates(self.folder)
+        self.files = write_certificates(self.folder)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -165,7 +165,8 @@ class Cluster:
             command.end()
 
 
-def _certificates(folder: Path) -> dict[str, Path]:
+def write_certificates(folder: Path) -> dict[str, Path]:
+    """Files in ``folder`` of a temporary authority, and of a certificate and key by it."""
     security = Security.temporary()
     texts = {"ca": security.tls_ca_file, "cert": security.tls_scheduler_cert, "key": security.tls_scheduler_key}
     found = {}

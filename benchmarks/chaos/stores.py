@@ -57,18 +57,18 @@ class Faults:
 
 
 class Store:
-    """An S3 server on loopback, and the proxy through which commands see it."""
+    """An S3 server on this machine, and the proxy through which commands see it."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1") -> None:
         from moto.server import ThreadedMotoServer
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self.server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
         self.server.start()
         self.host, self.port = self.server.get_host_and_port()
         self.faults = Faults()
         handler = type("Handler", (_Handler,), {"faults": self.faults, "target": (self.host, self.port)})
-        self.proxy = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.proxy = ThreadingHTTPServer((address, 0), handler)
         self.proxy.daemon_threads = True
         threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
         self.client.create_bucket(Bucket=BUCKET)
@@ -76,8 +76,8 @@ class Store:
     @property
     def env(self) -> dict[str, str]:
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.server_port}", "AWS_ACCESS_KEY_ID": "x",
-            "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1", "no_proxy": "127.0.0.1",
+            "AWS_ENDPOINT_URL": f"http://{self.host}:{self.proxy.server_port}", "AWS_ACCESS_KEY_ID": "x",
+            "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1", "no_proxy": self.host,
         }  # fmt: skip
 
     @cached_property
@@ -95,6 +95,15 @@ class Store:
                 file = to / entry["Key"][len(prefix) + 1 :]
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(self.client.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read())
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys of the objects under a prefix, a thousand at most."""
+        answer = self.client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)
+        return [entry["Key"] for entry in answer.get("Contents", ())]
+
+    def close(self) -> None:
+        self.proxy.shutdown()
+        self.server.stop()
 
     def clear(self) -> None:
         for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):

@@ -6,7 +6,10 @@ no volseg.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from distributed import Client, SchedulerPlugin
@@ -14,6 +17,8 @@ from distributed import Client, SchedulerPlugin
 LEAST_SILENCE_S = 30.0  # for which a worker may say nothing, in any case: its machine may be loaded
 SILENCE = 10.0  # times as long as any that came back, it may
 LOOK_INTERVAL_S = 3.0
+ANSWER_S = 10.0  # for which a worker's answer is waited for where the run can do without
+RESTART_S = 10.0  # within which a worker that says nothing must have ended, to be started anew
 
 
 class Silence:
@@ -55,16 +60,35 @@ class Silence:
 
 
 def _give_to_others(client: Client, allowed: float) -> None:
-    """Workers that said nothing for so long are started anew, or forgotten; others do what they were to do."""
+    """Workers that said nothing for so long are started anew, or forgotten; others do what they were to do.
 
-    async def check(dask_scheduler: Any) -> None:
-        before, dask_scheduler.worker_ttl = dask_scheduler.worker_ttl, allowed
-        try:
-            await dask_scheduler.check_worker_ttl()
-        finally:
-            dask_scheduler.worker_ttl = before
+    Where a worker's whole machine is gone, so is who could start it anew: it is forgotten after `RESTART_S`.
+    """
 
-    client.run_on_scheduler(check)
+    async def restart(dask_scheduler: Any) -> None:
+        from contextlib import suppress
+
+        from distributed.metrics import time
+
+        silent = [a for a, worker in dask_scheduler.workers.items() if time() - worker.last_seen > allowed]
+        with suppress(TimeoutError):
+            await dask_scheduler.restart_workers(
+                silent, timeout=RESTART_S, wait_for_workers=False, stimulus_id="volseg-silent"
+            )
+
+    client.run_on_scheduler(restart)
+
+
+def call_on_workers(client: Client, function: Callable[[], Any]) -> None:
+    """Every worker calls ``function`` beside its tasks; those that do not answer within `ANSWER_S` are not waited for."""
+
+    def call() -> None:
+        with suppress(Exception):  # of a worker that is gone, or of a client that is closed while one says nothing
+            client.run(function, on_error="ignore")
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
 
 
 def let_workers_finish(client: Client) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from distributed import Client, Future, as_completed, get_worker
 
 from volseg.engine.cluster import TASKS_IN_FLIGHT, cause_of_death, threads
-from volseg.engine.elastic import Silence
+from volseg.engine.elastic import Silence, call_on_workers
 from volseg.engine.local import DEVICE, HOST
 from volseg.errors import OutOfMemoryError, UserError
 from volseg.system import trim_memory
@@ -94,7 +94,7 @@ def run(
             if alone or solo:
                 if not queue_of:
                     queue, failure = alone.popleft()
-                    client.run(trim_memory, on_error="ignore")
+                    call_on_workers(client, trim_memory)
                     future = queue.submit_alone(failure.item, call_alone)
                     solo.add(future.key)
                     queue_of[future.key] = queue

@@ -15,6 +15,7 @@ from volseg import system
 from volseg.box import Blocks
 from volseg.engine import cluster, drop, folder, loop, monitor
 from volseg.engine.block_tables import Values
+from volseg.engine.elastic import call_on_workers
 from volseg.engine.pipeline import process_block, process_block_in_pieces
 from volseg.engine.predict import release_network
 from volseg.engine.ready import Ready
@@ -199,7 +200,7 @@ def _stitch(client: Any, run: Run, markers: Markers, progress: Progress, statist
         run.layout.has_basins() or all(_is_done(markers, stages_of(run)[name]) for name in kept)
     ):
         return
-    client.run(release_network)  # nothing is inferred from here on: the graph takes the room that the network had
+    call_on_workers(client, release_network)  # nothing is inferred from here on: the graph takes the room that it had
     group: Group = "flat" if _fits_one_process(run, markers) else "tree"
     if group == "tree":
         run.layout.remove_basins()
