@@ -21,6 +21,7 @@ TOOLS = {  # run, not imported
 BEHIND = {
     "cryptography": "distributed makes the certificates of local clusters with it",  # imported by a package that volseg imports
     "asyncssh": "distributed's SSHCluster",
+    "gcsfs": "fsspec's gs:// URLs",
     "imagecodecs": "tifffile's compressed pages",
     "onnx": "torch.onnx",
     "onnxruntime": "onnxruntime-gpu, where that is not made for the platform",

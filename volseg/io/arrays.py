@@ -145,7 +145,7 @@ def node(path: str, name: str = "") -> zarr.Array | zarr.Group:
     except UserError:
         raise
     except Exception as error:  # damaged metadata, no permission, no network: whatever the store raises
-        if isinstance(error, PermissionError) and files.is_remote(path):
+        if files.is_remote(path) and remote.denies(error):
             raise UserError(f"the store refuses {path} ({reason(error)}); {remote.advice(path)}") from None
         raise UserError(f"cannot open zarr {files.join(path, name)}: {reason(error)}") from error
 

@@ -146,10 +146,9 @@ def answering(path: str | Path) -> Iterator[None]:
         yield
     except (UserError, FileNotFoundError, FileExistsError, PermissionError):
         raise
-    except OSError as error:
-        raise OSError(error.errno or errno.EIO, error.strerror or reason(error), str(path)) from error
     except Exception as error:  # of botocore, aiohttp and others, each with errors of its own
-        raise OSError(errno.EIO, reason(error), str(path)) from error
+        number = errno.EACCES if remote.denies(error) else getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, getattr(error, "strerror", None) or reason(error), str(path)) from error
 
 
 def exists(path: str | Path) -> bool:
