@@ -404,13 +404,16 @@ def test_files_of_a_bucket_are_looked_at_by_listing_their_folders(bucket):
     for key in keys:
         files.write_bytes(path, key, key.encode())
     marks = {key: files.fingerprint(path, key) for key in keys}
-    assert FileCheck(path).damaged(marks) == []
+    with FileCheck(path) as check:
+        assert check.damaged(marks) == []
     files.write_bytes(path, keys[1], b"changed")
     for key in (keys[2], keys[6]):
         files.remove(f"{path}/{key}")
-    assert sorted(FileCheck(path).damaged(marks)) == sorted([keys[1], keys[2], keys[6]])
+    with FileCheck(path) as check:
+        assert sorted(check.damaged(marks)) == sorted([keys[1], keys[2], keys[6]])
     files.remove(f"{path}/work/many")
-    assert set(FileCheck(path).damaged(marks)) == {*keys[:6], keys[6]}
+    with FileCheck(path) as check:
+        assert set(check.damaged(marks)) == {*keys[:6], keys[6]}
 
 
 def test_a_run_that_was_cleaned_meanwhile_stays_where_it_is(reference, tmp_path, monkeypatch):

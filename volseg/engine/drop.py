@@ -78,7 +78,8 @@ def dropping(run: Run, markers: Markers) -> Iterator[None]:
     needed = markers.done(stage) - dropper.unneeded
     marks = {i: receipt.files for i, receipt in markers.stored(stage, needed)}
     written = {key: mark for files in marks.values() for key, mark in files.items()}
-    lacking = set(FileCheck(run.out, dates=markers.durable).damaged(written))
+    with FileCheck(run.out, dates=markers.durable) as check:
+        lacking = set(check.damaged(written))
     markers.remove(stage, [i for i, files in marks.items() if not lacking.isdisjoint(files)])
     markers.on_stored = dropper.tell
     yield

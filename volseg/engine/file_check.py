@@ -14,7 +14,7 @@ LISTINGS = 256  # folders whose listings are held: blocks that were done one aft
 
 
 class FileCheck:
-    """Looks at files of the run at ``path``, for many threads at once.
+    """Looks at files of the run at ``path``, for many threads at once, until the ``with`` block ends.
 
     Of an object store whole folders are listed, each once for blocks whose markers lie together. Local files are read to the
     last byte only where size or time differ; without ``dates``, all are.
@@ -26,6 +26,12 @@ class FileCheck:
         self.pool = ThreadPoolExecutor(remote.REQUESTS if self.remote else 1)
         self.listings: OrderedDict[str, Future[dict[str, list]]] = OrderedDict()
         self.lock = threading.Lock()
+
+    def __enter__(self) -> FileCheck:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
 
     def damaged(self, marks: dict[str, list]) -> list[str]:
         """Keys of the files that do not fit these fingerprints."""

@@ -241,14 +241,15 @@ class Markers:
 
         ``advance`` is called with how many blocks' files have been looked at.
         """
-        check, found = FileCheck(self.layout.path, dates=self.durable), []
+        found: list[str] = []
+        with FileCheck(self.layout.path, dates=self.durable) as check:
 
-        def look(pack: Pack) -> None:
-            found.extend(check.damaged(dict(zip(pack.keys, pack.marks, strict=True))))
+            def look(pack: Pack) -> None:
+                found.extend(check.damaged(dict(zip(pack.keys, pack.marks, strict=True))))
 
-        for stage in (stage for stage in self.keys if stage != apart):
-            for pack in self._packs(stage, use=look):
-                advance(len(pack.blocks))
+            for stage in (stage for stage in self.keys if stage != apart):
+                for pack in self._packs(stage, use=look):
+                    advance(len(pack.blocks))
         return sorted(found)
 
 
