@@ -14,10 +14,11 @@ from tests.helpers import LIGHT, Quiet, mark, settings
 from volseg import api
 from volseg.box import Blocks, Box
 from volseg.config import Config
-from volseg.engine import blocks, folder, pipeline, shares
+from volseg.engine import blocks, folder, pipeline, shares, update
 from volseg.engine.blocks import with_cuts
 from volseg.engine.run import Run
 from volseg.engine.stages import stages_of
+from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
 from volseg.inference import tiles
 from volseg.inference.backends import Engine
@@ -163,6 +164,41 @@ def test_a_region_of_interest_gives_the_same_bytes_inside(deep, whole, cuts, tmp
     np.testing.assert_array_equal(arrays.open_array(run.out, "0")[:], whole["xy"] * wanted)
     every = len(tiles_of_plane(run)) * SHAPE[0] * prod(run.tile_grid("xy").size)
     assert 0 < sum(receipt.inferred_voxels for receipt in receipts.values()) < 0.8 * every
+
+
+def test_another_mask_is_another_run(deep, tmp_path):
+    """Refused by a run that is under way; a finished one is made anew."""
+    path, wanted = tmp_path / "mask.zarr", np.zeros(SHAPE, np.uint8)
+    mask = zarr.create_array(path, data=wanted, chunks=(4, 16, 16))
+    options = {**SMALL, "input": {"mask": str(path)}}
+    run = begun(deep, tmp_path / "run", **options)
+    assert update.compare(run.out, run).what == "nothing"
+    mask[20:22, 30:33, 50:51] = 1
+    with pytest.raises(UserError, match="unfinished run"):
+        begun(deep, tmp_path / "run", **options)
+    change = update.compare(run.out, begun(deep, tmp_path / "other", **options))
+    assert (change.what, change.why) == ("everything", "the region of interest changed")
+
+
+@pytest.mark.parametrize("planes", ["xy", "planes"])
+def test_a_network_infers_what_the_spots_need(deep, whole, cuts, tmp_path, planes):
+    """In blocks of a tile or two, of which most hold nothing."""
+    wanted = np.zeros(SHAPE, bool)
+    for spot in ("0:3,0:20,0:10", "22:28,100:118,120:134"):
+        wanted[Box.parse(spot).slices] = True
+    zarr.create_array(tmp_path / "mask.zarr", data=wanted.astype(np.uint8), chunks=(4, 16, 16))
+    options = {"xy": SMALL, "planes": PLANES}[planes]
+    run = begun(deep, tmp_path / "run", **options, input={"mask": str(tmp_path / "mask.zarr")})
+    inferred = 0
+    for stage in (stage for name, stage in stages_of(run).items() if name.startswith("predict")):
+        assert stage.part.count > 0
+        assert stage.part.count < len(stage.grid) or not stage.on_device
+        for i in stage.part.numbers:
+            receipt = pipeline.process_block(run.out, run.id, stage.name, i)
+            mark(run, stage.name, i, receipt)
+            inferred += receipt.inferred_voxels
+    np.testing.assert_array_equal(arrays.open_array(run.out, "0")[:], whole[planes] * wanted)
+    assert 0 < inferred <= run.inferred_voxels
 
 
 def test_workers_and_kills_change_nothing(deep, whole, cuts, tmp_path):

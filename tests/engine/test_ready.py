@@ -112,3 +112,17 @@ def test_blocks_that_are_given_up_or_hold_nothing_that_is_wanted_say_so():
     assert list(first.state) == [DONE, FAILED, EMPTY]
     assert (first.left, first.voxels) == (1, 32)
     assert [then.take() for _ in range(4)] == [0, 2, 3, None]  # not what waits for the one that was given up
+
+
+def test_what_lies_between_scattered_spots_is_as_done():
+    """It has a state, is never handed out, and counts for no voxel."""
+    grid = Blocks((1, 3, 4), (1, 1, 1))
+    voxels = np.array([[[0, 5, 0, 0], [0, 0, 0, 0], [0, 0, 0, 2]]])
+    first = Ready(grid, done=[0], voxels_of=voxels)
+    then = Ready(grid, earlier={"first": (first, lambda box: box.grow(1))}, voxels_of=voxels)
+    assert (first.left, first.voxels, list(first.state).count(EMPTY)) == (2, 0, 10)
+    assert [first.take(), first.take(), first.take()] == [1, 11, None]
+    assert then.take() is None
+    first.end(11)
+    then.tell("first", 11)
+    assert (then.take(), then.take(), first.voxels) == (11, None, 2)

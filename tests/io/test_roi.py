@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from operator import truediv
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,18 @@ from hypothesis import strategies as st
 
 from tests.helpers import RUN_STAGES_SETTINGS, Quiet, decide, digest, markers_of, run_stages, settings, write_volume
 from volseg import api
-from volseg.box import Box
+from volseg.box import Blocks, Box
 from volseg.config import Input, load
 from volseg.engine import instances
 from volseg.engine.folder import load_run
 from volseg.engine.run import Run, redundancy
 from volseg.engine.stages import keys
-from volseg.errors import UserError
+from volseg.errors import DamagedFileError, UserError
 from volseg.evaluation.synthetic import synth
 from volseg.evaluation.verify import verify
-from volseg.io import files, volume
+from volseg.io import files, roi, volume
+from volseg.io.occupancy import Occupied
+from volseg.io.resample import Grid
 from volseg.io.roi import RegionOfInterest, find, full_counts
 from volseg.segmentation.basins import watershed_block
 from volseg.segmentation.heights import OUTSIDE
@@ -172,6 +175,92 @@ def test_a_coarse_mask_is_its_nearest_voxel(data):
     assert found.meets(box) == voxels[at].any()
     whole = np.ix_(*(np.arange(n) // f for n, f in zip(shape, factor, strict=True)))
     assert full_counts(found)["voxels"] == voxels[whole].sum()
+
+
+@given(st.data())
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_what_is_known_of_a_mask_leaves_no_wanted_voxel_out(data):
+    """Of a coarse one, of one of a resampled volume, in cells of any size, in a box."""
+    shape = data.draw(st.tuples(*(st.integers(1, 20) for _ in range(3))))
+    factor = data.draw(st.tuples(*(st.integers(1, 5) for _ in range(3))))
+    small = tuple(-(-n // f) for n, f in zip(shape, factor, strict=True))
+    voxels = np.random.default_rng(data.draw(st.integers(0, 9))).random(small) < data.draw(st.sampled_from([0.01, 0.2]))
+
+    def boxed(shape):
+        start = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+        return Box(start, tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, shape, strict=True)))
+
+    class InMemory(volume.Volume):
+        def read(self, box):
+            return voxels[box.slices].astype(np.uint8)
+
+    occupied = Occupied(small, most=data.draw(st.sampled_from([1, 30, 10000])))
+    occupied.add(Box.from_shape(small), voxels)
+    region = RegionOfInterest(boxed(shape), InMemory("", "zarr", small, "uint8", None, small), factor)
+    region = replace(region, occupied=occupied.occupancy())
+    if data.draw(st.booleans()):
+        own = data.draw(st.tuples(*(st.integers(1, 20) for _ in range(3))))
+        region, shape = (
+            region.resampled(Grid.between(own, (1.0, 1.0, 1.0), shape, tuple(map(truediv, own, shape)))),
+            own,
+        )
+    wanted, box = region.read(Box.from_shape(shape)), boxed(shape)
+    inside = np.zeros(shape, bool)
+    inside[region.part(box).slices] = True
+    assert not (wanted & ~inside)[box.slices].any()
+    assert region.meets(box) == wanted[box.slices].any()
+    grid = Blocks(shape, data.draw(st.tuples(*(st.integers(1, 8) for _ in range(3)))))
+    edges = [np.array([grid.edge(k, c) for c in range(n + 1)]) for k, n in enumerate(grid.counts)]
+    counts = region.count([(edge[:-1], edge[1:]) for edge in edges]).ravel()
+    held = np.array([wanted[each.slices].any() for each in grid])
+    assert (counts[held] > 0).all()
+    assert all(0 <= count <= each.voxels for count, each in zip(counts, grid, strict=True))
+    if occupied.cells.block == (1, 1, 1) and not region.grid:
+        assert counts.sum() == wanted.sum() or factor != (1, 1, 1)
+        np.testing.assert_array_equal(counts > 0, held)
+
+
+@pytest.mark.parametrize("shards", [None, (8, 32, 32)])
+def test_a_mask_that_stores_little_is_counted_however_large_it_is(tmp_path, monkeypatch, shards):
+    """Each chunk that is there is read once, no other is; one that is changed changes the checksum."""
+    shape = (40, 70, 90)
+    mask = zarr.create_array(tmp_path / "mask.zarr", shape=shape, chunks=(4, 16, 16), shards=shards, dtype="uint8")
+    for spot in ("0:3,0:9,0:9", "30:40,60:70,81:90"):
+        mask[Box.parse(spot).slices] = 1
+    settings = Input(mask=str(tmp_path / "mask.zarr"))
+    whole = find(settings, shape, None)
+    read, boxes = volume.Volume.read, []
+    monkeypatch.setattr(roi, "MAX_SCANNED_VOXELS", 100_000)
+    with monkeypatch.context() as patched:
+        patched.setattr(volume.Volume, "read", lambda source, box: boxes.append(box) or read(source, box))
+        found = find(settings, shape, None)
+    stored = found.mask.stored()
+    assert (found.voxels, found.occupied) == (whole.voxels, whole.occupied)
+    assert boxes == stored.boxes()
+    assert 0 < len(boxes) < len(stored.grid) / 2
+    mask[39, 69, 88] = 0
+    assert find(settings, shape, None).checksum != found.checksum
+    monkeypatch.setattr(roi, "MAX_SCANNED_VOXELS", 10)  # then the chunks themselves are what is known
+    sampled = find(settings, shape, None)
+    assert found.occupied.held.sum() < sampled.occupied.held.sum() < sampled.occupied.held.size / 2
+
+
+def test_cells_of_a_mask_that_nobody_can_read_are_refused(masked):
+    plain = masked[0].to_json()
+    for name, value in {"packed": "eNpjYCAL1P//", "edge": 0, "shape": (7, 18, 21)}.items():
+        roi_plain = {**plain["roi"], "occupied": {**plain["roi"]["occupied"], name: value}}
+        with pytest.raises(DamagedFileError, match=r"run\.json is damaged"):
+            Run.from_json({**plain, "roi": roi_plain})
+
+
+def test_what_is_not_stored_may_be_wanted(tmp_path):
+    """Where the fill value is not 0, and where nobody can tell."""
+    for name, form in {"ones": {"fill_value": 1}, "none": {"zarr_format": 2, "fill_value": None}}.items():
+        array = zarr.create_array(tmp_path / f"{name}.zarr", shape=(4, 8, 8), chunks=(2, 4, 4), dtype="uint8", **form)
+        array[:2, :4, :4] = 1
+        assert volume.open(str(tmp_path / f"{name}.zarr")).stored() is None
+    ones = find(Input(mask=str(tmp_path / "ones.zarr")), (4, 8, 8), None)
+    assert (ones.voxels, ones.occupied.held.all()) == (256, True)
 
 
 @pytest.mark.parametrize("connectivity", [6, 26])

@@ -15,6 +15,7 @@ from functools import partial
 
 from volseg.box import Box
 from volseg.engine.file_check import FileCheck
+from volseg.engine.parts import Part
 from volseg.engine.ready import Ready, Region
 from volseg.engine.receipts import Markers
 from volseg.engine.run import Run
@@ -33,10 +34,9 @@ class Dropper:
         self.grid = part.grid
         self.readers = readers(run)
         earlier = {
-            name: (Ready(stages[name].grid, markers.done(name), only=stages[name].part.box), region)
-            for name, region in self.readers.items()
+            name: (_ready(stages[name].part, markers.done(name)), region) for name, region in self.readers.items()
         }
-        self.ready = Ready(self.grid, earlier=earlier, only=part.box)
+        self.ready = _ready(part, earlier=earlier)
         self.unneeded = set(iter(self.ready.take, None))
 
     def tell(self, items: Iterable[tuple[str, int]]) -> None:
@@ -47,6 +47,10 @@ class Dropper:
         free = list(iter(self.ready.take, None))
         with ThreadPoolExecutor(tables.IO_THREADS) as pool:
             list(pool.map(lambda i: self.run.layout.probabilities.drop(self.grid[i]), free))
+
+
+def _ready(part: Part, done: Iterable[int] = (), earlier: dict[str, tuple[Ready, Region]] | None = None) -> Ready:
+    return Ready(part.grid, done, earlier, only=part.box, voxels_of=part.each)
 
 
 def readers(run: Run) -> dict[str, Region]:

@@ -24,7 +24,10 @@ from volseg.io import files, ome, pyramid, volume
 from volseg.segmentation.rules import label_dtype
 
 # Of a description: what decides no byte.
-FREE_SETTINGS = ("out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why")
+FREE_SETTINGS = (
+    "out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why", "roi.occupied",
+    "given_roi.occupied",
+)  # fmt: skip
 
 
 MAKING_BASINS = "making basins anew"

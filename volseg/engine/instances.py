@@ -170,9 +170,7 @@ def _gather_basins(run: Run) -> tuple[stitch.Basins, dict[int, np.ndarray]]:
     layout, blocks = run.layout, run.parts.own.numbers
     layout.remove_basins()
     tables = layout.block_basins.load_each(blocks, skip=("crossing_edges", "face_voxel", "face_region"))
-    basins, basin_of = stitch.gather(
-        tables, layout.links.load_each(blocks), None if run.parts.own.box is None else blocks
-    )
+    basins, basin_of = stitch.gather(tables, layout.links.load_each(blocks), None if run.parts.own.is_whole else blocks)
     return basins, dict(zip(blocks, basin_of, strict=True))
 
 

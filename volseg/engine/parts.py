@@ -1,19 +1,22 @@
-"""Where a run has something to do: blocks that lie beyond the region of interest get no task, no table and no shard."""
+"""Where a run has something to do: blocks in which nothing is wanted get no task, no marker, no table and no shard."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from volseg.box import Blocks, Box, Triple
+from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
 from volseg.engine.block_tables import BlockLabels
+from volseg.inference import tiles
+from volseg.io.roi import RegionOfInterest
 from volseg.segmentation import objects, stitch
 from volseg.segmentation.basins import BlockBasins, no_basins
+from volseg.segmentation.heights import smoothing_reach
 
 if TYPE_CHECKING:
     from volseg.engine.run import Run
@@ -21,89 +24,160 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """The blocks of a grid that share a voxel with ``box``; all where it is None."""
+    """The blocks of a grid in which there is something to do.
+
+    grid      all blocks
+    box       the others share no voxel with it; None where all blocks are looked at
+    counted   gives of each block under ``box``, z y x, the voxels that there are to do, 0 where there is nothing; None where
+              all blocks under it are done as a whole
+    """
 
     grid: Blocks
     box: Box | None = None
+    counted: Callable[[], np.ndarray] | None = field(default=None, compare=False)
+
+    @cached_property
+    def rows(self) -> tuple[range, range, range]:
+        """Along each axis, the blocks under the box."""
+        return self.grid.spans(self.box or Box.from_shape(self.grid.shape))
+
+    @cached_property
+    def each(self) -> np.ndarray | None:
+        """What `counted` gives, z y x."""
+        return self.counted() if self.counted else None
 
     @cached_property
     def numbers(self) -> Sequence[int]:
         """Of these blocks, in raster order."""
-        return range(len(self.grid)) if self.box is None else self.grid.overlapping(self.box)
-
-    @property
-    def count(self) -> int:
-        return len(self.grid) if self.box is None else self.grid.count_overlapping(self.box)
+        if self.each is None:
+            return range(len(self.grid)) if self.box is None else self.grid.overlapping(self.box)
+        _, ny, nx = self.grid.counts
+        z, y, x = (at + row.start for at, row in zip(np.nonzero(self.each), self.rows, strict=True))
+        return ((z * ny + y) * nx + x).tolist()
 
     @cached_property
-    def shape(self) -> Triple:
-        """Of the box that these blocks fill together."""
-        if self.box is None:
-            return self.grid.shape
-        spans = self._spans
-        z, y, x = (
-            self.grid.edge(k, span.stop) - self.grid.edge(k, span.start) if span else 0 for k, span in enumerate(spans)
-        )
-        return z, y, x
+    def count(self) -> int:
+        return prod(map(len, self.rows)) if self.each is None else int(np.count_nonzero(self.each))
 
     @property
+    def is_whole(self) -> bool:
+        """Whether these are all blocks of the grid."""
+        return self.count == len(self.grid)
+
+    @cached_property
     def voxels(self) -> int:
-        """Of these blocks together."""
-        return prod(self.shape)
+        """That there are to do in all of these blocks."""
+        if self.each is not None:
+            return int(self.each.sum())
+        return prod(
+            self.grid.edge(k, row.stop) - self.grid.edge(k, row.start) if row else 0 for k, row in enumerate(self.rows)
+        )
+
+    def voxels_of(self, i: int) -> int:
+        """That there are to do in block ``i``; 0 where it is none of these."""
+        coords = self.grid.coords(i)
+        if not all(c in row for c, row in zip(coords, self.rows, strict=True)):
+            return 0
+        if self.each is None:
+            return self.grid[i].voxels
+        return int(self.each[tuple(c - row.start for c, row in zip(coords, self.rows, strict=True))])
 
     def holds(self, i: int) -> bool:
-        return self.box is None or all(c in span for c, span in zip(self.grid.coords(i), self._spans, strict=True))
-
-    @cached_property
-    def _spans(self) -> tuple[range, range, range]:
-        return self.grid.spans(self.box or Box.from_shape(self.grid.shape))
+        return self.voxels_of(i) > 0
 
 
 @dataclass(frozen=True)
 class Parts:
     """The blocks of each grid of a run in which something is to be done.
 
-    Beyond the box of the region of interest there are no probabilities, so no basins and no labels. Where holes are filled,
-    or voxels without any probability belong to basins, all blocks are looked at.
+    Where nothing is wanted there are no probabilities, so no basins and no labels. Where holes are filled, or voxels without
+    any probability belong to basins, all blocks are looked at.
     """
 
     run: Run
-
-    @property
-    def _wanted(self) -> Box | None:
-        return self.run.roi.roi if self.run.roi else None
+    known: dict[tuple[str, int | str], Part] = field(default_factory=dict, compare=False)
 
     @property
     def _bounded(self) -> bool:
         return bool(self.run.roi) and not self.run.fills_holes and self.run.config.fragments.threshold > 0
 
+    @cached_property
+    def _smoothed(self) -> Triple:
+        """Voxels that smoothing may carry the mask beyond what is wanted."""
+        masked = bool(self.run.roi and self.run.roi.mask)
+        return smoothing_reach(self.run.config.fragments, convex=not masked)
+
     def inferred(self, plane: str) -> Part:
         """Those that infer: also where tiles begin that reach a wanted voxel."""
-        box = self._wanted and self.run.tiles_reaching(plane, self._wanted)
-        return Part(self.run.grid_of(plane), box)
+        rows, columns = self.run.tile_grid(plane).size
+        ahead = transpose_axes((0, rows - 1, columns - 1), inverse_axes(tiles.PLANES[plane]))
+        return self._part("inferred", plane, self.run.grid_of(plane), self.run.roi, ahead=ahead)
 
     def probabilities(self, level: int) -> Part:
         """Those that hold probabilities."""
-        return Part(self.run.probability_grid(level), _scaled(self._wanted, self.run.probability_levels, level))
+        grid, levels = self.run.probability_grid(level), self.run.probability_levels
+        return self._part("probabilities", level, grid, self.run.roi, levels=levels[: level + 1])
 
-    @cached_property
+    @property
     def own(self) -> Part:
         """Those that hold basins."""
-        return Part(self.run.grid, self._wanted if self._bounded else None)
+        region = self.run.roi if self._bounded else None
+        return self._part("own", 0, self.run.grid, region, around=self._smoothed)
 
     def labels(self, level: int) -> Part:
         """Those that hold labels."""
-        box = self.run.given_roi.roi if self.run.restored and self.run.given_roi else self._wanted
-        return Part(self.run.level_grid(level), _scaled(box if self._bounded else None, self.run.levels, level))
+        region, around = self.run.roi, self._smoothed
+        if self.run.restored:
+            region, around = self.run.given_roi, (0, 0, 0)
+        region = region if self._bounded else None
+        levels = self.run.levels[: level + 1]
+        return self._part("labels", level, self.run.level_grid(level), region, around=around, levels=levels)
 
     @cached_property
     def nothing(self) -> Nothing | None:
         return Nothing(self.own, self.labels(0), self.run.config.fragments.connectivity) if self._bounded else None
 
+    def _part(
+        self, what: str, which: int | str, grid: Blocks, region: RegionOfInterest | None, *, around: Triple = (0, 0, 0),
+        ahead: Triple = (0, 0, 0), levels: Sequence[tuple[Triple, Triple]] = (),
+    ) -> Part:  # fmt: skip
+        """The blocks from which something of the region is not farther than ``around``, or ``ahead`` behind their far end.
 
-def _scaled(box: Box | None, levels: list[tuple[Triple, Triple]], level: int) -> Box | None:
-    """The voxels of a level that are made from those of ``box``."""
-    for shape, factor in levels[1 : level + 1] if box else ():
+        ``levels``: from the finest on, to the one that the grid is of.
+        """
+        if (what, which) not in self.known:
+            self.known[what, which] = _part_of(grid, region, around, ahead, list(levels)[1:])
+        return self.known[what, which]
+
+
+def _part_of(
+    grid: Blocks, region: RegionOfInterest | None, around: Triple, ahead: Triple, coarser: list[tuple[Triple, Triple]]
+) -> Part:
+    if region is None:
+        return Part(grid)
+    z, y, x = (max(0, a - n - m) for a, n, m in zip(region.roi.start, around, ahead, strict=True))
+    dz, dy, dx = (b + n for b, n in zip(region.roi.stop, around, strict=True))
+    box = _scaled(Box((z, y, x), (dz, dy, dx)), coarser).clip(grid.shape)
+    if region.occupied is None:
+        return Part(grid, box)
+    factor = [prod(f) for f in zip((1, 1, 1), *(factor for _, factor in coarser), strict=True)]
+    edges = [np.array([grid.edge(k, c) for c in range(row.start, row.stop + 1)]) * factor[k]
+             for k, row in enumerate(grid.spans(box))]  # fmt: skip
+
+    def counted() -> np.ndarray:
+        own = [(edge[:-1], edge[1:]) for edge in edges]
+        voxels = region.count(own)
+        if any(around) or any(ahead):
+            near = [(start - n, stop + n + m) for (start, stop), n, m in zip(own, around, ahead, strict=True)]
+            voxels = np.where(region.count(near) > 0, np.maximum(voxels, 1), 0)
+        return voxels
+
+    return Part(grid, box, counted)
+
+
+def _scaled(box: Box, coarser: list[tuple[Triple, Triple]]) -> Box:
+    """The voxels of a coarser level that are made from those of ``box``."""
+    for shape, factor in coarser:
         ends = zip(box.start, box.stop, factor, strict=True)
         z, y, x = ((a // f, -(-b // f)) for a, b, f in ends)
         box = Box((z[0], y[0], x[0]), (z[1], y[1], x[1])).clip(shape)

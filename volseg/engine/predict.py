@@ -32,6 +32,7 @@ from volseg.inference.sections import TileKey, blend_sections, varying_tiles
 from volseg.io import pyramid
 from volseg.system import trim_memory
 
+MOST_UNNEEDED = 2  # times the area under the tiles of some sections that is read for them
 PIECES = 8  # into which a block is cut that was too much for a worker's memory
 _IN_PIECES: ContextVar[bool] = ContextVar("in_pieces", default=False)
 DEVICE_LOCK = threading.Lock()  # held by the task of this process that infers, while others read and write
@@ -171,7 +172,7 @@ class Inference:
 
     def __init__(self, share: Share, timings: Timings, key: str = "") -> None:
         self.share, self.run_, self.timings = share, share.run, timings
-        run, plane = share.run, share.plane
+        run = share.run
         self.grid = share.tiles
         self.device = backends.device(run.engine.backend, cluster.place_here())
         self.facts: dict[str, float] = {"inferred_voxels": 0, "device_seconds": 0.0}
@@ -180,8 +181,7 @@ class Inference:
         self.begun = self.done // SPAN
         self.taken = Taken(share, key, range(self.begun, -(-self.sections.stop // SPAN)))
         self.handed = HandedOver(share, key)
-        every = [*share.own[:1], *share.own[-1:], *(tile for _, tile in self.taken.missing)]
-        self.reader = SlabReader(run, plane, bounds_of_tiles(self.grid, every), self.sections) if every else None
+        self.reader: SlabReader | None = None
         self.y, self.x = share.part.slices[1:]
         self.blend: tiles.Blend | None = None
 
@@ -193,9 +193,12 @@ class Inference:
         run, axes = self.run_, self.share.axes
         sections = layer.transpose(axes).slices[0]
         part = self.share.part.intersect(layer.transpose(axes))
-        out = np.zeros((len(run.heads), *layer.shape), np.uint8) if part.voxels else None
+        out = np.zeros((len(run.heads), *layer.shape), np.uint8) if run.wanted_part(layer).voxels else None
         stop = min(sections.stop, self.sections.stop)
         for piece in self._pieces(max(sections.start, self.done), stop):
+            if not run.wanted_part(self.share.of_volume(_sections(self.share.reach, piece))).voxels:
+                self._ended(piece)
+                continue
             with _reading(self.timings):
                 mask = self._mask(piece)
             inside = None
@@ -236,9 +239,9 @@ class Inference:
         """``out`` (zeros before; None: none of it is wanted) holds the probabilities of some sections of the block's part."""
         run, device = self.run_, self.device
         todo = self._todo(piece, mask)
-        if self.reader and todo:
+        if todo:
             with _reading(self.timings):
-                source = self.reader.read(piece.start, piece.stop)
+                source = self._reader_of(todo).read(piece.start, piece.stop)
                 with out_of_memory_as(f"{source.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
                     on_device = replace(source, voxels=device.put(source.voxels))
             varying = varying_tiles(source, self.grid, todo)
@@ -265,10 +268,24 @@ class Inference:
             if probabilities is not None:
                 with timings.phase("blend"):
                     device.copy_to_host(probabilities, out)
-        self.done = piece.stop
-        self._hand_over(self.done // SPAN)
+        self._ended(piece)
         self.facts["inferred_voxels"] += run.config.predict.tta * count * prod(size)
         self.facts["device_seconds"] += network.seconds
+
+    def _ended(self, piece: slice) -> None:
+        """All that there was to do in these sections is done."""
+        self.done = piece.stop
+        self._hand_over(self.done // SPAN)
+
+    def _reader_of(self, todo: list[TileKey]) -> SlabReader:
+        """What reads under these tiles: the same as before, unless that lacks some of them or reads far more."""
+        need = bounds_of_tiles(self.grid, {tile for _, tile in todo})
+        window = need if self.reader is None else _around(self.reader.window, need)
+        if _area(window) > MOST_UNNEEDED * _area(need):
+            window = need
+        if self.reader is None or self.reader.window != window:
+            self.reader = SlabReader(self.run_, self.share.plane, window, self.sections)
+        return self.reader
 
     def _todo(self, piece: slice, mask: np.ndarray | None) -> list[TileKey]:
         """The tiles to infer here, by section and in raster order: own ones, and those that nobody handed over.
@@ -308,6 +325,16 @@ class Inference:
         for span in range(self.begun, before):
             self.handed.store(span)
         self.begun = max(self.begun, before)
+
+
+def _around(a: Plane, b: Plane) -> Plane:
+    """The smallest part of a section that holds two others."""
+    rows, columns = (slice(min(s.start, t.start), max(s.stop, t.stop)) for s, t in zip(a, b, strict=True))
+    return rows, columns
+
+
+def _area(plane: Plane) -> int:
+    return prod(s.stop - s.start for s in plane)
 
 
 def _sections(box: Box, piece: slice) -> Box:
@@ -361,7 +388,7 @@ class SlabReader:
     """
 
     def __init__(self, run: Run, plane: str, window: Plane, sections: slice) -> None:
-        self.run, self.axes, self.around = run, tiles.PLANES[plane], run.sections // 2
+        self.run, self.axes, self.around, self.window = run, tiles.PLANES[plane], run.sections // 2, window
         self.depth = 1 if _IN_PIECES.get() else run.read_together(plane) or 1
         shape = transpose_axes(run.shape, self.axes)
         self.length = shape[0]

@@ -17,6 +17,7 @@ class Ready:
     """The blocks of a stage, each waiting, ready to be handed out, handed out, given up, or done.
 
     There is something to do in those that share a voxel with the box ``only``: others count as done and have no state here.
+    ``voxels_of`` says of each of them, z y x, how many voxels there are to do; one that has none is empty from the start.
 
     >>> z = Blocks((6, 4, 4), (2, 4, 4))
     >>> earlier = Ready(z, done=[0])
@@ -35,14 +36,18 @@ class Ready:
         earlier: dict[str, tuple[Ready, Region]] | None = None,
         own: tuple[str, Region] | None = None,
         only: Box | None = None,
+        voxels_of: np.ndarray | None = None,
     ) -> None:
         self.grid = grid
         self.rows = grid.spans(Box.from_shape(grid.shape) if only is None else only)
         self.state = bytearray(prod(map(len, self.rows)))
         self.at = np.frombuffer(self.state, np.uint8).reshape(tuple(map(len, self.rows)))
+        self.voxels_of = voxels_of
         self.missing = np.zeros(self.at.shape, np.int32)  # blocks that each waits for
         self.spans = {}
         self._set_done(np.fromiter(done, np.int64))
+        if voxels_of is not None:
+            self.at[voxels_of == 0] = EMPTY
         for stage, (before, region) in (earlier or {}).items():
             self.spans[stage] = before.grid, self._spans(before.grid, region)
             self.missing += _missing(before, self.spans[stage][1])
@@ -69,6 +74,8 @@ class Ready:
     @property
     def voxels(self) -> int:
         """Voxels of all blocks that are done."""
+        if self.voxels_of is not None:
+            return int(self.voxels_of[self.at >= DONE].sum())
         z, y, x = (
             np.diff([self.grid.edge(axis, k) for k in range(row.start, row.stop + 1)])
             for axis, row in enumerate(self.rows)

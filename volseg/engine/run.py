@@ -22,11 +22,13 @@ from volseg.inference.backends import Engine
 from volseg.io import files, probabilities, pyramid, volume
 from volseg.io.corrections import Corrections
 from volseg.io.header import check_shape
+from volseg.io.occupancy import Occupancy
 from volseg.io.resample import Grid
 from volseg.io.roi import RegionOfInterest
 from volseg.segmentation.distances import DistanceUnit, distance_unit
 from volseg.segmentation.rules import Rules
 
+COUNTED_LAYERS = 256  # of sections, in each of which it is looked up which tiles reach where something is wanted
 SAMPLED_TILES = 128  # that are looked up in a mask, to count those that are needed
 
 
@@ -263,7 +265,7 @@ class Run:
 
     def wanted_part(self, box: Box) -> Box:
         """The part of ``box`` outside of which no voxel is wanted."""
-        return self.roi.roi.intersect(box) if self.roi else box
+        return self.roi.part(box) if self.roi else box
 
     def wants_any(self, box: Box) -> bool:
         """Whether any voxel of ``box`` is wanted."""
@@ -328,6 +330,9 @@ class Run:
             if len(triple) != 3 or not all(type(n) is int and n > 0 for n in triple):
                 raise ValueError(f"{triple!r} is no shape")
         check_shape(shape, "the volume")
+        for region in (self.roi, self.given_roi):
+            if region and region.occupied:
+                region.occupied.check(region.mask.shape)
         if len(self.voxel_size_nm) != 3 or not all(0 < n < float("inf") for n in self.voxel_size_nm):
             raise ValueError(f"{self.voxel_size_nm!r} is no size of a voxel")
 
@@ -369,6 +374,8 @@ def _roi(plain: dict | None) -> RegionOfInterest | None:
     box = Box(**{name: _tuples(value) for name, value in plain["roi"].items()})
     grid = Grid(**{name: _tuples(value) for name, value in plain["grid"].items()}) if plain.get("grid") else None
     nested = {"roi": box, "mask": _volume(plain["mask"]), "factor": _tuples(plain["factor"]), "grid": grid}
+    if occupied := plain.get("occupied"):
+        nested["occupied"] = Occupancy(**{name: _tuples(value) for name, value in occupied.items()})
     return RegionOfInterest(**{**plain, **nested})
 
 
@@ -390,9 +397,11 @@ def _count_tiles(run: Run, plane: str) -> int:
     wanted = run.wanted_part(Box.from_shape(run.shape)).transpose(axes)
     sections, y, x = wanted.slices
     window, depth = tile_grid.overlapping(y, x), wanted.shape[0]
-    count = depth * len(window)
-    if not (run.roi and run.roi.mask):
+    count = depth * len(window) if wanted.voxels else 0
+    if not count or not (run.roi and run.roi.mask):
         return count
+    if run.roi.occupied:
+        return _count_occupied(run, run.roi, plane, wanted)
     sample = range(count) if count <= SAMPLED_TILES else [k * count // SAMPLED_TILES for k in range(SAMPLED_TILES)]
     needed = 0
     for k in sample:
@@ -401,6 +410,20 @@ def _count_tiles(run: Run, plane: str) -> int:
         tile = Box((z, place[0].start, place[1].start), (z + 1, place[0].stop, place[1].stop)).intersect(wanted)
         needed += run.wants_any(tile.transpose(inverse_axes(axes)))
     return needed * count // max(1, len(sample))
+
+
+def _count_occupied(run: Run, region: RegionOfInterest, plane: str, wanted: Box) -> int:
+    """The tiles of the sections of ``wanted`` that reach an occupied cell of the mask; sections are looked at some at once."""
+    axes, tile_grid = tiles.PLANES[plane], run.tile_grid(plane)
+    sections, y, x = wanted.slices
+    places = [[(axis.origin(i), axis.origin(i) + axis.size) for i in axis.overlapping(along.start, along.stop)]
+              for axis, along in ((tile_grid.y, y), (tile_grid.x, x))]  # fmt: skip
+    depth = -(-(sections.stop - sections.start) // COUNTED_LAYERS)
+    layers = [(z, min(z + depth, sections.stop)) for z in range(sections.start, sections.stop, depth)]
+    spans = [np.array(ends, np.int64).reshape(-1, 2).T for ends in (layers, *places)]
+    turned = [spans[k] for k in inverse_axes(axes)]
+    reached = np.moveaxis(region.count([(start, stop) for start, stop in turned]) > 0, axes, (0, 1, 2))
+    return int(reached.sum(axis=(1, 2)) @ (spans[0][1] - spans[0][0]))
 
 
 def redundancy(run: Run, voxels: int | None = None) -> float:

@@ -91,7 +91,7 @@ def predicted_share(run: Run, markers: Markers) -> float:
 
 def _is_done(markers: Markers, stage: Stage) -> bool:
     done = markers.done(stage.name)
-    return len(done) >= stage.part.count and all(i in done for i in stage.part.numbers)
+    return len(done) >= stage.part.count and done.issuperset(stage.part.numbers)
 
 
 def _run_together(
@@ -107,7 +107,8 @@ def _run_together(
     for stage in stages:
         earlier = {name: (blocks[name], region) for name, region in stage.after.items() if name in blocks}
         own = (stage.name, stage.after[stage.name]) if stage.name in stage.after else None
-        blocks[stage.name] = Ready(stage.grid, markers.done(stage.name), earlier, own, stage.part.box)
+        part = stage.part
+        blocks[stage.name] = Ready(stage.grid, markers.done(stage.name), earlier, own, part.box, part.each)
     given_up = [_failed_before(*item) for item in markers.given_up.items() if item[0][0] in by_name]
     for name, i in (failure.item for failure in given_up):
         blocks[name].give_up(i)
@@ -129,7 +130,7 @@ def _run_together(
         for follower in followers[name]:
             blocks[follower].tell(name, i)
         statistics.end(by_name[name].title, receipt)
-        advance[name](receipt.voxels)
+        advance[name](by_name[name].part.voxels_of(i))
         markers.add(name, i, receipt)
 
     def stop(error: UserError) -> bool:

@@ -69,9 +69,20 @@ class Share:
         """The tiles that the block infers: those that begin in it, and reach where voxels are wanted."""
         if self.grid is None:
             return self.tiles.overlapping(*self.part.slices[1:])
+        return self._reaching(self._begun, self.reach)
+
+    @cached_property
+    def _begun(self) -> TileWindow:
+        """The tiles that begin in the block, and may reach where voxels are wanted."""
         _, y, x = self.box.transpose(self.axes).slices
-        begun, wanted = self.tiles.starting(y, x), self.tiles.overlapping(*self._wanted.slices[1:])
-        return TileWindow(_common(begun.rows, wanted.rows), _common(begun.columns, wanted.columns))
+        return self._reaching(self.tiles.starting(y, x), self._wanted)
+
+    def _reaching(self, window: TileWindow, box: Box) -> TileWindow:
+        """Those of some tiles that reach into a box."""
+        if not box.voxels:
+            return TileWindow(range(0), range(0))
+        reached = self.tiles.overlapping(*box.slices[1:])
+        return TileWindow(_common(window.rows, reached.rows), _common(window.columns, reached.columns))
 
     @cached_property
     def _wanted(self) -> Box:
@@ -83,8 +94,8 @@ class Share:
         """The part that is wanted of the block and of what its own tiles cover, in its sections."""
         if self.grid is None:
             return self.part
-        box = _bounds([self.box.transpose(self.axes), *self._covered(self.own)])
-        return self._wanted.intersect(box)
+        box = _bounds([self.box.transpose(self.axes), *self._covered(self._begun)])
+        return self.run.wanted_part(self.of_volume(self._wanted.intersect(box))).transpose(self.axes)
 
     def _covered(self, window: TileWindow) -> list[Box]:
         """The box of some tiles in the block's sections; none where there are no tiles."""
@@ -124,10 +135,9 @@ class Share:
             for i in self.grid.overlapping(self.of_volume(box)):
                 part = self.run.wanted_part(self.grid[i]).transpose(self.axes)
                 if i != self.i and part.voxels:
-                    reached = self.tiles.overlapping(*part.slices[1:])
-                    rows, columns = _common(self.own.rows, reached.rows), _common(self.own.columns, reached.columns)
-                    if rows and columns:
-                        found[i] = part, TileWindow(rows, columns)
+                    window = self._reaching(self.own, part)
+                    if window:
+                        found[i] = part, window
         return found
 
 

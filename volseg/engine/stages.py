@@ -158,8 +158,8 @@ def _holes(run: Run) -> list[Stage]:
 
 
 def _stitch(run: Run) -> list[Stage]:
-    z, y, x = (max(1, n) for n in run.parts.own.shape)  # all that holds basins, at once
-    one = Part(Blocks((z, y, x), (z, y, x)))
+    voxels = (1, 1, max(1, run.parts.own.voxels))  # of all that holds basins, at once
+    one = Part(Blocks(voxels, voxels))
     return [Stage("stitch", instances.stitch_all, one, decision_key(run), "flat")]
 
 

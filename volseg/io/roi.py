@@ -7,7 +7,7 @@ the region needs a tile that is left out. So inside, a run holds what it would h
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -17,19 +17,21 @@ from volseg.config import Input
 from volseg.errors import UserError
 from volseg.io import volume
 from volseg.io.header import shape_text
+from volseg.io.occupancy import Occupancy, Occupied, Spans, Stored
 from volseg.io.resample import Grid
 
 READ_SHAPE = (64, 1024, 1024)  # voxels of a mask that are read at once
-MAX_SCANNED_VOXELS = 1 << 32  # larger masks are not read whole before the run, but in patches
+MAX_SCANNED_VOXELS = 1 << 32  # masks that store more are not read whole before the run, but in patches
 
 
 @dataclass(frozen=True)
 class RegionOfInterest:
     """A box of the volume, and a mask whose voxels stand for ``factor`` of the volume's along each axis.
 
-    ``voxels`` counts those of the region; it is an estimate where the mask has more than `MAX_SCANNED_VOXELS`.
+    ``voxels`` counts those of the region; it is an estimate where the mask stores more than `MAX_SCANNED_VOXELS`.
     ``checksum`` is the mask's. ``grid`` leads from a resampled volume's voxels to those of the volume that the mask lies on;
-    None where these are the same.
+    None where these are the same. ``occupied`` are cells of the mask outside of which it is 0; None where nobody knows. They
+    decide no byte.
     """
 
     roi: Box
@@ -38,6 +40,7 @@ class RegionOfInterest:
     checksum: str = ""
     voxels: int = 0
     grid: Grid | None = None
+    occupied: Occupancy | None = field(default=None, compare=False)
 
     @property
     def key(self) -> tuple:
@@ -63,8 +66,45 @@ class RegionOfInterest:
 
     def meets(self, box: Box) -> bool:
         """Whether any voxel of ``box`` belongs to the region."""
-        inside = self.roi.intersect(box)
+        inside = self.part(box)
         return bool(inside.voxels and (self.mask is None or _nonzero(self.mask, self._mask_box(inside)).any()))
+
+    def part(self, box: Box) -> Box:
+        """The part of ``box`` outside of which no voxel belongs to the region, as far as that is known without a look."""
+        inside = self.roi.intersect(box)
+        if self.occupied is None or not inside.voxels:
+            return inside
+        held = self.occupied.bounds(self._mask_box(inside))
+        if not held.voxels:
+            return Box(inside.start, inside.start)
+        start, stop = [], []
+        for axis in range(3):
+            index = self._mask_index(axis, inside.start[axis], inside.stop[axis])
+            first, last = np.searchsorted(index, held.start[axis]), np.searchsorted(index, held.stop[axis] - 1, "right")
+            start.append(inside.start[axis] + int(first))
+            stop.append(inside.start[axis] + int(last))
+        return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+
+    def count(self, spans: Spans) -> np.ndarray:
+        """About how many voxels of each box of a grid of boxes belong to the region, int64 z y x: 0 only where none does."""
+        clipped = [
+            (np.clip(start, a, b), np.clip(stop, a, b))
+            for (start, stop), a, b in zip(spans, self.roi.start, self.roi.stop, strict=True)
+        ]
+        z, y, x = (np.maximum(stop - start, 0).astype(float) for start, stop in clipped)
+        voxels = z[:, None, None] * y[:, None] * x
+        if self.occupied is None:
+            return voxels.astype(np.int64)
+        places = [self._mask_places(axis, *span) for axis, span in enumerate(clipped)]
+        z, y, x = (np.maximum(stop - start, 1).astype(float) for start, stop in places)
+        held = self.occupied.count(places)
+        return np.ceil(voxels * held / (z[:, None, None] * y[:, None] * x)).astype(np.int64)
+
+    def _mask_places(self, axis: int, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where boxes that start and stop there do so along an axis of the mask."""
+        index = self._mask_index(axis, 0, self.roi.stop[axis])
+        first = index[np.minimum(start, index.size - 1)]
+        return first, np.where(stop > start, index[np.maximum(stop - 1, 0)] + 1, first)
 
     def _masked(self, box: Box) -> np.ndarray | bool:
         """The mask's nearest voxels to those of ``box``."""
@@ -126,9 +166,17 @@ def find(settings: Input, shape: Triple, voxel_size_nm: tuple[float, float, floa
             f"mask {mask.path} has shape {shape_text(mask.shape)} and the volume {shape_text(shape)}, z y x; a mask has the "
             "volume's shape, or that divided by a whole number on each axis, rounded up or down"
         )
-    region = RegionOfInterest(box, mask, factor)
-    counts = full_counts if prod(mask.shape) <= MAX_SCANNED_VOXELS else sampled_counts
-    return replace(region, **counts(region))
+    return _counted(RegionOfInterest(box, mask, factor))
+
+
+def _counted(region: RegionOfInterest) -> RegionOfInterest:
+    """The region with what its mask holds: from all voxels, or of a large one from those that it stores, or from patches."""
+    stored = region.mask.stored()
+    if prod(region.mask.shape) <= MAX_SCANNED_VOXELS:
+        return replace(region, **full_counts(region, stored))
+    if stored and stored.voxels <= MAX_SCANNED_VOXELS:
+        return replace(region, **stored_counts(region, stored))
+    return replace(region, **sampled_counts(region, stored))
 
 
 def _factor(length: int, mask: int, ratio: float | None) -> int:
@@ -153,22 +201,62 @@ def _ratio(mask: volume.Volume, voxel_size_nm: tuple | None) -> tuple[float | No
     return tuple(m / v for m, v in zip(mask.voxel_size_nm, voxel_size_nm, strict=True))
 
 
-def full_counts(region: RegionOfInterest) -> dict:
-    """``checksum`` of all voxels of the mask, and ``voxels``: how many of the volume's belong to the region."""
-    mask, voxels = region.mask, 0
+def full_counts(region: RegionOfInterest, stored: Stored | None = None) -> dict:
+    """``checksum`` of all voxels of the mask, ``voxels``: how many of the volume's belong to the region, and ``occupied``."""
+    mask, counter = region.mask, _Counter(region)
     digest = hashlib.sha256(f"{mask.shape}".encode())
     for box in Blocks(mask.shape, READ_SHAPE):
-        part = _nonzero(mask, box)
+        part = np.zeros(box.shape, bool)
+        if stored is None or stored.any(box):
+            part = _nonzero(mask, box)
+            counter.add(box, part)
         digest.update(np.packbits(part).tobytes())
-        z, y, x = (region.voxels_per_mask_voxel(axis)[span] for axis, span in enumerate(box.slices))
-        voxels += int(part @ x @ y @ z)
-    return {"checksum": digest.hexdigest(), "voxels": voxels}
+    return {"checksum": digest.hexdigest(), **counter.facts()}
 
 
-def sampled_counts(region: RegionOfInterest) -> dict:
-    """The same, estimated from patches of a large mask."""
+def stored_counts(region: RegionOfInterest, stored: Stored) -> dict:
+    """The same of a mask of which little is stored: each chunk or shard of that is read once, and others are 0."""
+    mask, counter = region.mask, _Counter(region)
+    digest = hashlib.sha256(f"{mask.shape}, stored".encode())
+    for outer in stored.boxes():
+        for inner in Blocks(outer.shape, READ_SHAPE):
+            box = inner.shift(outer.start)
+            part = _nonzero(mask, box)
+            if part.any():
+                counter.add(box, part)
+                digest.update(f"{box}".encode())
+                digest.update(np.packbits(part).tobytes())
+    return {"checksum": digest.hexdigest(), **counter.facts()}
+
+
+def sampled_counts(region: RegionOfInterest, stored: Stored | None = None) -> dict:
+    """The same, estimated from patches of a large mask; ``occupied`` is all that it stores, if that is known."""
     shares = [_nonzero(region.mask, box).mean() for box in volume.patches(region.mask.shape)]
-    return {"checksum": region.mask.checksum(), "voxels": round(float(np.mean(shares)) * region.roi.voxels)}
+    counts = {"checksum": region.mask.checksum(), "voxels": round(float(np.mean(shares)) * region.roi.voxels)}
+    if stored is None:
+        return counts
+    occupied = Occupied(region.mask.shape)
+    for box in stored.boxes():
+        occupied.add(box)
+    return {**counts, "occupied": occupied.occupancy()}
+
+
+class _Counter:
+    """Counts a region's voxels, and the cells of its mask that hold some, part by part."""
+
+    def __init__(self, region: RegionOfInterest) -> None:
+        self.each = [region.voxels_per_mask_voxel(axis) for axis in range(3)]
+        self.occupied = Occupied(region.mask.shape)
+        self.voxels = 0
+
+    def add(self, box: Box, part: np.ndarray) -> None:
+        if part.any():
+            z, y, x = (each[span] for each, span in zip(self.each, box.slices, strict=True))
+            self.voxels += int(part @ x @ y @ z)
+            self.occupied.add(box, part)
+
+    def facts(self) -> dict:
+        return {"voxels": self.voxels, "occupied": self.occupied.occupancy()}
 
 
 def _nonzero(mask: volume.Volume, box: Box) -> np.ndarray:

@@ -21,6 +21,7 @@ from volseg.io import array_volume, arrays, files, formats, resample, zarr
 from volseg.io.array_volume import ArrayVolume
 from volseg.io.filling import recording_filled, zeroed
 from volseg.io.header import TripleNm, check_shape
+from volseg.io.occupancy import Stored
 from volseg.io.voxels import check_inside, choose, chosen_entries, fingerprint, finite, inverted, patches
 
 __all__ = [
@@ -91,6 +92,11 @@ class Volume:
         with recording_filled() as filled:
             data = finite(formats.read(self, box), box, self.path)
         return zeroed(inverted(data, self.binary), box, filled) if self.inverted else data
+
+    def stored(self) -> Stored | None:
+        """Which of its chunks or shards are stored, where those that are not hold 0; None where only reading tells."""
+        plain = self.kind == "zarr" and not self.stored_shape and not self.inverted
+        return zarr.stored(self) if plain else None
 
     @property
     def chosen(self) -> dict[int, int]:

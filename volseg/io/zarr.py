@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from math import prod
@@ -16,6 +17,7 @@ from volseg.errors import UserError, printable
 from volseg.io import arrays, axes, files, ome
 from volseg.io.filling import ADVICE, SKIP, record_filled, undecodable
 from volseg.io.header import Header, check_shape, decoding_room, reason, shape_text, voxel_dtype
+from volseg.io.occupancy import Stored
 from volseg.io.voxels import patches
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 
 MAX_LEVEL_NAME = 1000  # characters of a level's path
+MOST_STORED = 1 << 26  # chunks or shards of an array of which it is known at once which are there
 
 
 def is_zarr(path: str) -> bool:
@@ -157,6 +160,28 @@ def _nothing_stored(path: str, dataset: str, shape: Triple, space: list[int]) ->
         return []
     value = array.metadata.fill_value
     return [printable(f"{files.join(path, dataset)} stores no chunk: every voxel is its fill value, {value!s}")]
+
+
+def stored(volume: Volume) -> Stored | None:
+    """Which chunks or shards are there, from one listing; None where others may hold something, too, or are too many."""
+    array = arrays.cached_array(volume.path, volume.dataset)
+    value = array.metadata.fill_value
+    if value is None or value != 0 or arrays.archive_of(volume.path):
+        return None
+    space, sizes = axes.space(array.ndim, *volume.chosen), array.shards or array.chunks
+    grid = Blocks(volume.shape, tuple(sizes[axis] for axis in space))
+    if len(grid) > MOST_STORED:
+        return None
+    there, chosen = np.zeros(grid.counts, bool), {axis: n // sizes[axis] for axis, n in volume.chosen.items()}
+    for key in files.list_keys(files.join(volume.path, volume.dataset)):
+        coords = tuple(int(digits) for digits in re.findall(r"\d+", key.removeprefix("c")))
+        if len(coords) == array.ndim and array.metadata.encode_chunk_key(coords) == key:
+            zyx = tuple(coords[axis] for axis in space)
+            if coords == axes.index(array.ndim, zyx, chosen) and all(
+                c < n for c, n in zip(zyx, grid.counts, strict=True)
+            ):
+                there[zyx] = True
+    return Stored(grid, there)
 
 
 def read(volume: Volume, box: Box) -> np.ndarray:

@@ -139,7 +139,8 @@ def source_bytes(run: Run, plane: str, grid: Blocks, at_once: int = 0) -> int:
 
 def _core(run: Run, plane: str, grid: Blocks) -> Triple:
     """The shape of what a block of a pass infers at most, in the axes of the pass."""
-    return transpose_axes(fit(grid.block, run.wanted_part(Box.from_shape(run.shape)).shape), tiles.PLANES[plane])
+    wanted = tuple(max(1, n) for n in run.wanted_part(Box.from_shape(run.shape)).shape)
+    return transpose_axes(fit(grid.block, wanted), tiles.PLANES[plane])
 
 
 def _import(run: Run, block: Triple) -> int:

@@ -133,7 +133,8 @@ def _read_bytes(run: Run) -> int:
         sources = [channel.source for channel in run.channels if channel.source]
         return sum(wanted.voxels * np.dtype(source.dtype).itemsize for source in sources)
     grids = {plane: run.pass_grid(plane) for plane in run.passes.values()} or {"xy": run.predict_grid}
-    return sum(memory.source_bytes(run, plane, grid) * grid.count_overlapping(wanted) for plane, grid in grids.items())
+    counts = {plane: run.parts.inferred(plane).count for plane in grids}
+    return sum(memory.source_bytes(run, plane, grid) * counts[plane] for plane, grid in grids.items())
 
 
 def _written_bytes(run: Run, rates: Rates) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import reduce
-from math import ceil
+from math import ceil, comb, prod
 
 import numpy as np
 from numba import njit
@@ -89,6 +89,20 @@ def height_halo(settings: Fragments, voxel_size_nm: VoxelSize | None = None) -> 
     reach = distance_unit(settings, voxel_size_nm).reach
     z, y, x = (passes + voxels + 1 for passes, voxels in zip(settings.smooth, reach, strict=True))
     return z, y, x
+
+
+def smoothing_reach(settings: Fragments, *, convex: bool) -> Triple:
+    """Voxels z y x that the smoothed mask may reach beyond where there are probabilities at all; 0 where it stays within.
+
+    In a box without probabilities it is above the threshold at most next to its corners, where they surround it; if what has
+    some is ``convex``, next to its faces.
+
+    >>> [smoothing_reach(Fragments(threshold=t, smooth=(1, 1, 1)), convex=c) for t, c in [(0.3, True), (0.3, False)]]
+    [(0, 0, 0), (1, 1, 1)]
+    """
+    beyond = [(1 - comb(2 * n, n) / 4**n) / 2 for n in settings.smooth]  # share of a filter that lies beyond a face
+    most = max(beyond) if convex else 1 - prod(1 - share for share in beyond)
+    return settings.smooth if settings.threshold <= most else (0, 0, 0)
 
 
 def mask_level(threshold: float) -> int:
