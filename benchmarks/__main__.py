@@ -293,7 +293,7 @@ def stores(repeats: Annotated[int, typer.Option(min=1)] = 5) -> None:
 
 @app.command()
 def scale(
-    what: Annotated[str, typer.Argument(help="decoding, sparse, restart, end or horizon.")],
+    what: Annotated[str, typer.Argument(help="decoding, sparse, scattered, restart, end or horizon.")],
     image: Annotated[str, typer.Option(help="The EPFL training stack.")] = f"{EPFL}/training.tif",
     out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/scale",
     chunks: Annotated[str, typer.Option(help="decoding: edges of a chunk.")] = "64,128,256",
@@ -306,7 +306,7 @@ def scale(
     faster: Annotated[float, typer.Option(help="horizon: how much faster than a core a worker infers.")] = 1.0,
 ) -> None:
     """Volumes as they are stored: how often a chunk is decoded, what an empty part and a restart cost, where limits lie."""
-    from benchmarks import end_to_end, horizon, restart
+    from benchmarks import end_to_end, horizon, restart, scattered
     from benchmarks import scale as bench
 
     if what == "restart":
@@ -319,8 +319,10 @@ def scale(
         bench.measure_decoding(*(tuple(map(int, text.split(","))) for text in (chunks, planes)), depth)
     elif what == "sparse":
         bench.measure_sparse(image, out, repeats)
+    elif what == "scattered":
+        scattered.measure(image, out)
     else:
-        raise typer.BadParameter(f"{what!r} is none of decoding, sparse, restart, end, horizon")
+        raise typer.BadParameter(f"{what!r} is none of decoding, sparse, scattered, restart, end, horizon")
 
 
 @app.command()

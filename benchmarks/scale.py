@@ -95,16 +95,16 @@ def _whole_chunks(box: Box, chunk: int, shape: Triple) -> int:
 
 def measure_sparse(image: str, out: str, repeats: int) -> None:
     """A row for each volume that is empty but for the same piece: a run of that piece, beside one of the piece alone."""
-    rows, piece = [], _piece(image)
+    rows, piece = [], piece_of(image, PIECE)
     alone = _volume(Path(out, "alone.zarr"), PIECE, piece)
-    _infer(alone, Path(out, "alone.volseg.zarr"))  # compiles
+    infer(alone, Path(out, "alone.volseg.zarr"))  # compiles
     for shape in SIZES:
         large = _volume(Path(out, "large.zarr"), shape, piece)
         took: dict[str, list[float]] = {"alone": [], "part": []}
         for _ in range(repeats):
-            took["alone"].append(_infer(alone, Path(out, "alone.volseg.zarr")))
+            took["alone"].append(infer(alone, Path(out, "alone.volseg.zarr")))
             roi = f"--roi={Box.from_shape(PIECE)}"
-            took["part"].append(_infer(large, Path(out, "large.volseg.zarr"), roi))
+            took["part"].append(infer(large, Path(out, "large.volseg.zarr"), roi))
         shutil.rmtree(large)
         ratios = np.divide(took["part"], took["alone"])
         rows.append({
@@ -118,10 +118,11 @@ def measure_sparse(image: str, out: str, repeats: int) -> None:
     report.keep("scale-sparse", rows)
 
 
-def _piece(image: str) -> np.ndarray:
-    sections = tifffile.imread(image)[: PIECE[0]]
+def piece_of(image: str, shape: Triple) -> np.ndarray:
+    """Real data of that shape, mirrored where the stack has less in the plane."""
+    sections = tifffile.imread(image)[: shape[0]]
     wide = np.concatenate([sections, sections[:, ::-1]], 1)
-    return np.concatenate([wide, wide[:, :, ::-1]], 2)[tuple(map(slice, PIECE))]
+    return np.concatenate([wide, wide[:, :, ::-1]], 2)[tuple(map(slice, shape))]
 
 
 def _volume(path: Path, shape: Triple, piece: np.ndarray) -> Path:
@@ -131,7 +132,7 @@ def _volume(path: Path, shape: Triple, piece: np.ndarray) -> Path:
     return path
 
 
-def _infer(path: Path, out: Path, *more: str) -> float:
+def infer(path: Path, out: Path, *more: str) -> float:
     """Seconds from command to prompt."""
     line = [
         sys.executable,
@@ -151,4 +152,4 @@ def _infer(path: Path, out: Path, *more: str) -> float:
 
 
 def _inferred(out: Path) -> int:
-    return json.loads((out / "run.json").read_text())["inferred_voxels"]
+    return json.loads((out / "run.json").read_text())["actual"]["inferred_voxels"]

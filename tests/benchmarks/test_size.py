@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import (
@@ -9,10 +10,13 @@ from benchmarks import (
     report,
     restart,
     scaling,
+    scattered,
     soak,
     stitch,
 )
+from tests.helpers import run_stages
 from volseg.box import Box
+from volseg.engine import finish
 from volseg.io import volume
 
 
@@ -85,3 +89,14 @@ def test_more_workers_meet_another_limit():
     assert few["scheduler"] == many["scheduler"]
     assert max(few, key=few.get) == "compute"
     assert max(many, key=many.get) == "requests"
+
+
+def test_scattered_spots_cost_tasks_of_their_own_alone(tmp_path):
+    piece = np.random.default_rng(0).integers(1, 255, (4, 40, 40), np.uint8)
+    em, mask = scattered.write(tmp_path, (8, 300, 400), piece, 2, 4)
+    given = {"mask": str(mask), "voxel_size_nm": (5.0, 5.0, 5.0)}
+    run, statistics = run_stages(str(em), tmp_path / "run.zarr", blocks={"shape": (4, 64, 64)}, input=given)
+    finish.finish(run, run.out, statistics, 0.0, 0.0)
+    row = scattered.facts(run.out)
+    assert 0 < row["tasks"] < row["of a whole run"] / 2
+    assert row["inferred / wanted"] > 1
