@@ -91,12 +91,13 @@ def test_more_workers_meet_another_limit():
     assert max(many, key=many.get) == "requests"
 
 
-def test_scattered_spots_cost_tasks_of_their_own_alone(tmp_path):
+def test_scattered_spots_cost_tasks_of_their_own_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(scattered, "SPOT", (4, 16, 16))
     piece = np.random.default_rng(0).integers(1, 255, (4, 40, 40), np.uint8)
     em, mask = scattered.write(tmp_path, (8, 300, 400), piece, 2, 4)
     given = {"mask": str(mask), "voxel_size_nm": (5.0, 5.0, 5.0)}
     run, statistics = run_stages(str(em), tmp_path / "run.zarr", blocks={"shape": (4, 64, 64)}, input=given)
     finish.finish(run, run.out, statistics, 0.0, 0.0)
     row = scattered.facts(run.out)
-    assert 0 < row["tasks"] < row["of a whole run"] / 2
+    assert 0 < row["tasks"] < row["of a whole run"] / 4
     assert row["inferred / wanted"] > 1
