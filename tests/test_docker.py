@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -38,7 +39,8 @@ def stages() -> dict[str, list[tuple[str, str]]]:
     """(instruction, rest) of each line of the Dockerfile, by stage."""
     text = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
     text = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
-    found: dict[str, list[tuple[str, str]]] = {}
+    found: dict[str, list[tuple[str, str]]] = {"": []}  # before the first stage: arguments of all
+    lines = found[""]
     for line in filter(str.strip, text.splitlines()):
         word, rest = line.split(maxsplit=1)
         if word == "FROM":
@@ -86,6 +88,15 @@ def test_what_is_copied_is_in_the_repository_and_goes_to_the_engine():
         assert f"!{source}" in ignore
 
 
+def test_all_that_the_wheel_holds_is_copied():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    target = build["tool"]["hatch"]["build"]["targets"]["wheel"]
+    project = build["project"]
+    needed = {"pyproject.toml", project["readme"], *project["license-files"], *target["packages"], *target["force-include"]}
+    copied = {source for word, rest in stages()["wheel"] if word == "COPY" for source in rest.split()[:-1]}
+    assert needed <= copied
+
+
 @linux
 def test_every_program_of_the_images_and_services_exists():
     runs = [re.sub(r"^(--\S+\s+)+", "", rest) for rest in every("RUN")]
@@ -112,9 +123,10 @@ def test_no_registry_is_named():
 def test_the_cuda_libraries_are_where_the_gpu_image_looks():
     given = dict(part.split("=", 1) for rest in every("ENV") for part in rest.split())
     folders = given["LD_LIBRARY_PATH"].split(":")
-    (python,) = {
-        re.fullmatch(r"python:(\S+)-slim AS [\w-]+", rest)[1] for rest in every("FROM") if rest.startswith("python")
-    }
+    ((argument, base),) = stages()[""]
+    assert argument == "ARG"
+    assert all(rest.split()[0] in {"${BASE}", *stages()} for rest in every("FROM"))
+    python = re.fullmatch(r"BASE=python:(\S+)-slim", base)[1]
     assert all(folder.startswith(f"/usr/local/lib/python{python}/site-packages/") for folder in folders)
     packages = Path(sysconfig.get_path("purelib"))
     if not (packages / "nvidia").is_dir():

@@ -85,6 +85,17 @@ def test_numba_keeps_its_cache_where_neither_package_nor_home_can_be_written(tmp
     tmp_path.chmod(0o755)
 
 
+def test_numba_keeps_its_cache_where_the_folder_that_is_given_cannot_be_written(tmp_path, monkeypatch):
+    """As in containers that share a volume as several users."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "file").touch()
+    for given, kept in (("folder", tmp_path / "folder"), ("file", system.private_folder("numba"))):
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / given))
+        monkeypatch.setattr("numba.config.CACHE_DIR", "")
+        system.keep_numba_cache()
+        assert os.environ["NUMBA_CACHE_DIR"] == str(kept)
+
+
 def test_a_temporary_folder_of_somebody_else_is_not_taken(tmp_path, monkeypatch):
     """What numba keeps is run when it is read."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -121,12 +121,14 @@ def _text(path: Path) -> str:
 
 
 def keep_numba_cache() -> None:
-    """numba can store what it compiles: where neither the package nor the user's cache may be written, in a temporary folder.
+    """numba can store what it compiles, if only in a temporary folder: that is, where neither the package nor the user's cache
+    may be written, or not the folder that ``NUMBA_CACHE_DIR`` gives.
 
-    numba, which gives up otherwise, looks at ``NUMBA_CACHE_DIR`` when it is imported.
+    numba, which gives up otherwise, looks at that variable when it is imported.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    if "NUMBA_CACHE_DIR" in os.environ or writable(Path(__file__).parent / "__pycache__") or writable(home):
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    if any(map(writable, [Path(given)] if given else [Path(__file__).parent / "__pycache__", home])):
         return
     os.environ["NUMBA_CACHE_DIR"] = str(private_folder("numba"))
     if "numba" in sys.modules:
