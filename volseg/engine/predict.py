@@ -95,7 +95,7 @@ def coarsen(run: Run, i: int, timings: Timings, level: int) -> None:
     finest = box
     for k in range(level, 0, -1):
         finest = pyramid.parent_box(finest, levels[k][1], levels[k - 1][0])
-    if not run.wants_any(run.wanted_part(finest)):
+    if not run.wanted_part(finest).voxels:
         array(level).clear(box)
         return
     _coarsen(array(level - 1), array(level), box, levels[level - 1 : level + 1], timings)

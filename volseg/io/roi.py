@@ -59,7 +59,7 @@ class RegionOfInterest:
     def read(self, box: Box) -> np.ndarray:
         """Which voxels of ``box`` belong to the region, bool z y x."""
         out = np.zeros(box.shape, bool)
-        inside = self.roi.intersect(box)
+        inside = self.part(box)
         if inside.voxels:
             out[inside.slices_within(box)] = self._masked(inside)
         return out
@@ -67,14 +67,22 @@ class RegionOfInterest:
     def meets(self, box: Box) -> bool:
         """Whether any voxel of ``box`` belongs to the region."""
         inside = self.part(box)
-        return bool(inside.voxels and (self.mask is None or _nonzero(self.mask, self._mask_box(inside)).any()))
+        if not inside.voxels or self.mask is None:
+            return inside.voxels > 0
+        whole = self._mask_box(inside)
+        parts = (self._held(part.shift(whole.start)) for part in Blocks(whole.shape, READ_SHAPE))
+        return any(bool(_nonzero(self.mask, part).any()) for part in parts if part.voxels)
+
+    def _held(self, mask_box: Box) -> Box:
+        """The part of a box of the mask outside of which that is known to be 0."""
+        return self.occupied.bounds(mask_box) if self.occupied else mask_box
 
     def part(self, box: Box) -> Box:
         """The part of ``box`` outside of which no voxel belongs to the region, as far as that is known without a look."""
         inside = self.roi.intersect(box)
         if self.occupied is None or not inside.voxels:
             return inside
-        held = self.occupied.bounds(self._mask_box(inside))
+        held = self._held(self._mask_box(inside))
         if not held.voxels:
             return Box(inside.start, inside.start)
         start, stop = [], []
@@ -113,8 +121,9 @@ class RegionOfInterest:
         mask_box = self._mask_box(box)
         inside = _nonzero(self.mask, mask_box)
         for axis in range(3):
-            index = self._mask_index(axis, box.start[axis], box.stop[axis]) - mask_box.start[axis]
-            inside = inside.take(index, axis)
+            if self.grid or self.factor[axis] > 1:
+                index = self._mask_index(axis, box.start[axis], box.stop[axis]) - mask_box.start[axis]
+                inside = inside.take(index, axis)
         return inside
 
     def voxels_per_mask_voxel(self, axis: int) -> np.ndarray:
