@@ -92,7 +92,13 @@ def test_all_that_the_wheel_holds_is_copied():
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())
     target = build["tool"]["hatch"]["build"]["targets"]["wheel"]
     project = build["project"]
-    needed = {"pyproject.toml", project["readme"], *project["license-files"], *target["packages"], *target["force-include"]}
+    needed = {
+        "pyproject.toml",
+        project["readme"],
+        *project["license-files"],
+        *target["packages"],
+        *target["force-include"],
+    }
     copied = {source for word, rest in stages()["wheel"] if word == "COPY" for source in rest.split()[:-1]}
     assert needed <= copied
 
