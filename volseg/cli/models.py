@@ -12,6 +12,7 @@ from volseg.cli.options import ConfigFile, Model, Overwrite, Sets, numbers, toml
 from volseg.cli.output import EXIT_INTERRUPTED, emit, note, say, wants_json
 from volseg.config import Predict, load, local_path
 from volseg.errors import UserError
+from volseg.training import require_extra
 
 
 def init(
@@ -62,6 +63,7 @@ def train(
 ) -> None:
     """Train a model on annotated sections; with --add, go on from it with corrected ones, and tell what changed."""
     settings = load(config, sets or ())
+    require_extra()
     from volseg.training.checkpoint import CHECKPOINT_NAME
     from volseg.training.start import train as run
 
@@ -141,6 +143,7 @@ def tune(
     """Search a learning rate and batch size, and write the best into a config for volseg train."""
     flags = [f"tune.trials={trials}"] * (trials is not None) + [f"tune.minutes={minutes}"] * (minutes is not None)
     settings = load(config, [*(sets or ()), *flags])
+    require_extra()
     from volseg.training.tune import tune as run
 
     path = _until_stopped(lambda: run(settings, say))
@@ -175,6 +178,7 @@ def quantize(
     """Add an INT8 form to a model file; with --truth and --held-out, auto takes it where it loses little. Needs nncf."""
     if bool(truth) != bool(held):
         raise UserError("--truth and --held-out belong together: labels, and the sections of them to measure on")
+    require_extra()
     from volseg.training import quantize as form
 
     facts = form.quantize(Path(local_path(model)), image, sections=_parts(sections), truth=truth, held_out=_parts(held))

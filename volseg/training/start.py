@@ -9,6 +9,7 @@ from pathlib import Path
 from volseg.config import Config
 from volseg.errors import UserError
 from volseg.inference.settings import Settings, settings_of
+from volseg.training import require_extra
 
 
 def train(
@@ -37,6 +38,7 @@ def train(
     say : callable, optional
         Called with each line of progress; `print` if not given.
     """
+    require_extra()
     if add:
         from volseg.training.corrections import given_settings, train_more
 
@@ -54,6 +56,7 @@ def tune(
     config: str | os.PathLike | Config | dict, *, settings: Settings = (), say: Callable[[str], None] | None = None
 ) -> Path:
     """Search a learning rate and batch size; returns the path of a config for `train` with the best."""
+    require_extra()
     from volseg.training.tune import tune
 
     return tune(settings_of(config, settings, base={}), say or print)
