@@ -106,3 +106,21 @@ def test_what_is_no_probability_is_refused_in_one_line(arguments, settings, mess
 def test_what_is_no_voxel_size_is_refused(size):
     with pytest.raises(UserError, match="three lengths above 0"):
         watershed(ZEROS, voxel_size_nm=size)
+
+
+@pytest.mark.parametrize("smooth", [0, 3])
+def test_no_voxel_is_of_two_classes_whose_probabilities_sum_to_1(smooth):
+    """Also where both are a half, which as bytes are 128 each."""
+    first = np.where(blobs(1, 3) > 0.5, np.float32(0.5), blobs(2, 4))
+    options = [f"fragments.smooth=[{smooth}, {smooth}, {smooth}]", "stitch.seed=0.51", "stitch.min_voxels=0"]
+
+    def classes(threshold):
+        settings = [*options, f"fragments.threshold={threshold}"]
+        return [watershed(class_, voxel_size_nm=NM, settings=settings) > 0 for class_ in (first, 1 - first)]
+
+    one, other = classes(0.51)
+    assert one.any()
+    assert other.any()
+    assert not (one & other).any()
+    if not smooth:
+        assert np.logical_and(*classes(0.5)).any()
