@@ -25,6 +25,7 @@ from volseg.evaluation.stored import StoredRun, open_stored
 from volseg.evaluation.synthetic_volume import write_synthetic
 from volseg.evaluation.verify import BOX, draw_boxes, verify
 from volseg.io import arrays, volume
+from volseg.io.occupancy import Occupied
 from volseg.io.roi import RegionOfInterest
 from volseg.segmentation import stitch
 from volseg.segmentation.agglomerate import forest
@@ -342,6 +343,20 @@ def test_boxes_lie_in_what_was_wanted(run):
         box.start[0] >= 100 and box.stop[0] <= 220 and box.start[1] >= 1400 and box.start[2] == 0 for box in boxes
     )
     assert len(large.grid.overlapping(boxes[0])) == 4  # the one corner in there; the boxes around it are one
+
+
+def test_boxes_lie_where_a_mask_wants_something(run):
+    stored, shape = open_stored(run), (300, 2000, 900)
+    mask = replace(stored.run.source, shape=shape)
+    held = Occupied(shape)
+    spots = [Box.parse("10:90,100:400,0:300"), Box.parse("200:280,1400:1700,500:850")]
+    for spot in spots:
+        held.add(spot)
+    region = RegionOfInterest(Box.from_shape(shape), mask, occupied=held.occupancy())
+    description = replace(described(stored, (100, 500, 900)), source=mask, roi=region)
+    large = replace(stored, labels=replace(stored.labels, shape=shape), run=description)
+    boxes = draw_boxes(large, 9, np.random.default_rng(3))
+    assert {next(k for k, spot in enumerate(spots) if box.intersect(spot).voxels) for box in boxes} == {0, 1}
 
 
 def test_a_path_is_named_where_the_table_is_missing(copy):

@@ -194,12 +194,13 @@ def _without_probabilities(stored: StoredRun, seed: int, damaged: tuple[str, ...
 
 
 def draw_boxes(run: StoredRun, count: int, rng: np.random.Generator) -> list[Box]:
-    """Up to ``count`` different random boxes in the run's roi, every other one around a corner where blocks meet."""
-    size, block, roi = np.minimum(BOX, run.shape), np.array(run.grid.block), run.roi
-    lowest = np.minimum(roi.start, run.shape - size)
-    highest = np.maximum(lowest, np.array(roi.stop) - size)
+    """Up to ``count`` different random boxes where something is wanted, every other one around a corner where blocks meet."""
+    size, block = np.minimum(BOX, run.shape), np.array(run.grid.block)
     boxes = []
     for i in range(count):
+        roi = _random_part(run, rng)
+        lowest = np.minimum(roi.start, run.shape - size)
+        highest = np.maximum(lowest, np.array(roi.stop) - size)
         start = rng.integers(lowest, highest + 1)
         if i % 2 == 0:
             first, end = np.array(roi.start) // block + 1, -(-np.array(roi.stop) // block)
@@ -208,6 +209,16 @@ def draw_boxes(run: StoredRun, count: int, rng: np.random.Generator) -> list[Box
             start = np.where(several, np.clip(corner - size // 2, lowest, highest), start)
         boxes.append(Box(tuple(start.tolist()), tuple((start + size).tolist())))
     return list(dict.fromkeys(boxes))
+
+
+def _random_part(run: StoredRun, rng: np.random.Generator) -> Box:
+    """The run's roi or, where it is known what a mask wants, that of one block: the likelier the more that is."""
+    own = run.run.parts.own
+    if run.run.roi is None or own.each is None or not own.count:
+        return run.roi
+    voxels = own.each[own.each > 0]
+    wanted = run.run.wanted_part(own.grid[own.numbers[int(rng.choice(voxels.size, p=voxels / voxels.sum()))]])
+    return wanted if wanted.voxels else run.roi
 
 
 # ---------------------------------------------------------------- as text

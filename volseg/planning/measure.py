@@ -169,8 +169,12 @@ def _predict_rate(run: Run, network: float, threads: int) -> float:
 
 
 def _middle(run: Run, axes: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The voxel in the middle of what is wanted, in the axes of a pass."""
-    wanted = run.wanted_part(Box.from_shape(run.shape)).transpose(axes)
+    """The voxel in the middle of what is wanted or, where a mask is known, of the block in which it wants most; in the axes of
+    a pass."""
+    box, own = Box.from_shape(run.shape), run.parts.own
+    if own.each is not None and own.count:
+        box = own.grid[own.numbers[int(own.each[own.each > 0].argmax())]]
+    wanted = run.wanted_part(box).transpose(axes)
     z, y, x = ((a + b) // 2 for a, b in zip(wanted.start, wanted.stop, strict=True))
     return z, y, x
 
