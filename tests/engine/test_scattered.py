@@ -81,7 +81,22 @@ def test_labels_are_those_of_a_run_that_looks_at_every_block(given, looked_at, t
     out = make(given, tmp_path / "run.zarr", *low, *sets)
     assert digest(out) == digest(looked_at[low])
     assert "tree" in sets[-1] or same(out, looked_at[low])
+    for name in ("labels/instances/1", "labels/instances/2", *(("0", "1", "2") if "drop" not in sets[-1] else ())):
+        coarse, expected = (zarr.open_array(f"{path}/{name}", mode="r")[:] for path in (out, looked_at[low]))
+        np.testing.assert_array_equal(coarse, expected)
+        assert coarse.any()
     assert open_run(out).object_count > 2
+
+
+def test_smoothing_carries_objects_over_the_border_of_a_roi_that_ends_with_a_block(given, tmp_path):
+    sets = [*LOW, "input.mask=", "input.roi=0:6,15:30,26:52"]
+    made = [
+        make(given, tmp_path / f"{k}.zarr", *sets, block)
+        for k, block in enumerate((BLOCKS, "blocks.shape=[12, 60, 130]"))
+    ]
+    assert same(*made)
+    labels = zarr.open_array(f"{made[0]}/labels/instances/0", mode="r")[:]
+    assert labels[6:].any()
 
 
 def test_a_block_in_which_nothing_is_wanted_gets_no_task_marker_table_or_shard(given, looked_at, tmp_path):

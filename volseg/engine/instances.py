@@ -371,13 +371,15 @@ def downsample(run: Run, i: int, timings: Timings, level: int) -> dict:
     ]
 
     def make() -> None:
-        if run.layout.labels(level - 1).is_empty(parent):
+        part = run.parts.labeled(level, box)
+        inside = pyramid.parent_box(part, factor, above)
+        if not part.voxels or run.layout.labels(level - 1).is_empty(inside):
             run.layout.labels(level).clear(box)
             return
         with timings.phase("read"):
-            finer = run.layout.labels(level - 1).read(parent)
+            finer = run.layout.labels(level - 1).read(inside)
         with timings.phase("downsample"):
-            coarse = pyramid.downsample(finer, factor)
+            coarse = pyramid.placed(pyramid.downsample(finer, factor), part, box)
         with timings.phase("write"):
             run.layout.labels(level).write(box, coarse)
 

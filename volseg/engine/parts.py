@@ -126,12 +126,23 @@ class Parts:
 
     def labels(self, level: int) -> Part:
         """Those that hold labels."""
-        region, around = self.run.roi, self._smoothed
-        if self.run.restored:
-            region, around = self.run.given_roi, (0, 0, 0)
-        region = region if self._bounded else None
+        region, around = self._labeled
         levels = self.run.levels[: level + 1]
         return self._part("labels", level, self.run.level_grid(level), region, around=around, levels=levels)
+
+    @property
+    def _labeled(self) -> tuple[RegionOfInterest | None, Triple]:
+        """The region of the labels, and how far beyond it they may reach."""
+        region, around = (self.run.given_roi, (0, 0, 0)) if self.run.restored else (self.run.roi, self._smoothed)
+        return (region, around) if self._bounded else (None, (0, 0, 0))
+
+    def probable(self, level: int, box: Box) -> Box:
+        """The part of ``box``, of that level of the probabilities, outside of which they are 0."""
+        return _part_at(self.run.roi, (0, 0, 0), self.run.probability_levels[: level + 1], box)
+
+    def labeled(self, level: int, box: Box) -> Box:
+        """The part of ``box``, of that level of the labels, outside of which there are none."""
+        return _part_at(*self._labeled, self.run.levels[: level + 1], box)
 
     @cached_property
     def nothing(self) -> Nothing | None:
@@ -160,7 +171,7 @@ def _part_of(
     box = _scaled(Box((z, y, x), (dz, dy, dx)), coarser).clip(grid.shape)
     if region.occupied is None:
         return Part(grid, box)
-    factor = [prod(f) for f in zip((1, 1, 1), *(factor for _, factor in coarser), strict=True)]
+    factor = _factor([factor for _, factor in coarser])
     edges = [np.array([grid.edge(k, c) for c in range(row.start, row.stop + 1)]) * factor[k]
              for k, row in enumerate(grid.spans(box))]  # fmt: skip
 
@@ -173,6 +184,25 @@ def _part_of(
         return voxels
 
     return Part(grid, box, counted)
+
+
+def _part_at(region: RegionOfInterest | None, around: Triple, levels: Sequence[tuple[Triple, Triple]], box: Box) -> Box:
+    """The part of ``box``, of the last of these levels, made from what is no farther than ``around`` from the region."""
+    if region is None:
+        return box
+    factor = _factor([factor for _, factor in levels])
+    start, stop = ([n * f for n, f in zip(end, factor, strict=True)] for end in (box.start, box.stop))
+    finest = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).clip(levels[0][0])
+    wanted = region.part(finest.grow(around))
+    if not wanted.voxels:
+        return Box(box.start, box.start)
+    return _scaled(wanted.grow(around).clip(levels[0][0]), list(levels)[1:]).intersect(box)
+
+
+def _factor(factors: Sequence[Triple]) -> Triple:
+    """Of several levels together."""
+    z, y, x = (prod(along) for along in zip((1, 1, 1), *factors, strict=True))
+    return z, y, x
 
 
 def _scaled(box: Box, coarser: list[tuple[Triple, Triple]]) -> Box:

@@ -92,13 +92,8 @@ def average_planes(run: Run, i: int, timings: Timings) -> None:
 def coarsen(run: Run, i: int, timings: Timings, level: int) -> None:
     """Block ``i`` of a coarser level of the probabilities is stored: the mean of each cell of the level above."""
     array, levels, box = run.layout.probability_level, run.probability_levels, run.probability_grid(level)[i]
-    finest = box
-    for k in range(level, 0, -1):
-        finest = pyramid.parent_box(finest, levels[k][1], levels[k - 1][0])
-    if not run.wanted_part(finest).voxels:
-        array(level).clear(box)
-        return
-    _coarsen(array(level - 1), array(level), box, levels[level - 1 : level + 1], timings)
+    part = run.parts.probable(level, box)
+    _coarsen(array(level - 1), array(level), box, part, levels[level - 1 : level + 1], timings)
 
 
 def copy_image(run: Run, i: int, timings: Timings) -> None:
@@ -112,22 +107,23 @@ def copy_image(run: Run, i: int, timings: Timings) -> None:
 
 def coarsen_image(run: Run, i: int, timings: Timings, level: int) -> None:
     """The same as `coarsen` of the copy of the volume."""
-    array, levels = run.layout.image, run.image_levels
-    _coarsen(array(level - 1), array(level), run.level_grid(level)[i], levels[level - 1 : level + 1], timings)
+    array, levels, box = run.layout.image, run.image_levels, run.level_grid(level)[i]
+    _coarsen(array(level - 1), array(level), box, box, levels[level - 1 : level + 1], timings)
 
 
-def _coarsen(finer: StoredArray, coarser: StoredArray, box: Box, levels: list, timings: Timings) -> None:
-    """The voxels of ``box`` are stored in ``coarser``; ``levels`` are the shapes and factors of both."""
+def _coarsen(finer: StoredArray, coarser: StoredArray, box: Box, part: Box, levels: list, timings: Timings) -> None:
+    """The voxels of ``box``, 0 outside of ``part``, are stored in ``coarser``; ``levels``: shapes and factors of both."""
     (above, _), (_, factor) = levels
-    parent = pyramid.parent_box(box, factor, above)
-    if finer.is_empty(parent):
+    parent = pyramid.parent_box(part, factor, above)
+    if not part.voxels or finer.is_empty(parent):
         coarser.clear(box)
         return
     with timings.phase("read"):
         voxels = finer.read(parent)
     with timings.phase("downsample"):
         channels = voxels if voxels.ndim == 4 else voxels[None]
-        coarse = np.stack([pyramid.downsample_mean(channel, factor) for channel in channels])
+        each = (pyramid.placed(pyramid.downsample_mean(channel, factor), part, box) for channel in channels)
+        coarse = np.stack(list(each))
     with timings.phase("write"):
         coarser.write(box, coarse if voxels.ndim == 4 else coarse[0])
 

@@ -55,6 +55,19 @@ def parent_box(box: Box, factor: Triple, above: Triple) -> Box:
     return Box(start, stop).clip(above)
 
 
+def placed(values: np.ndarray, part: Box, box: Box) -> np.ndarray:
+    """The voxels of ``box``: ``values`` are those of its ``part``, others are 0.
+
+    >>> placed(np.array([[[7]]]), Box((0, 0, 1), (1, 1, 2)), Box((0, 0, 0), (1, 1, 3))).tolist()
+    [[[0, 7, 0]]]
+    """
+    if part == box:
+        return values
+    out = np.zeros(box.shape, values.dtype)
+    out[part.slices_within(box)] = values
+    return out
+
+
 def downsample(labels: np.ndarray, factor: Triple) -> np.ndarray:
     """Each cell of ``factor`` voxels (1 or 2 along z y x) as its most frequent label; type kept, shape rounded up.
 
