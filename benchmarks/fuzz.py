@@ -295,7 +295,7 @@ def _damaged_blocks(path: str) -> list[str]:
 
     run = folder.peek_run(path)
     markers = Markers(path, keys(run)) if run else None
-    return markers.damaged(markers.marks()) if markers else []
+    return markers.damaged() if markers else []
 
 
 TIFFS: tuple[dict[str, Any], ...] = (
