@@ -104,14 +104,16 @@ class Cluster:
         names = {"--tls-ca-file": "ca", "--tls-cert": "cert", "--tls-key": "key"}
         return [part for option, name in names.items() for part in (option, str(self.certificates[name]))]
 
-    def add_worker(self) -> str:
-        """A worker on a new host has come; the host's name."""
-        host = self.hosts.add()
-        line = ["ip", "netns", "exec", host, sys.executable, "-m", "distributed.cli.dask_worker", self.address]
-        options = ["--nthreads", "1", "--memory-limit", "0", "--no-dashboard", "--name", host]
-        worker = self.workers[host] = self._start([*line, *options, *self._tls()])
-        _until(lambda: "Registered to" in worker.text or not worker.alive)
-        return host
+    def add_workers(self, count: int) -> None:
+        """So many workers have come, each on a new host."""
+        started = []
+        for _ in range(count):
+            host = self.hosts.add()
+            line = ["ip", "netns", "exec", host, sys.executable, "-m", "distributed.cli.dask_worker", self.address]
+            options = ["--nthreads", "1", "--memory-limit", "0", "--no-dashboard", "--name", host]
+            self.workers[host] = self._start([*line, *options, *self._tls()])
+            started.append(self.workers[host])
+        _until(lambda: all("Registered to" in worker.text or not worker.alive for worker in started))
 
     def segment(self, source: str, out: str) -> Command:
         """A command on this machine that computes on the hosts."""
@@ -144,8 +146,7 @@ def running(folder: Path) -> Iterator[Cluster]:
         store = Store(hosts.here)
         cluster = Cluster(hosts, store, folder)
         try:
-            for _ in range(2):
-                cluster.add_worker()
+            cluster.add_workers(2)
             yield cluster
         finally:
             cluster.close()
@@ -208,15 +209,14 @@ def _play(cluster: Cluster, number: int, event: str, expected: dict[str, str], c
     living = [host for host, worker in cluster.workers.items() if worker.alive]
     if event.startswith("a host is lost"):
         cluster.hosts.lose(living[0])
-        cluster.add_worker()
+        cluster.add_workers(1)
     elif event.startswith("a host retires"):
         cluster.retire(living[0])
-        cluster.add_worker()
+        cluster.add_workers(1)
     elif event.startswith("all hosts"):
         for host in living:
             cluster.hosts.lose(host)
-        for _ in range(2):
-            cluster.add_worker()
+        cluster.add_workers(2)
     code = command.wait(LIMIT_S)
     for host in living if "lost" in event else ():  # what lives on behind a link that is down takes part no more
         if event.startswith("all") or host == living[0]:

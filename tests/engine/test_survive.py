@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import zarr
 from hypothesis import strategies
@@ -18,6 +19,7 @@ import volseg
 from tests.helpers import SHAPE, Quiet, digest, mark, markers_of, segment_probabilities, settings
 from volseg import api
 from volseg.engine import folder, lock, receipts, stored
+from volseg.engine.block_tables import Tally, Values
 from volseg.engine.file_check import FileCheck
 from volseg.engine.integrity import damaged_files
 from volseg.engine.layout import Layout
@@ -224,17 +226,25 @@ def test_what_a_tree_has_decided_is_made_again(reference, tmp_path):
     assert volseg.verify(out, boxes=1).ok
 
 
-def test_files_of_many_blocks_lie_in_several_folders(reference, tmp_path, monkeypatch):
+def test_files_of_many_blocks_lie_in_several_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "PER_FOLDER", 2)
-    channels = {"mask_channel": 0, "contour_channel": 1}
-    given = {"blocks": {"shape": (11, 75, 85)}, "probabilities": channels}
-    out = Path(segment_probabilities(f"{reference}/0", tmp_path / "run.volseg.zarr", **given).path)
-    assert digest(out) == digest(reference)
-    assert len(list((out / "work/tables/2").iterdir())) == 2
-    assert (
-        max(len(list(path.glob("*.npz"))) for path in (out / "work").rglob("*")) <= 3
-    )  # a file named by no block, too
-    assert volseg.verify(out, boxes=1).ok
+    layout = Layout(str(tmp_path))
+    for i in map(np.int64, range(5)):  # as numbers of blocks come from tables, too
+        layout.tallies.save(Tally(np.array([i]), np.array([255], np.uint8)), i)
+        layout.ranks.save(Values(np.array([i])), 0, 1, i)
+        layout.write_stamp("relabel", i, f"made from {i}", {})
+    for kind in ("tallies", "tree/0/rank", "stamps/relabel"):
+        found = [path for path in (tmp_path / "work" / kind).rglob("*") if path.is_file()]
+        assert len(found) == 5
+        assert len({path.parent for path in found}) == 3
+    assert [int(tally.total[0]) for tally in layout.tallies.load_each(range(5))] == list(range(5))
+    assert int(layout.ranks.load(0, 1, 4).values[0]) == 4
+    assert layout.read_stamp("relabel", 3) == "made from 3"
+    assert layout.tallies.count() == 5
+    layout.tallies.remove(4)
+    assert layout.tallies.count() == 4
+    layout.tallies.remove_all()
+    assert layout.tallies.count() == 0
 
 
 def test_descriptions_of_arrays_and_groups_are_made_again_to_the_letter(reference, tmp_path):
