@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,13 +35,21 @@ main()
 EVENTS = ("nothing", "a host is lost, another comes", "a host retires, another comes", "all hosts are lost, two come")
 
 
+@cache
 def available() -> str:
     """Why hosts cannot be made here; `""` where they can."""
     if not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("ip"):
         return "needs root and iproute2"
-    made = subprocess.run(["ip", "link", "add", "vs-try", "type", "bridge"], capture_output=True, text=True)
-    subprocess.run(["ip", "link", "del", "vs-try"], capture_output=True)
-    return made.stderr.strip()
+    hosts = None
+    try:
+        hosts = Hosts()
+        hosts.add()
+    except subprocess.CalledProcessError as error:
+        return error.stderr.strip() or str(error)
+    finally:
+        if hosts:
+            hosts.close()
+    return ""
 
 
 class Hosts:
