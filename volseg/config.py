@@ -117,7 +117,9 @@ class Probabilities(Section):
     distance_channel: Count | None = None  # None: no distance
     contour: str = ""  # a volume of its own that holds the contour; "" takes a channel of the first
     distance: str = ""  # the same of the distance
-    inverted: tuple[Literal["mask", "contour", "distance"], ...] = ()  # taken as 1 - value: low where it should be high
+    affinity_channels: tuple[Count, Count, Count] | None = None  # to the next voxel along z y x, in place of all others
+    affinity_offset: Literal[-1, 1] = -1  # with which voxel of its axis an affinity joins the one it is stored at
+    inverted: tuple[Literal["mask", "contour", "distance", "affinities"], ...] = ()  # taken as 1 - value
 
 
 class Blocks(Section):
@@ -156,9 +158,7 @@ class Fragments(Section):
 
 class Stitch(Section):
     seed: Share = 0.6  # basins joined above this smoothed probability (or what fragments.height takes) are one seed
-    seed_low: Share = (
-        0.0  # what reaches this is a seed too where it meets others below ``seed``; 0: what reaches ``seed``
-    )
+    seed_low: Share = 0.0  # what reaches this is a seed too where it meets others below ``seed``; 0: ``seed`` alone
     persistence: Share = 0.0  # seeds less than this below the saddle between them are one seed
     join_mean: Share = 0.0  # neighbors are joined whose whole border has at least this mean probability; 0: none
     keep_unseeded: bool = False  # keep objects that hold no seed

@@ -31,6 +31,7 @@ from volseg.cli.options import (
     Time,
     VoxelNm,
     Workers,
+    channels,
     numbers,
     toml,
 )
@@ -213,11 +214,22 @@ def segment(
         str, typer.Option("--contour", metavar="PATH", help="A volume of its own with the contour.")
     ] = "",
     distance: Annotated[str, typer.Option("--distance", metavar="PATH", help="The same with the distance.")] = "",
+    affinities: Annotated[
+        str,
+        typer.Option(
+            "--affinities",
+            metavar="Z,Y,X",
+            help="Channels of the affinities to the voxel before along z, y, x, such as 0,1,2, in place of all these.",
+        ),
+    ] = "",
+    affinity_offset: Annotated[
+        int | None, typer.Option("--affinity-offset", metavar="-1|1", help="1: to the voxel behind instead.")
+    ] = None,
     inverted: Annotated[
         list[str] | None,
         typer.Option(
             "--inverted",
-            metavar="mask|contour|distance",
+            metavar="mask|contour|distance|affinities",
             help="Take 1 - value of this channel; repeatable. "
             "A membrane map is --inverted mask: objects are where it is low.",
         ),
@@ -257,6 +269,8 @@ def segment(
         ("--contour-channel", "probabilities.contour_channel", contour_channel),
         ("--distance-channel", "probabilities.distance_channel", distance_channel),
         ("--contour", "probabilities.contour", contour), ("--distance", "probabilities.distance", distance),
+        ("--affinities", "probabilities.affinity_channels", channels(affinities, "--affinities")),
+        ("--affinity-offset", "probabilities.affinity_offset", affinity_offset),
         ("--inverted", "probabilities.inverted", inverted), ("--workers", "cluster.workers", workers),
         ("--scheduler", "cluster.scheduler", scheduler), ("--mask", "input.mask", mask), ("--roi", "input.roi", roi),
         ("--voxel-nm", "input.voxel_size_nm", list(numbers(voxel_nm, "--voxel-nm", float)) if voxel_nm else []),

@@ -52,6 +52,17 @@ def toml(value: str | float | list[str]) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def channels(text: str, option: str) -> list[int]:
+    """Numbers of three channels that an option gives; none where it is not given."""
+    try:
+        found = [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        found = [-1]
+    if found and (len(found) != 3 or min(found) < 0):
+        raise UserError(f"{option} {text!r} is not three channels z,y,x such as 0,1,2")
+    return found
+
+
 def numbers(text: str, option: str, kind: type = int) -> Triple:
     """Three numbers above 0 that an option gives."""
     try:

@@ -15,8 +15,7 @@ def probability_key(run: Run) -> str:
     """Of the stored probabilities."""
     config = run.config
     if run.channels:
-        roles = [(channel.name, channel.source is not None, channel.inverted) for channel in run.channels]
-        key = digest(run.checksum, run.shape, roles, run.predict_block, config.output.chunk)
+        key = digest(run.checksum, run.shape, _roles(run), run.predict_block, config.output.chunk)
     else:
         key = digest(
             run.checksum, run.shape, run.model_sha256, run.mean, run.std, run.engine.arithmetic, run.predict_block,
@@ -27,11 +26,19 @@ def probability_key(run: Run) -> str:
     return digest(key, run.roi.key) if run.roi else key
 
 
+def _roles(run: Run) -> list[tuple]:
+    """What is taken from other volumes, and how."""
+    return [
+        (channel.name, channel.source is not None, channel.inverted, *([channel.offset] if channel.offset else []))
+        for channel in run.channels
+    ]
+
+
 def probabilities_id(run: Run) -> str:
     """Of what the stored probabilities are, however they are cut into blocks: what corrections are made for."""
     made: list
     if run.channels:
-        made = [(channel.name, channel.source is not None, channel.inverted) for channel in run.channels]
+        made = _roles(run)
     else:
         predict = run.config.predict
         made = [

@@ -29,7 +29,7 @@ from volseg.inference.backends import Engine
 from volseg.inference.device import Call, out_of_memory_as
 from volseg.inference.normalization import scale
 from volseg.inference.sections import TileKey, blend_sections, varying_tiles
-from volseg.io import pyramid
+from volseg.io import probabilities, pyramid
 from volseg.system import trim_memory
 
 MOST_UNNEEDED = 2  # times the area under the tiles of some sections that is read for them
@@ -139,8 +139,7 @@ def import_probabilities(run: Run, i: int, timings: Timings) -> dict:
         out = np.zeros((len(run.heads), *box.shape), np.uint8)
         inside = out[(slice(None), *part.slices_within(box))]
         for piece in _thin(part):
-            for channel, plane in zip(run.channels, inside, strict=True):
-                plane[piece.slices_within(part)] = channel.read(piece)
+            inside[(slice(None), *piece.slices_within(part))] = probabilities.read(run.channels, piece)
         if (mask := run.read_mask(part)) is not None:
             inside *= mask
     with timings.phase("write"):

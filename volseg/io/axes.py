@@ -8,6 +8,7 @@ from volseg.errors import UserError
 from volseg.io.header import shape_text
 
 MAX_UNNAMED_CHANNELS = 4  # entries of an axis without a name that is taken for channels
+MANY_UNNAMED_CHANNELS = 32  # the same where no axis has so few: affinities to voxels further away
 CHANNEL_NAMES = ("c", "ch", "channel", "channels")
 
 
@@ -25,13 +26,19 @@ def axis_names(names: Sequence[str | None], ndim: int) -> list[str]:
 
 
 def channel_axis(shape: Sequence[int], names: Sequence[str], where: str) -> int | None:
-    """The axis that holds the channels; None where there is none. `UserError` where the first or the last may be it."""
+    """The axis that holds the channels; None where there is none. `UserError` where the first or the last may be it.
+
+    >>> [channel_axis(shape, "?zyx", "a.zarr") for shape in [(3, 9, 64, 64), (20, 64, 64, 3), (12, 50, 64, 64)]]
+    [0, 3, 0]
+    """
     if len(shape) == 4 and "c" not in names:
-        short = [axis for axis in (0, 3) if shape[axis] <= MAX_UNNAMED_CHANNELS]
+        ends = {axis: shape[axis] for axis in (0, 3)}
+        most = MAX_UNNAMED_CHANNELS if min(ends.values()) <= MAX_UNNAMED_CHANNELS else MANY_UNNAMED_CHANNELS
+        short = [axis for axis, n in ends.items() if n <= most]
         if len(short) != 1:
             raise UserError(
                 f"{where} is 4-D ({shape_text(shape)}) and no axis is named c: volseg cannot tell which one holds the "
-                f"channels; name its axes, or save it as c z y x with at most {MAX_UNNAMED_CHANNELS} channels"
+                f"channels; name its axes, or save it as c z y x with fewer channels"
             )
         return short[0]
     return names.index("c") if "c" in names and len(shape) > 3 else None

@@ -1,7 +1,7 @@
 """Probabilities of another network, as the uint8 channels of a run.
 
 A voxel's byte depends on that voxel and on the type of the volume alone, never on a block or on the range of the data. So
-blocks do not change it, and no pass over the whole volume comes first.
+blocks do not change it, and no pass over the whole volume comes first. Of affinities it depends on the voxel's six.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from volseg.box import Box
 from volseg.config import Input, Probabilities
 from volseg.errors import UserError
-from volseg.io import files, volume
+from volseg.io import affinities, files, volume
 from volseg.io.filling import recording_filled, zeroed
 from volseg.segmentation.heights import to_uint8
 
@@ -27,11 +27,15 @@ CHANNEL_NAMES = ("mask", "contour", "distance")  # in the order in which a run s
 
 @dataclass(frozen=True)
 class Channel:
-    """One channel of a run and where it comes from; without a source it is 0 everywhere."""
+    """What a channel of a run comes from; without a source it is 0 everywhere.
+
+    ``offset`` is not 0 of the affinities along one axis, from which mask and contour are made: see `affinities`.
+    """
 
     name: str
     source: volume.Volume | None
     inverted: bool = False
+    offset: int = 0
 
     def read(self, box: Box) -> np.ndarray:
         """The probabilities of ``box``, uint8 z y x. Raises `UserError` that names the first voxel that is no probability.
@@ -54,7 +58,23 @@ class Channel:
     def __str__(self) -> str:
         if self.source is None:
             return f"no {self.name}"
-        return f"{self.name} from channel {self.source.channel} of {self.source.path}{', inverted' * self.inverted}"
+        joins = f", with {affinities.OFFSETS[self.offset]}" if self.offset else ""
+        return (
+            f"{self.name} from channel {self.source.channel} of {self.source.path}{', inverted' * self.inverted}{joins}"
+        )
+
+
+def heads(channels: tuple[Channel, ...]) -> tuple[str, ...]:
+    """What a run stores of these."""
+    return affinities.HEADS if channels[0].offset else tuple(channel.name for channel in channels)
+
+
+def read(channels: tuple[Channel, ...], box: Box) -> np.ndarray:
+    """What a run stores of ``box``, uint8 (heads, z, y, x). Raises as `Channel.read` does."""
+    if not channels[0].offset:
+        return np.stack([channel.read(box) for channel in channels])
+    shape = channels[0].source.shape
+    return affinities.mask_and_contour([channel.read for channel in channels], box, shape, channels[0].offset)
 
 
 # ---------------------------------------------------------------- which channel is what
@@ -63,7 +83,7 @@ class Channel:
 def named_channels(
     path: str | tuple[volume.Volume, ...], settings: Probabilities, source: Input
 ) -> tuple[Channel, ...]:
-    """The channels that ``settings`` name, as a run stores them: mask and contour, then a distance where one is given.
+    """The channels that ``settings`` name: mask and contour, then a distance where one is given; or affinities along z, y, x.
 
     Parameters
     ----------
@@ -81,6 +101,8 @@ def named_channels(
     """
     _refuse_gray_settings(source)
     volumes = path if isinstance(path, tuple) else volume.open_input_channels(path, source)
+    if settings.affinity_channels:
+        return _affinity_channels(volumes, settings)
     numbers = {
         "mask": settings.mask_channel,
         "contour": settings.contour_channel,
@@ -95,12 +117,39 @@ def named_channels(
         elif name == "mask" or numbers[name] is not None:
             sources[name] = _select(volumes, numbers[name], name)
     for name in settings.inverted:
+        if name == "affinities":
+            raise UserError("no affinities to invert: give --affinities, or leave out --inverted affinities")
         if name not in sources:
             raise UserError(f"no {name} to invert: give --{name}-channel, or leave out --inverted {name}")
     for name, one in sources.items():
         _check_source(name, one, sources["mask"])
     channels = [Channel(name, sources.get(name), name in settings.inverted) for name in CHANNEL_NAMES]
     return tuple(channel for channel in channels if channel.source or channel.name == "contour")
+
+
+def _affinity_channels(volumes: tuple[volume.Volume, ...], settings: Probabilities) -> tuple[Channel, ...]:
+    """The affinities along z, y, x that ``settings`` name; refuses what else they say of channels."""
+    numbers = settings.affinity_channels or ()
+    others = (settings.mask_channel, settings.contour_channel, settings.distance_channel)
+    if any(other is not None for other in others) or settings.contour or settings.distance:
+        raise UserError("mask and contour are made of the affinities: leave out what says where others lie")
+    if set(settings.inverted) - {"affinities"}:
+        raise UserError("of affinities all three are inverted, or none: --inverted affinities")
+    if len(set(numbers)) < 3:
+        raise UserError(f"affinities along z, y, x are channels {list(numbers)}; give three that differ")
+    if max(numbers) >= len(volumes):
+        raise UserError(
+            f"{volumes[0].path} has {len(volumes)} channel{'s' * (len(volumes) > 1)}, counted from 0: there is no channel "
+            f"{max(numbers)} for --affinities"
+        )
+    sources = [volumes[number] for number in numbers]
+    for source in sources:
+        _check_source("affinities", source, sources[0])
+    inverted = bool(settings.inverted)
+    return tuple(
+        Channel(f"affinity along {axis}", source, inverted, settings.affinity_offset)
+        for axis, source in zip("zyx", sources, strict=True)
+    )
 
 
 def _refuse_gray_settings(source: Input) -> None:
@@ -120,7 +169,8 @@ def stored_channels(array: Any, settings: Probabilities, source: Input, path: st
     copied to ``path``, and stand in the places of the others, too, which nobody reads.
     """
     channels = volume.open_input_channels(array, source)
-    named = (settings.mask_channel or 0, settings.contour_channel, settings.distance_channel)
+    named: tuple[int | None, ...] = (settings.mask_channel or 0, settings.contour_channel, settings.distance_channel)
+    named = settings.affinity_channels or named
     stored = {
         number: volume.materialize(channels[number], f"{path}/{number}")
         for number in named

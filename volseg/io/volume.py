@@ -168,9 +168,9 @@ def open_channels(
 ) -> tuple[Volume, ...]:
     """One volume for each channel at ``path``, in the order stored; a volume without channels comes alone.
 
-    The channels of a zarr array lie along the axis called c or channel; of four axes without such a name, along
-    the first or the last, whichever has at most `MAX_UNNAMED_CHANNELS` entries. In a TIFF file they are its axis C, its
-    samples, or the shorter of two unnamed stack axes. The rest is as in :func:`open`.
+    The channels of a zarr array lie along the axis called c or channel; of four axes without such a name, along the first or
+    the last, whichever is short: see `axes.channel_axis`. In a TIFF file they are its axis C, its samples, or the shorter of
+    two unnamed stack axes. The rest is as in :func:`open`.
     """
     return _volumes(path, dataset, voxel_size_nm, time, several=True, allow_gaps=allow_gaps)
 

@@ -30,6 +30,7 @@ from volseg.engine.run import Run
 from volseg.errors import UserError
 from volseg.inference import backends, cache, export, hardware, sampling, tiles
 from volseg.inference.model_file import model_file
+from volseg.io import probabilities
 from volseg.planning import memory
 from volseg.planning.memory import TABLES_PER_BLOCK_TABLE
 from volseg.segmentation import objects
@@ -202,7 +203,7 @@ def _sample_channels(run: Run) -> np.ndarray:
     most = (MAX_SAMPLED_SECTIONS, SAMPLED_SIDE, SAMPLED_SIDE)
     spans = [_around(m, n, length) for m, n, length in zip(_middle(run, (0, 1, 2)), most, run.shape, strict=True)]
     box = Box(tuple(span.start for span in spans), tuple(span.stop for span in spans))
-    return np.stack([channel.read(box) for channel in run.channels])
+    return probabilities.read(run.channels, box)
 
 
 # ---------------------------------------------------------------- processes

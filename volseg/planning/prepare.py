@@ -128,7 +128,7 @@ def from_probabilities(channels: tuple[probabilities.Channel, ...], config: Conf
         out=out,
         source=sources[0],
         config=config,
-        heads=tuple(channel.name for channel in channels),
+        heads=probabilities.heads(channels),
         voxel_size_nm=next((s.voxel_size_nm for s in sources if s.voxel_size_nm), (1.0, 1.0, 1.0)),
         checksum=probabilities.checksum(channels),
         predict_block=slab,
