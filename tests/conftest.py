@@ -14,6 +14,27 @@ from volseg import api, cli
 from volseg.evaluation.synthetic_volume import write_synthetic
 
 
+def pytest_collection_finish() -> None:
+    freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    yield
+    if nextitem and nextitem.path != item.path:
+        freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extensions complain at the end of what was not collected
+
+
+def freeze() -> None:
+    """Who looks for garbage skips what is here now, mostly modules: a run does twice, and half its time went there."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real EM (EPFL, VNC) beside the repository; skips where it is absent."""
@@ -70,6 +91,7 @@ def forget_sessions(filesystem: type) -> None:
     filesystem.clear_instance_cache()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
+        gc.unfreeze()
         gc.collect()
 
 

@@ -15,14 +15,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.optimize import linear_sum_assignment
 from skimage.metrics import adapted_rand_error, variation_of_information
-from torchmetrics.classification import (
-    BinaryAccuracy,
-    BinaryF1Score,
-    BinaryJaccardIndex,
-    BinaryPrecision,
-    BinaryRecall,
-)
-from torchmetrics.detection import PanopticQuality
 
 from volseg.box import Blocks
 from volseg.evaluation.contingency import SLAB_VOXELS, Contingency
@@ -278,14 +270,16 @@ def test_partitions_agree_with_skimage(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_foreground_agrees_with_torchmetrics(seed):
+    from torchmetrics import classification  # 3 s, which no other process of the tests needs to spend
+
     truth, pred = random_pair(seed, ids=3)
     result = score_foreground(Contingency.from_labels(truth, pred))
     measures = {
-        "iou": BinaryJaccardIndex(),
-        "dice": BinaryF1Score(),
-        "accuracy": BinaryAccuracy(),
-        "precision": BinaryPrecision(),
-        "recall": BinaryRecall(),
+        "iou": classification.BinaryJaccardIndex(),
+        "dice": classification.BinaryF1Score(),
+        "accuracy": classification.BinaryAccuracy(),
+        "precision": classification.BinaryPrecision(),
+        "recall": classification.BinaryRecall(),
     }
     for name, measure in measures.items():
         assert getattr(result, name) == pytest.approx(
@@ -300,6 +294,8 @@ def colored(labels):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_panoptic_quality_agrees_with_torchmetrics(seed):
+    from torchmetrics.detection import PanopticQuality
+
     truth, pred = random_pair(seed, ids=30)
     measure = PanopticQuality(things={1}, stuffs={0}, return_sq_and_rq=True, return_per_class=True)
     expected = measure(colored(pred), colored(truth))[0].tolist()  # things first

@@ -20,15 +20,14 @@ from volseg.training.package import export_model
 
 UNRAISABLE = "pytest.PytestUnraisableExceptionWarning"
 
-core = pytest.importorskip("bioimageio.core")
 # The library leaves the files of a package to the garbage collector, which tells of it.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("ResourceWarning", UNRAISABLE)]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def collected():
-    """What the library left open is told of here, not in another test."""
-    yield
+def core():
+    """The library; what it leaves open is told of here, not in another test."""
+    yield pytest.importorskip("bioimageio.core")
     gc.collect()
 
 
@@ -49,7 +48,7 @@ def packed(trained):
     return export_model(trained, trained.with_name("net.zip"), authors=("A. Lovelace",), license="MIT")
 
 
-def test_bioimageio_core_gets_from_a_package_what_a_run_gets_from_the_model(trained, packed, tmp_path):
+def test_bioimageio_core_gets_from_a_package_what_a_run_gets_from_the_model(core, trained, packed, tmp_path):
     image = np.maximum(synth(Box.from_shape((1, 96, 128)), seed=4)[0], 1)  # 0 is padding to volseg
     em = write_volume(str(tmp_path / "em.zarr"), image, (8.0, 5.0, 5.0))
     run, _ = run_stages(em, tmp_path / "run.zarr", predict={"model": str(trained), "tile": 128, "precision": "fp32"})
