@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib import metadata
 
 import pytest
@@ -53,6 +54,7 @@ def names(requirements: list[str]) -> set[str]:
     return {canonical(re.split(r"[^\w.-]", line)[0]) for line in requirements} - {"volseg"}
 
 
+@cache
 def makers() -> dict[str, set[str]]:
     """Of each module that can be imported here, the distributions that hold it."""
     return {top: set(map(canonical, held)) for top, held in metadata.packages_distributions().items()}
