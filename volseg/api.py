@@ -17,17 +17,16 @@ from volseg import system
 from volseg.config import Config
 from volseg.engine import cluster, finish, folder
 from volseg.engine import update as updates
-from volseg.engine.correction_check import checked_corrections
 from volseg.engine.finished import FinishedRun, open_run
 from volseg.engine.layout import Layout
 from volseg.engine.lock import Lock
+from volseg.engine.partition import by_hand
 from volseg.engine.run import Run
 from volseg.errors import UserError
 from volseg.evaluation.run_report import report_if_quick, report_of_failure
 from volseg.inference import hardware
 from volseg.inference.settings import Settings, default_out, settings_of
 from volseg.io import probabilities, volume
-from volseg.io.corrections import read as read_corrections
 from volseg.planning import measure, prepare
 from volseg.planning import plan as planning
 from volseg.progress import Progress, displayed
@@ -120,7 +119,7 @@ def infer(
             if not change or change.what == "everything":
                 begin = partial(_begin, run, [source], out, anew, shown, replace_finished=overwrite or update)
                 return _execute(run, out, begin, shown, start, retry_failed)
-    made = _decide_anew(out, change.config, (), False, None, retry_failed, progress)
+    made = _decide_anew(out, change.config, (), False, (None, None), retry_failed, progress)
     with displayed(progress) as shown:
         shown.message(updates.rewritten(out))
     return made
@@ -161,6 +160,7 @@ def segment(
     overwrite: bool = False,
     recompute: bool = False,
     corrections: str | os.PathLike | dict | None = None,
+    partition: str | os.PathLike | dict | None = None,
     retry_failed: bool = True,
     progress: Progress | None = None,
 ) -> FinishedRun:
@@ -184,6 +184,9 @@ def segment(
     corrections : path or dict, optional
         Which points of a run, or which labels, are one object and which are two, as `review` writes it; "none" for no
         corrections. The run keeps those that it has if this is not given.
+    partition : path or dict, optional
+        Which basins of a run are one object, in place of ``[stitch]``: Parquet, CSV or arrays ``basin`` and ``object`` (0 for
+        none), of the basins that ``export(run, out, kind="graph")`` gives; "none" for the rules. Kept as corrections are.
 
     Returns
     -------
@@ -192,8 +195,8 @@ def segment(
     Raises
     ------
     UserError
-        For what is neither run nor probabilities, a change of what a run's probabilities depend on, or corrections that
-        contradict each other or do not fit the run.
+        For what is neither run nor probabilities, a change of what a run's probabilities depend on, or corrections or a
+        partition that do not fit the run.
     IncompleteRunError
         When blocks failed.
     """
@@ -204,9 +207,10 @@ def segment(
                 f"{run_path} is a run and is decided anew in place; leave out --out and --overwrite, or give {run_path}/0 to "
                 "make another run of its probabilities"
             )
-        return _decide_anew(run_path, config, settings, recompute, corrections, retry_failed, progress)
-    if corrections is not None:
-        raise UserError(f"{path} is not a volseg run: corrections are of the objects that a run has")
+        made = corrections, partition
+        return _decide_anew(run_path, config, settings, recompute, made, retry_failed, progress)
+    if corrections is not None or partition is not None:
+        raise UserError(f"{path} is not a volseg run: corrections and partitions are of what a run has")
     if recompute:
         raise UserError(f"{path} is not a volseg run: --recompute is for a run whose work folder was cleaned")
     return _segment_probabilities(path, out, settings_of(config, settings, base={}), overwrite, retry_failed, progress)
@@ -222,34 +226,32 @@ def _segment_probabilities(
         channels = probabilities.named_channels(readable, config.probabilities, config.input)
         sources = [channel.source for channel in channels if channel.source]
         folder.check_output(sources, out, overwrite)
-        for note in probabilities.notes(channels):
-            shown.message(note)
+        notes = probabilities.notes(channels)
         run = prepare.from_probabilities(channels, config, folder.partial_path(out))
-        shown.message(prepare.headline(run))
-        for note in prepare.notes(run):
-            shown.message(note)
+        for line in (*notes, prepare.headline(run), *prepare.notes(run)):
+            shown.message(line)
         return _execute(run, out, lambda: _begin(run, sources, out, overwrite, shown), shown, start, retry_failed)
 
 
 def _decide_anew(
-    path: str, config: Any, settings: Settings, recompute: bool, corrections: str | os.PathLike | dict | None,
+    path: str, config: Any, settings: Settings, recompute: bool, made_by_hand: tuple[Any, Any],
     retry_failed: bool, progress: Progress | None,
 ) -> FinishedRun:  # fmt: skip
     start, out = time.perf_counter(), folder.absolute(path.rstrip("/"))
-    given = None if corrections in (None, "none") else read_corrections(corrections)
     with displayed(progress) as shown, Lock(out) as lock:  # from here on no other command changes what is read
-        known, wanted = folder.described_run(out), None
+        known = folder.described_run(out)
         anew = partial(prepare.decided_anew, out=out, config=config, settings=settings)
-        if known and corrections != "none":  # before anything is written
-            wanted = checked_corrections(given, known, anew(known))
-        if given:
-            shown.message(f"corrections: {wanted or 'none'}, {given.undecided} undecided")
-        run = replace(anew(folder.load_run(out, recompute=recompute)), corrections=wanted)
-        if note := prepare.rules_note(run):
-            shown.message(note)
+        given = by_hand(*made_by_hand, known, known and anew(known))  # before anything is written
+        run = replace(
+            anew(folder.load_run(out, recompute=recompute)), corrections=given.corrections, partition=given.partition
+        )
+        for line in filter(None, (*given.lines, prepare.rules_note(run))):
+            shown.message(line)
 
         def reopen() -> None:
             folder.reopen(out)
+            if given.table:
+                run.layout.partition.save(given.table, given.partition)
             folder.apply_settings(run)
 
         light = prod(run.shape) <= LIGHT_VOXELS
@@ -304,17 +306,13 @@ def plan(
     out = _output_path(path, out)
     with volume.readable_by_workers(path, chosen.input, out) as source:
         run = prepare.from_image(source, chosen, folder.partial_path(out))
-        return _plan(run)
-
-
-def _plan(run: Run) -> Plan:
-    workers = prepare.workers_of(run)
-    made = planning.make_plan(run, workers, measure.measure_rates(run, workers))
-    try:
-        _refuse(run, made, workers)
-    except UserError as error:
-        return replace(made, refusal=str(error))
-    return made
+        workers = prepare.workers_of(run)
+        made = planning.make_plan(run, workers, measure.measure_rates(run, workers))
+        try:
+            _refuse(run, made, workers)
+        except UserError as error:
+            return replace(made, refusal=str(error))
+        return made
 
 
 def _refuse(run: Run, made: Plan, workers: cluster.WorkerPool) -> None:
@@ -459,7 +457,7 @@ def export(
         ``"precomputed"``, ``"n5"``, ``"tiff"``, ``"hdf5"`` or ``"nrrd"``; meshes, in nm: ``"mesh"`` (Neuroglancer's),
         ``"obj"``, ``"ply"`` or ``"glb"``, a file for each object; center lines, ``"skeletons"`` (Neuroglancer's, nm) or
         ``"swc"`` (µm), with a table of their lengths; ``"rois"``, outlines in each section for ImageJ; and the
-        object table, ``"csv"``, ``"parquet"`` or ``"anndata"``. By default what the ending of ``out`` names.
+        object table, ``"csv"``, ``"parquet"`` or ``"anndata"``; the basins, ``"graph"``. By default what ``out`` ends in.
     what : str
         ``"labels"``; or one of the run's heads, such as ``"mask"``, for its probabilities (uint8, 255 is certain).
         ``"probabilities"`` is the first head.

@@ -257,7 +257,7 @@ def test_a_file_of_another_run_is_refused(run, probabilities, tmp_path):
     file = answers(run)
     refused(run, {**file, "run": "0123456789abcdef"}, "was made for another run")
     refused(run, {**file, "shape": [12, 60, 71]}, "has points of a volume of shape 12 60 71")
-    with pytest.raises(UserError, match="is not a volseg run: corrections are of the objects"):
+    with pytest.raises(UserError, match="is not a volseg run: corrections and partitions are of"):
         api.segment(probabilities, str(tmp_path / "new.zarr"), corrections=file)
 
 

@@ -255,6 +255,15 @@ def segment(
             "the run keeps them until another FILE or none is given.",
         ),
     ] = "",
+    partition: Annotated[
+        str,
+        typer.Option(
+            "--partition",
+            metavar="FILE|none",
+            help="Which basins of a run are one object, Parquet or CSV of basin and object, in place of [stitch]; "
+            "volseg export --to graph gives the basins.",
+        ),
+    ] = "",
     retry_failed: RetryFailed = True,
 ) -> None:
     """Segment probabilities without a network: a run's own, or those of any other network.
@@ -280,7 +289,7 @@ def segment(
     made = _run(
         lambda progress: api.segment(
             path, out or None, config=config, settings=[*(sets or ()), *given], overwrite=overwrite, recompute=recompute,
-            corrections=corrections or None, retry_failed=retry_failed, progress=progress,
+            corrections=corrections or None, partition=partition or None, retry_failed=retry_failed, progress=progress,
         )
     )  # fmt: skip
     _tell(made)

@@ -71,7 +71,7 @@ def export(
             metavar="KIND",
             help="precomputed, n5, tiff, hdf5, nrrd; meshes: mesh (Neuroglancer's), obj, ply, glb; center lines: skeletons "
             "(Neuroglancer's), swc; rois; the object table: "
-            "csv, parquet, anndata. Else as DST ends.",
+            "csv, parquet, anndata; the basins and how they touch: graph. Else as DST ends.",
         ),
     ] = "",
     what: Annotated[str, typer.Option("--what", help="labels, or probabilities: mask, contour, ...")] = "labels",

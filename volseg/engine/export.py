@@ -23,6 +23,7 @@ from volseg.config import Cluster
 from volseg.engine import cluster, loop, meshing
 from volseg.engine.finished import FinishedRun
 from volseg.engine.lock import Lock
+from volseg.engine.partition import stored_basins, write_graph
 from volseg.errors import UserError
 from volseg.io import files, volume
 from volseg.io.export import chunked, meshes, rois, single, skeletons
@@ -62,6 +63,7 @@ FORMS = {
     "csv": Form((".csv",)),
     "parquet": Form((".parquet",)),
     "anndata": Form((".h5ad",), ("h5py",)),
+    "graph": Form((".graph",), folder=True),
 }
 CHUNKED, SINGLE, MESHES = ("precomputed", "n5"), ("tiff", "hdf5", "nrrd"), ("mesh", "obj", "ply", "glb")
 LINES = ("skeletons", "swc")
@@ -110,6 +112,8 @@ def checked(run: FinishedRun, out: str, wanted: Request) -> Request:
             raise UserError(f"{kind} holds the whole volume; leave out --object, or give one of {', '.join(MESHES)}")
     elif what != LABELS:
         raise UserError(f"{kind} holds objects, not {what}; leave out --what")
+    elif kind == "graph":
+        stored_basins(run.run, "a graph")
     unknown = sorted(set(wanted.objects) - set(columns_of(run)["id"].tolist())) if wanted.objects else []
     if unknown:
         raise UserError(f"the run has no object {unknown[0]}; its object table lists them: {run.layout.objects_path}")
@@ -334,6 +338,10 @@ def _write_table(run: FinishedRun, path: str, wanted: Request, config: Cluster, 
         files.write_atomic(path, run.layout.read_table("objects", wanted.kind))
 
 
+def _write_graph(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
+    write_graph(run.run, path)
+
+
 def columns_of(run: FinishedRun) -> dict[str, np.ndarray]:
     """Columns of the object table, by name."""
     table = run.objects_arrow()
@@ -350,4 +358,5 @@ WRITERS: dict[str, Callable[[FinishedRun, str, Request, Cluster, Progress], None
     **dict.fromkeys(LINES, _write_skeletons),
     "rois": _write_rois,
     **dict.fromkeys(("csv", "parquet", "anndata"), _write_table),
+    "graph": _write_graph,
 }

@@ -180,6 +180,7 @@ def finish(
         layout.probabilities.remove()
     _write_pictures(run, columns)
     folder.describe_labels(run, columns)
+    layout.remove_partitions(run.partition)
     layout.save_corrections(format_file(corrections.correction_file(run)) if run.corrections else "")
     now = time.perf_counter()
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
@@ -312,6 +313,8 @@ def _joins(run: Run) -> Joins:
 def _why_no_object(run: Run) -> str:
     """Why a run has no object."""
     settings, stitch = run.config.fragments, run.config.stitch
+    if run.partition:
+        return "the partition that was given puts no basin into an object"
     basins = run.layout.load_basins()
     if basins is None:
         return "no voxel reaches fragments.threshold, none of those that do reaches stitch.seed, or all objects are too small"

@@ -137,6 +137,7 @@ class FinishedRun:
             *([] if self.object_count else [f"no object: {facts['why_no_object']}"]),
             f"{self.object_count} objects in {voxels / 1e6:.1f} million voxels",
             *([f"corrected by {self.run.corrections}: {self.layout.corrections_path}"] if self.run.corrections else []),
+            *(["objects are those of a partition that was given (--partition none)"] if self.run.partition else []),
             *(
                 filled_line(where, boxes, "filled_boxes in run.json")
                 for where, boxes in facts.get("filled_boxes", {}).items()

@@ -13,6 +13,7 @@ from volseg import system
 from volseg.engine import corrections, restore
 from volseg.engine.block_tables import BlockLabels, Destinations, HoleContacts, Joins, Tally, Values
 from volseg.engine.keys import basins_key, decision_key
+from volseg.engine.partition import decided
 from volseg.engine.receipt import Timings
 from volseg.engine.restore import OutputBlock
 from volseg.engine.run import Run
@@ -22,7 +23,7 @@ from volseg.io import pyramid
 from volseg.segmentation import extents, hierarchy, holes, objects, saddles, stitch
 from volseg.segmentation.basins import BlockBasins, no_basins, watershed_block
 from volseg.segmentation.heights import block_heights, height_halo
-from volseg.segmentation.rules import label_basins, label_dtype
+from volseg.segmentation.rules import label_dtype
 
 # ---------------------------------------------------------------- basins
 
@@ -131,15 +132,15 @@ def _stitch_all(run: Run, timings: Timings) -> dict:
         basins, basin_of = stored or _gather_basins(run)
         background, hole_of = _gather_holes(run, basin_of)
     with timings.phase("decide"):
-        rule = run.rules
         regions = corrections.region_constraints(run)
         wanted = regions and regions.looked_up(basin_of.__getitem__)
-        label, label_of_hole = np.split(label_basins(basins, rule, background, wanted), [basins.minimum.size])
+        label, label_of_hole = np.split(decided(run, basins, background, wanted), [basins.minimum.size])
     count = int(label.max(initial=0))
     with timings.phase("write"):
         confidence = saddles.confidence(basins, label, run.config.fragments, run.voxel_size_nm)
         layout.joins.remove_all()
-        layout.joins.save(Joins(saddles.rank_saddles(basins, rule, label, wanted), confidence), decision_key(run))
+        ranked = None if run.partition else saddles.rank_saddles(basins, run.rules, label, wanted)
+        layout.joins.save(Joins(np.empty(0, saddles.ROW) if ranked is None else ranked, confidence), decision_key(run))
         dtype = label_dtype(count)
 
         def save(i: int) -> None:

@@ -53,6 +53,11 @@ def labels_id(run: Run) -> str:
     return digest(probabilities_id(run), run.config.fragments.model_dump(), vars(run.distance_unit), *_rules(run))
 
 
+def basins_id(run: Run) -> str:
+    """Of what the basins are, however they are cut into blocks: what a partition is made for."""
+    return digest(probabilities_id(run), run.config.fragments.model_dump(), vars(run.distance_unit))
+
+
 def basins_key(run: Run) -> str:
     """Of basins and their edge tables."""
     unit = vars(run.distance_unit)
@@ -75,4 +80,5 @@ def decision_key(run: Run) -> str:
 
 def _rules(run: Run) -> list:
     """What decides which basins are one object."""
-    return [run.stitch.model_dump(exclude={"reduce"}), *([run.corrections.key] if run.corrections else [])]
+    given = [run.corrections.key] if run.corrections else [f"partition {run.partition}"] if run.partition else []
+    return [run.stitch.model_dump(exclude={"reduce"}), *given]

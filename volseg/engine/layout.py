@@ -7,6 +7,7 @@
       tables/                 objects and merges as Parquet and CSV, a histogram of volumes
       overlay.png, review/    pictures
       corrections.json        corrections of objects, where there are some
+      partition/              which basins are one object, where that was given
       run.json                what the finished run is and took; written last
       report.html             a page about the run
       log.txt                 what each command said that worked on it
@@ -33,6 +34,7 @@ from volseg.errors import DamagedFileError, UserError
 from volseg.io import arrays, files, tables
 from volseg.segmentation import constraints, hierarchy, holes, objects, saddles, stitch
 from volseg.segmentation.basins import BlockBasins
+from volseg.segmentation.partition import Partition
 
 if TYPE_CHECKING:
     import pyarrow
@@ -381,6 +383,17 @@ class Layout(BlockMarks):
         """What describes labels that are about to change."""
         for name in ("review", "report.html", "tables/merges.parquet", "tables/merges.csv"):
             files.remove(f"{self.path}/{name}")
+
+    @cached_property
+    def partition(self) -> Tables[Partition]:
+        """By its name; the work folder may be cleaned without it."""
+        return Tables(self.path, "partition/{}.npz", Partition)
+
+    def remove_partitions(self, kept: str | None) -> None:
+        """None is left but the one of this name."""
+        for name in files.names(f"{self.path}/partition"):
+            if name != f"{kept}.npz":
+                files.remove(f"{self.path}/partition/{name}")
 
     @property
     def corrections_path(self) -> str:

@@ -54,6 +54,7 @@ class Run:
     pass_blocks          by plane, of passes whose own blocks would not fit the memory
     cuts                 by plane, where blocks follow the source's chunks and the tiles
     corrections          of the objects that the rules make; None for none
+    partition            the name of the one that makes objects in place of the rules; None for none
     rule_voxel_nm        size of the voxels that [stitch] counts, the model's; None where those are this run's own
     """
 
@@ -80,6 +81,7 @@ class Run:
     pass_blocks: dict[str, Triple] = field(default_factory=dict)
     cuts: dict[str, Cut] = field(default_factory=dict)
     corrections: Corrections | None = None
+    partition: str | None = None
     rule_voxel_nm: tuple[float, float, float] | None = None
 
     @property
@@ -281,7 +283,7 @@ class Run:
     @property
     def fills_holes(self) -> bool:
         """Whether holes are filled, so that background has to be looked at."""
-        return self.config.stitch.fill_holes_voxels > 0
+        return self.config.stitch.fill_holes_voxels > 0 and not self.partition
 
     @property
     def distance_unit(self) -> DistanceUnit:

@@ -232,6 +232,8 @@ def _number_objects(run: Run, receipts: Iterable[Receipt]) -> None:
 
 def _fits_one_process(run: Run, markers: Markers) -> bool:
     """Whether one process decides: as told, else by the number of edges."""
+    if run.partition:
+        return True  # of basins that one process has gathered
     if run.config.stitch.reduce != "auto":
         return run.config.stitch.reduce == "flat"
     edges = sum(receipt.edges for receipt in markers.receipts("link").values())

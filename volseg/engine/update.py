@@ -86,7 +86,9 @@ def compare(out: str, run: Run) -> Change:
     rules = {"fragments": new.config.fragments, "stitch": stitch, "output": new.config.output}
     config = old.config.model_copy(update=rules)
     if old.channels or probability_key(new) != probability_key(old):
-        lost = "; its corrections are of other probabilities and are not kept" if old.corrections else ""
+        made = "corrections are" if old.corrections else "partition is"
+        lost = f"; its {made} of other probabilities and {made.split()[1]} not kept"
+        lost = lost if old.corrections or old.partition else ""
         return Change("everything", _differing_fact(old, new) + lost, config)
     if old.drops and (what := needs_probabilities(old, new)):
         return Change("everything", f"{what} needs the probabilities, which were dropped", config)

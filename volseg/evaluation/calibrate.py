@@ -175,6 +175,10 @@ def calibrate(run: str | PathLike | Any, truth: str | PathLike | Any, *, box: Bo
         There is no finished run, its basins were cleaned or stitched by a tree, or the truth does not fit.
     """
     stored = open_stored(run)
+    if stored.run.partition:
+        raise UserError(
+            f"objects of {stored.path} are those of a partition, not of rules: take it back with --partition none"
+        )
     basins = stored.layout.load_basins()
     if basins is None:
         raise UserError(

@@ -8,7 +8,7 @@ Labels come from a forest over the whole volume, so a box alone cannot tell them
     mask     no label outside the mask, but in holes that one object encloses, where holes are filled
     rule     one label per basin; basins that the forest must join, in any surroundings, have one label; an object that
              is complete in the box is kept or dropped by its size and seed, is alone with its id, and ids are in raster order;
-             objects that corrections name are left out
+             objects that corrections name are left out, and of those of a partition one label per basin is all
     table    objects complete in the box have exactly the table's row; parts of others stay inside its bounding box
 """
 
@@ -238,6 +238,8 @@ def _against_rule(
     region_label = np.zeros(size + 1, label.dtype)
     region_label[region.ravel()[::-1]] = label.ravel()[::-1]  # of its first voxel, which is written last
     region_label[0] = 0
+    if run.run.partition:  # what says which basins are one object
+        return label != region_label[region], 0, 0
     voxels = np.bincount(root, weights=table.voxels, minlength=size).astype(np.int64)[root]
     kept = rules.is_large(voxels, stitch.sum_by_group(table.cut, root, size)[root])
     kept &= seeded[root] | rules.keep_unseeded

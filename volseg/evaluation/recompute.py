@@ -10,6 +10,7 @@ import numpy as np
 
 from volseg.box import Blocks, Box, Triple
 from volseg.engine.corrections import region_constraints
+from volseg.engine.partition import decided
 from volseg.evaluation.recheck import first_voxel, heights, inner, region_rows
 from volseg.evaluation.stored import StoredRun
 from volseg.segmentation import stitch
@@ -17,7 +18,7 @@ from volseg.segmentation.basins import BlockBasins, watershed_block
 from volseg.segmentation.constraints import Constraints
 from volseg.segmentation.holes import BlockHoles, block_holes, face_contacts, number_holes
 from volseg.segmentation.holes import gather as gather_holes
-from volseg.segmentation.rules import label_basins, label_dtype
+from volseg.segmentation.rules import label_dtype
 
 MAX_ROWS = 50_000_000  # regions and edges up to which stored tables are joined again
 OTHER_BLOCK = (37, 101, 127)  # voxels, beside the halo: a block that fits no shard or tile
@@ -107,11 +108,10 @@ def _decide(
     basins, basin_of = stitch.gather(tables, links, blocks)
     constraints = pairs and pairs.looked_up(dict(zip(blocks, basin_of, strict=True)).__getitem__)
     if not run.fills:
-        label = label_basins(basins, run.rules, constraints=constraints)
+        label = decided(run.run, basins, constraints=constraints)
         return [np.r_[0, label[basin]] for basin in basin_of]
     volume_holes, hole_of = gather_holes(holes, contacts, basin_of)
-    decided = label_basins(basins, run.rules, volume_holes, constraints)
-    label, hole_label = np.split(decided, [basins.minimum.size])
+    label, hole_label = np.split(decided(run.run, basins, volume_holes, constraints), [basins.minimum.size])
     return [np.r_[0, label[basin], hole_label[hole]] for basin, hole in zip(basin_of, hole_of, strict=True)]
 
 

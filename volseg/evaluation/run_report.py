@@ -302,5 +302,7 @@ def _versions(run: FinishedRun) -> str:
         rows += [("model", f"{own.config.predict.model or 'the shipped one'}, sha256 {own.model_sha256}")]
     if own.corrections:
         rows += [("corrections", str(own.corrections))]
+    if own.partition:
+        rows += [("partition of basins", own.partition)]
     rows += [(name, version) for name, version in facts["versions"].items()]
     return page.table(("", ""), rows)

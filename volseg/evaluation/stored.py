@@ -97,7 +97,7 @@ class StoredRun:
     @property
     def fills(self) -> bool:
         """Whether holes were filled."""
-        return self.rules.fill_voxels > 0
+        return self.run.fills_holes
 
     @property
     def halo(self) -> Triple:
