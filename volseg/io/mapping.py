@@ -13,7 +13,8 @@ import numpy as np
 from volseg.io import files
 
 KEPT_BYTES = 128 << 20  # of a file that may count as memory of this process
-FAULT_BYTES = 64 << 10  # that the system maps around one voxel
+LOOK_BYTES = 16 << 20  # about so many are mapped before the system is asked how many really are
+FAULT_BYTES = 64 << 10  # that the system maps around one voxel, at least: newer ones map up to 2 MiB
 
 
 class Mapping:
@@ -33,7 +34,7 @@ class Mapping:
         """``out`` holds what ``view``, a part of an :meth:`array`, does; its type may be another."""
         slowest = max(range(view.ndim), key=lambda axis: abs(view.strides[axis]) if view.shape[axis] > 1 else 0)
         view, out = np.moveaxis(view, slowest, 0), np.moveaxis(out, slowest, 0)
-        step = max(1, view.shape[0] * KEPT_BYTES // max(1, spread(view)))
+        step = max(1, view.shape[0] * LOOK_BYTES // max(1, spread(view)))
         for start in range(0, view.shape[0], step):
             part = view[start : start + step]
             out[start : start + step] = part
@@ -43,7 +44,7 @@ class Mapping:
         """Lets go of all pages once there may be too many; the system keeps them cached, and whoever reads finds them again."""
         with self.lock:
             self.touched += nbytes
-            if self.touched < KEPT_BYTES:
+            if self.touched < LOOK_BYTES:
                 return
             self.touched = 0
             if _resident_files() - self.resident_before > KEPT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
