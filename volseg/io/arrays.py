@@ -57,7 +57,7 @@ class _CheckedStore(WrapperStore):
             if isinstance(self._store, LocalStore):
                 refuse_dangling(Path(self._store.root, key), key)
             return value
-        data = value.to_bytes() if self.compression or self.blosc else b""
+        data = memoryview(value.as_numpy_array() if self.compression or self.blosc else b"")
         if byte_range is None:
             stated = int.from_bytes(data[12:16], "little") if self.blosc else len(value)
             if len(value) == 0 or stated != len(value):
@@ -67,7 +67,7 @@ class _CheckedStore(WrapperStore):
             raise OSError(BOMB)
         return value
 
-    def _chunks(self, data: bytes, byte_range: Any) -> Iterator[bytes]:
+    def _chunks(self, data: memoryview, byte_range: Any) -> Iterator[memoryview]:
         """The compressed chunks in an object, or in the part of it that was read: of a whole shard, each by itself."""
         shards = frames.sharding(self.array.metadata)
         if shards is None or byte_range is not None:

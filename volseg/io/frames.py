@@ -30,6 +30,7 @@ BLOCK = 128 << 10  # bytes that a block of zstd decodes to, at most
 DEFLATE_RATIO = 1032  # bytes that deflate makes of one, at most
 SMALL = 1 << 30  # bytes that deflate may decode to without being looked through, which takes as long as decoding
 STEP = 1 << 20  # bytes decoded at once to count them
+Data = bytes | memoryview
 ABSENT = 2**64 - 1  # the offset of a chunk that a shard does not hold
 
 
@@ -46,7 +47,7 @@ class Compression:
         """Bytes at the start of a chunk that tell its size; None where all of them must be seen."""
         return HEADERS.get(self.codec)
 
-    def too_large(self, data: bytes) -> bool:
+    def too_large(self, data: Data) -> bool:
         """Whether the chunk in ``data``, of which the header may be enough, decodes to more than it may."""
         frame = data[: len(data) - self.trailer] if self.header is None else data
         return SIZES[self.codec](frame, self.limit) > self.limit
@@ -82,7 +83,7 @@ def _codec(metadata: Any) -> tuple[str, int]:
     return getattr(codecs[-1], "codec_name", "").removeprefix("numcodecs."), trailer
 
 
-def _zstd_size(data: bytes, limit: int) -> int:
+def _zstd_size(data: Data, limit: int) -> int:
     """An upper bound of what all frames in ``data`` decode to, from the headers of their blocks (RFC 8878)."""
     total, at = 0, 0
     while at + 6 <= len(data) and total <= limit:
@@ -106,7 +107,7 @@ def _zstd_size(data: bytes, limit: int) -> int:
     return total if total <= limit else _zstd_size_counted(data, limit)
 
 
-def _zstd_size_counted(data: bytes, limit: int) -> int:
+def _zstd_size_counted(data: Data, limit: int) -> int:
     """The same for blocks that may be smaller than they could be: decoded, into as much room as they may fill."""
     import imagecodecs
 
@@ -116,12 +117,12 @@ def _zstd_size_counted(data: bytes, limit: int) -> int:
         return limit + 1
 
 
-def _gzip_size(data: bytes, limit: int) -> int:
+def _gzip_size(data: Data, limit: int) -> int:
     """What the trailer says, modulo 4 GiB, or what comes out where a small trailer may hide more."""
     return max(int.from_bytes(data[-4:], "little"), _deflate_size(data, limit))
 
 
-def _deflate_size(data: bytes, limit: int) -> int:
+def _deflate_size(data: Data, limit: int) -> int:
     if len(data) * DEFLATE_RATIO <= max(limit, SMALL):
         return 0
     total, rest = 0, data
@@ -139,21 +140,21 @@ def _deflate_size(data: bytes, limit: int) -> int:
     return total
 
 
-def _stream_size(stream: Any, data: bytes, limit: int) -> int:
+def _stream_size(stream: Any, data: Data, limit: int) -> int:
     total = len(stream.decompress(data, STEP))
     while not stream.eof and not stream.needs_input and total <= limit:
         total += len(stream.decompress(b"", STEP))
     return total
 
 
-def _bz2_size(data: bytes, limit: int) -> int:
+def _bz2_size(data: Data, limit: int) -> int:
     try:
         return _stream_size(bz2.BZ2Decompressor(), data, limit)
     except (OSError, EOFError):
         return 0  # the decoder refuses it
 
 
-def _lzma_size(data: bytes, limit: int) -> int:
+def _lzma_size(data: Data, limit: int) -> int:
     try:
         return _stream_size(lzma.LZMADecompressor(), data, limit)
     except lzma.LZMAError:
@@ -173,7 +174,7 @@ SIZES = {
 
 
 def shard_ranges(
-    shards: ShardingCodec, shard_shape: tuple[int, ...], size: int, read: Callable[[int, int], bytes]
+    shards: ShardingCodec, shard_shape: tuple[int, ...], size: int, read: Callable[[int, int], Data]
 ) -> dict[tuple[int, ...], tuple[int, int]]:
     """Offset and length of each chunk that a shard of ``size`` bytes holds, by its place in the shard.
 
