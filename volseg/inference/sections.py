@@ -70,7 +70,8 @@ def blend_sections(
         while True:
             with timed("cut"):
                 keys = list(islice(remaining, batch))
-                rows = device.zeros((batch, 2 * slab.around + 1, *grid.size)) if keys else ()
+                make = device.empty if len(keys) == batch else device.zeros
+                rows = make((batch, 2 * slab.around + 1, *grid.size)) if keys else ()
                 for row, (z, tile) in zip(rows, keys, strict=False):
                     slab.cut(z, grid.place(tile), row, scale, device)
             if not keys:

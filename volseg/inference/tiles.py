@@ -280,7 +280,8 @@ class Blend:
     def add(self, tile: tuple[int, int], probability: Any) -> None:
         """Adds a tile's probabilities, float32 (channels, y, x)."""
         if tile[0] in self.rows and tile[1] in self.columns:
-            self.add_part(tile, self.part(tile, probability))
+            y, x = self._common(tile)[0]
+            self._add(tile, probability, (y.start, x.start))
 
     def part(self, tile: tuple[int, int], probability: Any) -> Any:
         """What of a tile's probabilities lies in the window, as `add_part` takes it."""
@@ -288,8 +289,12 @@ class Blend:
 
     def add_part(self, tile: tuple[int, int], part: Any) -> None:
         """The same for a tile of which only the `part` in the window is at hand."""
-        source, target = self._common(tile)
-        self.device.add(self.total[(slice(None), *target)], part, *self._weights(tile, source))
+        self._add(tile, part, (0, 0))
+
+    def _add(self, tile: tuple[int, int], probability: Any, start: tuple[int, int]) -> None:
+        """Adds what lies in the window of a tile's probabilities, where that begins at ``start``."""
+        source, (y, x) = self._common(tile)
+        self.device.add(self.total, (y.start, x.start), probability, start, *self._weights(tile, source))
 
     def _weights(self, tile: tuple[int, int], source: tuple[slice, slice]) -> tuple[Any, Any]:
         """Blending weights of a part of a tile, float32: of its rows and of its columns, to be multiplied."""
