@@ -18,12 +18,12 @@ import zarr
 
 from benchmarks import report
 from volseg.box import Box, Triple
-from volseg.config import Config
 from volseg.engine import folder, pipeline
 from volseg.engine.block_tables import TileParts
 from volseg.engine.keys import probability_key
 from volseg.engine.run import digest, redundancy
 from volseg.engine.shares import SPAN, Share
+from volseg.inference.settings import settings_of
 from volseg.io import volume
 from volseg.planning import memory, prepare
 
@@ -52,7 +52,7 @@ def measure_decoding(chunks: tuple[int, ...], planes: tuple[int, ...], depth: in
 def _decoding(out: Path, chunk: int, shape: Triple) -> dict:
     zarr.create_array(out / "em.zarr", shape=shape, chunks=(chunk,) * 3, dtype="uint8")
     fixed = {"backend": "openvino", "precision": "int8", "normalize": "model"}
-    config = Config(input={"voxel_size_nm": (5.0, 5.0, 5.0)}, predict=fixed, cluster={"workers": 1})
+    config = settings_of({"input": {"voxel_size_nm": (5.0, 5.0, 5.0)}, "predict": fixed, "cluster": {"workers": 1}})
     source = volume.open(str(out / "em.zarr"), voxel_size_nm=(5.0, 5.0, 5.0))
     run = prepare.from_image(source, config, str(out / "run.partial"))
     folder.begin(run, overwrite=False)

@@ -13,6 +13,7 @@ import zarr
 from volseg.config import load
 from volseg.engine import launch
 from volseg.inference import model
+from volseg.inference.settings import settings_of
 
 
 def stack(path, data=None):
@@ -189,10 +190,10 @@ def test_settings_are_a_config_file_that_says_where_each_comes_from(run, tmp_pat
     assert re.search(r"^seed = 0.9 +# --set stitch.seed=0.9$", out, re.M)
     assert re.search(r"^levels = 2 +# .*my.toml$", out, re.M)
     assert re.search(r"^threshold = .* +# model file$", out, re.M)
-    assert re.search(r"^tile = 1280$", out, re.M)
+    assert re.search(r"^tile = 2048 +# model file$", out, re.M)
+    assert re.search(r"^overlap = 64$", out, re.M)
     (tmp_path / "all.toml").write_text(out)
-    decode = model.load_card(model.shipped()).decode
-    assert load(tmp_path / "all.toml") == load(tmp_path / "my.toml", ["stitch.seed=0.9"], base=decode)
+    assert load(tmp_path / "all.toml") == settings_of(tmp_path / "my.toml", ["stitch.seed=0.9"])
 
 
 def test_the_module_runs_as_a_command():

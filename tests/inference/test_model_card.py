@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers import CARD, SMALL
+from volseg.config import Config
 from volseg.errors import UserError
 from volseg.inference import model
 from volseg.inference.model_card import ModelCard, format_card
+from volseg.inference.settings import BINNED_TILE, settings_of
 
 
 def test_a_card_is_written_as_it_was_given():
@@ -186,3 +188,13 @@ def test_the_hub_stays_as_it_was_for_others():
     before = constants.HF_HUB_OFFLINE
     model.build("resnet18", SMALL, 3)
     assert before == constants.HF_HUB_OFFLINE
+
+
+def test_a_network_that_bins_takes_larger_tiles(tmp_path):
+    assert model.load_card(model.shipped()).binning == 2
+    assert settings_of().predict.tile == BINNED_TILE
+    assert settings_of({"predict": {"tile": 640}}).predict.tile == 640
+    assert settings_of(settings=["predict.tile=640"]).predict.tile == 640
+    plain = tmp_path / "plain.safetensors"
+    model.save(plain, torch.nn.Conv2d(3, 2, 1), CARD)
+    assert settings_of(model_path=plain).predict.tile == Config().predict.tile

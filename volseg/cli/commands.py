@@ -426,11 +426,10 @@ def settings(
     sets: Sets = None,
 ) -> None:
     """Print every setting of an infer as a config file, and where it comes from if it is no default."""
-    from volseg.inference.model import load_card
-    from volseg.inference.model_file import model_file
+    from volseg.inference.settings import model_values
 
     chosen = [*(sets or ()), *[f"predict.model={toml(model)}"] * bool(model)]
-    base = load_card(model_file(load(config, chosen).predict)).decode
+    base = model_values(load(config, chosen))
     found = load(config, sets or (), base=base)
     emit(output.settings_page(found, layers(config, sets or (), base)), found.model_dump(mode="json"))
 

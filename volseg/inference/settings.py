@@ -11,6 +11,9 @@ from volseg.inference import model
 from volseg.inference.model_file import model_file
 
 Settings = Iterable[Setting]
+BINNED_TILE = (
+    2048  # longest tile edge of a network that bins voxels: fewer are shared, and it takes no more memory than others
+)
 ENDINGS = (
     ".zip", ".ozx", ".gz", ".ome.zarr", ".ome.tiff", ".ome.tif", ".zarr", ".tiff", ".tif", ".n5", ".h5", ".hdf5", ".ims",
     ".mrc", ".rec", ".st", ".map", ".nii", ".nrrd", ".nhdr", ".npy", ".czi", ".dm3", ".dm4",
@@ -46,8 +49,16 @@ def settings_of(
     if isinstance(config, Config):
         return load(sets=chosen, base=config.model_dump(mode="json", exclude_unset=True)) if chosen else config
     if base is None:
-        base = model.load_card(model_file(load(config, chosen).predict)).decode
+        base = model_values(load(config, chosen))
     return load(config, chosen, base)
+
+
+def model_values(config: Config) -> dict:
+    """The tables of settings that come with the model of ``config``."""
+    card = model.load_card(model_file(config.predict))
+    if card.binning == 1:
+        return card.decode
+    return {**card.decode, "predict": {"tile": BINNED_TILE, **card.decode.get("predict", {})}}
 
 
 def default_out(path: str | os.PathLike) -> str:

@@ -108,7 +108,8 @@ def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis
     """Evenly spread tiles of at most ``tile`` voxels that share at least ``overlap`` and cover ``length``.
 
     Their size is a ``multiple``, at least one. Of the numbers of tiles that will do, the one for which these hold the fewest
-    voxels: since their size is a multiple, one or two more are often fewer voxels together.
+    voxels: since their size is a multiple, one or two more are often fewer voxels together. Of equals the most, in the least
+    memory.
 
     >>> axis(1024, 1280, 64)
     Axis(length=1024, size=1024, count=1)
@@ -125,7 +126,7 @@ def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis
     def size(count: int) -> int:
         return min(longest, _up(-(-(length + (count - 1) * overlap) // count), multiple))
 
-    count = min(range(fewest, fewest + MORE_TILES), key=lambda n: (n * size(n) if 2 * size(n) > longest else inf, n))
+    count = min(range(fewest, fewest + MORE_TILES), key=lambda n: (n * size(n) if 2 * size(n) > longest else inf, -n))
     return Axis(length, size(count), count)
 
 
