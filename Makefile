@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SYNTH := from volseg.box import Box; from volseg.evaluation.synthetic import synth; synth(Box.from_shape((1, 64, 64)), seed=0)
 
 .PHONY: help demo test chaos docs lint lock clean
 
@@ -30,8 +31,8 @@ demo: $(READY)
 	@$(BIN)/volseg infer demo/em.zarr --config configs/touching.toml --overwrite
 	@$(BIN)/volseg evaluate demo/em.volseg.zarr demo/em.zarr/labels/truth
 
-test: $(READY)
-	@$(BIN)/python -m volseg compile > /dev/null & compiler=$$!; $(MAKE) --no-print-directory lint && wait $$compiler
+test: $(READY)  # loops are compiled once, beside lint: else each process of the tests would compile them
+	@{ $(BIN)/python -m volseg compile && $(BIN)/python -c "$(SYNTH)"; } > /dev/null & compiler=$$!; $(MAKE) --no-print-directory lint && wait $$compiler
 	@$(BIN)/python -m pytest -n 3 --dist worksteal
 
 chaos: $(READY)
