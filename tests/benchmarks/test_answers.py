@@ -34,7 +34,7 @@ def test_stored_probabilities_cut_anew_give_one_answer(reference, monkeypatch, t
 
 
 def test_the_same_code_gives_the_same_bytes(monkeypatch):
-    quick = [text.replace("fp32", "int8") for text in hashing.SETTINGS]  # without torch, which would make a network of floats
+    quick = [text.replace("fp32", "int8") for text in hashing.SETTINGS]  # which needs no torch
     monkeypatch.setattr(hashing, "SETTINGS", quick)
     different, rows = hashing.compare(hashing.ROOT, hashing.ROOT, ("blocks",), (16, 64, 96), 1)
     assert not different
