@@ -15,6 +15,7 @@ from tests.helpers import LIGHT, Quiet, Stops, digest, segment_probabilities
 from tests.io.test_affinities import TAKEN, affinities_of, cells
 from volseg import api
 from volseg.engine.finished import open_run
+from volseg.engine.partition import decided, stored_basins
 from volseg.errors import UserError
 from volseg.evaluation.calibrate import calibrate
 from volseg.evaluation.evaluate import evaluate
@@ -230,6 +231,19 @@ def test_a_cleaned_run_keeps_its_partition(solved, copied):
         api.export(run, f"{run.path}.graph", progress=Quiet())
     assert digest(api.segment(run, recompute=True, progress=Quiet()).path) == labels
     assert verify(run.path, boxes=2).ok
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_damaged_partition_is_made_again_of_the_labels(solved, copied, half):
+    run = decide(copied(), solved)
+    (file,) = Path(run.path, "partition").glob("*")
+    stored = file.read_bytes()
+    file.write_bytes(stored[: len(stored) // 2]) if half else file.unlink()
+    assert [Path(key).name for key in verify(run.path, boxes=1).damaged] == [file.name]
+    with pytest.raises(UserError, match="give it again with --partition FILE"):
+        decided(run.run, stored_basins(run.run, "a test"))
+    assert verify(api.repair(run, progress=Quiet()).path, boxes=2).ok
+    assert file.read_bytes() == stored
 
 
 def test_an_empty_partition_says_why_there_is_no_object(solved, copied):

@@ -79,8 +79,9 @@ def test_blocks_give_what_a_plain_loop_over_neighbors_gives(shape, block, offset
     np.testing.assert_array_equal(got.reshape(2, -1).T, [(high, 255 - low) for high, low in want])
 
 
-def stored_of(path, out, block=None, **options):
-    made = begin_run(path, out, load(base={"probabilities": options, "blocks": {"shape": block} if block else {}}))
+def stored_of(path, out, block=None, bad="fail", **options):
+    sections = {"probabilities": options, "blocks": {"shape": block} if block else {}, "input": {"on_bad_chunk": bad}}
+    made = begin_run(path, out, load(base=sections))
     do_stages(made, "import")
     return arrays.open_array(str(out), "0")[:]
 
@@ -104,6 +105,19 @@ def test_kinds_of_arrays_give_the_same_bytes(tmp_path, truth):
         zarr.create_array(tmp_path / name, data=data)
         for block in (None, (7, 30, 72)):
             np.testing.assert_array_equal(stored_of(tmp_path / name, tmp_path / "run", block, **options), highest)
+
+
+@pytest.mark.parametrize("inverted", [[], ["affinities"]])
+def test_what_cannot_be_decoded_joins_nothing_in_any_blocks(tmp_path, truth, inverted):
+    """Of the affinities along y a chunk is lost: they are 0 there, also where 1 stands for 0."""
+    joined = affinities_of(truth, dtype=np.uint8) * np.uint8(255)
+    zarr.create_array(tmp_path / "a", data=255 - joined if inverted else joined, chunks=(1, 16, 16, 16))
+    (tmp_path / "a/c/1/0/1/2").write_bytes(b"lost")
+    joined[1, :16, 16:32, 32:48] = 0
+    want = mask_and_contour([lambda box, a=a: a[box.slices] for a in joined], Box.from_shape(SHAPE), SHAPE)
+    for block in (None, (7, 30, 72), (30, 17, 33)):
+        options = {"affinity_channels": [0, 1, 2], "inverted": inverted}
+        np.testing.assert_array_equal(stored_of(tmp_path / "a", tmp_path / "run", block, "skip", **options), want)
 
 
 # ---------------------------------------------------------------- whole runs

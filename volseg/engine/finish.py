@@ -22,6 +22,7 @@ from volseg.engine.integrity import write_manifest
 from volseg.engine.keys import decision_key
 from volseg.engine.layout import Layout
 from volseg.engine.lock import Lock, wait_for_writers
+from volseg.engine.partition import mend_partition
 from volseg.engine.receipt import peak_bytes
 from volseg.engine.receipts import Markers, RunStatistics
 from volseg.engine.run import Run, redundancy
@@ -180,6 +181,7 @@ def finish(
         layout.probabilities.remove()
     _write_pictures(run, columns)
     folder.describe_labels(run, columns)
+    mend_partition(run)
     layout.remove_partitions(run.partition)
     layout.save_corrections(format_file(corrections.correction_file(run)) if run.corrections else "")
     now = time.perf_counter()

@@ -12,7 +12,7 @@ import numpy as np
 from volseg.engine.correction_check import checked_corrections
 from volseg.engine.keys import basins_id, basins_key
 from volseg.engine.run import Run
-from volseg.errors import UserError
+from volseg.errors import DamagedFileError, UserError
 from volseg.io.corrections import Corrections
 from volseg.io.corrections import read as read_corrections
 from volseg.io.export import graph
@@ -74,9 +74,29 @@ def by_hand(corrections: Given, partition: Given, old: Run | None, run: Run | No
 
 def decided(run: Run, basins: Basins, holes: Holes | None = None, constraints: Constraints | None = None) -> np.ndarray:
     """The label of each basin, and after them of each hole: what the run's partition says, else its rules."""
-    if run.partition:
-        return run.layout.partition.load(run.partition).labels_of(basins)
-    return label_basins(basins, run.rules, holes, constraints)
+    if not run.partition:
+        return label_basins(basins, run.rules, holes, constraints)
+    if (partition := _stored_partition(run)) is None:
+        raise UserError(
+            f"the partition in {run.out} is damaged: give it again with --partition FILE, or none for rules"
+        )
+    return partition.labels_of(basins)
+
+
+def _stored_partition(run: Run) -> Partition | None:
+    """The run's partition; None where it is not what was stored."""
+    try:
+        partition = run.layout.partition.load(run.partition or "")
+    except DamagedFileError:
+        return None
+    return partition if partition.name == run.partition else None
+
+
+def mend_partition(run: Run) -> None:
+    """The partition of a decided run is stored as it was, made of its labels where it is damaged."""
+    basins = run.layout.load_basins(basins_key(run))
+    if run.partition and basins is not None and _stored_partition(run) is None:
+        run.layout.partition.save(Partition.of(basins.first, _label_of_basins(run, basins)), run.partition)
 
 
 def stored_basins(run: Run, what: str) -> Basins:
@@ -128,10 +148,15 @@ def _wanted_partition(given: Given, old: Run, run: Run) -> tuple[str | None, Par
 def write_graph(run: Run, path: str) -> None:
     """The graph of a finished run's basins is in a folder at ``path``."""
     basins = stored_basins(run, "a graph")
-    label = np.zeros(basins.minimum.size, np.int64)
-    blocks = run.parts.own.numbers
-    for labels in run.layout.block_labels.load_each(blocks, skip=("hole",)):
-        label[labels.basin] = labels.label[1 : 1 + labels.basin.size]
+    label = _label_of_basins(run, basins)
     nodes, edges = graph_tables(basins, label, run.config.fragments, run.shape, run.voxel_size_nm)
     shape, size = (" x ".join(f"{n:g}" for n in each) for each in (run.shape, run.voxel_size_nm))
     graph.write(path, basins_id(run), nodes, edges, shape=shape, size=size)
+
+
+def _label_of_basins(run: Run, basins: Basins) -> np.ndarray:
+    """The label that each basin has in a decided run."""
+    label = np.zeros(basins.minimum.size, np.int64)
+    for labels in run.layout.block_labels.load_each(run.parts.own.numbers, skip=("hole",)):
+        label[labels.basin] = labels.label[1 : 1 + labels.basin.size]
+    return label
