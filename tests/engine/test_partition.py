@@ -21,7 +21,7 @@ from volseg.evaluation.calibrate import calibrate
 from volseg.evaluation.evaluate import evaluate
 from volseg.evaluation.review import review
 from volseg.evaluation.verify import verify
-from volseg.io import arrays
+from volseg.io import arrays, files
 
 FRAGMENTS = {"smooth": [1, 1, 1], "threshold": 0.5, "contour": 1.0}
 STITCH = {"min_voxels": 60, "seed": 0.75, "count_cut": False}
@@ -351,3 +351,21 @@ def test_the_command_line_does_both(run, copied, solved, tmp_path):
     status, _, said = run("segment", path, "--partition", "none", "--corrections", "none")
     assert status == 0, said
     assert digest(path) == before
+
+
+def test_a_run_on_an_object_store_takes_a_partition_from_there(bucket, volumes, solved, copied, tmp_path):
+    store = f"{bucket}/partition"
+    made = segment_probabilities(
+        volumes / "affinities.zarr", f"{store}/run.zarr", **TAKEN, fragments=FRAGMENTS, stitch=STITCH,
+        blocks={"shape": BLOCKS["eight"]},
+    )  # fmt: skip
+    api.export(made, tmp_path / "basins.graph", progress=Quiet())
+    for table in ("nodes", "edges"):
+        stored = tmp_path / f"basins.graph/{table}.parquet"
+        assert stored.read_bytes() == Path(f"{volumes}/whole.graph/{table}.parquet").read_bytes()
+    solved.to_parquet(tmp_path / "solved.parquet")
+    files.write_bytes(store, "solved.parquet", (tmp_path / "solved.parquet").read_bytes())
+    with pytest.raises(UserError, match="cannot read partition"):
+        decide(made.path, f"{store}/absent.parquet")
+    assert digest(decide(made.path, f"{store}/solved.parquet").path) == digest(decide(copied(), solved).path)
+    assert verify(made.path, boxes=1).ok
