@@ -20,9 +20,10 @@ from benchmarks import report
 from volseg.box import Box, Triple
 from volseg.engine import folder, pipeline
 from volseg.engine.block_tables import TileParts
+from volseg.engine.blocks import SPAN
 from volseg.engine.keys import probability_key
 from volseg.engine.run import digest, redundancy
-from volseg.engine.shares import SPAN, Share
+from volseg.engine.shares import Share
 from volseg.inference.settings import settings_of
 from volseg.io import volume
 from volseg.planning import memory, prepare

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from volseg.engine.run import Run
 from volseg.engine.stages import stages_of
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
-from volseg.inference import tiles
 from volseg.inference.backends import Engine
 from volseg.io import arrays, volume
 from volseg.planning import memory
@@ -59,8 +57,7 @@ def cuts(monkeypatch):
     """Volumes this small are cut too, into blocks of a tile or two."""
     for name, value in {"CUT_VOXELS": 0, "LEAST_DEPTH": 4, "MOST_LAYERS": 2}.items():
         monkeypatch.setattr(blocks, name, value)
-    monkeypatch.setattr(blocks, "with_cuts", partial(with_cuts, room=200_000))
-    monkeypatch.setattr(describe, "with_cuts", partial(with_cuts, room=200_000))
+    monkeypatch.setattr(memory, "cut_room", lambda run: 260_000)
 
 
 def begun(image, out, **options):
@@ -215,34 +212,34 @@ def test_workers_and_kills_change_nothing(deep, whole, cuts, tmp_path):
 # ---------------------------------------------------------------- large volumes, unread
 
 
-def unread(shape, chunk, **options):
+def unread(shape, chunk, workers=2, **options):
     source = volume.Volume("em.zarr", "zarr", shape, "uint8", (5.0, 5.0, 5.0), chunk)
     config = Config(**{"predict": {"tile": 1280, "overlap": 64, **options}})
     slab, block = blocks.choose_blocks(shape, None)
     run = Run("run", source, config, ("mask", "contour"), (5.0, 5.0, 5.0), "", slab, block, sections=3, binning=2,
               engine=ENGINE)  # fmt: skip
-    return with_cuts(run)
+    return with_cuts(run, memory.cut_room(run), workers)
 
 
-def decoded(run, plane="xy"):
-    """Voxels of all chunks that blocks read, for each voxel of the volume, from what their reader asks for."""
-    axes, grid = tiles.PLANES[plane], run.grid_of(plane)
-    chunk, total = run.source.chunk, 0
-    sample = [grid.index(tuple(min(2, n - 1) for n in grid.counts))]
-    for i in sample:
-        share = shares.Share.of_block(run, plane, i)
-        z = share.box.transpose(axes).slices[0]
+def decoded(run):
+    """Voxels of all chunks that the blocks of one column read, for each voxel of these, from what their reader asks for."""
+    grid, chunk, read, wanted = run.predict_grid, run.source.chunk, 0, 0
+    y, x = (min(2, n - 1) for n in grid.counts[1:])
+    for k in range(grid.counts[0]):
+        share = shares.Share.of_block(run, "xy", grid.index((k, y, x)))
+        z = share.box.slices[0]
         window = shares.bounds_of_tiles(share.tiles, [share.own[0], share.own[-1]])
-        ends = [(max(0, z.start - 1), z.stop + 1), *((s.start, s.stop) for s in window)]
-        lengths = [-(-b // c) * c - a // c * c for (a, b), c in zip(ends, (chunk[a] for a in axes), strict=True)]
-        total += prod(lengths) / share.box.voxels
-    return total / len(sample)
+        ends = [(max(0, z.start - 1), min(z.stop + 1, run.shape[0])), *((s.start, s.stop) for s in window)]
+        read += prod(-(-b // c) * c - a // c * c for (a, b), c in zip(ends, chunk, strict=True))
+        wanted += share.box.voxels
+    return read / wanted
 
 
+@pytest.mark.parametrize("tile", [1280, 2048])
 @pytest.mark.parametrize("plane", [1024, 4096, 16384, 65536])
 @pytest.mark.parametrize("chunk", [64, 128])
-def test_chunks_are_decoded_about_once(plane, chunk):
-    run = unread((4096, plane, plane), (chunk,) * 3)
+def test_chunks_are_decoded_about_once(plane, chunk, tile):
+    run = unread((4096, plane, plane), (chunk,) * 3, tile=tile)
     assert decoded(run) <= 1.5
     assert run.inferred_voxels / prod(run.shape) <= 1.15
     assert memory.worker_bytes(run, 1) < 2e9
@@ -252,9 +249,15 @@ def test_chunks_are_decoded_about_once(plane, chunk):
     "shape", [(1000, 1000, 1000), (10_000, 10_000, 10_000), (100_000,) * 3, (40, 5_000_000, 5_000_000)]
 )
 @pytest.mark.parametrize("chunk", [(1, 256, 256), (64, 64, 64), (128, 128, 128), (256, 256, 256)])
-def test_workers_need_no_more_for_larger_volumes(shape, chunk):
-    run = unread(shape, chunk)
+@pytest.mark.parametrize("tile", [1280, 2048])
+def test_workers_need_no_more_for_larger_volumes(shape, chunk, tile):
+    run = unread(shape, chunk, tile=tile)
     assert memory.worker_bytes(run, 1) < 2e9
+
+
+def test_few_workers_get_blocks_of_more_layers():
+    alone, two = (unread((2048, 1024, 1024), (256,) * 3, workers) for workers in (1, 2))
+    assert (alone.predict_block, two.predict_block) == ((512, 1024, 1024), (256, 1024, 1024))
 
 
 def test_blocks_that_were_asked_for_and_small_volumes_stay(deep, tmp_path):
@@ -262,7 +265,7 @@ def test_blocks_that_were_asked_for_and_small_volumes_stay(deep, tmp_path):
     run = unread((4096, 4000, 4000), (64, 64, 64))
     own = replace(run, config=run.config.model_copy(update={"blocks": run.config.blocks.model_copy(
         update={"shape": (64, 512, 512)})}))  # fmt: skip
-    assert with_cuts(replace(own, cuts={})).cuts == {}
+    assert with_cuts(replace(own, cuts={}), blocks.CUT_BYTES).cuts == {}
 
 
 def test_a_cut_run_is_read_as_it_was_written(deep, cuts, tmp_path):

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from volseg.engine.run import Run
 
 BLOCK_VOXELS = 1 << 24  # of a block that volseg chooses itself
-CUT_BYTES = 1_100_000_000  # of a block of predict that follows chunks and tiles
+CUT_BYTES = 1_100_000_000  # of a block of predict that follows chunks and tiles, where a GPU infers
 CUT_VOXELS = 1 << 26  # of a volume that is cut into whole planes however it is stored
 CUT_PLANE = 1 << 24  # voxels of a plane that is not cut where planes are stored one by one
 LEAST_DEPTH = 16  # sections that are read at once
-LEAST_BLOCKS = 8  # of a pass: fewer would leave workers idle at its end
+BLOCKS_PER_WORKER = 4  # of a pass, at least: fewer would leave workers idle at its end
 MOST_LAYERS = 16  # of chunks in a block
 MOST_VOXELS = 1 << 32  # of such a block
 BLEND_BYTES = 4  # for each voxel of a section, beside those of each channel
+SPAN = 16  # sections whose parts of tiles, handed from block to block, lie in one file
 BATCHES_PER_BLOCK = 8  # on a GPU: while the first is cut and the last is copied back, nothing is computed
 
 
@@ -114,19 +115,19 @@ class _Along:
     redundancy: float  # voxels decoded for each one of the block
 
 
-def with_cuts(run: Run, room: int = CUT_BYTES) -> Run:
+def with_cuts(run: Run, room: int, workers: int = 2) -> Run:
     """The run in blocks that follow chunks and tiles, of up to ``room`` bytes, in the passes for which that pays.
 
     Whole planes stay where they are small, and stored one by one; and blocks that were asked for.
     """
     if run.config.blocks.shape or run.channels or prod(run.shape) <= CUT_VOXELS:
         return run
-    cuts = {plane: cut for plane in run.config.predict.planes if (cut := _cut(run, plane, room))}
+    cuts = {plane: cut for plane in run.config.predict.planes if (cut := _cut(run, plane, room, workers))}
     run = replace(run, cuts=cuts)
     return replace(run, predict_block=cuts["xy"].block) if "xy" in cuts and not run.passes else run
 
 
-def _cut(run: Run, plane: str, room: int) -> Cut | None:
+def _cut(run: Run, plane: str, room: int, workers: int) -> Cut | None:
     axes = tiles.PLANES[plane]
     (z, y, x), chunk, grid = (
         transpose_axes(run.shape, axes),
@@ -141,8 +142,8 @@ def _cut(run: Run, plane: str, room: int) -> Cut | None:
 
     def size(rows: _Along, columns: _Along) -> int:
         slab = itemsize * (depth + 2 * run.sections) * rows.covered * columns.covered
-        slab = slab * (9 if run.reads_ahead else 5) // 4
-        return slab + rows.block * columns.block * (heads * shard + BLEND_BYTES + 8 * heads)
+        out = rows.block * columns.block * (heads * shard + BLEND_BYTES + 8 * heads)
+        return slab * (1 + run.reads_ahead) + out + handed_bytes(heads, grid, rows.block, columns.block)
 
     while True:
         ways = [
@@ -154,21 +155,36 @@ def _cut(run: Run, plane: str, room: int) -> Cut | None:
             break
         depth = depth // 2 if depth % 2 == 0 else depth // 2 + 1
         shard = min(shard, depth)
-    _, rows, columns = min(
-        fitting or [min(ways, key=lambda way: way[0])], key=lambda way: (way[1].redundancy * way[2].redundancy, way[0])
-    )
-    columns_of_blocks = -(-(y - rows.tail) // rows.block) * -(-(x - columns.tail) // columns.block)
     layers = -(-z // depth)
-    voxels = depth * rows.block * columns.block
-    deep = max(1, min(MOST_LAYERS, columns_of_blocks * layers // LEAST_BLOCKS, MOST_VOXELS // voxels, layers))
-    shift = shard if depth % shard == 0 and shard >= run.sections // 2 and deep * depth < z else 0
-    whole = (min(z, deep * depth), rows.block, columns.block)
-    pieces = (min(shard, z) if shift or deep * depth >= z else whole[0], rows.block, columns.block)
+
+    def deep(rows: _Along, columns: _Along) -> int:
+        """Layers of a block."""
+        columns_of_blocks = -(-(y - rows.tail) // rows.block) * -(-(x - columns.tail) // columns.block)
+        most = min(MOST_LAYERS, layers, MOST_VOXELS // (depth * rows.block * columns.block))
+        return max(1, min(most, columns_of_blocks * layers // (BLOCKS_PER_WORKER * workers)))
+
+    def decoded(way: tuple[int, _Along, _Along]) -> tuple[float, int]:
+        """Voxels for each one of a block, which sees sections of one more layer of chunks; then its bytes."""
+        bytes_, rows, columns = way
+        along_z = deep(rows, columns) * depth
+        return rows.redundancy * columns.redundancy * (1 + chunk[0] / along_z * (along_z < z)), bytes_
+
+    _, rows, columns = min(fitting or [min(ways, key=lambda way: way[0])], key=decoded)
+    thick = deep(rows, columns) * depth
+    shift = shard if depth % shard == 0 and shard >= run.sections // 2 and thick < z else 0
+    whole = (min(z, thick), rows.block, columns.block)
+    pieces = (min(shard, z) if shift or thick >= z else whole[0], rows.block, columns.block)
     block, turned_shift, tail, turned_shard = (
         transpose_axes(triple, inverse_axes(axes))
         for triple in (whole, (shift, 0, 0), (0, rows.tail, columns.tail), pieces)
     )
     return Cut(block, turned_shift, tail, turned_shard, depth)
+
+
+def handed_bytes(heads: int, grid: tiles.Grid, rows: int, columns: int) -> int:
+    """Of the parts of tiles that a block of so many rows and columns takes and gives, float32: about a quarter of a tile's
+    length beyond each edge."""
+    return heads * SPAN * (grid.size[0] * columns + grid.size[1] * rows)
 
 
 def _ways(axis: tiles.Axis, length: int, chunk: int) -> list[_Along]:

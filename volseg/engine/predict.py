@@ -17,11 +17,12 @@ import numpy as np
 
 from volseg.box import Blocks, Box, inverse_axes, transpose_axes
 from volseg.engine import cluster
+from volseg.engine.blocks import SPAN
 from volseg.engine.data_wait import DataWait
 from volseg.engine.keys import probability_key
 from volseg.engine.receipt import Timings
 from volseg.engine.run import Run, digest, stored_run
-from volseg.engine.shares import SPAN, HandedOver, Plane, Share, Taken, bounds_of_tiles
+from volseg.engine.shares import HandedOver, Plane, Share, Taken, bounds_of_tiles
 from volseg.engine.stored import StoredArray
 from volseg.errors import UserError
 from volseg.inference import backends, tiles
@@ -237,8 +238,8 @@ class Inference:
         if todo:
             with _reading(self.timings):
                 source = self._reader_of(todo).read(piece.start, piece.stop)
-                with out_of_memory_as(f"{source.voxels.shape[0]} sections", "; smaller blocks.shape takes less"):
-                    on_device = replace(source, voxels=device.put(source.voxels))
+                with out_of_memory_as(f"{len(source.voxels)} sections", "; smaller blocks.shape takes less"):
+                    on_device = replace(source, voxels=device.put_sections(source.voxels))
             varying = varying_tiles(source, self.grid, todo)
         else:
             varying, on_device = iter(()), tiles.Slab(np.zeros((0, 0, 0)), (0, 0, 0), run.sections // 2, 1)
@@ -390,33 +391,26 @@ class SlabReader:
         self.stop = min(sections.stop + self.around, self.length)
         rows, columns = (slice(max(0, s.start), min(s.stop, n)) for s, n in zip(window, shape[1:], strict=True))
         self.rows, self.columns = rows, columns
-        self.start, self.voxels = 0, np.zeros((0, 0, 0))  # what was read last
+        self.start = 0
+        self.sections: list[np.ndarray] = []  # what was read last, from section `start` on
         self.pool = ThreadPoolExecutor(1) if run.reads_ahead and self.depth > 1 else None
         self.ahead: tuple[Box, Future[np.ndarray]] | None = None  # what is being read
 
     def read(self, start: int, stop: int) -> tiles.Slab:
         """The sections from ``start`` to ``stop`` and those around them; both grow from call to call."""
         start, stop = max(0, start - self.around), min(stop + self.around, self.stop)
-        have = self.start + len(self.voxels)
+        have = self.start + len(self.sections)
         if stop > have or start < self.start:
-            kept = self.voxels[max(0, start - self.start) :] if start < have else self.voxels[:0]
-            first = max(start, have) if len(kept) else start
+            kept = self.sections[max(0, start - self.start) :] if start < have else []
+            self.sections = [section.copy() for section in kept]  # makes room for what is read
+            del kept
+            first = max(start, have) if self.sections else start
             last = max(stop, min(-(-stop // self.depth) * self.depth, self.stop))
             box = Box((first, self.rows.start, self.columns.start), (last, self.rows.stop, self.columns.stop))
-            self.voxels = self._joined(kept, box)
-            self.start = first - len(kept)
+            self.start = first - len(self.sections)
+            self.sections.extend(np.ascontiguousarray(self._read(box)))
             self._read_ahead(last)
-        return tiles.Slab(self.voxels, (self.start, self.rows.start, self.columns.start), self.around, self.length)
-
-    def _joined(self, kept: np.ndarray, box: Box) -> np.ndarray:
-        """Sections that were kept, and those of ``box`` after them."""
-        if not len(kept):
-            return np.ascontiguousarray(self._read(box))
-        out = np.empty((len(kept) + box.shape[0], *box.shape[1:]), kept.dtype)
-        out[: len(kept)] = kept
-        self.voxels = self.voxels[:0].copy()  # makes room for what is read
-        out[len(kept) :] = self._read(box)
-        return out
+        return tiles.Slab(self.sections, (self.start, self.rows.start, self.columns.start), self.around, self.length)
 
     def _read(self, box: Box) -> np.ndarray:
         """The voxels of ``box``, in the axes of the pass; those that are being read are waited for."""

@@ -20,13 +20,12 @@ import numpy as np
 
 from volseg.box import Blocks, Box, inverse_axes
 from volseg.engine.block_tables import TileParts
+from volseg.engine.blocks import SPAN
 from volseg.engine.run import Run
 from volseg.errors import DamagedFileError
 from volseg.inference import tiles
 from volseg.inference.sections import TileKey
 from volseg.inference.tiles import TileWindow
-
-SPAN = 16  # sections whose parts lie in one file
 
 Plane = tuple[slice, slice]  # part of a section: rows, columns
 

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,6 +61,9 @@ class NumpyDevice:
 
     def put(self, array: np.ndarray) -> np.ndarray:
         return array
+
+    def put_sections(self, sections: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        return sections
 
     def get(self, array: np.ndarray) -> np.ndarray:
         return array
@@ -159,6 +162,10 @@ class TorchDevice:
         work.wait_stream(copies)
         tensor.record_stream(work)
         return tensor
+
+    def put_sections(self, sections: Sequence[np.ndarray]) -> Sequence[torch.Tensor]:
+        """Each of some sections there: together they would be held twice."""
+        return [self.put(section) for section in sections]
 
     def get(self, tensor: torch.Tensor) -> np.ndarray:
         """The tensor's values in this process, once they are computed."""

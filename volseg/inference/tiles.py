@@ -19,6 +19,7 @@ from volseg.inference.model_card import MULTIPLE
 
 SAMPLED = 256  # blocks along an axis that are looked at where there are more
 MORE_TILES = 8  # than needed along an axis, where they hold fewer voxels together
+COSTLY_LENGTH = 25_000  # of a tile, voxels, at which a voxel of it would count twice
 PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
 
 
@@ -108,8 +109,8 @@ def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis
     """Evenly spread tiles of at most ``tile`` voxels that share at least ``overlap`` and cover ``length``.
 
     Their size is a ``multiple``, at least one. Of the numbers of tiles that will do, the one for which these hold the fewest
-    voxels: since their size is a multiple, one or two more are often fewer voxels together. Of equals the most, in the least
-    memory.
+    voxels: since their size is a multiple, one or two more are often fewer voxels together. A voxel counts for more in longer
+    tiles, since these take more memory and, on a CPU, more time.
 
     >>> axis(1024, 1280, 64)
     Axis(length=1024, size=1024, count=1)
@@ -126,7 +127,10 @@ def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis
     def size(count: int) -> int:
         return min(longest, _up(-(-(length + (count - 1) * overlap) // count), multiple))
 
-    count = min(range(fewest, fewest + MORE_TILES), key=lambda n: (n * size(n) if 2 * size(n) > longest else inf, -n))
+    def cost(count: int) -> float:
+        return count * size(count) * (COSTLY_LENGTH + size(count)) if 2 * size(count) > longest else inf
+
+    count = min(range(fewest, fewest + MORE_TILES), key=cost)
     return Axis(length, size(count), count)
 
 
@@ -225,7 +229,7 @@ def _flipped(array: Any, axes: tuple[int, ...]) -> Any:
 
 @dataclass(frozen=True)
 class Slab:
-    """The voxels under some tiles, an array or tensor (sections, y, x) whose first voxel lies at ``start``.
+    """The voxels under some tiles, sections (y, x) in a list, array or tensor, whose first voxel lies at ``start``.
 
     ``around``: sections that a tile sees on each side of its own; ``depth``: sections that there are.
     """
@@ -239,7 +243,7 @@ class Slab:
         """What a tile of section ``z`` sees, as views that end where the plane does; beyond all sections, the last."""
         near = (min(max(n, 0), self.depth - 1) for n in range(z - self.around, z + self.around + 1))
         y, x = (slice(s.start - o, s.stop - o) for s, o in zip(place, self.start[1:], strict=True))
-        return [self.voxels[n - self.start[0], y, x] for n in near]
+        return [self.voxels[n - self.start[0]][y, x] for n in near]
 
     def cut(
         self, z: int, place: tuple[slice, slice], out: Any, scale: tuple[float, float], device: Device = NUMPY

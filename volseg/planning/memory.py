@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
-from volseg.engine.blocks import CUT_BYTES, fit, with_cuts
+from volseg.engine.blocks import CUT_BYTES, fit, handed_bytes, with_cuts
 from volseg.engine.run import Run
 from volseg.engine.schedule import EDGE_BYTES, most_edges
-from volseg.engine.shares import SPAN
 from volseg.inference import tiles
 from volseg.io.tables import READ_AHEAD_BYTES
 from volseg.segmentation.heights import height_halo
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from volseg.planning.measure import Rates
 
 PROCESS_BYTES = 190_000_000  # a worker that has read and written a little
+WORKER_BYTES = 1_950_000_000  # that a worker on a CPU keeps within where memory allows it
 CLIENT_BYTES = 350_000_000  # the process where the command was given, with the scheduler
 NETWORK_BYTES = {"openvino": 110_000_000, "onnx": 130_000_000, "torch": 700_000_000}  # with its library, on a CPU
 CUDA_BYTES = 3_500_000_000  # torch with CUDA in host memory; not measured
@@ -108,16 +108,20 @@ def _predict(run: Run, plane: str, grid: Blocks, threads: int) -> int:
     _, rows, columns = _core(run, plane, grid)
     slab = source_bytes(run, plane, grid, run.read_together(plane)) * (1 if plane == "xy" else 2)
     out = heads * prod(run.stored_together(plane))
-    if run.read_together(plane):  # kept sections beside those that follow, and the parts of tiles that come and go
-        handed = grid_of_tiles.size[0] * columns + grid_of_tiles.size[1] * rows
-        slab += slab // 4 + slab * run.reads_ahead + 4 * heads * SPAN * handed // 4
+    if run.read_together(plane):  # what is read ahead, and the parts of tiles that come and go
+        slab += slab * run.reads_ahead + handed_bytes(heads, grid_of_tiles, rows, columns)
     masked = prod(run.stored_together(plane)) if run.roi and run.roi.mask else 0
     tile = run.batch * prod(grid_of_tiles.size)
-    under_way = 4 * tile * ((threads + 2) * run.sections + (threads + 1) * heads)
+    under_way = _under_way(run, tile, threads)
     blend = rows * columns * (4 + 8 * heads)
     if run.engine.device == "cuda" and run.engine.backend == "torch":
         return masked + slab + out + _locked(slab) + _locked(out)  # the rest lies on the GPU
     return out + masked + max(slab + under_way + blend, slab + out)
+
+
+def _under_way(run: Run, tile: int, threads: int) -> int:
+    """Of batches of ``tile`` voxels that wait, are inferred, or are to be blended."""
+    return 4 * tile * ((threads + 2) * run.sections + (threads + 1) * len(run.heads))
 
 
 def _locked(size: int) -> int:
@@ -158,7 +162,16 @@ def _fragments(run: Run, block: Triple) -> int:
 # ---------------------------------------------------------------- blocks that fit
 
 
-def with_blocks_that_fit(run: Run, room: int, threads: int, tasks: int = 1) -> Run:
+def cut_room(run: Run) -> int:
+    """Bytes for a block of predict that follows chunks and tiles, beside what a worker of one thread needs for the tiles."""
+    if run.channels or run.engine.device == "cuda":
+        return CUT_BYTES
+    tile = run.batch * max(prod(run.tile_grid(plane).size) for plane in run.config.predict.planes)
+    needed = PROCESS_BYTES + network_bytes(run, 1) + _under_way(run, tile, 1)
+    return max(CUT_BYTES // 2, WORKER_BYTES - needed)
+
+
+def with_blocks_that_fit(run: Run, room: int, threads: int, tasks: int = 1, workers: int = 2) -> Run:
     """The run in smaller blocks where a worker that has ``room`` bytes could not hold those it is cut into.
 
     Blocks that were asked for stay. Predict's are cut along the sections, then along the rows: other cuts would infer
@@ -175,7 +188,7 @@ def with_blocks_that_fit(run: Run, room: int, threads: int, tasks: int = 1) -> R
     for smaller in (1, 2, 4, 8):
         if not run.cuts or all(fits(stage)(run) for stage in inferring):
             break
-        run = with_cuts(run, CUT_BYTES // smaller)
+        run = with_cuts(run, cut_room(run) // smaller, workers)
     for stage, plane in ((stage, plane) for stage, plane in run.passes.items() if plane not in run.cuts):
         axes = tiles.PLANES[plane]
         for block in _smaller(transpose_axes(run.pass_grid(plane).block, axes)):

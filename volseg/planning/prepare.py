@@ -184,11 +184,15 @@ def _blocked(run: Run) -> Run:
         stage = run.probability_stage
         if old.config.blocks == run.config.blocks and plain["keys"].get(stage) == keys(begun)[stage]:
             return begun
-    workers, run = workers_of(run), with_cuts(run)
+    workers = workers_of(run)
+    count = (
+        workers.workers if run.config.cluster.is_local else max(2, workers.workers)
+    )  # of those elsewhere more may join
+    run = with_cuts(run, memory.cut_room(run), count)
     if gpus := gpus_of(run):
         run = with_full_batches(run, gpus)
     room = memory_limit(run.config.cluster, workers)
-    return memory.with_blocks_that_fit(run, room, workers.threads, workers.tasks) if room else run
+    return memory.with_blocks_that_fit(run, room, workers.threads, workers.tasks, count) if room else run
 
 
 def workers_of(run: Run) -> cluster.WorkerPool:
