@@ -96,6 +96,7 @@ def test_turned_contrast_is_that_of_the_turned_voxels(tmp_path, dtype):
 GRAYS = np.repeat(255 - np.arange(256), 3).reshape(256, 3).astype(np.uint8)
 COLORS = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
 LINEAR = np.repeat(np.arange(256), 3).reshape(256, 3).astype(np.uint8)
+TIMES = (1, 256, 257)  # what programs multiply 8 bits with where a palette has 16
 PALETTES = {"grays": GRAYS, "linear": LINEAR, "colors": COLORS}
 SAID = {"grays": "palette of grays: the grays", "linear": None, "colors": "palette of colors: the entries"}
 
@@ -109,8 +110,17 @@ def write_palette_png(folder, data, colors):
         image.save(folder / f"s{i}.png")
 
 
-def write_palette_tiff(path, data, colors):
-    tifffile.imwrite(path, data, photometric="palette", colormap=colors.T.astype(np.uint16) * 257, metadata=None)
+def write_palette_tiff(path, data, colors, times=257):
+    tifffile.imwrite(path, data, photometric="palette", colormap=colors.T.astype(np.uint16) * times, metadata=None)
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("palette", ["grays", "linear"])
+def test_a_palette_of_a_tiff_has_the_grays_that_were_meant_whatever_made_16_bits_of_8(tmp_path, times, palette):
+    write_palette_tiff(tmp_path / "v.tif", voxels(), PALETTES[palette], times)
+    opened = volume.open(tmp_path / "v.tif")
+    assert_reads(opened, PALETTES[palette][:, 0][voxels()])
+    assert len(opened.notes) == (palette == "grays")
 
 
 @pytest.mark.parametrize("palette", PALETTES)

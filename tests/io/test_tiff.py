@@ -346,6 +346,55 @@ def test_pages_of_different_kinds_are_no_stack(tmp_path):
             volume.open(tmp_path / f"{name}.tif")
 
 
+MIXED = {
+    "packing": lambda i: {"compression": "zlib" if i == 5 else None},
+    "packing of strips": lambda i: {"compression": "zlib", "rowsperstrip": 9 if i == 5 else 16},
+    "predictor": lambda i: {"compression": "zlib", "predictor": i == 5},
+    "type": lambda i: {"dtype": "uint16" if i == 5 else "uint8"},
+    "shape": lambda i: {"rows": 39 if i == 5 else 40},
+    "white": lambda i: {"photometric": "miniswhite" if i == 5 else "minisblack"},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"metadata": None}])
+@pytest.mark.parametrize("kind", MIXED)
+def test_one_page_of_many_that_is_stored_otherwise_is_read_as_it_says_or_refused(tmp_path, kind, options):
+    """tifffile looks at pages 0, 1, 7 and the last, and takes the others to be like them."""
+    data = voxels(shape=(12, 40, 33))
+    with tifffile.TiffWriter(tmp_path / "v.tif") as writer:
+        for i, plane in enumerate(data):
+            own = {"photometric": "minisblack", **MIXED[kind](i)}
+            plane = plane[: own.pop("rows", 40)].astype(own.pop("dtype", "uint8"))
+            writer.write(plane, **own, **options)
+    if kind in ("type", "shape", "white"):
+        with refused("v.tif", "kinds of pages"):
+            volume.open(tmp_path / "v.tif")
+    else:
+        assert_reads(volume.open(tmp_path / "v.tif"), data)
+
+
+def test_channels_whose_pages_are_stored_in_different_ways_are_refused(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "v.ome.tif") as writer:
+        writer.write(voxels(shape=(6, 2, 40, 33)), photometric="minisblack", metadata={"axes": "ZCYX"})
+    for tag, value, said in (
+        ("RowsPerStrip", 41, "in different ways"),
+        ("PhotometricInterpretation", 0, "page 5 is not"),
+    ):
+        with tifffile.TiffFile(tmp_path / "v.ome.tif", mode="r+b") as tif:
+            tif.pages.get(5).tags[tag].overwrite(value)
+        with refused("v.ome.tif", said):
+            volume.open(tmp_path / "v.ome.tif", channel=1)
+
+
+def test_an_ome_tiff_without_all_its_pages_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "v.ome.tif", voxels(), photometric="minisblack", metadata={"axes": "ZYX"})
+    with tifffile.TiffFile(tmp_path / "v.ome.tif", mode="r+b") as tif:
+        tag = tif.pages[0].tags["ImageDescription"]
+        tag.overwrite(tag.value.replace('SizeZ="5"', 'SizeZ="8"'))
+    with refused("v.ome.tif", "lacks 3 of the pages"):
+        volume.open(tmp_path / "v.ome.tif")
+
+
 IMAGEJ_DEPTHS = {
     "none": ({"unit": "micron"}, (1000.0, 4.0, 4.0), "1 micron, as ImageJ takes it"),
     "given": ({"unit": "micron", "spacing": 0.03}, (30.0, 4.0, 4.0), None),

@@ -290,9 +290,8 @@ def _grays_of_palette(key: Any, path: str) -> tuple[np.ndarray | None, tuple[str
     if key.photometric != PALETTE or colors is None or key.dtype.kind != "u" or key.dtype.itemsize > 2:
         return None, ()
     dtype, (red, green, blue) = key.dtype, colors
-    divisor = 65535 // (2 ** (8 * dtype.itemsize) - 1)  # a palette of TIFF has 16 bits
-    divisor = 1 if colors.max() < 256 else divisor  # some programs write 8
-    return grays_of_colors(np.stack([red, green, blue], 1) // divisor, dtype, path)
+    eight = dtype.itemsize == 1 and colors.max() > 255  # a palette of TIFF has 16 bits; some programs write 8
+    return grays_of_colors(np.stack([red, green, blue], 1) >> (8 if eight else 0), dtype, path)
 
 
 def grays_of_colors(colors: np.ndarray, dtype: np.dtype, path: str) -> tuple[np.ndarray | None, tuple[str, ...]]:

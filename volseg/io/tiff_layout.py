@@ -16,6 +16,9 @@ from volseg.io import ome
 from volseg.io.axes import MAX_UNNAMED_CHANNELS
 from volseg.io.header import check_shape, shape_text
 
+# Tags of width, length, bits, compression, photometric, order of bits, samples, rows, planes, predictor, tiles, extra, format
+STORAGE_TAGS = {256, 257, 258, 259, 262, 266, 277, 278, 284, 317, 322, 323, 338, 339}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -79,20 +82,26 @@ def layout(tif: Any, path: str, records: list[logging.LogRecord]) -> Layout:
     broken = next((record.getMessage() for record in records[before:] if record.levelno >= logging.ERROR), "")
     if broken:
         raise UserError(f"{path} is cut short or corrupt: {broken}; copy it again")
-    if not len(tif.series):
+    series = _series(tif)
+    if series is not None and not len(series):
         raise UserError(f"{path} has no pages; copy it again")
-    if tif.series[0].is_multifile:
+    if series and series[0].is_multifile:
         raise UserError(f"{path} is one of several files of an image; save the sections in one file, or as slices")
     if tif.pages[0].dtype is None:
         raise UserError(f"{path} holds {tif.pages[0].bitspersample}-bit voxels; save them as uint8 or uint16")
-    stacks = _without_thumbnails(tif.series)
-    first = stacks[0]
-    key = first.keyframe
-    if len(stacks) == 1:
+    stacks = _without_thumbnails(series or ())
+    if stacks and (lost := sum(page is None for one in stacks for page in one.pages)):
+        raise UserError(
+            f"{path} lacks {lost} of the pages that its OME metadata list; copy it again, or export it anew"
+        )
+    if len(stacks) == 1 and _alike(tif, stacks[0]):
+        (first,) = stacks
+        key, pages, offset = first.keyframe, tuple(first.pages), first.dataoffset
         sizes = list(zip(first.get_axes(False), first.get_shape(False), strict=True))
-        pages, offset = tuple(first.pages), first.dataoffset
     else:
-        pages, offset = _joined(stacks, path), None
+        alike = len(stacks) > 1 and all(_alike(tif, one) for one in stacks)
+        pages, offset = _joined(stacks, path) if alike else _reread(tif, stacks, path), None
+        key = stacks[0].keyframe if alike else pages[0]
         sizes = [("I", len(pages)), *zip(key.axes, key.shape, strict=True)]
     shape, (channels, times), stack, samples_are = _order(sizes, key, f"{path} is")
     check_shape((*shape, channels, times), path)
@@ -106,6 +115,44 @@ def layout(tif: Any, path: str, records: list[logging.LogRecord]) -> Layout:
 def _without_thumbnails(series: Any) -> list[Any]:
     """The series of an image's own pages: others may hold smaller pictures of them, and say so."""
     return [one for one in series if not one.keyframe.is_reduced] or list(series)
+
+
+def _series(tif: Any) -> list[Any] | None:
+    """What tifffile takes for the stacks of a file; None where it finds pages that are not stored as it took them to be."""
+    try:
+        return list(tif.series)
+    except RuntimeError:
+        return None
+
+
+def _alike(tif: Any, series: Any) -> bool:
+    """Whether all pages are stored like the one that tifffile, which looks at a few of many, holds for their pattern."""
+    offsets = {page.offset for page in series.pages if page.offset and isinstance(page.index, int)}
+    pattern = _storage(tif, series.keyframe.offset)
+    return all(_storage(tif, offset) == pattern for offset in sorted(offsets))
+
+
+def _storage(tif: Any, offset: int) -> set[bytes]:
+    """The entries of the directory at ``offset`` that tell how the voxels of a page are stored."""
+    file, tiff, order = tif.filehandle, tif.tiff, "little" if tif.byteorder == "<" else "big"
+    file.seek(offset)
+    listed = file.read(tiff.tagsize * int.from_bytes(file.read(tiff.tagnosize), order))
+    entries = (listed[at : at + tiff.tagsize] for at in range(0, len(listed), tiff.tagsize))
+    return {entry for entry in entries if int.from_bytes(entry[:2], order) in STORAGE_TAGS}
+
+
+def _reread(tif: Any, series: list[Any], path: str) -> tuple[Any, ...]:
+    """The pages of a stack, each of which says itself how it is stored."""
+    pages = tuple(page for page in map(tif.pages.get, range(len(tif.pages))) if not page.is_reduced)
+    kinds = [(page.shape, page.dtype, page.bitspersample, page.photometric, page.planarconfig) for page in pages]
+    odd = next((page.index for page, kind in zip(pages, kinds, strict=True) if kind != kinds[0]), None)
+    if odd is not None:
+        raise UserError(
+            f"{path} holds several kinds of pages: page {odd} is not like page {pages[0].index}; save the sections alone"
+        )
+    if any(len(one.get_axes(True).replace(one.keyframe.axes, "")) > 1 for one in series):
+        raise UserError(f"{path} has pages that are stored in different ways; save it anew, all pages alike")
+    return pages
 
 
 def _joined(series: Any, path: str) -> tuple[Any, ...]:
