@@ -108,6 +108,13 @@ def test_a_set_names_itself_when_it_is_wrong():
         load(sets=["stitch.seed=high"])
 
 
+@pytest.mark.parametrize("name", ["0", "00", "8_8_30", "1.0", "1e3", "0x10", "true", "2024-01-01", "s0", "inf"])
+def test_a_name_that_looks_like_a_number_is_that_name(name):
+    assert load(sets=[f"input.dataset={name}"]).input.dataset == name
+    assert load(sets=[f"input.dataset='{name}'"]).input.dataset == name
+    assert load({"input": {"dataset": 0}}).input.dataset == "0"
+
+
 def test_settings_that_belong_together_are_checked_together():
     assert load(sets=["predict.tile=64", "predict.overlap=16"]).predict.overlap == 16
     with pytest.raises(

@@ -398,12 +398,10 @@ def read_file(path: str | Path) -> dict:
 
 
 def parse_set(text: str) -> dict:
-    """The nested dict of one ``section.key=value``; the value is TOML, or else plain text.
+    """The nested dict of one ``section.key=value``; the value is TOML, or else plain text, as names are that look like numbers.
 
-    >>> parse_set("stitch.seed=0.9")
-    {'stitch': {'seed': 0.9}}
-    >>> parse_set("predict.backend=torch")
-    {'predict': {'backend': 'torch'}}
+    >>> parse_set("stitch.seed=0.9"), parse_set("predict.backend=torch"), parse_set("input.dataset=8_8_30")
+    ({'stitch': {'seed': 0.9}}, {'predict': {'backend': 'torch'}}, {'input': {'dataset': '8_8_30'}})
     """
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
@@ -412,6 +410,9 @@ def parse_set(text: str) -> dict:
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
+        parsed = value.strip()
+    field = getattr(getattr(Config.model_fields.get(section), "annotation", None), "model_fields", {}).get(name)
+    if field is not None and field.annotation is str and not isinstance(parsed, str):
         parsed = value.strip()
     return {section: {name: parsed}}
 
@@ -454,10 +455,7 @@ def origins(layers: Iterable[tuple[str, dict]]) -> dict[tuple[str, str], str]:
 def _check(
     where: str, tables: dict, origin: dict[tuple[str, str], str] | None = None, *, alone: bool = False
 ) -> Config | None:
-    """The settings in ``tables``, each from its ``origin``, else from ``where``.
-
-    ``alone``: rules between settings are left for when all layers are together.
-    """
+    """The settings in ``tables``, each from its ``origin``, else from ``where``; ``alone`` leaves out rules between them."""
     try:
         return Config.model_validate(tables)
     except ValidationError as error:

@@ -128,6 +128,36 @@ def test_a_nifti_file_with_a_slope_gives_real_values(tmp_path):
     assert "scales its voxels by 0.5 and adds -3" in opened.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("depth", "size", "said"), [(0, None, "0 x 5 x 4 nm, which no"), (-50, (50, 5, 4), "its sign")]
+)
+def test_a_depth_of_nifti_voxels_that_is_not_above_0_is_told(tmp_path, depth, size, said):
+    import nibabel
+
+    image = nibabel.Nifti1Image(voxels("int16").T, None)
+    image.header.set_xyzt_units("micron")
+    image.header["pixdim"][1:4] = 0.004, 0.005, depth / 1000
+    (tmp_path / "em.nii").write_bytes(image.to_bytes())
+    opened = volume.open(tmp_path / "em.nii")
+    assert opened.voxel_size_nm == size
+    assert [said.replace("nm", "micron").replace("5 x 4", "0.005 x 0.004") in note for note in opened.notes] == [True]
+
+
+def test_volumes_that_follow_each_other_in_an_mrc_file_are_times(tmp_path):
+    import mrcfile
+
+    data = np.stack([voxels("int16", seed=i) for i in range(3)])
+    with mrcfile.new(tmp_path / "em.mrc") as file:
+        file.set_data(data)
+        file.voxel_size = 40.0
+        assert file.is_volume_stack()
+    opened = volume.open(tmp_path / "em.mrc", time=2)
+    assert_reads(opened, data[2])
+    assert opened.voxel_size_nm == (4, 4, 4)
+    with refused("em.mrc", "3 times"):
+        volume.open(tmp_path / "em.mrc")
+
+
 def test_bytes_of_imod_are_unsigned(tmp_path):
     data = voxels("uint8")
     path = written.mrc(tmp_path, data.view("int8"))
@@ -157,6 +187,12 @@ def test_spacings_without_a_unit_are_told_and_not_used(tmp_path):
     opened = volume.open(tmp_path / "em.nrrd")
     assert opened.voxel_size_nm is None
     assert "50 x 5 x 4, without a unit" in opened.notes[0]
+    nrrd.write(
+        str(tmp_path / "no.nrrd"), voxels().T, {"spacings": [4.0, 5.0, float("nan")], "units": ["nm", "nm", "nm"]}
+    )
+    opened = volume.open(tmp_path / "no.nrrd")
+    assert opened.voxel_size_nm is None
+    assert "? x 5 x 4 nm, which is not complete" in opened.notes[0]
 
 
 def test_a_file_with_several_datasets_lists_them(tmp_path):
@@ -227,6 +263,28 @@ def test_the_voxel_size_of_an_n5_array_is_found_where_programs_write_it(tmp_path
     told = {key: value for key, value in json.loads(document.read_text()).items() if key not in ("resolution", "units")}
     document.write_text(json.dumps({**told, **attributes}))
     assert volume.open(path).voxel_size_nm == (50, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("place", "attributes"),
+    [
+        ("raw", {"pixelResolution": {"dimensions": [4, 5, 25], "unit": "nm"}, "downsamplingFactors": [1, 1, 2]}),
+        ("raw", {"resolution": [4, 5, 50], "units": ["nm", "nm", "nm"], "downsamplingFactors": [1, 1, 2]}),
+        ("raw", {"pixelResolution": {"dimensions": [4, 5, 50], "unit": "nm"}, "downsamplingFactors": "?"}),
+        ("", {"pixelResolution": {"dimensions": [4, 5, 25], "unit": "nm"}}),
+    ],
+)
+def test_the_voxel_size_of_a_coarser_n5_level_counts_what_it_was_made_by(tmp_path, place, attributes):
+    import json
+
+    path = written.n5(tmp_path, voxels("uint16"))
+    document = path / "raw" / "attributes.json"
+    told = {key: value for key, value in json.loads(document.read_text()).items() if key not in ("resolution", "units")}
+    document.write_text(json.dumps({**told, "downsamplingFactors": [1, 1, 2]}))
+    above = path / place / "attributes.json"
+    above.write_text(json.dumps({**json.loads(above.read_text() if above.exists() else "{}"), **attributes}))
+    assert volume.open(path).voxel_size_nm == (50, 5, 4)
+    assert volume.open(path / "raw").voxel_size_nm == (50, 5, 4)
 
 
 def test_a_scale_of_a_precomputed_volume_is_chosen_by_its_key(tmp_path):

@@ -1,5 +1,6 @@
 """Gray values mean what a file says: palettes, channels, times, and contrast that is turned by choice."""
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -89,6 +90,42 @@ def test_turned_contrast_is_that_of_the_turned_voxels(tmp_path, dtype):
     assert_reads(copied, data.astype(opened.dtype))
     assert "contrast is turned" in copied.notes[0]
     assert volume.materialize(volume.open_volume(turned, invert=True), tmp_path / "copy.zarr") == copied
+
+
+@pytest.mark.parametrize("factor", [-2.0, 0.5])
+@pytest.mark.parametrize("kind", ["nc", "zarr"])
+def test_a_factor_below_0_turns_contrast_and_any_is_told(tmp_path, kind, factor):
+    packed = {"scale_factor": factor, "add_offset": 510.0}
+    if kind == "nc":
+        with h5py.File(tmp_path / "v.nc", "w") as file:
+            file.create_dataset("em", data=voxels()).attrs.update(packed)
+    else:
+        zarr.create_array(str(tmp_path / "v.zarr"), data=voxels(), chunks=(2, 16, 16), attributes=packed)
+    opened = volume.open(tmp_path / f"v.{kind}")
+    assert_reads(opened, 255 - voxels() if factor < 0 else voxels())
+    assert [f"values times {factor:g} plus 510 are meant" in note for note in opened.notes] == [True]
+    assert_reads(volume.open(tmp_path / f"v.{kind}", invert=True), voxels() if factor < 0 else 255 - voxels())
+
+
+@pytest.mark.parametrize("names", ["xyz", "zyx", "tzyx", "zyxc"])
+def test_names_of_axes_are_found_where_xarray_writes_them(tmp_path, names):
+    long = {"t": "time", "c": "channel"}
+    data = np.stack([voxels(seed=i) for i in range(2)])[..., None]  # t or c, z y x, 1
+    stored = {
+        "xyz": data[0, ..., 0].T,
+        "zyx": data[0, ..., 0],
+        "tzyx": data[..., 0],
+        "zyxc": np.moveaxis(data[..., 0], 0, 3),
+    }
+    attributes = {"_ARRAY_DIMENSIONS": [long.get(name, name) for name in names]}
+    path, chunks = str(tmp_path / "v.zarr"), (2,) * len(names)
+    zarr.create_array(path, data=stored[names], chunks=chunks, zarr_format=2, attributes=attributes)
+    if names == "xyz":
+        with refused("has axes x y z", "transpose it"):
+            volume.open(path)
+        return
+    chosen = {"t": {"time": 1}, "z": {}}[names[0]] if "c" not in names else {"channel": 1}
+    assert_reads(volume.open(path, **chosen), data[len(chosen), ..., 0])
 
 
 # ------------------------------------------------------------------------------------------------------------ palettes

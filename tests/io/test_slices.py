@@ -221,7 +221,11 @@ def test_a_gap_in_the_numbers_is_refused_unless_allowed_and_told(tmp_path):
         (["s0", "s10", "s20", "s30"], ""),
         (["s8", "s9", "s10", "s11"], ""),
         (["s3", "s17", "s20", "s41"], ""),  # chosen sections, no count
-        (["s1_a2", "s2_a5", "s3_a9", "s5_a1"], ""),
+        (["s1_a2", "s2_a5", "s3_a9", "s5_a1"], "has no slice between s3_a9.tif and s5_a1.tif"),
+        (["t0900_s1", "t0907_s2", "t0921_s3", "t1003_s5"], "has no slice between t0921_s3.tif and t1003_s5.tif"),
+        (["t0950_s1", "t0955_s2", "t1000_s3", "t1005_s4"], ""),  # times
+        ([f"g{i}_s{10 * i + j}" for i in range(3) for j in range(4)], ""),
+        (["2024-01-30", "2024-01-31", "2024-02-01", "2024-02-02"], ""),
         (["left", "right"], ""),
         (["s1"], ""),
         (["s1", "s9"], ""),
@@ -230,6 +234,25 @@ def test_a_gap_in_the_numbers_is_refused_unless_allowed_and_told(tmp_path):
 )
 def test_gaps_are_told_from_other_numbers(names, gap):
     assert slices.missing(sorted((f"{name}.tif" for name in names), key=slices._natural)) == gap
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["s1", "s2", "s4"], "uneven numbers, such as from s2.tif to s4.tif"),
+        (["s1", "s2", "s4", "s7", "s9"], "uneven numbers, such as from s2.tif to s4.tif"),
+        (["t1_s3", "t2_s17", "t9_s20", "t11_s41"], "uneven numbers, such as from t1_s3.tif to t2_s17.tif"),
+        (["s2", "s4", "s6"], ""),
+        (["t1_s1", "t4_s2", "t9_s3"], ""),
+        (["left", "right"], ""),
+    ],
+)
+def test_numbers_that_are_uneven_and_no_count_are_told(tmp_path, names, said):
+    (tmp_path / "v").mkdir()
+    for name, plane in zip(names, voxels(shape=(len(names), 40, 33)), strict=True):
+        tifffile.imwrite(tmp_path / "v" / f"{name}.tif", plane)
+    notes = volume.open(tmp_path / "v").notes
+    assert [said in note and "read as neighbors" in note for note in notes] == ([True] if said else [])
 
 
 def png(rows, width=33, height=40, *, level=6, cut=0, flip=None):

@@ -403,6 +403,7 @@ IMAGEJ_DEPTHS = {
         (30.0, 4.0, 4.0),
         "-0.03 x 0.004 x 0.004 micron: taken",
     ),
+    "unit of its own": ({"unit": "micron", "spacing": 30, "zunit": "nm"}, (30.0, 4.0, 4.0), None),
     "zero": ({"unit": "micron", "spacing": 0.0}, None, "0 x 0.004 x 0.004 micron, which no voxel has"),
     "words": ({"unit": "micron", "spacing": "thick"}, None, "not complete"),
     "unknown unit": ({"unit": "furlong", "spacing": 1}, None, "in furlong: not used"),

@@ -9,11 +9,12 @@ from volseg.io.header import shape_text
 
 MAX_UNNAMED_CHANNELS = 4  # entries of an axis without a name that is taken for channels
 MANY_UNNAMED_CHANNELS = 32  # the same where no axis has so few: affinities to voxels further away
+TIME_NAMES = ("t", "time")
 CHANNEL_NAMES = ("c", "ch", "channel", "channels")
 
 
 def axis_names(names: Sequence[str | None], ndim: int) -> list[str]:
-    """A name for each axis, lower case, "c" for channels.
+    """A name for each axis, lower case, "c" for channels and "t" for times.
 
     Where ``names`` do not fit the array, its axes are t c z y x; of four, the first is "?".
 
@@ -22,7 +23,8 @@ def axis_names(names: Sequence[str | None], ndim: int) -> list[str]:
     """
     if len(names) != ndim or not all(names):
         names = ["?", *"zyx"] if ndim == 4 else [*("?" * (ndim - 5)), *"tczyx"[max(0, 5 - ndim) :]]
-    return ["c" if name.lower() in CHANNEL_NAMES else name.lower() for name in names]
+    lower = [name.lower() for name in names]
+    return ["c" if name in CHANNEL_NAMES else "t" if name in TIME_NAMES else name for name in lower]
 
 
 def channel_axis(shape: Sequence[int], names: Sequence[str], where: str) -> int | None:

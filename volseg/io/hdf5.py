@@ -17,7 +17,7 @@ from volseg import system
 from volseg.box import Box
 from volseg.errors import UserError, printable
 from volseg.io import axes, files, ome
-from volseg.io.header import Header, check_shape, decoding, decoding_room, reason, shape_text, voxel_dtype
+from volseg.io.header import Header, check_shape, decoding, decoding_room, packing, reason, shape_text, voxel_dtype
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -49,6 +49,7 @@ def header(path: str, dataset: str = "", *, several: bool = False) -> Header:
         axes.check(shape, names, lead, where, time)
         space = axes.space(len(shape), lead, time)
         size, size_notes = _voxel_size_nm(file, name, data, space, path)
+        turned, packed = packing(data.attrs, where)
         zyx = tuple(shape[axis] for axis in space)
         chunk = tuple(data.chunks[axis] for axis in space) if data.chunks else (1, *zyx[1:])
     return Header(
@@ -63,7 +64,8 @@ def header(path: str, dataset: str = "", *, several: bool = False) -> Header:
         times=1 if time is None else shape[time],
         time_axis=time,
         binary=dtype.kind == "b",
-        notes=_notes(where, data),
+        inverted=turned,
+        notes=(*_notes(where, data), *packed),
         size_notes=size_notes,
     )
 

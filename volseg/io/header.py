@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 
 import numpy as np
 
 from volseg.box import Box, Triple
-from volseg.errors import UserError
+from volseg.errors import UserError, printable
 from volseg.io.filling import ADVICE, undecodable
 from volseg.system import free_memory
 
@@ -40,6 +40,7 @@ class Header:
     times: int = 1
     time_axis: int | None = None
     binary: bool = False
+    inverted: bool = False  # whether lower stored values mean higher gray values
     notes: tuple[str, ...] = ()  # what was decided on the way, a line each
     size_notes: tuple[str, ...] = ()  # the same for the voxel size
 
@@ -52,6 +53,23 @@ def voxel_dtype(dtype: np.dtype, where: str) -> str:
     if dtype.kind not in "uif":
         raise UserError(f"{where} holds {dtype} voxels; volseg reads bool, integer and float voxels: convert it first")
     return dtype.newbyteorder("=").name
+
+
+def packing(attributes: Mapping, where: str) -> tuple[bool, tuple[str, ...]]:
+    """Whether stored values are to be turned around, and a note, where ``scale_factor`` and ``add_offset`` tell what they mean,
+    as netCDF has it. Any other line through them leaves an image as it is.
+
+    >>> packing({"scale_factor": -2.0}, "em.nc")[0], packing({"scale_factor": 0.5}, "em.nc")[0], packing({}, "em.nc")
+    (True, False, (False, ()))
+    """
+    try:
+        factor, offset = (float(attributes.get(key, n)) for key, n in (("scale_factor", 1), ("add_offset", 0)))
+    except (TypeError, ValueError):
+        return False, ()
+    if (factor, offset) == (1, 0) or not (isfinite(factor) and isfinite(offset)):
+        return False, ()
+    read = "they are read turned around, but not scaled" if factor < 0 else "they are read as they are stored"
+    return factor < 0, (printable(f"{where} says that its values times {factor:g} plus {offset:g} are meant: {read}"),)
 
 
 def check_shape(shape: Sequence[int], where: str) -> None:

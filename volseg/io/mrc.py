@@ -20,6 +20,7 @@ SUFFIXES = (".mrc", ".rec", ".st", ".map", ".ali", ".preali", ".mrcs", ".mrc.gz"
 HEADER_BYTES = 1024
 MAGIC, MAGIC_AT = b"MAP ", 208
 IMOD_STAMP, IMOD_STAMP_AT = 1146047817, 152  # in the header of files that IMOD wrote; its flags follow
+VOLUME_STACKS = range(401, 631)  # space groups of files that hold several volumes, one after the other
 SIGNED = 1  # the bit of IMOD's flags that tells signed bytes
 
 
@@ -62,12 +63,15 @@ def _layout(path: str, stamp: Any) -> flat.Layout:
         dtype = np.dtype(np.uint8)
         notes.append(f"{path} was written by IMOD with unsigned bytes: read so")
     size, size_notes = _voxel_size_nm(fields, path)
+    shape, names = [int(fields[name]) for name in ("nz", "ny", "nx")], _axis_names(fields)
+    if fields["ispg"] in VOLUME_STACKS and 0 < fields["mz"] < shape[0] and shape[0] % fields["mz"] == 0:
+        shape, names = [shape[0] // int(fields["mz"]), int(fields["mz"]), *shape[1:]], ["t", *names]
     return flat.Layout(
         path,
         HEADER_BYTES + max(0, int(fields["nsymbt"])),
-        tuple(int(fields[name]) for name in ("nz", "ny", "nx")),
+        tuple(shape),
         dtype,
-        names=_axis_names(fields),
+        names=names,
         gzip_at=gzip_at,
         voxel_size_nm=size,
         notes=tuple(map(printable, notes)),
@@ -93,7 +97,7 @@ def _voxel_size_nm(fields: Any, path: str) -> tuple[Any, tuple[str, ...]]:
     """Voxel size z y x from the cell and its sampling, in angstroms."""
     cell, sampling = fields["cella"], [int(fields[name]) for name in ("mz", "my", "mx")]
     lengths = [float(f"{cell[a] / n:.6g}") if n > 0 else 0.0 for a, n in zip("zyx", sampling, strict=True)]
-    if not all(lengths):
+    if not any(lengths):
         return None, ()
     if all(round(length, 6) == 1 for length in lengths):
         note = (

@@ -87,6 +87,6 @@ def _voxel_size_nm(parsed: Any, path: str) -> tuple[Any, tuple[str, ...]]:
         unit = parsed.get_xyzt_units()[0]
     except KeyError:
         unit = "unknown"
-    if len(lengths) < 3 or not all(lengths):
+    if len(lengths) < 3 or not any(lengths):
         return None, ()
     return ome.voxel_size_nm(lengths, ["" if unit == "unknown" else unit] * 3, path)

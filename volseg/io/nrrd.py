@@ -137,12 +137,13 @@ def _voxel_size_nm(fields: Any, ndim: int, path: str) -> tuple[Any, tuple[str, .
     units: list[str] = [str(unit) for unit in fields.get("space units", ())]
     if "space directions" in fields:
         rows = [[float(n) for n in row] for row in fields["space directions"] if row is not None]
-        lengths = [hypot(*row) for row in rows if not any(n != n for n in row)]
+        lengths = [hypot(*row) for row in rows]
     else:
         lengths = [float(n) for n in fields.get("spacings", ())]
         units = [str(unit) for unit in fields.get("units", units)]
-    lengths = [n for n in lengths if n == n]
-    if len(lengths) != 3:
+    known = [n for n in lengths if n == n]  # an axis of channels has none
+    told: list[float | None] = [*known] if ndim > 3 else [n if n == n else None for n in lengths]
+    if len(told) != 3:
         return None, ()
     units = units[-3:] if len(units) >= 3 else [""] * 3
-    return ome.voxel_size_nm(lengths[::-1], units[::-1], path)
+    return ome.voxel_size_nm(told[::-1], units[::-1], path)

@@ -77,7 +77,7 @@ def voxel_size_nm(
         if set(unknown) <= {"", *NO_UNIT} and all(length in (None, 1) for length in lengths):
             return None, ()
         why = "without a unit" if unknown == [""] else f"in {', '.join(unit or 'no unit' for unit in unknown)}"
-        numbers = ",".join("?" if length is None else f"{length:g}" for length in lengths)
+        numbers = ",".join(f"{abs(length):g}" if length else "?" for length in lengths)
         note = f"{said}, {why}: not used; if these are nanometers, give input.voxel_size_nm=[{numbers}]"
         return None, (printable(note),)
     known = [float(length) for length in lengths if length is not None]

@@ -39,7 +39,9 @@ def header(path: str, *, several: bool = False, allow_gaps: bool = False) -> Hea
     kinds = sorted({os.path.splitext(name)[1].lower().replace("tiff", "tif").replace("jpeg", "jpg") for name in names})
     if len(kinds) > 1:
         raise UserError(f"folder {path} mixes {' and '.join(kinds)} files; keep the slices of one volume alone")
-    gap = missing(names)
+    gap, uneven = missing(names), ""
+    if not gap:
+        uneven = unevenly(names)
     if gap and not allow_gaps:
         raise UserError(
             f"folder {path} {gap}: sections would lie beside each other that do not belong together; add what is missing and "
@@ -55,7 +57,7 @@ def header(path: str, *, several: bool = False, allow_gaps: bool = False) -> Hea
         raise UserError(f"slice {os.path.join(path, names[0])} {first.channels_text}")
     shape = (len(names), *first.shape)
     check_shape((*shape, first.channels), path)
-    notes = [f"folder {path} {gap}: its slices are read as neighbors"] if gap else []
+    notes = [f"folder {path} {gap or uneven}: its slices are read as neighbors"] if gap or uneven else []
     notes += [f"{note} (and so do {n - 1} other slices)" if n > 1 else note for note, n in _notes(slices)]
     return Header(
         "slices",
@@ -89,29 +91,61 @@ def missing(names: Sequence[str]) -> str:
     if others and 2 * count > len(names) and len(usual) > 1:
         odd = next(name for name in names if tuple(parts[name][::2]) != usual)
         return f"has a slice whose name is not like the others, {odd}"
-    if others or len(usual) < 2 or any(len(text) > 19 for part in parts.values() for text in part[1::2]):
-        return ""
-    numbers = {name: tuple(map(_number, part[1::2])) for name, part in parts.items()}
-    for first, second in pairwise(names):
-        if numbers[first] == numbers[second]:
-            return f"has two slices of one number, {first} and {second}"
-    return _gap(names, [numbers[name] for name in names])
+    numbers = _numbers(names)
+    for i, (first, second) in enumerate(pairwise(numbers)):
+        if first == second:
+            return f"has two slices of one number, {names[i]} and {names[i + 1]}"
+    for steps in _steps(numbers):
+        gaps = _gaps(steps)
+        if gaps and 2 * len(gaps) < len(steps):
+            more = f" and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
+            return f"has no slice between {names[gaps[0]]} and {names[gaps[0] + 1]}{more}"
+    return ""
 
 
-def _gap(names: Sequence[str], numbers: list[tuple[int, ...]]) -> str:
-    """Where the last number that varies leaves out some, among names that are else alike; "" where it does not."""
-    varying = [i for i in range(len(numbers[0])) if len({number[i] for number in numbers}) > 1]
-    if not varying:
-        return ""
-    last = varying[-1]
-    alike = [i for i, (a, b) in enumerate(pairwise(numbers)) if a[:last] == b[:last]]
-    steps = {i: numbers[i + 1][last] - numbers[i][last] for i in alike}
+def unevenly(names: Sequence[str]) -> str:
+    """How the numbers of slices that `missing` has nothing to say of are uneven, in words; "" where they are not.
+
+    >>> unevenly(["s1.tif", "s2.tif", "s4.tif"]), unevenly(["s1.tif", "s3.tif", "s5.tif"])
+    ('has uneven numbers, such as from s2.tif to s4.tif', '')
+    """
+    for steps in _steps(_numbers(names)):
+        if gaps := _gaps(steps):
+            return f"has uneven numbers, such as from {names[gaps[0]]} to {names[gaps[0] + 1]}"
+    return ""
+
+
+def _numbers(names: Sequence[str]) -> list[tuple[int, ...]]:
+    """The numbers in names that are else alike; none where they are not alike, have none, or longer ones than a count has."""
+    parts = [re.split(r"(\d+)", os.path.splitext(name)[0]) for name in names]
+    alike = len({tuple(part[::2]) for part in parts}) == 1
+    if not alike or any(len(text) > 19 for part in parts for text in part[1::2]):
+        return []
+    return [tuple(map(_number, part[1::2])) for part in parts]
+
+
+def _steps(numbers: list[tuple[int, ...]]) -> list[dict[int, int]]:
+    """By how much numbers of names that follow each other differ, of each number that may count the sections, by its place.
+
+    The last one that varies may, and any that differs in all names; where names are alike before it, among these alone. Where
+    one of them counts without a gap, none is missing, whatever the others are: times, for instance.
+    """
+    columns = list(zip(*numbers, strict=True))
+    varying = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    found = []
+    for i in reversed(varying):
+        if i == varying[-1] or len(set(columns[i])) == len(numbers):
+            pairs = list(enumerate(pairwise(numbers)))
+            alike = [(at, pair) for at, pair in pairs if pair[0][:i] == pair[1][:i]]
+            found.append({at: b[i] - a[i] for at, (a, b) in alike or pairs})
+    counts = any(len(set(steps.values())) == 1 and min(steps.values()) > 0 for steps in found)
+    return [] if counts else found
+
+
+def _gaps(steps: dict[int, int]) -> list[int]:
+    """Where a number that grows from name to name skips some."""
     step = min(steps.values(), default=0)
-    gaps = [i for i, n in steps.items() if n != step]
-    if step < 1 or not gaps or 2 * len(gaps) >= len(steps):
-        return ""
-    more = f" and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
-    return f"has no slice between {names[gaps[0]]} and {names[gaps[0] + 1]}{more}"
+    return [at for at, n in steps.items() if n != step] if step > 0 else []
 
 
 # ------------------------------------------------------------------------------------------------------------- slices

@@ -212,19 +212,20 @@ def _arrays(path: str) -> list[str]:
 
 def _n5_size(path: str, name: str) -> tuple[TripleNm | None, tuple[str, ...]]:
     """Voxel size z y x from what programs write into an array's attributes, or into those of the groups above it."""
-    where = f"{path}/{name}".rstrip("/")
+    where = place = f"{path}/{name}".rstrip("/")
     own = _document(where, METADATA["n5"])
-    factors = own.get("downsamplingFactors", [1, 1, 1])
-    above = [name.rpartition("/")[0]] if name else []
-    for place, attributes in (
-        (where, own),
-        *((f"{path}/{up}", _document(f"{path}/{up}", METADATA["n5"])) for up in above),
-    ):
+    told = own.get("downsamplingFactors")
+    factors = [number for n in (told if isinstance(told, list) else ()) if (number := ome.number(n))]
+    for _ in range(3):  # the level, its image, the container
+        attributes = _document(place, METADATA["n5"])
         found = _lengths(attributes)
         if found is None:
+            if place.lower().endswith(".n5"):
+                break
+            place = place.rpartition("/")[0]
             continue
         lengths, units = found
-        if place != where and isinstance(factors, list) and len(factors) == 3:
+        if len(factors) == 3 and (place != where or "pixelResolution" in attributes):
             lengths = [a * b for a, b in zip(lengths, reversed(factors), strict=True)]
         return ome.voxel_size_nm(lengths, units, where)
     return None, ()

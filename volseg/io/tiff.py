@@ -317,9 +317,10 @@ def _voxel_size_nm(tif: Any, path: str) -> tuple[TripleNm | None, tuple[str, ...
     unit = str(facts.get("unit", ""))
     planar = [_length(tif.pages[0].tags.valueof(name)) for name in ("YResolution", "XResolution")]
     depth = ome.number(facts["spacing"]) if "spacing" in facts else 1.0
-    size, notes = ome.voxel_size_nm((depth, *planar), [unit] * 3, path)
+    units = [str(facts.get(f"{axis}unit", unit)) for axis in "zyx"]  # ImageJ names those that differ
+    size, notes = ome.voxel_size_nm((depth, *planar), units, path)
     if size and "spacing" not in facts:
-        notes = (*notes, printable(f"{path} gives no distance between sections: 1 {unit}, as ImageJ takes it"))
+        notes = (*notes, printable(f"{path} gives no distance between sections: 1 {units[0]}, as ImageJ takes it"))
     return size, notes
 
 

@@ -417,6 +417,7 @@ def _volumes(
             binary=header.binary,
             time=instant,
             time_axis=header.time_axis,
+            inverted=header.inverted,
             notes=notes if voxel_size_nm else (*notes, *header.size_notes),
         )
         for channel in range(header.channels)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -16,7 +16,7 @@ from volseg.box import Blocks, Box, Triple
 from volseg.errors import UserError, printable
 from volseg.io import arrays, axes, files, ome
 from volseg.io.filling import ADVICE, SKIP, record_filled, undecodable
-from volseg.io.header import Header, check_shape, decoding_room, reason, shape_text, voxel_dtype
+from volseg.io.header import Header, check_shape, decoding_room, packing, reason, shape_text, voxel_dtype
 from volseg.io.occupancy import Stored
 from volseg.io.voxels import patches
 
@@ -54,6 +54,7 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
     space = axes.space(node.ndim, lead, time)
     shape, chunk = (tuple(sizes[axis] for axis in space) for sizes in (node.shape, node.chunks))
     size, size_notes = image.voxel_size_nm(level, where, node.ndim, lead, time)
+    turned, packed = packing(node.attrs, where)
     return Header(
         "zarr",
         shape,
@@ -66,7 +67,8 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
         times=1 if time is None else node.shape[time],
         time_axis=time,
         binary=node.dtype.kind == "b",
-        notes=tuple(dict.fromkeys((*notes, *odd, *_nothing_stored(path, dataset, shape, space)))),
+        notes=tuple(dict.fromkeys((*notes, *odd, *packed, *_nothing_stored(path, dataset, shape, space)))),
+        inverted=turned,
         size_notes=size_notes,
     )
 
@@ -141,11 +143,13 @@ def _images(root: str) -> tuple[tuple[ome.Image, ...], tuple[str, ...]]:
 
 
 def _axis_names(image: ome.Image, array: zarr.Array) -> list[str]:
-    """Names of the array's axes: from OME metadata, else from zarr 3's own."""
-    names = image.axis_names
-    if not names and array.metadata.zarr_format == 3:
-        names = [name if isinstance(name, str) else "" for name in array.metadata.dimension_names or ()]
-    return axes.axis_names(names, array.ndim)
+    """Names of the array's axes: from OME metadata, else from zarr 3's own, else as xarray writes them."""
+    told: Any = image.axis_names
+    if not told and array.metadata.zarr_format == 3:
+        told = array.metadata.dimension_names
+    if not told and not isinstance(told := array.attrs.get("_ARRAY_DIMENSIONS"), list):
+        told = ()
+    return axes.axis_names([name if isinstance(name, str) else "" for name in told], array.ndim)
 
 
 def _nothing_stored(path: str, dataset: str, shape: Triple, space: list[int]) -> list[str]:
