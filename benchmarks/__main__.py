@@ -142,12 +142,13 @@ def folds(
     out: Annotated[str, typer.Option(help="Folder of models and runs; what is done there is kept.")] = "runs/vnc",
     train_sets: Changes = None,
     infer_sets: Decoding = None,
+    name: Annotated[str, typer.Option(help="Rows go to results/folds-NAME.json.")] = "",
 ) -> None:
     """Blocked cross-validation on one annotated stack, by default VNC: 5 folds of 4 consecutive sections."""
     from benchmarks import folds as bench
 
     size = [float(n) for n in voxel_size.split(",")]
-    bench.measure(data, count, size, recipe, out, tuple(train_sets or ()), tuple(infer_sets or ()))
+    bench.measure(data, count, size, recipe, out, tuple(train_sets or ()), tuple(infer_sets or ()), name)
 
 
 @app.command()

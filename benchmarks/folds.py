@@ -18,6 +18,7 @@ def measure(
     out: str,
     train_sets: tuple[str, ...],
     infer_sets: tuple[str, ...],
+    name: str = "",
 ) -> None:
     """A row for each fold, and the foreground IoU of all held-out sections together."""  # fmt: skip
     first, stop = trial.span(data[0], "")
@@ -33,12 +34,12 @@ def measure(
         _, scores = trial.scored(model, image, label, box, (size, *infer_sets))
         rows.append({"held out": f"{low}:{high}", **trial.row(card, scores)})
         counts = {name: counts[name] + getattr(scores.foreground, name) for name in COUNTS}
-        report.keep("folds", [*rows, _all(rows, counts)])
+        report.keep("folds" + f"-{name}" * bool(name), [*rows, _all(rows, counts)])
 
 
 def _all(rows: list[dict], counts: dict) -> dict:
     """The row of all folds: IoU of the voxels together, means and sums of the rest."""
     means = {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in ("threshold", "PQ", "SA50")}
-    sums = {name: sum(row[name] for row in rows) for name in ("minutes", "split", "merged", "missed", "spurious")}
+    sums = {name: round(sum(row[name] for row in rows), 1) for name in ("minutes", "split", "merged", "missed", "spurious")}
     iou = counts["true_positive_voxels"] / max(1, sum(counts.values()))
     return {"held out": "all", "steps": rows[0]["steps"], **{**means, **sums}, "IoU": round(iou, 4)}
