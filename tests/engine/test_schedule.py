@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import SHAPE, Quiet, digest, markers_of, settings
 from volseg import progress
-from volseg.engine import cluster, finish, folder, schedule
+from volseg.engine import cluster, compiled, finish, folder, schedule
 from volseg.engine.receipts import RunStatistics
 from volseg.engine.stages import group_of
 from volseg.io import volume
@@ -148,3 +148,20 @@ def test_lines_tell_of_all_stages_under_way(capsys, monkeypatch):
         ["link", "100"], ["predict", "50"], ["predict", "50"], ["predict", "100"],
     ]  # fmt: skip
     assert "; fragments   25 %" in lines[2]
+
+
+def test_loops_are_compiled_by_one_worker_alone(image, tmp_path, monkeypatch):
+    monkeypatch.setenv("VOLSEG_CACHE", str(tmp_path / "cache"))  # as on a machine where nothing has run
+    told = []
+    begin, end = RunStatistics.begin, RunStatistics.end
+    monkeypatch.setattr(RunStatistics, "begin", lambda self, title: (told.append((title, 1)), begin(self, title)))
+    monkeypatch.setattr(RunStatistics, "end", lambda self, title, _: (told.append((title, -1)), end(self, title, _)))
+    assert not compiled.known()
+    run = begun(image, tmp_path / "run.volseg.zarr", workers=2)
+    with cluster.connect(run.config.cluster) as client:
+        schedule.run_stages(client, run, markers_of(run), Quiet())
+    for title in ("fragments", "relabel"):
+        steps = [step for name, step in told if name == title]
+        assert steps[:2] == [1, -1], "the first block ends before another begins"
+        assert len(steps) == 2 * len(run.grid)
+    assert compiled.known()

@@ -25,7 +25,7 @@ from functools import lru_cache
 
 from volseg.engine import cluster
 from volseg.engine.lock import writing
-from volseg.engine.predict import in_pieces, release_network
+from volseg.engine.predict import holds_network, in_pieces, release_network
 from volseg.engine.receipt import Receipt, Timings
 from volseg.engine.run import Run, stored_run
 from volseg.engine.stages import Stage, stages_of
@@ -72,6 +72,7 @@ def process_block_in_pieces(path: str, run_id: str, stage_name: str, i: int) -> 
 @lru_cache(maxsize=2)
 def _load(path: str, run_id: str) -> tuple[Run, dict[str, Stage]]:
     """The run at ``path`` and its stages. The network of an earlier run makes room for its own."""
-    release_network()
+    if holds_network():
+        release_network()
     run = stored_run(path, run_id)
     return run, stages_of(run)

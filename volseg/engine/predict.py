@@ -456,6 +456,11 @@ def _loaded(path: str, run_id: str, size: tuple[int, int]) -> Call:
     return backends.network(run.layout.load_model(), *engine, shape, _threads(run), cluster.place_here())
 
 
+def holds_network() -> bool:
+    """Whether this process keeps a network."""
+    return _loaded.cache_info().currsize > 0
+
+
 def release_network() -> None:
     """This process keeps no network, nor memory that it does not use."""
     _loaded.cache_clear()

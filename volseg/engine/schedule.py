@@ -13,7 +13,7 @@ import numpy as np
 
 from volseg import system
 from volseg.box import Blocks
-from volseg.engine import cluster, drop, folder, loop, monitor
+from volseg.engine import cluster, compiled, drop, folder, loop, monitor
 from volseg.engine.block_tables import Values
 from volseg.engine.elastic import call_on_workers
 from volseg.engine.pipeline import process_block, process_block_in_pieces
@@ -38,17 +38,16 @@ def run_stages(client: Any, run: Run, markers: Markers, progress: Progress, plan
     """
     statistics = RunStatistics(slots=cluster.threads(client), devices=cluster.devices(client))
     with monitor.shown(client, run, statistics, plan, progress.message):
-        return _run_and_mend(client, run, markers, progress, statistics)
+        _run_and_mend(client, run, markers, progress, statistics)
+    compiled.remember()
+    return statistics
 
 
-def _run_and_mend(
-    client: Any, run: Run, markers: Markers, progress: Progress, statistics: RunStatistics
-) -> RunStatistics:
+def _run_and_mend(client: Any, run: Run, markers: Markers, progress: Progress, statistics: RunStatistics) -> None:
     mended: Counter[str] = Counter()
     while True:
         try:
-            _run_groups(client, run, markers, progress, statistics)
-            return statistics
+            return _run_groups(client, run, markers, progress, statistics)
         except DamagedFileError as error:
             mended.update(error.keys)
             if max(mended.values()) >= run.config.cluster.tries or not mend(run, markers, error.keys):
@@ -116,16 +115,26 @@ def _run_together(
         statistics.blocks.update(blocks)
     advance = {name: progress.stage(name, by_name[name].part.voxels, state.voxels) for name, state in blocks.items()}
     followers = {name: [stage.name for stage in stages if name in stage.after] for name in blocks}
+    first = (
+        {stage.name for stage in stages if not stage.on_device}
+        if run.config.cluster.is_local and not compiled.known()
+        else set()
+    )
+    alone: set[str] = set()  # stages whose first block is under way, and no other
 
     def ready(names: list[str]) -> Iterator[tuple[str, int] | None]:
         while True:
-            item = next(((name, i) for name in names if (i := blocks[name].take()) is not None), None)
+            free = (name for name in names if name not in alone)
+            item = next(((name, i) for name in free if (i := blocks[name].take()) is not None), None)
             if item:
                 statistics.begin(by_name[item[0]].title)
+                alone.update(first & {item[0]})
             yield item
 
     def done(item: tuple[str, int], receipt: Receipt) -> None:
         name, i = item
+        first.discard(name)
+        alone.discard(name)
         blocks[name].end(i, empty=receipt.nothing_wanted)
         for follower in followers[name]:
             blocks[follower].tell(name, i)
@@ -145,6 +154,7 @@ def _run_together(
 
     def give_up(failure: loop.Failure) -> None:
         name, i = failure.item
+        alone.discard(name)
         blocks[name].give_up(i)
 
     settings = run.config.cluster
