@@ -92,6 +92,11 @@ def test_pyramids_have_every_level_and_the_table(reference, tmp_path, small_bloc
             data, size = READERS[kind](made, level)
             np.testing.assert_array_equal(data, labels_of(reference, level))
             assert size == [5 * 2**level] * 3
+            if kind == "n5":  # n5-viewer multiplies
+                told = json.loads((made / f"s{level}/attributes.json").read_text())
+                assert told["pixelResolution"]["dimensions"] == [5, 5, 5]
+                assert told["downsamplingFactors"] == [2**level] * 3
+                assert volseg.open_volume(made / f"s{level}").voxel_size_nm == (5 * 2**level,) * 3
     info = json.loads((tmp_path / "labels.precomputed/info").read_text())
     inline = json.loads((tmp_path / f"labels.precomputed/{info['segment_properties']}/info").read_text())["inline"]
     assert [int(one) for one in inline["ids"]] == run.objects["id"].tolist()

@@ -26,13 +26,10 @@ def create(kind: str, path: str, levels: Levels, dtype: np.dtype, *, labels: boo
         ts.open({**spec, "kvstore": _folder(kind, path, level)}, create=True, open=True).result()
     if kind == "n5":
         factors = [[round(b / a) for a, b in zip(levels[0][1], size, strict=True)][::-1] for _, size in levels]
-        _add(path, "attributes.json", {"n5": "2.0.0", "scales": factors, **_pixel_resolution(levels[0][1])})
-        for level, (_, size) in enumerate(levels):
-            _add(
-                path,
-                f"s{level}/attributes.json",
-                {"downsamplingFactors": factors[level], **_pixel_resolution(size)},
-            )
+        finest = {"pixelResolution": {"dimensions": [float(n) for n in levels[0][1][::-1]], "unit": "nm"}}
+        _add(path, "attributes.json", {"n5": "2.0.0", "scales": factors, **finest})
+        for level, of_level in enumerate(factors):  # n5-viewer multiplies what a level says by its factors
+            _add(path, f"s{level}/attributes.json", {"downsamplingFactors": of_level, **finest})
 
 
 def write(kind: str, path: str, level: int, box: Box, data: np.ndarray) -> None:
@@ -96,11 +93,6 @@ def _n5(shape: Triple, size: TripleNm, dtype: np.dtype) -> dict:
             "units": ["nm", "nm", "nm"],
         },
     }
-
-
-def _pixel_resolution(size: TripleNm) -> dict:
-    """The voxel size as n5-viewer, Paintera and BigDataViewer look for it."""
-    return {"pixelResolution": {"dimensions": [float(n) for n in size[::-1]], "unit": "nm"}}
 
 
 def _add(path: str, key: str, more: dict) -> None:
