@@ -17,7 +17,7 @@ def test_every_format_reads_as_its_own_library_wrote_it(name, tmp_path):
     assert_reads(opened, data)
     if "npy" not in name:  # which has no place for it
         assert opened.voxel_size_nm == pytest.approx(written.SIZE_NM, rel=1e-6)
-    assert opened.notes == ()
+    assert ["begins at voxel" in note for note in opened.notes] == [True] * (opened.kind == "precomputed")
     assert len(set(opened.chunk)) > 1
 
 
@@ -292,6 +292,7 @@ def test_a_scale_of_a_precomputed_volume_is_chosen_by_its_key(tmp_path):
     path = written.precomputed(tmp_path, data)
     for opened in (volume.open(f"precomputed://{path}"), volume.open(path, dataset="4_5_50")):
         assert_reads(opened, data)
+        assert "begins at voxel [3, 0, 7]" in opened.notes[0]
     with refused("no precomputed array", "4_5_50"):
         volume.open(path, dataset="8_8_8")
 

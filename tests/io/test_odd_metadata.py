@@ -295,3 +295,18 @@ def test_a_mask_of_zeros_is_told(tmp_path):
     assert "wanted are 0 voxels" in str(region)
     assert "nothing is left to segment" in str(region)
     assert "stores no chunk" in region.mask.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("offset", "said"), [((100, 0, 0), "100 x 0 x 0"), ((0, -7.5, 3), "0 x -7.5 x 3"), ((4, 2, 2), "")]
+)
+@pytest.mark.parametrize("of_image", [False, True])
+def test_a_volume_that_begins_elsewhere_is_told(tmp_path, offset, said, of_image):
+    moved = {"type": "translation", "translation": list(offset)}
+    datasets = [{"path": "0", "coordinateTransformations": [STEP] if of_image else [STEP, moved]}]
+    write_image(
+        tmp_path / "v.zarr", voxels(), datasets=datasets, coordinateTransformations=[moved] if of_image else None
+    )
+    opened = volume.open(tmp_path / "v.zarr")
+    assert opened.voxel_size_nm == SIZE
+    assert [f"begins at {said} nanometer" in note for note in opened.notes] == ([True] if said else [])

@@ -143,10 +143,11 @@ class Axis(_Parsed):
 
 
 class Transformation(_Parsed):
-    """A step from an array's indices to lengths; only scales count."""
+    """A step from an array's indices to lengths."""
 
     type: Text = ""
     scale: Numbers = ()
+    translation: Numbers = ()
 
 
 Transformations = Annotated[tuple[Transformation, ...], BeforeValidator(_many), WrapValidator(_odd)]
@@ -192,6 +193,26 @@ class Image(_Parsed):
             lengths = [length * scale[axis] for length, axis in zip(lengths, space, strict=True)]
         units = [self.axes[axis].unit for axis in space] if len(self.axes) == ndim else ["", "", ""]
         return voxel_size_nm(lengths, units, where)
+
+    def offset_note(self, dataset: Dataset, where: str, space: Sequence[int]) -> tuple[str, ...]:
+        """A note where a level begins elsewhere than at 0, by a voxel or more; coarser ones begin by less."""
+        steps = (*dataset.coordinateTransformations, *self.coordinateTransformations)
+        offset, voxel = [0.0] * 3, [1.0] * 3
+        for step in steps:
+            for i, axis in enumerate(space):
+                if step.type == "translation" and len(step.translation) > axis:
+                    offset[i] += step.translation[axis]
+                if step.type == "scale" and len(step.scale) > axis:
+                    voxel[i] *= abs(step.scale[axis])
+        if all(abs(a) < n for a, n in zip(offset, voxel, strict=True)):
+            return ()
+        units = [self.axes[axis].unit if axis < len(self.axes) else "" for axis in space]
+        return begins(where, _shown(offset, units))
+
+
+def begins(where: str, place: str) -> tuple[str, ...]:
+    """The note on a volume whose first voxel lies elsewhere."""
+    return (printable(f"{where} begins at {place}: what is made of it begins at 0"),)
 
 
 class _Multiscales(_Parsed):

@@ -47,7 +47,7 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
     found = kind(path) or remote_kind(path)
     name = _full_resolution(path, dataset) if found == "n5" else dataset
     where = f"{path}/{name}".rstrip("/")
-    array = _array(found, path, name, _stamp(found, path, name))
+    array, offset = _array(found, path, name, _stamp(found, path, name))
     chunk = array.chunk_layout.read_chunk.shape or array.shape
     shape, chunk = array.shape[::-1], chunk[::-1]
     check_shape(shape, where)
@@ -70,7 +70,7 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
         channel_axis=lead,
         times=1 if time is None else shape[time],
         time_axis=time,
-        notes=_nothing_stored(found, where),
+        notes=(*_nothing_stored(found, where), *(ome.begins(where, f"voxel {offset}") if any(offset) else ())),
         size_notes=size_notes,
     )
 
@@ -78,7 +78,7 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
 def read(volume: Volume, box: Box) -> np.ndarray:
     """The voxels of ``box``; only the chunks that hold them are read."""
     where = f"{volume.path}/{volume.dataset}".rstrip("/")
-    array = _array(volume.kind, volume.path, volume.dataset, _stamp(volume.kind, volume.path, volume.dataset))
+    array, _ = _array(volume.kind, volume.path, volume.dataset, _stamp(volume.kind, volume.path, volume.dataset))
     index = axes.index(array.ndim, box.slices, volume.chosen)
     chunk = prod(array.chunk_layout.read_chunk.shape or ()) * array.dtype.numpy_dtype.itemsize
     try:
@@ -97,8 +97,8 @@ def read(volume: Volume, box: Box) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _array(kind: str, path: str, name: str, stamp: Any) -> Any:
-    """The array, opened once in this process, its first voxel at 0 along each axis."""
+def _array(kind: str, path: str, name: str, stamp: Any) -> tuple[Any, list[int]]:
+    """The array, opened once in this process, its first voxel at 0 along each axis; and where that was, z y x."""
     import tensorstore as ts
 
     spec: dict = {
@@ -114,7 +114,7 @@ def _array(kind: str, path: str, name: str, stamp: Any) -> Any:
         if "NOT_FOUND" in str(error):
             raise UserError(f"no {kind} array at {where}{_contents(kind, path)}") from None
         raise UserError(f"cannot open {where} as {kind}: {_reason(error)}") from None
-    return array[ts.d[:].translate_to[0]]
+    return array[ts.d[:].translate_to[0]], list(array.domain.origin[2::-1])
 
 
 def _kvstore(path: str) -> Any:

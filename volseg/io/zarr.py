@@ -67,7 +67,17 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
         times=1 if time is None else node.shape[time],
         time_axis=time,
         binary=node.dtype.kind == "b",
-        notes=tuple(dict.fromkeys((*notes, *odd, *packed, *_nothing_stored(path, dataset, shape, space)))),
+        notes=tuple(
+            dict.fromkeys(
+                (
+                    *notes,
+                    *odd,
+                    *packed,
+                    *image.offset_note(level, where, space),
+                    *_nothing_stored(path, dataset, shape, space),
+                )
+            )
+        ),
         inverted=turned,
         size_notes=size_notes,
     )
