@@ -40,6 +40,8 @@ def measure(
 def _all(rows: list[dict], counts: dict) -> dict:
     """The row of all folds: IoU of the voxels together, means and sums of the rest."""
     means = {name: round(sum(row[name] for row in rows) / len(rows), 3) for name in ("threshold", "PQ", "SA50")}
-    sums = {name: round(sum(row[name] for row in rows), 1) for name in ("minutes", "split", "merged", "missed", "spurious")}
+    sums = {
+        name: round(sum(row[name] for row in rows), 1) for name in ("minutes", "split", "merged", "missed", "spurious")
+    }
     iou = counts["true_positive_voxels"] / max(1, sum(counts.values()))
     return {"held out": "all", "steps": rows[0]["steps"], **{**means, **sums}, "IoU": round(iou, 4)}

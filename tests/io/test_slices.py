@@ -167,6 +167,26 @@ def test_colors_and_channels_of_slices_are_refused_unless_one_is_chosen(tmp_path
     assert_reads(volume.open(tmp_path / "v", channel=1), voxels())
 
 
+@pytest.mark.parametrize(
+    ("facts", "size", "said"),
+    [
+        ({"unit": "micron", "spacing": 0.03}, (30.0, 4.0, 4.0), None),
+        ({"unit": "micron"}, None, "? x 0.004 x 0.004 micron, which is not complete"),
+        ({"spacing": 8}, None, "without a unit"),
+    ],
+)
+def test_the_voxel_size_of_slices_that_fiji_saved_is_used_or_told(tmp_path, facts, size, said):
+    (tmp_path / "v").mkdir()
+    for i, plane in enumerate(voxels()):
+        path = tmp_path / "v" / f"s{i}.tif"
+        tifffile.imwrite(path, plane, imagej=True, resolution=(250.0, 250.0), metadata=facts)
+    opened = volume.open(tmp_path / "v")
+    assert_reads(opened, voxels())
+    assert opened.voxel_size_nm == size
+    assert [said in note for note in opened.notes] == ([True] if said else [])
+    assert volume.open(tmp_path / "v", voxel_size_nm=(1, 2, 3)).notes == ()
+
+
 def test_links_to_nowhere_are_refused_by_name(tmp_path):
     write_slices(tmp_path / "v", voxels(), suffix="tif")
     (tmp_path / "v" / "s3.tif").unlink()

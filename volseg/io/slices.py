@@ -18,7 +18,17 @@ from volseg.box import Box
 from volseg.errors import UserError, printable
 from volseg.io import files, tiff
 from volseg.io.filling import filling, undecodable
-from volseg.io.header import CACHE_BYTES, READS, Header, check_shape, decoding, decoding_room, reason, shape_text
+from volseg.io.header import (
+    CACHE_BYTES,
+    READS,
+    Header,
+    TripleNm,
+    check_shape,
+    decoding,
+    decoding_room,
+    reason,
+    shape_text,
+)
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -58,16 +68,26 @@ def header(path: str, *, several: bool = False, allow_gaps: bool = False) -> Hea
     shape = (len(names), *first.shape)
     check_shape((*shape, first.channels), path)
     notes = [f"folder {path} {gap or uneven}: its slices are read as neighbors"] if gap or uneven else []
+    size, size_notes = _voxel_size_nm(os.path.join(path, names[0]))
     notes += [f"{note} (and so do {n - 1} other slices)" if n > 1 else note for note, n in _notes(slices)]
     return Header(
         "slices",
         shape,
         first.dtype,
-        None,
+        size,
         (1, *first.shape),
         channels=first.channels,
         notes=tuple(printable(note) for note in notes),
+        size_notes=size_notes,
     )
+
+
+def _voxel_size_nm(file: str) -> tuple[TripleNm | None, tuple[str, ...]]:
+    """The voxel size that a slice states as one of a stack, as Fiji saves them; and notes on it, or why it is not used."""
+    if not _is_tiff(file):
+        return None, ()
+    stack = tiff.open_stack(file)
+    return stack.voxel_size_nm, stack.size_notes
 
 
 def _notes(slices: Sequence[_Slice]) -> list[tuple[str, int]]:

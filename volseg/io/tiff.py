@@ -71,7 +71,7 @@ class Stack:
             self.highest, self.notes = _highest_of_inverted(key, path)
             self.grays, palette = _grays_of_palette(key, path)
             self.notes += palette
-            self.voxel_size_nm, self.size_notes = _voxel_size_nm(tif, path)
+            self.voxel_size_nm, self.size_notes = _voxel_size_nm(tif, path, self.shape[0])
             self.segment_bytes = _segment_bytes(key)
             self._check()
         if records:
@@ -307,7 +307,7 @@ def grays_of_colors(colors: np.ndarray, dtype: np.dtype, path: str) -> tuple[np.
     return grays, (printable(f"{path} says that its values are entries of a palette of grays: the grays are read"),)
 
 
-def _voxel_size_nm(tif: Any, path: str) -> tuple[TripleNm | None, tuple[str, ...]]:
+def _voxel_size_nm(tif: Any, path: str, sections: int) -> tuple[TripleNm | None, tuple[str, ...]]:
     """Voxel size z y x from OME or ImageJ metadata, and notes on it."""
     if tif.is_ome and tif.ome_metadata:
         return ome.tiff_voxel_size_nm(tif.ome_metadata, path)
@@ -316,7 +316,7 @@ def _voxel_size_nm(tif: Any, path: str) -> tuple[TripleNm | None, tuple[str, ...
         return None, ()
     unit = str(facts.get("unit", ""))
     planar = [_length(tif.pages[0].tags.valueof(name)) for name in ("YResolution", "XResolution")]
-    depth = ome.number(facts["spacing"]) if "spacing" in facts else 1.0
+    depth = ome.number(facts["spacing"]) if "spacing" in facts else 1.0 if sections > 1 else None
     units = [str(facts.get(f"{axis}unit", unit)) for axis in "zyx"]  # ImageJ names those that differ
     size, notes = ome.voxel_size_nm((depth, *planar), units, path)
     if size and "spacing" not in facts:
