@@ -28,6 +28,7 @@ from volseg.inference.settings import settings_of
 from volseg.io import volume
 from volseg.planning import memory, prepare
 
+MEASURED_BLOCKS = 4  # in a row: where they begin in a chunk differs from one to the next
 PIECE = (64, 1536, 1536)  # of real data, the part of a large volume that is wanted
 SIZES = ((64, 4096, 4096), (64, 20000, 20000), (2500, 20000, 20000))  # 1e9, 2.6e10 and 1e12 voxels
 
@@ -36,7 +37,7 @@ SIZES = ((64, 4096, 4096), (64, 20000, 20000), (2500, 20000, 20000))  # 1e9, 2.6
 
 
 def measure_decoding(chunks: tuple[int, ...], planes: tuple[int, ...], depth: int) -> None:
-    """A row for each chunk and plane: what one block in the middle of the volume decodes, from the reads that it makes.
+    """A row for each chunk and plane: what some blocks in the middle of the volume decode, from the reads that they make.
 
     Each read decodes every chunk that it touches. The volumes hold no chunk, so every tile is constant and none is inferred:
     what is read is the same.
@@ -57,29 +58,32 @@ def _decoding(out: Path, chunk: int, shape: Triple) -> dict:
     source = volume.open(str(out / "em.zarr"), voxel_size_nm=(5.0, 5.0, 5.0))
     run = prepare.from_image(source, config, str(out / "run.partial"))
     folder.begin(run, overwrite=False)
-    grid = run.predict_grid
-    i = grid.index(tuple(n // 2 - (n % 2 == 0) for n in grid.counts))
-    share, key = Share.of_block(run, "xy", i), digest(probability_key(run), "xy")
-    sections = share.reach.slices[0]
-    for giver in share.givers:  # what the blocks before it would hand over
-        for span in range(sections.start // SPAN, -(-sections.stop // SPAN)):
-            run.layout.tile_parts.keep(TileParts.packed([]), key, giver, i, span)
-    boxes: list[Box] = []
-    read = volume.Volume.read
+    grid, boxes, read = run.predict_grid, [], volume.Volume.read
+    middle = [n // 2 - (n % 2 == 0) for n in grid.counts]
+    diagonal = [(middle[0], *(min(m + k, n - 1) for m, n in zip(middle[1:], grid.counts[1:], strict=True)))
+                for k in range(MEASURED_BLOCKS)]  # fmt: skip
+    blocks = [grid.index(place) for place in dict.fromkeys(diagonal)]
 
     def recorded(source: volume.Volume, box: Box) -> np.ndarray:
         boxes.append(box)
         return read(source, box)
 
     start = time.perf_counter()
-    with mock.patch.object(volume.Volume, "read", recorded):
-        pipeline.process_block(run.out, run.id, "predict", i)
+    for i in blocks:
+        share, key = Share.of_block(run, "xy", i), digest(probability_key(run), "xy")
+        sections = share.reach.slices[0]
+        for giver in share.givers:  # what the blocks before it would hand over
+            for span in range(sections.start // SPAN, -(-sections.stop // SPAN)):
+                run.layout.tile_parts.keep(TileParts.packed([]), key, giver, i, span)
+        with mock.patch.object(volume.Volume, "read", recorded):
+            pipeline.process_block(run.out, run.id, "predict", i)
+    wanted = sum(grid[i].voxels for i in blocks)
     return {
         "chunk": chunk,
         "plane": shape[1],
-        "block": " x ".join(map(str, grid[i].shape)),
+        "block": " x ".join(map(str, grid[blocks[0]].shape)),
         "blocks": len(grid),
-        "decoded / wanted": round(sum(_whole_chunks(box, chunk, shape) for box in boxes) / grid[i].voxels, 3),
+        "decoded / wanted": round(sum(_whole_chunks(box, chunk, shape) for box in boxes) / wanted, 3),
         "inferred / wanted": round(redundancy(run), 3),
         "worker GB": round(memory.worker_bytes(run, 1) / 1e9, 2),
         "seconds": round(time.perf_counter() - start, 1),
