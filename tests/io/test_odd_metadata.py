@@ -310,3 +310,18 @@ def test_a_volume_that_begins_elsewhere_is_told(tmp_path, offset, said, of_image
     opened = volume.open(tmp_path / "v.zarr")
     assert opened.voxel_size_nm == SIZE
     assert [f"begins at {said} nanometer" in note for note in opened.notes] == ([True] if said else [])
+
+
+def test_the_finest_level_is_read_where_it_is_not_the_first(tmp_path):
+    coarse = {"path": "1", "coordinateTransformations": [{"type": "scale", "scale": [16, 8, 8]}]}
+    fine = {"path": "0", "coordinateTransformations": [STEP]}
+    group = write_image(tmp_path / "v.zarr", voxels(), datasets=[coarse, fine])
+    group.create_array("1", data=voxels()[::2, ::2, ::2], chunks=(2, 16, 16))
+    opened = volume.open(tmp_path / "v.zarr")
+    assert_reads(opened, voxels())
+    assert opened.voxel_size_nm == SIZE
+    assert ["finest level first: 0 is read" in note for note in opened.notes] == [True]
+    assert_reads(volume.open(tmp_path / "v.zarr", dataset="1"), voxels()[::2, ::2, ::2])
+    unknown = {"path": "0"}
+    write_image(tmp_path / "w.zarr", voxels(), datasets=[unknown, coarse])
+    assert_reads(volume.open(tmp_path / "w.zarr"), voxels())

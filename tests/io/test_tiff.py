@@ -353,6 +353,10 @@ MIXED = {
     "type": lambda i: {"dtype": "uint16" if i == 5 else "uint8"},
     "shape": lambda i: {"rows": 39 if i == 5 else 40},
     "white": lambda i: {"photometric": "miniswhite" if i == 5 else "minisblack"},
+    "palette": lambda i: {
+        "photometric": "palette",
+        "colormap": np.stack([np.arange(256, dtype="u2") * (1 + (i == 5))] * 3),
+    },
 }
 
 
@@ -366,7 +370,7 @@ def test_one_page_of_many_that_is_stored_otherwise_is_read_as_it_says_or_refused
             own = {"photometric": "minisblack", **MIXED[kind](i)}
             plane = plane[: own.pop("rows", 40)].astype(own.pop("dtype", "uint8"))
             writer.write(plane, **own, **options)
-    if kind in ("type", "shape", "white"):
+    if kind in ("type", "shape", "white", "palette"):
         with refused("v.tif", "kinds of pages"):
             volume.open(tmp_path / "v.tif")
     else:

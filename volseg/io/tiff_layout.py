@@ -18,6 +18,7 @@ from volseg.io.header import check_shape, shape_text
 
 # Tags of width, length, bits, compression, photometric, order of bits, samples, rows, planes, predictor, tiles, extra, format
 STORAGE_TAGS = {256, 257, 258, 259, 262, 266, 277, 278, 284, 317, 322, 323, 338, 339}
+COLOR_MAP = 320
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,19 @@ def _storage(tif: Any, offset: int) -> set[bytes]:
     file, tiff, order = tif.filehandle, tif.tiff, "little" if tif.byteorder == "<" else "big"
     file.seek(offset)
     listed = file.read(tiff.tagsize * int.from_bytes(file.read(tiff.tagnosize), order))
-    entries = (listed[at : at + tiff.tagsize] for at in range(0, len(listed), tiff.tagsize))
-    return {entry for entry in entries if int.from_bytes(entry[:2], order) in STORAGE_TAGS}
+    entries = [listed[at : at + tiff.tagsize] for at in range(0, len(listed), tiff.tagsize)]
+    found = {entry for entry in entries if int.from_bytes(entry[:2], order) in STORAGE_TAGS}
+    for entry in entries:
+        if int.from_bytes(entry[:2], order) == COLOR_MAP:
+            file.seek(int.from_bytes(entry[4 + tiff.offsetsize :], order))
+            found.add(file.read(2 * min(int.from_bytes(entry[4 : 4 + tiff.offsetsize], order), 3 << 16)))
+    return found
 
 
 def _reread(tif: Any, series: list[Any], path: str) -> tuple[Any, ...]:
     """The pages of a stack, each of which says itself how it is stored."""
     pages = tuple(page for page in map(tif.pages.get, range(len(tif.pages))) if not page.is_reduced)
-    kinds = [(page.shape, page.dtype, page.bitspersample, page.photometric, page.planarconfig) for page in pages]
+    kinds = [(page.bitspersample, *_kind(page)) for page in pages]
     odd = next((page.index for page, kind in zip(pages, kinds, strict=True) if kind != kinds[0]), None)
     if odd is not None:
         raise UserError(
@@ -155,12 +161,19 @@ def _reread(tif: Any, series: list[Any], path: str) -> tuple[Any, ...]:
     return pages
 
 
+def _kind(page: Any) -> tuple:
+    """What pages of one stack have in common."""
+    key = page.keyframe
+    colors = b"" if key.colormap is None else key.colormap.tobytes()
+    return page.shape, page.dtype, key.photometric, key.planarconfig, colors
+
+
 def _joined(series: Any, path: str) -> tuple[Any, ...]:
     """The pages of several series as those of one stack: so stacks are stored that were written page by page."""
     pages = tuple(page for one in series for page in one.pages)
     if all(page is not None and isinstance(page.index, int) for page in pages):
         pages = tuple(sorted(pages, key=lambda page: page.index))  # tifffile groups them by their compression
-    kinds = {(page.shape, page.dtype, page.keyframe.photometric, page.keyframe.planarconfig) for page in pages if page}
+    kinds = {_kind(page) for page in pages if page}
     named = any(axis in "CS" for one in series for axis in one.get_axes(True).replace(one.keyframe.axes, ""))
     whole = all(len(one.pages) == prod(one.shape) // prod(one.keyframe.shape) for one in series)
     if len(kinds) > 1 or named or not whole or None in pages:

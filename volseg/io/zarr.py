@@ -93,12 +93,25 @@ def _full_resolution(group: zarr.Group, path: str, dataset: str) -> tuple[str, t
     if not images or not images[0].datasets or not images[0].datasets[0].path.strip("/"):
         odd = "".join(f"; {note}" for note in notes[:1])
         raise UserError(f"zarr group {where} has no OME-Zarr multiscales{arrays.contents(path)}{odd}")
-    level = "/".join(part for part in images[0].datasets[0].path.split("/") if part not in ("", "."))
+    first = _finest(images[0].datasets)
+    if first != images[0].datasets[0]:
+        notes = (*notes, printable(f"{where} does not list its finest level first: {first.path[:200]} is read"))
+    level = "/".join(part for part in first.path.split("/") if part not in ("", "."))
     if len(level) > MAX_LEVEL_NAME:
         raise UserError(
             f"zarr group {where} lists a level whose name has {len(level)} characters: its metadata are damaged"
         )
     return files.join_keys(dataset, level), notes
+
+
+def _finest(levels: tuple[ome.Dataset, ...]) -> ome.Dataset:
+    """The level of the smallest voxels; the first one where they do not all say that."""
+    steps = [[step.scale for step in level.coordinateTransformations if step.type == "scale"] for level in levels]
+    if not all(len(one) == 1 and all(n > 0 for n in one[0]) for one in steps):
+        return levels[0]
+    sizes = [prod(one[0]) for one in steps]
+    finest = levels[sizes.index(min(sizes))]
+    return finest if finest.path.strip("/") else levels[0]
 
 
 def _multiscales(path: str, dataset: str) -> tuple[ome.Image, ome.Dataset, tuple[str, ...]]:
