@@ -14,6 +14,7 @@ import json
 import random
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -93,11 +94,11 @@ def measure(given: Task, seeds: int, minutes: float, name: str, ways: tuple[str,
     for seed in range(seeds):
         for way in ways:
             asked: list[int] = []
-            for count in given.counts:
+            for last, count in pairwise((0, *given.counts)):
                 if time.monotonic() > end:
                     print(f"{minutes:g} minutes are over; the same command goes on")
                     return
-                asked = ask(given, way, seed, count, asked)
+                asked = ask(given, way, seed, count, asked, last)
                 key = f"{way} {seed} {count}"
                 if key not in rows:
                     rows[key] = {"way": way, "seed": seed, "sections": count, **_score(given, way, seed, count, asked)}
@@ -105,13 +106,16 @@ def measure(given: Task, seeds: int, minutes: float, name: str, ways: tuple[str,
                     report.keep(f"annotate-{name}", summary(list(rows.values())))
 
 
-def ask(given: Task, way: str, seed: int, count: int, before: list[int]) -> list[int]:
-    """The sections that are annotated of ``count``, where ``before`` were annotated already."""
+def ask(given: Task, way: str, seed: int, count: int, before: list[int], last: int) -> list[int]:
+    """The sections that are annotated of ``count``, where ``before`` were annotated already, of ``last``.
+
+    Fewer where `suggest` finds fewer that are worth it.
+    """
     if way == "random":
         return sorted(random.Random(seed).sample(range(given.depth), max(given.counts))[:count])
     if way == "spaced" or not before:
         return trial.spread(0, given.depth, count)
-    place = _place(given, way, seed, len(before))
+    place = _place(given, way, seed, last)
     run, folder = place / "pool.volseg.zarr", place / "asked"
     if not (folder / "sections.json").exists():
         changes = (part for text in given.infer_sets for part in ("--set", text))

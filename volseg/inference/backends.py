@@ -24,6 +24,7 @@ import numpy as np
 from volseg.errors import UserError
 from volseg.inference import export, hardware, model
 from volseg.inference.device import NUMPY, Call, Device, TorchDevice, as_cuda_graph, row_by_row
+from volseg.inference.pixel_shuffle import shuffle, unshuffle
 from volseg.system import installed
 
 if TYPE_CHECKING:
@@ -197,12 +198,18 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
         np.zeros(1, np.float32)
     )  # two threads that make the process's first tensor at once wait for each other forever
     mine = threading.local()
+    shuffles = tuple(compiled.input(0).shape) != tuple(shape)
 
     def forward(batch: np.ndarray) -> np.ndarray:
         if not hasattr(mine, "request"):
-            mine.request = compiled.create_infer_request()
-        mine.request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
-        return mine.request.get_output_tensor(0).data.copy()
+            mine.request, mine.squares = compiled.create_infer_request(), None
+        if not shuffles:
+            mine.request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
+            return mine.request.get_output_tensor(0).data.copy()
+        mine.squares = unshuffle(batch, bf16, mine.squares)
+        kind = ov.Type.bf16 if bf16 else ov.Type.f32
+        mine.request.infer({0: ov.Tensor(mine.squares, mine.squares.shape, kind)}, share_inputs=True)
+        return shuffle(mine.request.get_output_tensor(0).data)
 
     return forward
 

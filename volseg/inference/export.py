@@ -12,6 +12,7 @@ from typing import Any
 from numcodecs import Zstd
 
 from volseg.inference import cache, hardware, model
+from volseg.inference.pixel_shuffle import without_shuffles
 from volseg.system import require
 
 XZ = b"\xfd7zXZ"  # how a form begins that was packed before 2026-11-23
@@ -94,7 +95,8 @@ def _export(path: Path) -> bytes:
 def compile_openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], properties: dict) -> Any:
     """The network as OpenVINO compiles it for this CPU: once, for what it made is kept in the user's cache, after its hash.
 
-    All take what was exported, also who made it, so that no bit depends on who did.
+    One that bins takes what `pixel_shuffle.unshuffle` makes and gives what `pixel_shuffle.shuffle` takes. All take what was
+    exported, also who made it, so that no bit depends on who did.
     """
     import openvino as ov
 
@@ -106,6 +108,7 @@ def compile_openvino(blob: bytes, precision: str, shape: tuple[int, int, int, in
         precision,
         shape,
         properties,
+        "without shuffles",
     ]
     cached = cache.folder() / f"{hashlib.sha256(blob + repr(here).encode()).hexdigest()[:32]}.openvino"
     with suppress(OSError):
@@ -114,6 +117,7 @@ def compile_openvino(blob: bytes, precision: str, shape: tuple[int, int, int, in
             return core.import_model(made, "CPU", properties)
     network = core.read_model(*_graph(blob, precision))
     network.reshape(list(shape))
+    network = without_shuffles(network, half=properties["INFERENCE_PRECISION_HINT"] == "bf16")
     made = core.compile_model(network, "CPU", properties).export_model()
     made = made if isinstance(made, bytes) else made.getvalue()
     cache.store(cached, hashlib.sha256(made).digest() + made)

@@ -271,6 +271,7 @@ class Blend:
     def __init__(self, channels: int, grid: Grid, y: slice, x: slice, device: Device = NUMPY) -> None:
         self.grid, self.y, self.x, self.device = grid, y, x, device
         shape = (y.stop - y.start, x.stop - x.start)
+        self.alone = grid.y.count * grid.x.count == 1 and shape == grid.size  # a tile's probabilities are the sums then
         self.total = device.zeros((channels, *shape))
         self.weight = device.zeros(shape)
         self.rows, self.columns = (
@@ -298,6 +299,9 @@ class Blend:
 
     def _add(self, tile: tuple[int, int], probability: Any, start: tuple[int, int]) -> None:
         """Adds what lies in the window of a tile's probabilities, where that begins at ``start``."""
+        if self.alone:
+            self.total = probability
+            return
         source, (y, x) = self._common(tile)
         self.device.add(self.total, (y.start, x.start), probability, start, *self._weights(tile, source))
 
