@@ -20,6 +20,7 @@ _MODULES = {
     "convert": "api",
     "doctor": "planning.doctor",
     "evaluate": "evaluation.evaluate",
+    "evaluate_points": "evaluation.detection",
     "export": "api",
     "export_model": "training.package",
     "infer": "api",
@@ -48,8 +49,8 @@ _MODULES = {
 }
 __all__ = [
     "Box", "Config", "DamagedFileError", "FinishedRun", "IncompleteRunError", "OutOfMemoryError", "Progress", "UserError",
-    "calibrate", "convert", "doctor", "evaluate", "export", "export_model", "infer", "init", "open", "open_volume", "plan",
-    "repair", "report", "review", "segment", "suggest", "train", "tune", "verify", "view", "watershed",
+    "calibrate", "convert", "doctor", "evaluate", "evaluate_points", "export", "export_model", "infer", "init", "open",
+    "open_volume", "plan", "repair", "report", "review", "segment", "suggest", "train", "tune", "verify", "view", "watershed",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from volseg.engine.finished import FinishedRun
     from volseg.errors import DamagedFileError, IncompleteRunError, OutOfMemoryError, UserError
     from volseg.evaluation.calibrate import calibrate
+    from volseg.evaluation.detection import evaluate_points
     from volseg.evaluation.evaluate import evaluate
     from volseg.evaluation.review import review
     from volseg.evaluation.run_report import report

@@ -457,7 +457,8 @@ def export(
         ``"precomputed"``, ``"n5"``, ``"tiff"``, ``"hdf5"`` or ``"nrrd"``; meshes, in nm: ``"mesh"`` (Neuroglancer's),
         ``"obj"``, ``"ply"`` or ``"glb"``, a file for each object; center lines, ``"skeletons"`` (Neuroglancer's, nm) or
         ``"swc"`` (µm), with a table of their lengths; ``"rois"``, outlines in each section for ImageJ; and the
-        object table, ``"csv"``, ``"parquet"`` or ``"anndata"``; the basins, ``"graph"``. By default what ``out`` ends in.
+        object table, ``"csv"``, ``"parquet"`` or ``"anndata"``, or its centers alone, ``"points"``; the basins, ``"graph"``.
+        By default what ``out`` ends in.
     what : str
         ``"labels"``; or one of the run's heads, such as ``"mask"``, for its probabilities (uint8, 255 is certain).
         ``"probabilities"`` is the first head.

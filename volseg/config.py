@@ -134,7 +134,7 @@ class Fragments(Section):
     contour: Share = 1.0  # how much of the contour probability is taken from the mask probability for the height
     smooth: tuple[Passes, Passes, Passes] = (2, 2, 2)  # passes of the [1 2 1] filter along z y x
     distance: Annotated[int, Field(ge=0, le=64)] = (
-        0  # plateaus are split by the distance to the mask's border, up to this
+        0  # plateaus are split by the distance to the mask's border up to this
     )
     distance_nm: Annotated[float, Field(ge=0)] = (
         0.0  # the same in nm, for voxels that are no cubes; 0 takes ``distance``
@@ -257,12 +257,13 @@ class TrainData(Section):
     channel: Count | None = None  # which of several channels of it, from 0; None refuses several
     time: Count | None = None  # which of several times of it, from 0; None refuses several
     invert: bool = False  # turn its gray values around, as input.invert does
-    label: str = ""  # what is annotated in it: a volume, a folder of sections, or drawn regions, see docs/labels.md
+    label: str = ""  # what is annotated in it: a volume, a folder of sections, regions, points: see docs/labels.md
     synth_seed: int | None = None  # makes a synthetic volume instead, another one for each seed
     synth_shape: tuple[Size, Size, Size] = (64, 512, 512)  # its voxels, z y x
     train: tuple[str | int, ...] = ()  # sections to learn from: numbers and "start:stop" ranges; empty takes all others
     validate_on: tuple[str | int, ...] = ()  # contiguous sections held out
     first_number: Count | None = None  # number of the image's first section in the names of a folder of annotated ones
+    radius_nm: Nm | None = None  # of the ball around each of points, where their table gives none; None: 5 voxels
     part: str = ""  # y0:y1,x0:x1 of the sections, where no more of them is annotated; nothing else is read
     unlabeled: int | None = None  # label value that the loss ignores; 0 for scribbles
     background: Count = 0  # label value outside of objects; of scribbles, the one that was drawn there

@@ -75,8 +75,30 @@ def test_an_outline_teaches_its_object(annotated, tmp_path):
     (tmp_path / "ball.roi").write_bytes(rois.encode("ball", 3, list(rois.outlines(label[3] == 2))))
     (source,) = load_sources(_train(image, tmp_path / "ball.roi"))
     assert source.train_sections == (source.train_sections[0],)
-    assert source.first_section + source.train_sections[0] == 3
+    assert source.numbers[source.train_sections[0]] == 3
     np.testing.assert_array_equal(source.labels[source.train_sections[0]] > 0, label[3] == 2)
+
+
+# --------------------------------------------------------------------------------------------------------------- points
+
+
+def test_points_teach_balls_of_the_sections_that_are_named(annotated, tmp_path):
+    image, _, _, _ = annotated
+    (tmp_path / "points.csv").write_text("z,y,x\n2,20,20\n3,20.4,20\n5,70,30\n7,66,74\n")
+    settings = {"voxel_size_nm": (50.0, 5.0, 5.0), "radius_nm": 30.0, "validate_on": (7,)}
+    (source,) = sources = load_sources(_train(image, tmp_path / "points.csv", **settings))
+    assert source.label_kind == "points"
+    assert source.train_sections == tuple(range(7))
+    assert source.labels.max() == 4  # points in neighboring sections are no one object
+    assert set(np.unique(source.labels[2])) == {0, 1}
+    assert set(np.unique(source.labels[3])) == {0, 2}
+    assert np.count_nonzero(source.labels[5]) == 113  # a disk of 6 voxels' radius
+    assert "4 points (z, y, x) are balls of 30 nm radius" in format_data(sources)
+    (source,) = load_sources(_train(image, tmp_path / "points.csv", **{**settings, "train": (2, 3)}))
+    assert [source.numbers[z] for z in source.train_sections] == [2, 3]
+    (tmp_path / "points.csv").write_text("z,y,x\n2,20,20\n3,20,99\n")
+    with pytest.raises(UserError, match=r"train\.data\[0\]: row 2 of .* outside of the volume of 8 x 96 x 96"):
+        load_sources(_train(image, tmp_path / "points.csv"))
 
 
 # ------------------------------------------------------------------------------------------------------------ scribbles

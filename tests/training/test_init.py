@@ -14,6 +14,7 @@ import volseg
 from volseg.config import load
 from volseg.errors import UserError
 from volseg.inference.model import load_card
+from volseg.training.sources import load_sources
 from volseg.training.survey import MIN_SECTIONS, hold_out
 
 SHAPE = (12, 96, 96)
@@ -196,3 +197,21 @@ def test_a_config_of_a_folder_of_sections_trains(run, em, tmp_path, monkeypatch)
     assert card.training.steps == 2
     assert card.voxel_size_nm == (50, 5, 5)
     assert card.to_json()["training"]["data"][0]["held"] == [7]
+
+
+def test_a_config_of_points_trains_on_balls_of_their_radius(em, tmp_path, run):
+    (tmp_path / "points.csv").write_text("index,axis-0,axis-1,axis-2\n0,4,20,20\n1,8,70,30\n")
+    code, out, _ = run(
+        "init", em[0], tmp_path / "points.csv", "--radius-nm", "55", "--out", tmp_path / "my.toml", "--json"
+    )
+    made = json.loads(out)
+    assert code == 0
+    assert (made["found"]["kind"], made["found"]["reason"]) == ("instances", "a ball around each point")
+    assert made["found"]["objects"] == 2
+    table = load(tmp_path / "my.toml").train.data[0]
+    assert (table.radius_nm, table.label) == (55.0, str(tmp_path / "points.csv"))
+    (source,) = load_sources(load(tmp_path / "my.toml").train)
+    assert source.labels.max() == 2
+    code, _, err = run("init", em[0], em[0], "--radius-nm", "55", "--out", tmp_path / "your.toml")
+    assert code == 2
+    assert "radius_nm = 55 is for a table of points" in err

@@ -2,13 +2,15 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.helpers import config_of
-from volseg.training.report import best_validation, draw_panels, format_data
+from volseg.training.card import model_card
+from volseg.training.report import _own, best_validation, draw_panels, format_data
 from volseg.training.sources import load_sources
 from volseg.training.targets import UNLABELED
 
@@ -48,6 +50,25 @@ def test_sections_both_to_learn_from_and_held_out_are_told(tables, tmp_path):
     both = {**tables["data"][0], "train": [0, 6, 7]}
     text = format_data(load_sources(config_of(tables, tmp_path, data=[both]).train))
     assert "not learnt from, since held out: section 6 and 1 more of train" in text
+
+
+@pytest.mark.parametrize(("nm", "seen", "held"), [(50, 20, 10), (2.5, 1, 0), (5, 2, 1)])
+def test_sections_are_told_as_their_user_counts_them_whatever_voxels_the_model_has(tables, tmp_path, nm, seen, held):
+    data = {**tables["data"][0], "train": [1, 2], "validate_on": [5], "voxel_size_nm": (nm, 5, 5)}
+    config = config_of(tables, tmp_path, data=[data], voxel_size_nm=(5, 5, 5))
+    (source,) = load_sources(config.train)
+    assert (len(source.train_sections), len(source.validation_sections)) == (seen, held)
+    head, row, *advice = format_data([source]).splitlines()
+    cells = dict(zip(head.replace("held out", "held").split(), row.split(), strict=False))
+    assert (cells["sections"], cells["held"]) == ("2", "1")
+    assert any("all 2 sections lie in 1:3 of 8: spread evenly" in line for line in advice)
+    assert any("no held-out section is left" in line for line in advice) == (held == 0)
+    state = SimpleNamespace(step=1, seconds=0.0)
+    (volume,) = model_card(config, [source], state, {}).training.data
+    assert (volume.learn, volume.learned, volume.held, volume.depth) == (2, ("1:3",), (5,), 8)
+    shown = [source.numbers[z] for z in _own(source, source.train_sections)]
+    assert shown == ([1, 2] if nm >= 5 else shown)  # no section is pictured twice
+    assert set(shown) <= {1, 2}
 
 
 @pytest.fixture

@@ -102,14 +102,14 @@ def test_held_out_sections_are_never_drawn(tmp_path, bars):
 
 def test_train_names_the_sections_to_learn_from(tmp_path, bars):
     (source,) = load_sources(_write(tmp_path, *bars, train=("3:5", 6), validate_on=(5,)))
-    assert [source.first_section + z for z in source.train_sections] == [3, 4, 6]
-    assert [source.first_section + z for z in source.validation_sections] == [5]
+    assert [source.numbers[z] for z in source.train_sections] == [3, 4, 6]
+    assert [source.numbers[z] for z in source.validation_sections] == [5]
 
 
 def test_sections_named_to_learn_from_but_held_out_are_told_by_their_numbers_in_the_volume(tmp_path, bars):
     (source,) = load_sources(_write(tmp_path, *bars, train=("3:6",), validate_on=(4,)))
-    assert source.first_section == 2
-    assert source.withheld_sections == (4,)
+    assert source.numbers[0] == 2
+    assert source.own.withheld == (4,)
 
 
 def test_only_sections_in_use_and_their_neighbors_are_kept(tmp_path, bars):
@@ -140,16 +140,16 @@ def _self_training(folder, image, label, **settings):
 def test_self_training_takes_the_sections_between_those_annotated(tmp_path, bars):
     settings = _self_training(tmp_path, *bars, train=(1, 3, 6), validate_on=(4,))
     (source,) = load_sources(settings)
-    assert [source.first_section + z for z in source.unlabeled_sections] == [2, 5]
+    assert [source.numbers[z] for z in source.unlabeled_sections] == [2, 5]
     (source,) = load_sources(settings.model_copy(update={"sections": 3}))
-    assert [source.first_section + z for z in source.unlabeled_sections] == [2]
+    assert [source.numbers[z] for z in source.unlabeled_sections] == [2]
 
 
 def test_self_training_takes_the_sections_that_it_is_told(tmp_path, bars):
     (source,) = load_sources(
         _self_training(tmp_path, *bars, train=(3,), unlabeled_sections=("0:5", 7), validate_on=(0,))
     )
-    assert [source.first_section + z for z in source.unlabeled_sections] == [1, 2, 4, 7]
+    assert [source.numbers[z] for z in source.unlabeled_sections] == [1, 2, 4, 7]
 
 
 def test_labels_of_sections_for_self_training_are_not_looked_at(tmp_path, bars):

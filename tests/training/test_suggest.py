@@ -217,4 +217,4 @@ def test_what_the_model_of_a_run_learned_from_is_not_suggested_again(image, tmp_
     assert added.sections == (made.suggestions[0].z,)
     assert [table.part for table in added.tables] == ["0:64,0:96"]
     (source,) = load_sources(volseg.Config().train.model_copy(update={"data": added.tables}))
-    assert (source.image.shape, source.depth) == ((3, 64, 96), depth)
+    assert (source.image.shape, source.own.depth) == ((3, 64, 96), depth)

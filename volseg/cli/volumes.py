@@ -14,6 +14,7 @@ import typer
 
 from volseg.cli.options import numbers
 from volseg.cli.output import emit, note, shown
+from volseg.errors import UserError
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
@@ -71,7 +72,7 @@ def export(
             metavar="KIND",
             help="precomputed, n5, tiff, hdf5, nrrd; meshes: mesh (Neuroglancer's), obj, ply, glb; center lines: skeletons "
             "(Neuroglancer's), swc; rois; the object table: "
-            "csv, parquet, anndata; the basins and how they touch: graph. Else as DST ends.",
+            "csv, parquet, anndata; its centers: points; the basins and how they touch: graph. Else as DST ends.",
         ),
     ] = "",
     what: Annotated[str, typer.Option("--what", help="labels, or probabilities: mask, contour, ...")] = "labels",
@@ -165,8 +166,14 @@ def synth(
 
 def evaluate(
     pred: Annotated[str, typer.Argument(help="A run, or a volume of labels.")],
-    truth: Annotated[str, typer.Argument(help="A volume of labels, or a 0/255 mask.")],
+    truth: Annotated[str, typer.Argument(help="A volume of labels, a 0/255 mask, or a table of points (.csv).")],
     box: Annotated[str, typer.Option("--box", metavar="z0:z1,y0:y1,x0:x1", help="Score only this part.")] = "",
+    distance_nm: Annotated[
+        float | None,
+        typer.Option(
+            "--distance-nm", help="How far an object's center may lie from its point; two radii if not given."
+        ),
+    ] = None,
     report: Annotated[
         str,
         typer.Option(
@@ -175,13 +182,33 @@ def evaluate(
     ] = "",
     image: Annotated[str, typer.Option("--image", help="What its pictures show; of a run its own volume.")] = "",
 ) -> None:
-    """Score labels against the truth: foreground and instances."""
-    from volseg.evaluation import evaluate as evaluation
-    from volseg.evaluation.evaluate import read_roi
+    """Score labels against the truth: foreground and instances; or a run's objects against points: detections."""
+    of_points = truth.lower().endswith(".csv")
+    if of_points and (report or image):
+        raise UserError(
+            f"{truth} holds points, of which there is no page; leave out --{'report' if report else 'image'}"
+        )
+    if distance_nm is not None and not of_points:
+        raise UserError(f"--distance-nm is for a table of points (.csv), and {truth} is none; leave it out")
+    if of_points:
+        from volseg.evaluation.detection import evaluate_points
 
-    scores = evaluation.evaluate(pred, truth, box=box or None, report=report or None, image=image or None)
+        found = evaluate_points(pred, truth, box=box or None, distance_nm=distance_nm)
+        emit(str(found), found.to_json())
+        _tell_roi(pred, box)
+        return
+    from volseg.evaluation.evaluate import evaluate as score
+
+    scores = score(pred, truth, box=box or None, report=report or None, image=image or None)
     emit(str(scores), scores.to_json())
     if not scores.instances.truth_objects:
         note(f"{truth} holds no object here, so most of these scores say nothing")
+    _tell_roi(pred, box)
+
+
+def _tell_roi(pred: str, box: str) -> None:
+    """Tells what part of a volume a run did, where all of it was scored."""
+    from volseg.evaluation.evaluate import read_roi
+
     if not box and (roi := read_roi(pred)):
         note(f"{pred} did only {roi}, all else counts as missed; --box {roi} scores that part")

@@ -27,7 +27,7 @@ from volseg.engine.partition import stored_basins, write_graph
 from volseg.errors import UserError
 from volseg.io import files, volume
 from volseg.io.export import chunked, meshes, rois, single, skeletons
-from volseg.io.export.objects import write_anndata
+from volseg.io.export.objects import centers_table, write_anndata
 from volseg.io.export.properties import segment_properties
 from volseg.progress import Progress
 
@@ -60,6 +60,7 @@ FORMS = {
     "skeletons": Form((".skeletons",), ("kimimaro",), folder=True, extra="skeletons"),
     "swc": Form((), ("kimimaro",), folder=True, extra="skeletons"),
     "rois": Form((".zip",), ("roifile",)),
+    "points": Form((".points.csv",)),
     "csv": Form((".csv",)),
     "parquet": Form((".parquet",)),
     "anndata": Form((".h5ad",), ("h5py",)),
@@ -338,6 +339,15 @@ def _write_table(run: FinishedRun, path: str, wanted: Request, config: Cluster, 
         files.write_atomic(path, run.layout.read_table("objects", wanted.kind))
 
 
+def _write_points(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
+    """The center of each object, as napari reads points."""
+    columns = columns_of(run)
+    if wanted.objects:
+        chosen = np.isin(columns["id"], wanted.objects)
+        columns = {name: values[chosen] for name, values in columns.items()}
+    files.write_atomic(path, centers_table(columns, run.voxel_size_nm).encode())
+
+
 def _write_graph(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
     write_graph(run.run, path)
 
@@ -358,5 +368,6 @@ WRITERS: dict[str, Callable[[FinishedRun, str, Request, Cluster, Progress], None
     **dict.fromkeys(LINES, _write_skeletons),
     "rois": _write_rois,
     **dict.fromkeys(("csv", "parquet", "anndata"), _write_table),
+    "points": _write_points,
     "graph": _write_graph,
 }

@@ -20,7 +20,8 @@ TOUCHING_DISTANCE = 2  # voxels between the centers of two voxels whose objects 
 INVERSE_SHARE = 10  # an overlap counts as a split or a merger where it is more than 1 / 10 of an object
 
 
-def _ratio(part: float, total: float) -> float:
+def ratio(part: float, total: float) -> float:
+    """``part / total``; 1.0 of nothing to nothing."""
     return float(part / total) if total else 1.0
 
 
@@ -62,11 +63,11 @@ def score_foreground(table: Contingency) -> ForegroundScores:
     cells = (true & predicted, ~true & predicted, true & ~predicted, ~true & ~predicted)
     tp, fp, fn, tn = (int(table.counts[cell].sum()) for cell in cells)
     return ForegroundScores(
-        iou=_ratio(tp, tp + fp + fn),
-        dice=_ratio(2 * tp, 2 * tp + fp + fn),
-        accuracy=_ratio(tp + tn, tp + fp + fn + tn),
-        precision=_ratio(tp, tp + fp),
-        recall=_ratio(tp, tp + fn),
+        iou=ratio(tp, tp + fp + fn),
+        dice=ratio(2 * tp, 2 * tp + fp + fn),
+        accuracy=ratio(tp + tn, tp + fp + fn + tn),
+        precision=ratio(tp, tp + fp),
+        recall=ratio(tp, tp + fn),
         true_positive_voxels=tp,
         false_positive_voxels=fp,
         false_negative_voxels=fn,
@@ -252,21 +253,21 @@ def _match(overlaps: Overlaps, threshold: float) -> np.ndarray:
     iou = overlaps.iou
     above = iou > threshold
     if threshold < 0.5:  # from one half upwards no object can be in two such pairs
-        above[above] = _assign(overlaps.truth[above], overlaps.pred[above], iou[above])
+        above[above] = assign(overlaps.truth[above], overlaps.pred[above], iou[above])
     return above
 
 
-def _assign(truth: np.ndarray, pred: np.ndarray, iou: np.ndarray) -> np.ndarray:
-    """Which pairs to keep so that every object is in one at most: as many as possible, of those the largest sum of IoU.
+def assign(truth: np.ndarray, pred: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """Which pairs to keep so that every object is in one at most: as many as possible, of those the largest sum of scores.
 
     Every true object may also take a partner of its own that nobody else can have, so a full matching of the sparse
-    graph always exists; a true pair gains 1 over that, and its IoU only decides between matchings of one size.
+    graph always exists; a true pair gains 1 over that, and its score (0 to 1) only decides between matchings of one size.
     """
     if not truth.size:
         return np.zeros(0, bool)
     (rows, r), (columns, c) = np.unique(truth, return_inverse=True), np.unique(pred, return_inverse=True)
     alone = np.arange(rows.size)
-    gain = np.concatenate([2 + iou / (rows.size + 1), np.ones(rows.size)])
+    gain = np.concatenate([2 + score / (rows.size + 1), np.ones(rows.size)])
     ends = np.concatenate([r, alone]), np.concatenate([c, columns.size + alone])
     graph = csr_array((gain, ends), shape=(rows.size, columns.size + rows.size))
     return min_weight_full_bipartite_matching(graph, maximize=True)[1][r] == c
@@ -278,12 +279,12 @@ def _detection(overlaps: Overlaps, threshold: float) -> dict:
     iou = overlaps.iou[_match(overlaps, threshold)]
     hits, sum_iou = iou.size, float(iou.sum())
     return {
-        "precision": _ratio(hits, preds),
-        "recall": _ratio(hits, truths),
-        "f1": _ratio(2 * hits, truths + preds),
-        "pq": _ratio(2 * sum_iou, truths + preds),
+        "precision": ratio(hits, preds),
+        "recall": ratio(hits, truths),
+        "f1": ratio(2 * hits, truths + preds),
+        "pq": ratio(2 * sum_iou, truths + preds),
         "sq": sum_iou / hits if hits else float(truths + preds == 0),
-        "rq": _ratio(2 * hits, truths + preds),
+        "rq": ratio(2 * hits, truths + preds),
         "matched": hits,
     }
 
@@ -291,7 +292,7 @@ def _detection(overlaps: Overlaps, threshold: float) -> dict:
 def _segmentation_accuracy(overlaps: Overlaps, threshold: float) -> float:
     """TP / (TP + FP + FN) at one IoU threshold."""
     hits = int(np.count_nonzero(_match(overlaps, threshold)))
-    return _ratio(hits, overlaps.truth_voxels.size + overlaps.pred_voxels.size - hits)
+    return ratio(hits, overlaps.truth_voxels.size + overlaps.pred_voxels.size - hits)
 
 
 def _partitions(table: Contingency) -> dict:
@@ -304,9 +305,9 @@ def _partitions(table: Contingency) -> dict:
     return {
         "voi_split": _conditional_entropy(counts, truth_voxels[np.searchsorted(truth_ids, truth)]),
         "voi_merge": _conditional_entropy(counts, pred_voxels[np.searchsorted(pred_ids, pred)]),
-        "rand_error": 1.0 - _ratio(2 * together, in_truth + in_pred),
-        "rand_precision": _ratio(together, in_pred),
-        "rand_recall": _ratio(together, in_truth),
+        "rand_error": 1.0 - ratio(2 * together, in_truth + in_pred),
+        "rand_precision": ratio(together, in_pred),
+        "rand_recall": ratio(together, in_truth),
     }
 
 
@@ -431,7 +432,7 @@ def score_touching(table: Contingency, touching: np.ndarray, iou: float = 0.5) -
     return TouchingScores(
         pairs=len(number),
         separated=separated,
-        pair_recall=_ratio(separated, len(number)),
+        pair_recall=ratio(separated, len(number)),
         pairs_merged=sum(_share_a_holder(overlaps, a, b) for a, b in number.tolist()),
         split_share=_faults(overlaps)["split"] / truth_ids.size if truth_ids.size else 0.0,
     )

@@ -1,4 +1,4 @@
-"""Labels as people make them, on the grid of their image: volumes, folders of the annotated sections, and drawn regions."""
+"""Labels as people make them, on the grid of their image: volumes, folders of the annotated sections, drawn regions, points."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from volseg.box import Box
 from volseg.errors import UserError, printable
-from volseg.io import files, numbering, regions, slices, suggested, tensorstore, tiff, volume, zarr
+from volseg.io import files, numbering, points, regions, slices, suggested, tensorstore, tiff, volume, zarr
 from volseg.io.header import shape_text
 from volseg.io.volume import Volume
 
@@ -27,8 +27,8 @@ class Annotation:
     path
         Where the labels are.
     form
-        "volume", "sections" (a folder of the annotated ones), "regions" (drawn outlines) or "suggested" (a folder of
-        `volseg suggest`).
+        "volume", "sections" (a folder of the annotated ones), "regions" (drawn outlines), "points" or "suggested" (a folder
+        of `volseg suggest`).
     depth
         Sections of the image.
     sections
@@ -56,6 +56,7 @@ def open_annotation(
     *,
     first_number: int | None = None,
     part: tuple[slice, slice] | None = None,
+    radius_nm: float | None = None,
 ) -> Annotation:
     """The labels at ``path`` of an image; reads headers, and outlines where there are some.
 
@@ -64,8 +65,8 @@ def open_annotation(
     path
         A volume of the image's shape; a folder of slices that hold the annotated sections alone, named by their numbers; a
         folder of suggested sections, of which those count that were corrected; a file of ImageJ's regions (``.roi``,
-        ``.zip``) or napari's shapes (``.csv``); or a TIFF file with an overlay, which is meant where the file is the image
-        itself, or ``::/overlay`` follows its name.
+        ``.zip``), napari's shapes (``.csv``) or points (``.csv``, see `points.read`); or a TIFF file with an overlay, which
+        is meant where the file is the image itself, or ``::/overlay`` follows its name.
     image
         What the labels belong to.
     first_number
@@ -73,6 +74,8 @@ def open_annotation(
         `numbering.sections`.
     part
         Rows and columns that ``read`` is to give; None for all.
+    radius_nm
+        Of points, the radius of their balls where their table gives none.
 
     Raises
     ------
@@ -80,28 +83,32 @@ def open_annotation(
         The labels are damaged, do not fit the image, or it is not clear which sections they belong to.
     """
     if folder := suggested.folder_of(files.absolute(str(path))):
-        return _checked(_suggested(folder, image, part), first_number)
-    found = _opened(path, image, first_number)
+        found, part = _suggested(folder, image, part), None
+    else:
+        found = _opened(path, image, first_number, radius_nm)
+    _check_given(found, first_number, radius_nm)
     if part is None:
         return found
     return replace(found, read=lambda start, stop: found.read(start, stop)[:, *part])
 
 
-def _opened(path: str | Path, image: Volume, first_number: int | None) -> Annotation:
+def _opened(path: str | Path, image: Volume, first_number: int | None, radius_nm: float | None) -> Annotation:
     """The labels at ``path``, but for suggested sections."""
     place = files.absolute(str(path))
     if place.endswith(VOXELS):
-        return _checked(_volume(place.removesuffix(VOXELS), image), first_number)
+        return _volume(place.removesuffix(VOXELS), image)
     if place.endswith(OVERLAY):
-        return _checked(_overlay(place.removesuffix(OVERLAY), image), first_number)
+        return _overlay(place.removesuffix(OVERLAY), image)
     if files.is_remote(place):
-        return _checked(_volume(place, image), first_number)
+        return _volume(place, image)
+    if os.path.isfile(place) and points.is_points(place):
+        return _points(place, image, radius_nm)
     if os.path.isfile(place) and regions.is_regions(place) and not _is_zarr_zip(place):
-        return _checked(_regions(place, image, *regions.read(place)), first_number)
+        return _regions(place, image, *regions.read(place))
     is_tiff = os.path.isfile(place) and place.lower().endswith(tiff.SUFFIXES) and os.path.getsize(place) > 0
     if is_tiff and (count := len(regions.overlay(place))):
         if _same(place, image):
-            return _checked(_overlay(place, image), first_number)
+            return _overlay(place, image)
         raise UserError(
             f"{path} holds voxels and {count} regions that were drawn over them, and either may be the labels; give "
             f"{path}{VOXELS} or {path}{OVERLAY}"
@@ -112,17 +119,18 @@ def _opened(path: str | Path, image: Volume, first_number: int | None) -> Annota
             raise UserError(f"folder {path} of labels holds no .tif, .png or .jpg slices; give the one that does")
         if len(names) != image.shape[0] or first_number is not None:
             return _sections(place, names, image, first_number)
-    return _checked(_volume(place, image), first_number)
+    return _volume(place, image)
 
 
-def _checked(found: Annotation, first_number: int | None) -> Annotation:
-    """``found``, of which no ``first_number`` was given: it would have no effect."""
-    if first_number is not None:
+def _check_given(found: Annotation, first_number: int | None, radius_nm: float | None) -> None:
+    """Refuses what was given for another form of labels: it would have no effect."""
+    if first_number is not None and found.form != "sections":
         raise UserError(
             f"first_number = {first_number} is for a folder that holds the annotated sections, and {found.path} is none; "
             "leave it out"
         )
-    return found
+    if radius_nm is not None and found.form != "points":
+        raise UserError(f"radius_nm = {radius_nm:g} is for a table of points, and {found.path} is none; leave it out")
 
 
 def _same(place: str, image: Volume) -> bool:
@@ -247,3 +255,14 @@ def _regions(place: str, image: Volume, drawn: list[regions.Region], notes: tupl
 
     note = printable(f"{place}: {len(drawn)} regions in {len(by_section)} sections are {len(set(ids))} objects")
     return Annotation(place, "regions", depth, tuple(sorted(by_section)), read, (note, *notes))
+
+
+def _points(place: str, image: Volume, radius_nm: float | None) -> Annotation:
+    """Balls around points; every section counts as looked at."""
+    depth, *plane = image.shape
+    found = points.read(place, image.shape, image.voxel_size_nm, radius_nm)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return points.balls(found, Box((start, 0, 0), (stop, plane[0], plane[1])))
+
+    return Annotation(place, "points", depth, tuple(range(depth)), read, found.notes)

@@ -30,9 +30,9 @@ def model_card(
     settings, main = config.train, max(sources, key=lambda s: s.share)
     data = [
         {
-            "name": volume_name(s.name), "learn": len(s.train_sections), "unlabeled": len(s.unlabeled_sections),
-            "learned": parts([s.first_section + z for z in s.train_sections]), "depth": s.depth,
-            "held": [s.first_section + z for z in s.validation_sections], "share": s.share, "planes": list(table.planes),
+            "name": volume_name(s.name), "learn": len(s.own.train), "unlabeled": len(s.own.unlabeled),
+            "learned": parts(s.own.train), "depth": s.own.depth, "held": list(s.own.validation), "share": s.share,
+            "planes": list(table.planes),
         }
         for s, table in zip(sources, settings.data, strict=True)
     ]  # fmt: skip

@@ -19,10 +19,10 @@ from typing import Any
 from volseg.config import Config, Setting, Train, TrainData, load, local_path, parse_set
 from volseg.errors import UserError
 from volseg.inference import model
-from volseg.io import files, suggested, volume
+from volseg.io import files, points, suggested, volume
 from volseg.io.annotation import Annotation, open_annotation
 from volseg.training.comparison import cross_check, format_scores, held_out_scores
-from volseg.training.sources import open_image
+from volseg.training.sources import open_image, open_labels
 from volseg.training.steps import Log
 from volseg.training.survey import parts, ranges, runs, survey
 from volseg.training.targets import parse_sections
@@ -192,8 +192,9 @@ def _read_labels(path: str, base: Train, scribbles: bool | None) -> Addition:
         )
     table = next(table for table in base.data if table.image)
     image = open_image(table)
+    radius_nm = table.radius_nm if os.path.isfile(path) and points.is_points(path) else None
     try:
-        found = open_annotation(path, image)
+        found = open_annotation(path, image, radius_nm=radius_nm)
     except UserError:
         if table.first_number is None:
             raise
@@ -206,7 +207,7 @@ def _read_labels(path: str, base: Train, scribbles: bool | None) -> Addition:
         raise UserError(f"all that is annotated in {path} is held out by the config (validate_on)")
     form = {"unlabeled": surveyed.unlabeled, "background": surveyed.background, "first_number": first_number}
     read = {name: getattr(table, name) for name in ("image", "channel", "time", "invert", "voxel_size_nm")}
-    common = {**read, "label": path, **form}
+    common = {**read, "label": path, "radius_nm": radius_nm, **form}
     groups = [sections] if surveyed.kind == "scribbles" else _groups(sections)
     tables = [TrainData(**common, train=tuple(parts(group))) for group in groups]
     notes = [*found.notes, f"{path}: {len(sections)} sections of {surveyed.kind}: {surveyed.reason}", *surveyed.notes]
@@ -293,7 +294,7 @@ def _without_added(table: TrainData, additions: Sequence[Addition]) -> TrainData
     }
     if not corrected:
         return table
-    found = open_annotation(table.label, image, first_number=table.first_number)
+    found = open_labels(table, image)
     own = parse_sections(table.train, image.shape[0]) or list(found.sections or range(image.shape[0]))
     held_out = set(parse_sections(table.validate_on, image.shape[0]))
     left = [z for z in own if z not in corrected and z not in held_out]
@@ -319,7 +320,7 @@ def _section_count(table: TrainData) -> int:
     image = open_image(table)
     if named := parse_sections(table.train, image.shape[0]):
         return len(named)
-    found = open_annotation(table.label, image, first_number=table.first_number, part=table.window)
+    found = open_labels(table, image)
     return len(found.sections) if found.sections is not None else image.shape[0]
 
 

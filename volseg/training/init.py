@@ -16,6 +16,10 @@ from volseg.io.annotation import open_annotation
 from volseg.io.header import TripleNm, shape_text
 from volseg.training.survey import MIN_SECTIONS, Survey, hold_out, parts, ranges, survey
 
+GIVEN = {
+    "first_number": "number of the image's first section in the names of the labels",
+    "radius_nm": "of the ball around each point, where the table gives none",
+}
 PATCH, MIN_PATCH, PATCH_STEP = 256, 64, 32  # voxels
 
 
@@ -77,6 +81,7 @@ def init(
     *,
     voxel_size_nm: TripleNm | None = None,
     first_number: int | None = None,
+    radius_nm: float | None = None,
     scribbles: bool | None = None,
     background: int | None = None,
     overwrite: bool = False,
@@ -88,13 +93,16 @@ def init(
     image : path
         The volume (z, y, x) that was annotated.
     labels : path
-        Its labels: a volume, a folder of the annotated sections, regions of Fiji, or shapes of napari; see ``docs/labels.md``.
+        Its labels: a volume, a folder of the annotated sections, regions of Fiji, shapes of napari, or a table of points; see
+        ``docs/labels.md``.
     out : path, optional
         The TOML file to write; if not given, none is written.
     voxel_size_nm : tuple of float, optional
         Size of a voxel along z, y, x in nm; if not given, what the file says.
     first_number : int, optional
         Of a folder of annotated sections, the number in its names that the image's first section has.
+    radius_nm : float, optional
+        Of points, the radius of the ball around each, where their table gives none; if not given, five voxels of the plane.
     scribbles : bool, optional
         Whether 0 stands for what nobody annotated; if not given, that is decided by the shapes of the labels.
     background : int, optional
@@ -122,7 +130,7 @@ def init(
         raise UserError(f"{out} exists; give another --out, or --overwrite")
     opened = volume.open(os.fspath(image), voxel_size_nm=voxel_size_nm)
     place = os.fspath(labels)
-    annotation = open_annotation(place, opened, first_number=first_number)
+    annotation = open_annotation(place, opened, first_number=first_number, radius_nm=radius_nm)
     try:
         found = survey(annotation, scribbles=scribbles, background=background)
     except UserError as error:
@@ -133,7 +141,8 @@ def init(
         files.absolute(os.fspath(image)), annotation.path, opened.shape, opened.voxel_size_nm, found, train, held_out, notes,
         text="", path=str(path or ""),
     )  # fmt: skip
-    made = replace(made, text=_config_text(made, first_number, voxel_size_nm))
+    given = {"first_number": first_number, "radius_nm": radius_nm}
+    made = replace(made, text=_config_text(made, given, voxel_size_nm))
     if path:
         try:
             files.write_atomic(path, made.text.encode())
@@ -191,8 +200,8 @@ def _held_out_text(held_out: tuple[int, ...], annotated: int) -> str:
     return f"{_count(len(held_out), 'section')} ({ranges(held_out)})"
 
 
-def _config_text(made: Initialization, first_number: int | None, given_nm: TripleNm | None) -> str:
-    """The config file; ``first_number`` and ``given_nm`` are what its user gave."""
+def _config_text(made: Initialization, given: dict[str, float | None], given_nm: TripleNm | None) -> str:
+    """The config file; ``given`` says how to read the labels, and ``given_nm`` is the voxel size, as its user gave them."""
     found, size, path = made.found, made.voxel_size_nm, Path(made.path or "FILE.toml")
     patch = min(PATCH, max(MIN_PATCH, min(made.shape[1:]) // PATCH_STEP * PATCH_STEP))
     unused = [z for z in found.sections if z not in {*made.train, *made.held_out}]
@@ -215,8 +224,7 @@ def _config_text(made: Initialization, first_number: int | None, given_nm: Tripl
         f"image = {_toml(made.image)}",
         f"label = {_toml(made.labels)}",
     ]
-    if first_number is not None:
-        lines.append(f"first_number = {first_number}  # number of the image's first section in the names of the labels")
+    lines += [f"{key} = {value:g}  # {GIVEN[key]}" for key, value in given.items() if value is not None]
     lines.append(f"# {found.kind}: {found.reason}")
     if found.unlabeled is not None:
         lines.append(

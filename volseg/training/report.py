@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from volseg.io.pictures import grayscale
 from volseg.progress import format_table
 from volseg.training.decoding import THRESHOLDS, Decoding, ValidationSlab, foreground, validation_slabs
 from volseg.training.sources import Source
-from volseg.training.targets import UNLABELED, describe_annotation
+from volseg.training.targets import UNLABELED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,20 +106,23 @@ def data_rows(sources: tuple[Source, ...] | list[Source]) -> list[dict]:
     """Return what each volume holds: plain values under the headings of a table (``row``), and ``advice``."""
     rows = []
     for source in sources:
-        annotation = describe_annotation(source.labels, list(source.train_sections), source.first_section, source.depth)
+        own, annotation = source.own, source.own.annotation
         row = {
             "volume": source.name,
             "sections": annotation["sections"],
-            "held out": len(source.validation_sections),
-            "unlabeled": len(source.unlabeled_sections),
+            "held out": len(own.validation),
+            "unlabeled": len(own.unlabeled),
             "objects": annotation["objects"],
             "foreground": f"{100 * annotation['foreground']:.2f} %",
             "empty": len(annotation["empty"]),
             "labels": source.label_kind,
         }
-        withheld = source.withheld_sections
-        advice = [f"not learnt from, since held out: {_format_sections(withheld)} of train"] if withheld else []
-        rows.append({"row": row, "advice": [*annotation["advice"], *advice], "notes": list(source.notes)})
+        advice = list(annotation["advice"])
+        if own.withheld:
+            advice.append(f"not learnt from, since held out: {_format_sections(own.withheld)} of train")
+        if own.validation and not source.validation_sections:
+            advice.append("in voxels of the model's size no held-out section is left: hold out neighbors, too")
+        rows.append({"row": row, "advice": advice, "notes": list(source.notes)})
     return rows
 
 
@@ -212,17 +216,24 @@ def section_pictures(network: torch.nn.Module, report: Report, config: Config) -
     fragments, pictures = config.fragments.model_copy(update=decoded), []
     for i, source in enumerate(report.sources):
         held_out = bool(source.validation_sections)
-        shown = source if held_out else replace(source, validation_sections=_spread(source.train_sections))
+        shown = (
+            source if held_out else replace(source, validation_sections=_spread(_own(source, source.train_sections)))
+        )
         slab_of = {z: (slab, k) for slab, run in _slabs(network, shown, i, config) for k, z in enumerate(run)}
-        for z in _spread(shown.validation_sections):
+        for z in _spread(_own(source, shown.validation_sections)):
             slab, k = slab_of[z]
             prediction = foreground(slab.probability, fragments)[k]
             png = draw_panels(source.image[z], source.labels[z], prediction)
-            number = source.first_section + z
             note = "held out" if held_out else "learnt from, so better than on new ones"
-            caption = f"{Path(source.name).name}, section {number} ({note})"
-            pictures.append(Picture(f"overlay_{i}_{number:04d}", caption, png))
+            caption = f"{Path(source.name).name}, section {source.numbers[z]} ({note})"
+            pictures.append(Picture(f"overlay_{i}_{source.numbers[z]:04d}", caption, png))
     return pictures
+
+
+def _own(source: Source, sections: tuple[int, ...]) -> tuple[int, ...]:
+    """Of sections that are one in the volume as it is stored, the middle one."""
+    groups = [list(same) for _, same in groupby(sections, source.numbers.__getitem__)]
+    return tuple(same[len(same) // 2] for same in groups)
 
 
 def _spread(sections: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,14 +21,45 @@ from volseg.io.annotation import Annotation, open_annotation
 from volseg.io.header import TripleNm
 from volseg.io.resample import Grid, resample, shape_at
 from volseg.training.survey import SAMPLES, refuse_image
-from volseg.training.targets import UNLABELED, border_distance, contact_mask, normalize_labels, parse_sections
+from volseg.training.targets import (
+    UNLABELED,
+    border_distance,
+    contact_mask,
+    describe_annotation,
+    normalize_labels,
+    parse_sections,
+)
 
 MAX_POSITIONS = 200_000  # positions in objects, and near contacts, that are kept of a volume
 
 
+@dataclass(frozen=True)
+class OwnSections:
+    """Sections of a volume as it is stored, by their numbers there, whatever voxels its `Source` has.
+
+    Attributes
+    ----------
+    train, validation, unlabeled
+        As those of `Source`.
+    withheld
+        Those that were named to learn from, but are held out.
+    depth
+        How many the whole volume has.
+    annotation
+        What is annotated on ``train``, see `targets.describe_annotation`.
+    """
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    unlabeled: tuple[int, ...]
+    withheld: tuple[int, ...]
+    depth: int
+    annotation: dict
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The sections in use of one annotated volume. All numbers of sections are indices into ``image``.
+    """The sections in use of one annotated volume. Numbers of sections are indices into ``image``, but for those in ``own``.
 
     Attributes
     ----------
@@ -38,8 +69,11 @@ class Source:
         Gray values (z, y, x), of the type in which they are stored.
     labels
         Instance labels uint32 (z, y, x), see `targets.normalize_labels`.
-    first_section
-        Number of ``image[0]`` in the volume.
+    numbers
+        Number in the volume as it is stored of each section of ``image``; one may be there several times, or not at all, where
+        the volume was resampled.
+    own
+        What is annotated, as its user counts.
     train_sections, validation_sections
         Annotated sections to learn from, and those held out.
     unlabeled_sections
@@ -61,13 +95,9 @@ class Source:
     checksum
         SHA-256 of image and labels.
     label_kind
-        How the labels were read: "instances", or "mask" and how that was written.
-    depth
-        Sections of the whole volume.
+        How the labels were read: "instances", "points", or "mask" and how that was written.
     resliced
         The sections to learn from as volumes whose sections lie along other axes.
-    withheld_sections
-        Sections of the volume that were named to learn from, but are held out.
     scribbles
         Whether objects are annotated in part, so that their extent is not known.
     background_positions
@@ -79,7 +109,8 @@ class Source:
     name: str
     image: np.ndarray
     labels: np.ndarray
-    first_section: int
+    numbers: tuple[int, ...]
+    own: OwnSections
     train_sections: tuple[int, ...]
     validation_sections: tuple[int, ...]
     unlabeled_sections: tuple[int, ...]
@@ -93,9 +124,7 @@ class Source:
     voxel_size_nm: tuple[float, float, float] | None
     checksum: str
     label_kind: str
-    depth: int
     resliced: tuple[Source, ...] = ()
-    withheld_sections: tuple[int, ...] = ()
     scribbles: bool = False
     background_positions: np.ndarray | None = None
     notes: tuple[str, ...] = ()
@@ -165,6 +194,13 @@ def open_image(data: TrainData) -> volume.Volume:
     )
 
 
+def open_labels(data: TrainData, image: volume.Volume) -> Annotation:
+    """The labels of a ``[[train.data]]`` table, of the part of the sections that it names; see `open_annotation`."""
+    return open_annotation(
+        data.label, image, first_number=data.first_number, part=data.window, radius_nm=data.radius_nm
+    )
+
+
 def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | None) -> Source:
     """The source that ``data`` describes, in voxels of about the model's size; reads the sections in use and their neighbors
     on both sides."""
@@ -189,11 +225,14 @@ def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | Non
     else:
         fields = _read(data, image, annotation, first, annotated)
     withheld = tuple(sorted(set(named) & set(held_out))) if data.train else ()
+    described = describe_annotation(fields["labels"], [z - first for z in train], first, depth)
+    own = OwnSections(tuple(train), tuple(held_out), tuple(unlabeled), withheld, depth, described)
+    numbers = tuple(range(first, stop))
     lists = (train, held_out, unlabeled, [first + int(z) for z in np.flatnonzero(annotated)])
     uses = [tuple(z - first for z in sections) for sections in lists]
     if model_nm and not matches(fields["voxel_size_nm"], model_nm):
-        first, depth = (round(n * fields["voxel_size_nm"][0] / model_nm[0]) for n in (first, depth))
-        fields, uses = _resample(fields, uses, model_nm)
+        fields, uses, section = _resample(fields, uses, model_nm)
+        numbers = tuple(numbers[z] for z in section)
     train, held_out, unlabeled = uses[:3]  # type: ignore[assignment]
     if not train:
         raise UserError(
@@ -204,9 +243,9 @@ def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | Non
     size = fields["voxel_size_nm"]  # where nobody says, sections may lie far apart
     contacts = contact_mask(fields["labels"], settings.contour_width, size is not None and volume.isotropic(size))
     source = Source(
-        first_section=first, train_sections=train, validation_sections=held_out, unlabeled_sections=unlabeled,
-        object_positions=positions, share=data.share, depth=depth, contacts=contacts,
-        withheld_sections=withheld, scribbles=data.unlabeled == 0, notes=annotation.notes if annotation else (),
+        numbers=numbers, own=own, train_sections=train, validation_sections=held_out, unlabeled_sections=unlabeled,
+        object_positions=positions, share=data.share, contacts=contacts, scribbles=data.unlabeled == 0,
+        notes=annotation.notes if annotation else (),
         background_positions=_background_positions(fields["labels"], train) if data.unlabeled == 0 else None,
         contact_positions=_positions(np.flatnonzero(contacts[list(train)]), train, contacts.shape),
         distance=_distance(fields["labels"], annotated, size, settings, place), **fields,
@@ -220,7 +259,7 @@ def _annotation(data: TrainData, image: volume.Volume, place: str) -> Annotation
     if window and any(span.stop > n for span, n in zip(window, image.shape[1:], strict=True)):
         y, x = image.shape[1:]
         raise UserError(f"{place}: part = {data.part!r} is not in 0:{y},0:{x}, all that a section has; correct it")
-    return open_annotation(data.label, image, first_number=data.first_number, part=window)
+    return open_labels(data, image)
 
 
 def _looked_at(annotation: Annotation | None, data: TrainData) -> bool:
@@ -242,8 +281,11 @@ def _annotated_sections(annotation: Annotation | None, named: list[int], held_ou
     return named or list(annotation.sections)
 
 
-def _resample(fields: dict, uses: list[tuple[int, ...]], model_nm: TripleNm) -> tuple[dict, list[tuple[int, ...]]]:
-    """Fields of a `Source` in voxels of about ``model_nm``, and lists of sections as their numbers are then.
+def _resample(
+    fields: dict, uses: list[tuple[int, ...]], model_nm: TripleNm
+) -> tuple[dict, list[tuple[int, ...]], np.ndarray]:
+    """Fields of a `Source` in voxels of about ``model_nm``, lists of sections as their numbers are then, and for each section
+    then the one that it was.
 
     A section has the labels, and the use, of the one in which its middle lies.
     """
@@ -259,7 +301,7 @@ def _resample(fields: dict, uses: list[tuple[int, ...]], model_nm: TripleNm) -> 
     labels = grid.take(fields["labels"], stored, box)
     section = grid.nearest(0, 0, shape[0])
     moved = [tuple(np.flatnonzero(np.isin(section, numbers)).tolist()) for numbers in uses]
-    return {**fields, "image": made, "labels": labels, "voxel_size_nm": made_nm}, moved
+    return {**fields, "image": made, "labels": labels, "voxel_size_nm": made_nm}, moved, section
 
 
 def _reslice(source: Source, plane: str, place: str) -> Source:
@@ -281,7 +323,7 @@ def _reslice(source: Source, plane: str, place: str) -> Source:
     image, labels, contacts = reslice(source.image), reslice(source.labels), reslice(source.contacts)
     sections = tuple(range(len(image)))
     return replace(
-        source, image=image, labels=labels, contacts=contacts, distance=reslice(source.distance), first_section=0,
+        source, image=image, labels=labels, contacts=contacts, distance=reslice(source.distance), numbers=sections,
         train_sections=sections, validation_sections=(), unlabeled_sections=(), background_positions=None,
         object_positions=_object_positions(labels, sections, place),
         contact_positions=_positions(np.flatnonzero(contacts), sections, contacts.shape),
@@ -341,12 +383,13 @@ def _read(data: TrainData, image: volume.Volume, annotation: Annotation, first: 
     background = np.array(data.background).astype(stored.dtype)  # where it does not fit, no voxel has it: told below
     stored[~annotated] = background
     unlabeled = annotation.unlabeled if data.unlabeled is None else data.unlabeled
-    labels, note = normalize_labels(stored, unlabeled=unlabeled, background=data.background)
+    of_points = annotation.form == "points"
+    labels, note = normalize_labels(stored, unlabeled=unlabeled, background=data.background, instances=of_points)
+    kind = "scribbles" if data.unlabeled == 0 else "points" if of_points else _format_label_kind(note)
     mean, std = gray_statistics(image.shape, image.read)
     return {
         "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std,
-        "label_kind": "scribbles" if data.unlabeled == 0 else _format_label_kind(note), "voxel_size_nm": image.voxel_size_nm,
-        "checksum": _digest(voxels, stored),
+        "label_kind": kind, "voxel_size_nm": image.voxel_size_nm, "checksum": _digest(voxels, stored),
     }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ MIN_SECTIONS = 4  # with fewer, none is held out
 LONG_RUN = 40  # consecutive sections from which on two blocks are held out
 
 Kind = Literal["instances", "mask", "scribbles"]
+POINTS: tuple[Kind, str] = ("instances", "a ball around each point")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def survey(annotation: Annotation, *, scribbles: bool | None = None, background:
     samples = [as_integers(annotation.read(z, z + 1))[0] for z in chosen]
     refuse_image(samples, annotation.path)
     values = sorted(set().union(*(one.values.tolist() for one in found)) - {0, annotation.unlabeled})
-    kind, reason = _kind(found, samples, values, scribbles)
+    kind, reason = POINTS if annotation.form == "points" else _kind(found, samples, values, scribbles)
     unlabeled = 0 if kind == "scribbles" else annotation.unlabeled
     if kind == "scribbles":
         sections = tuple(drawn)
@@ -142,7 +143,7 @@ def survey(annotation: Annotation, *, scribbles: bool | None = None, background:
         raise UserError(
             f"{annotation.path}: every annotated voxel is {what}; draw both, or give --background, the value outside of objects"
         )
-    by_section = kind == "instances" and _numbered_by_section(annotation, sections)
+    by_section = kind == "instances" and annotation.form != "points" and _numbered_by_section(annotation, sections)
     if by_section:
         reason += "; each section was numbered by itself, so objects that overlap most in neighboring sections are one"
     return Survey(

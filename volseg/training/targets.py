@@ -21,7 +21,7 @@ MASK_VALUES = {1, 255, 65535}  # how one bit is written by the common tools
 
 
 def normalize_labels(
-    array: np.ndarray, *, unlabeled: int | None = None, background: int = 0
+    array: np.ndarray, *, unlabeled: int | None = None, background: int = 0, instances: bool = False
 ) -> tuple[np.ndarray, dict]:
     """Return instance labels for an annotation of any of the common encodings.
 
@@ -40,6 +40,8 @@ def normalize_labels(
         Value of voxels that nobody annotated.
     background
         Value outside of objects. Where it is another than 0, and 0 is not ``unlabeled``, 0 is an object.
+    instances
+        Whether each value is known to be one object of the volume, as those of points are.
 
     Returns
     -------
@@ -75,7 +77,7 @@ def normalize_labels(
         array = np.where(missing, 0, array)
     found = [mask_value(*np.unique(section, return_counts=True)) for section in array]
     values = [value for value in found if value is not None]
-    if is_mask(found):
+    if is_mask(found) and not instances:
         halves = np.array([max(1, (value + 1) // 2) for value in values], np.uint64)
         labels, objects = ndimage.label(array >= halves[:, None, None], np.ones((3, 3, 3), bool), output=np.uint32)
         note = {"kind": "mask", "values": {value: values.count(value) for value in sorted(set(values) - {0})}}
@@ -84,7 +86,7 @@ def normalize_labels(
         ids = ids[ids != 0]
         labels = np.where(array != 0, np.searchsorted(ids, array) + 1, 0).astype(np.uint32)
         note, objects = {"kind": "instances"}, len(ids)
-        if section_agreement(labels) < MIN_AGREEMENT:
+        if not instances and section_agreement(labels) < MIN_AGREEMENT:
             labels, objects = _link_sections(labels)
             note = {"kind": "instances, numbered section by section"}
     if missing is not None:
