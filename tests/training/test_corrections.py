@@ -169,6 +169,12 @@ def test_scribbles_count_where_they_are(trained, tables, tmp_path):
     np.testing.assert_array_equal(source.labels[source.train_sections[0]] == UNLABELED, strokes == 0)
 
 
+def test_points_are_refused_since_they_do_not_say_their_sections(trained, tmp_path):
+    (tmp_path / "more.csv").write_text("z,y,x\n3,20,20\n")
+    with pytest.raises(UserError, match="do not say what sections they annotate"):
+        read_addition(str(tmp_path / "more.csv"), trained.train)
+
+
 def test_unknown_voxels_and_empty_sections_are_taken_as_they_are(tables, tmp_path):
     folder = write_folder(tables, tmp_path / "em.suggest", (1, 3))
     correct(tables, folder, "s0001", change=lambda labels: labels * 0)

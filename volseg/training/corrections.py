@@ -19,7 +19,7 @@ from typing import Any
 from volseg.config import Config, Setting, Train, TrainData, load, local_path, parse_set
 from volseg.errors import UserError
 from volseg.inference import model
-from volseg.io import files, points, suggested, volume
+from volseg.io import files, suggested, volume
 from volseg.io.annotation import Annotation, open_annotation
 from volseg.training.comparison import cross_check, format_scores, held_out_scores
 from volseg.training.sources import open_image, open_labels
@@ -192,13 +192,17 @@ def _read_labels(path: str, base: Train, scribbles: bool | None) -> Addition:
         )
     table = next(table for table in base.data if table.image)
     image = open_image(table)
-    radius_nm = table.radius_nm if os.path.isfile(path) and points.is_points(path) else None
     try:
-        found = open_annotation(path, image, radius_nm=radius_nm)
+        found = open_annotation(path, image)
     except UserError:
         if table.first_number is None:
             raise
         found = open_annotation(path, image, first_number=table.first_number)
+    if found.form == "points":
+        raise UserError(
+            f"{path} holds points, which do not say what sections they annotate: make it the label of a [[train.data]] table "
+            "with train, and set train.start to the last model"
+        )
     first_number = table.first_number if found.form == "sections" and table.first_number is not None else None
     surveyed = survey(found, scribbles=scribbles)
     held_out = _held_out(base, image.path, image.shape[0])
@@ -207,7 +211,7 @@ def _read_labels(path: str, base: Train, scribbles: bool | None) -> Addition:
         raise UserError(f"all that is annotated in {path} is held out by the config (validate_on)")
     form = {"unlabeled": surveyed.unlabeled, "background": surveyed.background, "first_number": first_number}
     read = {name: getattr(table, name) for name in ("image", "channel", "time", "invert", "voxel_size_nm")}
-    common = {**read, "label": path, "radius_nm": radius_nm, **form}
+    common = {**read, "label": path, **form}
     groups = [sections] if surveyed.kind == "scribbles" else _groups(sections)
     tables = [TrainData(**common, train=tuple(parts(group))) for group in groups]
     notes = [*found.notes, f"{path}: {len(sections)} sections of {surveyed.kind}: {surveyed.reason}", *surveyed.notes]
