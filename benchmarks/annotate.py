@@ -22,6 +22,7 @@ import tifffile
 
 from benchmarks import report, trial
 from volseg.box import Box
+from volseg.errors import UserError
 from volseg.io import volume
 from volseg.training.suggest import suggest
 
@@ -98,7 +99,10 @@ def measure(given: Task, seeds: int, minutes: float, name: str, ways: tuple[str,
                 if time.monotonic() > end:
                     print(f"{minutes:g} minutes are over; the same command goes on")
                     return
-                asked = ask(given, way, seed, count, asked, last)
+                before, asked = asked, ask(given, way, seed, count, asked, last)
+                if asked == before:
+                    print(f"{way}, seed {seed}: nothing is left to ask for beyond {len(before)} sections")
+                    break
                 key = f"{way} {seed} {count}"
                 if key not in rows:
                     rows[key] = {"way": way, "seed": seed, "sections": count, **_score(given, way, seed, count, asked)}
@@ -121,7 +125,10 @@ def ask(given: Task, way: str, seed: int, count: int, before: list[int], last: i
         changes = (part for text in given.infer_sets for part in ("--set", text))
         model = str(place / "model.safetensors")
         trial.volseg("infer", given.image, "--model", model, "--out", str(run), "--overwrite", *changes)
-        made = suggest(run, count - len(before), folder, annotated=before, overwrite=True)
+        try:
+            made = suggest(run, count - len(before), folder, annotated=before, overwrite=True)
+        except UserError:  # all others lie beside one that is annotated
+            return before
         more = [one.z for one in made.suggestions]
         (folder / "sections.json").write_text(json.dumps(sorted({*before, *more})))
     return json.loads((folder / "sections.json").read_text())

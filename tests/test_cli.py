@@ -190,7 +190,7 @@ def test_settings_are_a_config_file_that_says_where_each_comes_from(run, tmp_pat
     assert re.search(r"^seed = 0.9 +# --set stitch.seed=0.9$", out, re.M)
     assert re.search(r"^levels = 2 +# .*my.toml$", out, re.M)
     assert re.search(r"^threshold = .* +# model file$", out, re.M)
-    assert re.search(r"^tile = 2048 +# model file$", out, re.M)
+    assert re.search(r"^tile = 2560 +# model file$", out, re.M)
     assert re.search(r"^overlap = 64$", out, re.M)
     (tmp_path / "all.toml").write_text(out)
     assert load(tmp_path / "all.toml") == settings_of(tmp_path / "my.toml", ["stitch.seed=0.9"])

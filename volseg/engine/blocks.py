@@ -23,7 +23,7 @@ CUT_PLANE = 1 << 24  # voxels of a plane that is not cut where planes are stored
 LEAST_DEPTH = 16  # sections that are read at once
 BLOCKS_PER_WORKER = 4  # of a pass, at least: fewer would leave workers idle at its end
 MOST_LAYERS = 16  # of chunks in a block
-MOST_VOXELS = 1 << 32  # of such a block
+MOST_VOXELS = 5_000_000_000  # of such a block
 BLEND_BYTES = 4  # for each voxel of a section, beside those of each channel
 SPAN = 16  # sections whose parts of tiles, handed from block to block, lie in one file
 BATCHES_PER_BLOCK = 8  # on a GPU: while the first is cut and the last is copied back, nothing is computed
@@ -183,8 +183,10 @@ def _cut(run: Run, plane: str, room: int, workers: int) -> Cut | None:
 
 def handed_bytes(heads: int, grid: tiles.Grid, rows: int, columns: int) -> int:
     """Of the parts of tiles that a block of so many rows and columns takes and gives, float32: about a quarter of a tile's
-    length beyond each edge."""
-    return heads * SPAN * (grid.size[0] * columns + grid.size[1] * rows)
+    length beyond each edge that is not the plane's."""
+    below = grid.size[0] * columns if rows < grid.y.length else 0
+    beside = grid.size[1] * rows if columns < grid.x.length else 0
+    return heads * SPAN * (below + beside)
 
 
 def _ways(axis: tiles.Axis, length: int, chunk: int) -> list[_Along]:

@@ -21,9 +21,15 @@ def probability_key(run: Run) -> str:
             run.checksum, run.shape, run.model_sha256, run.mean, run.std, run.engine.arithmetic, run.predict_block,
             config.predict.tile, config.predict.overlap, config.predict.batch, config.predict.tta,
             sorted(config.predict.planes), config.output.chunk, CONSTANT_TILES,
-            *([{plane: asdict(cut) for plane, cut in run.cuts.items()}] if run.cuts else []),
+            *([{plane: asdict(cut) for plane, cut in run.cuts.items()}] if run.cuts else []), *_tiles_that_overlap(run),
         )  # fmt: skip
     return digest(key, run.roi.key) if run.roi else key
+
+
+def _tiles_that_overlap(run: Run) -> list:
+    """The tile grids of passes that have more than one tile in a plane: how their number is chosen may change."""
+    grids = (run.tile_grid(plane) for plane in sorted(run.config.predict.planes))
+    return [[asdict(grid.y), asdict(grid.x)] for grid in grids if grid.y.count * grid.x.count > 1]
 
 
 def _roles(run: Run) -> list[tuple]:
@@ -43,7 +49,7 @@ def probabilities_id(run: Run) -> str:
         predict = run.config.predict
         made = [
             run.model_sha256, run.mean, run.std, run.engine.arithmetic, predict.tile, predict.overlap, predict.tta,
-            sorted(predict.planes),
+            sorted(predict.planes), *_tiles_that_overlap(run),
         ]  # fmt: skip
     return digest(run.checksum, run.shape, made, *([run.roi.key] if run.roi else []))
 

@@ -12,7 +12,7 @@ from volseg.inference.model_file import model_file
 
 Settings = Iterable[Setting]
 BINNED_TILE = (
-    2048  # longest tile edge of a network that bins voxels: fewer are shared, and it takes no more memory than others
+    2560  # longest tile edge of a network that bins voxels, which takes no more memory than others in tiles of half
 )
 ENDINGS = (
     ".zip", ".ozx", ".gz", ".ome.zarr", ".ome.tiff", ".ome.tif", ".zarr", ".tiff", ".tif", ".n5", ".h5", ".hdf5", ".ims",

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,11 @@ from volseg.inference.device import NUMPY, Device
 from volseg.inference.model_card import MULTIPLE
 
 SAMPLED = 256  # blocks along an axis that are looked at where there are more
-MORE_TILES = 8  # than needed along an axis, where they hold fewer voxels together
-COSTLY_LENGTH = 25_000  # of a tile, voxels, at which a voxel of it would count twice
+LEAST_LENGTH = 1024  # of tiles of which there are several, voxels, or half of the longest that is allowed
+COSTLY_LENGTH = 30_000  # of a tile, voxels, at which a voxel of it would count twice
+MOST_TWICE = (
+    0.072  # of the voxels of an axis, so that less than 15 % of a plane are inferred twice, where tiles allow it
+)
 PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volume that are sections, rows and columns
 
 
@@ -108,9 +110,9 @@ def _ramp(n: int) -> np.ndarray:
 def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis:
     """Evenly spread tiles of at most ``tile`` voxels that share at least ``overlap`` and cover ``length``.
 
-    Their size is a ``multiple``, at least one. Of the numbers of tiles that will do, the one for which these hold the fewest
-    voxels: since their size is a multiple, one or two more are often fewer voxels together. A voxel counts for more in longer
-    tiles, since these take more memory and, on a CPU, more time.
+    Their size is a ``multiple``, at least one, so one or two tiles more than needed are often fewer voxels together. Of the
+    numbers of tiles that keep to `MOST_TWICE`, or of all where none does, the one for which these hold the fewest voxels. A
+    voxel counts for more in longer tiles, since these take more memory and, on a CPU, more time.
 
     >>> axis(1024, 1280, 64)
     Axis(length=1024, size=1024, count=1)
@@ -122,15 +124,20 @@ def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis
         return Axis(length, _up(length, multiple), 1)
     if overlap >= longest:
         raise ValueError(f"overlap {overlap} leaves no room in tiles of {longest}; use overlap < tile")
-    fewest = -(-(length - overlap) // (longest - overlap))
+    least = min(LEAST_LENGTH, longest // 2)
+
+    def fewest(longest: int) -> int:
+        return -(-(length - overlap) // (longest - overlap))
 
     def size(count: int) -> int:
         return min(longest, _up(-(-(length + (count - 1) * overlap) // count), multiple))
 
-    def cost(count: int) -> float:
-        return count * size(count) * (COSTLY_LENGTH + size(count)) if 2 * size(count) > longest else inf
+    def cost(count: int) -> tuple[bool, bool, float]:
+        voxels = count * size(count)
+        twice = voxels > (1 + MOST_TWICE) * length
+        return size(count) <= least, twice, voxels * (COSTLY_LENGTH + size(count))
 
-    count = min(range(fewest, fewest + MORE_TILES), key=cost)
+    count = min({fewest(n) for n in range(longest, max(least, overlap), -multiple)}, key=cost)
     return Axis(length, size(count), count)
 
 
