@@ -32,6 +32,7 @@ ROW = np.dtype(
         ("stop", np.int64, 3),
     ]
 )
+ADDED = ("voxels", "probability_sum", "min_probability", "sum", "moment", "start", "stop")  # voxel by voxel
 REDUCTIONS = {
     "voxels": np.add, "probability_sum": np.add, "min_probability": np.minimum, "faces": np.add, "sum": np.add,
     "moment": np.add, "start": np.minimum, "stop": np.maximum,
@@ -103,10 +104,16 @@ def measure(
     rows = np.zeros(ids.size, ROW)
     rows["id"] = ids
     start, number = np.array(box.start, np.int64), number.astype(np.int64)
-    *columns, same_faces, pairs = _add(region, number, probability, start, ids.size)
-    fields = ("voxels", "probability_sum", "min_probability", "sum", "moment", "start", "stop")
-    for field, column in zip(fields, columns, strict=True):
+    columns = {field: np.zeros((ids.size, *ROW[field].shape), np.int64) for field in ADDED}
+    columns["start"][:] = np.iinfo(np.int64).max
+    columns["min_probability"][:] = 255
+    same_faces = np.zeros((ids.size, 3), np.int64)
+    unlike = _add(region, number, probability, start, tuple(columns.values()), same_faces)
+    for field, column in columns.items():
         rows[field] = column
+    pairs = np.empty(unlike, np.int64)
+    if unlike:
+        pairs = np.unique(pairs[: _enter_contacts(region, number, pairs)])
     contacts = [ids[np.stack([pairs >> 32, pairs & 0xFFFFFFFF], axis=1)]]
     for axis in range(3):
         first, last = (number[np.take(region, end, axis)].ravel() for end in (0, -1))
@@ -257,19 +264,17 @@ def _count(number: np.ndarray, size: int) -> np.ndarray:
 # Invariant: after a run all its voxels, and their contacts to what lies behind them, are in the sums of its label.
 @njit(cache=True, nogil=True)
 def _add(
-    region: np.ndarray, number: np.ndarray, probability: np.ndarray, origin: np.ndarray, size: int
-) -> tuple[np.ndarray, ...]:
-    """The columns of a block's rows, faces between like voxels by axis, and pairs ``low << 32 | high`` of unlike ones.
+    region: np.ndarray, number: np.ndarray, probability: np.ndarray, origin: np.ndarray, columns: tuple[np.ndarray, ...],
+    same_faces: np.ndarray,
+) -> int:  # fmt: skip
+    """A block's voxels are in ``columns``, those of `ADDED`, and its faces between like voxels, by axis; how many faces lie
+    between unlike labels.
 
-    Labels are told apart by ``number[region]``, which is 0 for background and less than ``size``.
+    Labels are told apart by ``number[region]``, which is 0 for background.
     """
     nz, ny, nx = region.shape
-    voxels, probability_sum = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    lowest = np.full(size, 255, np.uint8)
-    sums, moment = np.zeros((size, 3), np.int64), np.zeros((size, 6, 2), np.int64)
-    start, stop = np.full((size, 3), np.iinfo(np.int64).max), np.zeros((size, 3), np.int64)
-    same_faces = np.zeros((size, 3), np.int64)
-    pairs = {np.int64(0)}
+    voxels, probability_sum, lowest, sums, moment, start, stop = columns
+    unlike = 0
     for z in range(nz):
         for y in range(ny):
             row, x = region[z, y], 0
@@ -291,36 +296,58 @@ def _add(
                 probability_sum[n] += run_sum
                 same_faces[n, 2] += x - begin - 1
                 if x < nx:
-                    same_faces[n, 2] += _count_same(r, row[x : x + 1], number, pairs)
+                    same, other = _count_same(r, row[x : x + 1], number)
+                    same_faces[n, 2] += same
+                    unlike += other
                 if y + 1 < ny:
-                    same_faces[n, 1] += _count_same(r, region[z, y + 1, begin:x], number, pairs)
+                    same, other = _count_same(r, region[z, y + 1, begin:x], number)
+                    same_faces[n, 1] += same
+                    unlike += other
                 if z + 1 < nz:
-                    same_faces[n, 0] += _count_same(r, region[z + 1, y, begin:x], number, pairs)
+                    same, other = _count_same(r, region[z + 1, y, begin:x], number)
+                    same_faces[n, 0] += same
+                    unlike += other
                 zyx = (z + origin[0], y + origin[1], begin + origin[2])
                 _add_run(zyx, x - begin, sums[n], moment[n], start[n], stop[n])
-    codes = np.empty(len(pairs), np.int64)
-    for i, pair in enumerate(pairs):
-        codes[i] = pair
-    return voxels, probability_sum, lowest, sums, moment, start, stop, same_faces, codes[codes > 0]
+    return unlike
 
 
 @njit(cache=True, nogil=True)
-def _count_same(r: int, others: np.ndarray, number: np.ndarray, pairs: set[int]) -> int:
-    """How many of region r's neighbors have its label; other labels among them are entered in ``pairs``."""
+def _count_same(r: int, others: np.ndarray, number: np.ndarray) -> tuple[int, int]:
+    """How many of region r's neighbors have its label, and how many have another one."""
     same = none = 0
     for other in others:
         same += other == r
         none += other == 0
     if same + none == others.size:
-        return same
-    n = number[r]
+        return same, 0
+    n, unlike = number[r], 0
     for other in others:
         m = number[other]
-        if other != r and m == n:
-            same += 1
-        elif m != n and m > 0:
-            pairs.add((min(n, m) << 32) | max(n, m))
-    return same
+        same += other != r and m == n
+        unlike += m != n and m > 0
+    return same, unlike
+
+
+@njit(cache=True, nogil=True)
+def _enter_contacts(region: np.ndarray, number: np.ndarray, pairs: np.ndarray) -> int:
+    """``pairs`` begins with ``low << 32 | high`` of unlike labels in contact, many more than once; how many there are."""
+    nz, ny, nx = region.shape
+    count = 0
+    for z in range(nz):
+        for y in range(ny):
+            for x in range(nx):
+                n = number[region[z, y, x]]
+                if n == 0:
+                    continue
+                for axis in range(3):
+                    at = z + (axis == 0), y + (axis == 1), x + (axis == 2)
+                    if at[0] < nz and at[1] < ny and at[2] < nx:
+                        m = number[region[at]]
+                        if m != n and m > 0:
+                            pairs[count] = (min(n, m) << 32) | max(n, m)
+                            count += count == 0 or pairs[count] != pairs[count - 1]
+    return count
 
 
 @njit(cache=True, nogil=True)
