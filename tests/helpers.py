@@ -118,12 +118,12 @@ RUN_STAGES_SETTINGS = {"predict": {"tile": 64, "overlap": 16, "precision": "fp32
          "cluster": {"workers": 1}}  # fmt: skip
 
 
-def write_volume(path, data, nm=None):
-    """A zarr volume with these voxels."""
+def write_volume(path, data, nm=None, begin=(0.0, 0.0, 0.0)):
+    """A zarr volume with these voxels, the center of the first one at ``begin``."""
     arrays.create_group(path)
     arrays.create_array(path, "0", shape=data.shape, dtype=data.dtype, chunk=data.shape, shard=data.shape, axes="zyx")
     arrays.write(arrays.open_array(path, "0"), Box.from_shape(data.shape), data)
-    arrays.set_group_attributes(path, "", ome.multiscales("volume", "zyx", [("0", nm or (5.0, 5.0, 5.0))]))
+    arrays.set_group_attributes(path, "", ome.multiscales("volume", "zyx", [("0", nm or (5.0, 5.0, 5.0))], begin=begin))
     return path
 
 

@@ -17,6 +17,7 @@ from volseg.engine import export
 from volseg.errors import UserError
 from volseg.io import arrays
 from volseg.io.export import single, skeletons
+from volseg.io.export.frame import Frame
 
 
 def export_of(run, out, **more):
@@ -127,7 +128,7 @@ def test_probabilities_go_out_by_their_name(ending, reference, tmp_path):
 def test_labels_of_anisotropic_voxels_keep_their_size_in_a_large_tiff(tmp_path, monkeypatch):
     monkeypatch.setattr(single, "IMAGEJ_BYTES", 1 << 20)
     data = np.arange(24, dtype=np.uint32).reshape(2, 3, 4)
-    place = single.create("tiff", str(tmp_path / "em.tif"), data.shape, data.dtype, (50, 5, 4), "labels")
+    place = single.create("tiff", str(tmp_path / "em.tif"), Frame(data.shape, (50, 5, 4)), data.dtype, "labels")
     single.write(place, volseg.Box.from_shape(data.shape), data)
     with tifffile.TiffFile(tmp_path / "em.tif") as file:
         assert file.is_ome

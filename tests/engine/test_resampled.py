@@ -18,6 +18,7 @@ from volseg.evaluation.review import review
 from volseg.io import corrections, volume
 
 NM = (5.0, 10.0, 10.0)
+BEGIN = (100.0, 30.0, -20.0)  # in the world, of the center of its first voxel
 ROI = "1:20,7:70,3:80"
 
 
@@ -26,7 +27,7 @@ def coarse(image, tmp_path_factory):
     """The volume of all tests with voxels twice as large in the plane."""
     gray = zarr.open_array(f"{image}/0", mode="r")[:]
     mean = gray.reshape(SHAPE[0], SHAPE[1] // 2, 2, SHAPE[2] // 2, 2).mean((2, 4)).round().astype(np.uint8)
-    return write_volume(str(tmp_path_factory.mktemp("coarse") / "em.zarr"), mean, NM)
+    return write_volume(str(tmp_path_factory.mktemp("coarse") / "em.zarr"), mean, NM, BEGIN)
 
 
 def infer(path, out, progress=None, **sections):
@@ -80,9 +81,17 @@ def test_scales_and_shifts_place_all_arrays_in_one_space(own, restored):
         assert probability.voxel_size_nm == pytest.approx((5.0, 5.0, 5.0))
         assert volume.open(run.path).voxel_size_nm == run.voxel_size_nm
         first = zarr.open_group(run.path, mode="r").attrs["ome"]["multiscales"][0]["datasets"][0]
-        assert first["coordinateTransformations"][1]["translation"] == [0.0, 0.0, -2.5, -2.5]
+        assert first["coordinateTransformations"][1]["translation"] == [0.0, 100.0, 27.5, -22.5]
     labels = zarr.open_group(f"{own.path}/labels/instances", mode="r").attrs["ome"]["multiscales"][0]["datasets"][0]
-    assert labels["coordinateTransformations"][1]["translation"] == [0.0, -2.5, -2.5]
+    assert labels["coordinateTransformations"][1]["translation"] == [100.0, 27.5, -22.5]
+    labels = zarr.open_group(f"{restored.path}/labels/instances", mode="r").attrs["ome"]["multiscales"][0]["datasets"]
+    assert [level["coordinateTransformations"][1]["translation"] for level in labels] == [
+        [*BEGIN],
+        [102.5, 30, -20],
+        [107.5, 35, -15],
+    ]
+    assert own.origin_nm == (100.0, 27.5, -22.5)
+    assert restored.origin_nm == volume.open(restored.path).origin_nm == BEGIN
 
 
 def test_objects_are_corrected_by_points_of_either_grid_and_by_labels(restored, tmp_path):

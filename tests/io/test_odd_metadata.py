@@ -298,10 +298,10 @@ def test_a_mask_of_zeros_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("offset", "said"), [((100, 0, 0), "100 x 0 x 0"), ((0, -7.5, 3), "0 x -7.5 x 3"), ((4, 2, 2), "")]
+    ("offset", "origin"), [((100, 0, 0), (100, 0, 0)), ((0, -7.5, 3), (0, -7.5, 3)), ((4, 2), (0, 0, 0))]
 )
 @pytest.mark.parametrize("of_image", [False, True])
-def test_a_volume_that_begins_elsewhere_is_told(tmp_path, offset, said, of_image):
+def test_a_volume_that_begins_elsewhere_lies_there(tmp_path, offset, origin, of_image):
     moved = {"type": "translation", "translation": list(offset)}
     datasets = [{"path": "0", "coordinateTransformations": [STEP] if of_image else [STEP, moved]}]
     write_image(
@@ -309,7 +309,18 @@ def test_a_volume_that_begins_elsewhere_is_told(tmp_path, offset, said, of_image
     )
     opened = volume.open(tmp_path / "v.zarr")
     assert opened.voxel_size_nm == SIZE
-    assert [f"begins at {said} nanometer" in note for note in opened.notes] == ([True] if said else [])
+    assert opened.origin_nm == origin
+
+
+def test_translations_of_an_image_and_of_its_level_are_taken_in_their_order(tmp_path):
+    """The image's scale moves what its level's translation says, too."""
+    steps = [{"type": "scale", "scale": [8, 4, 4]}, {"type": "translation", "translation": [16, 0, 4]}]
+    whole = [{"type": "scale", "scale": [1, 1, 2]}, {"type": "translation", "translation": [0, 5, 1]}]
+    datasets = [{"path": "0", "coordinateTransformations": steps}]
+    write_image(tmp_path / "v.zarr", voxels(), datasets=datasets, coordinateTransformations=whole)
+    opened = volume.open(tmp_path / "v.zarr")
+    assert opened.voxel_size_nm == (8, 4, 8)
+    assert opened.origin_nm == (16, 5, 9)
 
 
 def test_the_finest_level_is_read_where_it_is_not_the_first(tmp_path):

@@ -127,6 +127,11 @@ def view(
     with module.view(run, object=object, review=review, image=image or None, port=port) as viewer:
         if module.IMAGE not in viewer.layers:
             note("the volume below the labels is not known, or not there any more; give --image VOLUME")
+        if any(viewer.first):
+            counted = " ".join(map(str, viewer.first[::-1]))
+            note(
+                f"the viewer shows voxels x y z of the volume's world; less {counted} they are those of tables and --roi"
+            )
         if screenshot:
             viewer.screenshot(screenshot)
             emit(f"picture  {screenshot}", {"picture": screenshot})

@@ -315,10 +315,13 @@ def _finish(job: Conversion, out: str, journal: Journal) -> volume.Volume:
             f"{job.path} does not hold the voxels of {job.source.path}; has it changed meanwhile? Convert it anew"
         )
     size = job.source.voxel_size_nm
-    sizes = pyramid.sizes(list(job.levels), size or (1.0, 1.0, 1.0))
+    sizes, begin = (
+        pyramid.sizes(list(job.levels), size or (1.0, 1.0, 1.0)),
+        job.source.origin_nm if size else job.source.place,
+    )
     name = out.rpartition("/")[2].removesuffix(".zarr").removesuffix(".ome")
     levels = [(str(level), one) for level, one in enumerate(sizes)]
-    attributes = ome.multiscales(name, "zyx", levels, unit="nanometer" if size else "")
+    attributes = ome.multiscales(name, "zyx", levels, unit="nanometer" if size else "", begin=begin)
     if job.labels:
         attributes["ome"]["image-label"] = {}
     arrays.set_group_attributes(job.path, "", attributes)

@@ -27,6 +27,7 @@ from volseg.engine.partition import stored_basins, write_graph
 from volseg.errors import UserError
 from volseg.io import files, volume
 from volseg.io.export import chunked, meshes, rois, single, skeletons
+from volseg.io.export.frame import Frame
 from volseg.io.export.objects import centers_table, write_anndata
 from volseg.io.export.properties import segment_properties
 from volseg.progress import Progress
@@ -148,6 +149,7 @@ def execute(
         facts = {"run": run.path, "kind": wanted.kind, "what": wanted.what}
         files.write_bytes(partial, NOTE, json.dumps(facts).encode())
         made = partial if form.folder else f"{partial}/{os.path.basename(out)}"
+        _tell_place(run, wanted, progress)
         try:
             WRITERS[wanted.kind](run, made, wanted, config, progress)
             if run.layout.load_summary() != run.summary:
@@ -237,17 +239,42 @@ def levels_of(run: FinishedRun, what: str) -> tuple[volume.Volume, ...]:
     return volume.levels(volume.open(run.path, dataset="0", channel=run.run.heads.index(what)))
 
 
+def frame_of(run: FinishedRun, level: volume.Volume) -> Frame:
+    """Where a level of the run's labels or probabilities lies."""
+    size = level.voxel_size_nm or run.voxel_size_nm
+    return Frame(level.shape, size, run.run.center_nm(size), run.run.corner(size))
+
+
+def _tell_place(run: FinishedRun, wanted: Request, progress: Progress) -> None:
+    """What is lost of a volume's place where it is told in whole voxels."""
+    if wanted.kind not in ("precomputed", *MESHES, *LINES):
+        return
+    levels = levels_of(run, wanted.what)
+    frames = [frame_of(run, level) for level in (levels if wanted.kind == "precomputed" else levels[:1])]
+    exact = run.run.in_whole_voxels and frames[0].corner == tuple(map(float, frames[0].first))
+    coarser = [number for number, each in enumerate(frames) if each.corner != tuple(map(float, each.first))]
+    if not exact:
+        begin, at = (" x ".join(f"{n:g}" for n in place) for place in (run.origin_nm, frames[0].first))
+        progress.message(
+            f"the volume begins at {begin} nm, no whole number of voxels: voxel {at} is taken, less than a voxel away"
+        )
+    elif coarser:
+        progress.message(
+            f"the volume's first voxel, {' x '.join(map(str, frames[0].first))}, is no whole one of scale {coarser[0]} and "
+            "coarser ones: these lie up to half of their own voxel aside"
+        )
+
+
 def _write_volume(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
     levels, place = levels_of(run, wanted.what), None
     dtype = np.dtype(levels[0].dtype)
-    sizes = [level.voxel_size_nm or run.voxel_size_nm for level in levels]
+    frames = [frame_of(run, level) for level in levels]
     if wanted.kind in CHUNKED:
-        shapes: list[tuple[Triple, Any]] = [(level.shape, size) for level, size in zip(levels, sizes, strict=True)]
-        chunked.create(wanted.kind, path, shapes, dtype, labels=wanted.what == LABELS)
+        chunked.create(wanted.kind, path, frames, dtype, labels=wanted.what == LABELS)
     else:
         levels = levels[:1]
         dtype = single.fitting(wanted.kind, dtype, run.object_count if wanted.what == LABELS else 0)
-        place = single.create(wanted.kind, path, levels[0].shape, dtype, sizes[0], wanted.what)
+        place = single.create(wanted.kind, path, frames[0], dtype, wanted.what)
     job = VolumeJob(wanted.kind, path, levels, place, BLOCK)
     light = place is not None or prod(levels[0].shape) <= LIGHT_VOXELS
     for level in range(len(levels)):
@@ -274,7 +301,8 @@ def _write_precomputed(run: FinishedRun, path: str, wanted: Request, config: Clu
 def _write_meshes(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
     levels = levels_of(run, LABELS)
     error = min(run.voxel_size_nm) / 2 if wanted.max_error_nm is None else wanted.max_error_nm
-    job = meshing.MeshJob(path, wanted.kind, levels, error)
+    frame = frame_of(run, levels[0])
+    job = meshing.MeshJob(path, wanted.kind, levels, error, frame.begin_nm)
     found = meshing.objects_of(columns_of(run), wanted.objects)
     items = [(group,) for group in meshing.groups(found, levels[0].shape)]
     weights = [sum(each.box.voxels for each in group) for (group,) in items]
@@ -291,7 +319,8 @@ def _write_meshes(run: FinishedRun, path: str, wanted: Request, config: Cluster,
 def _write_skeletons(run: FinishedRun, path: str, wanted: Request, config: Cluster, progress: Progress) -> None:
     """With a table of what they measure, beside what else the folder holds."""
     levels = levels_of(run, LABELS)
-    job = meshing.MeshJob(path, wanted.kind, levels, 0.0)
+    frame = frame_of(run, levels[0])
+    job = meshing.MeshJob(path, wanted.kind, levels, 0.0, frame.begin_nm)
     found = meshing.objects_of(columns_of(run), wanted.objects)
     items = [(group,) for group in meshing.groups(found, levels[0].shape)]
     weights = [sum(each.box.voxels for each in group) for (group,) in items]

@@ -73,6 +73,14 @@ class FinishedRun:
         """Size of a voxel along z, y, x, in nm."""
         return self.run.output_voxel_size_nm
 
+    @property
+    def origin_nm(self) -> tuple[float, float, float]:
+        """Where the center of the first voxel lies in the volume's world, z y x in nm: 0 unless the volume says otherwise.
+
+        Columns of tables in nm count from there, voxels from 0.
+        """
+        return self.run.output_origin_nm
+
     # ---- results
 
     @property
@@ -210,6 +218,7 @@ class FinishedRun:
             "objects": f"{self.object_count}",
             "voxels": " x ".join(map(str, self.shape)),
             "voxel size": " x ".join(f"{n:g}" for n in self.voxel_size_nm) + " nm",
+            **({"first voxel at": " x ".join(f"{n:g}" for n in self.origin_nm) + " nm"} if any(self.origin_nm) else {}),
             "took": f"{self.seconds['total']:.1f} s",
             "labels": self.layout.labels_path,
             "table": self.layout.objects_path,

@@ -229,8 +229,7 @@ def create_labels(run: Run, markers: Markers) -> None:
 def describe_labels(run: Run, columns: dict[str, np.ndarray] | None = None) -> None:
     """The labels' OME metadata are there, with colors and sizes of the objects in the table ``columns``, if these are few."""
     levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.output_voxel_size_nm))]
-    finest = run.given.voxel_size_nm if run.given and not run.restored else None
-    attributes = ome.multiscales("instances", "zyx", levels, source="../../", finest=finest)
+    attributes = ome.multiscales("instances", "zyx", levels, source="../../", begin=run.output_origin_nm)
     if run.drops:  # then the copy of the volume is the image, if there is one
         attributes["ome"]["image-label"] = {"source": {"image": "../../image"}} if run.image_levels else {}
     if columns is not None and columns["id"].size <= ome.MAX_LISTED_LABELS:
@@ -242,15 +241,13 @@ def describe_labels(run: Run, columns: dict[str, np.ndarray] | None = None) -> N
 def describe_image(run: Run) -> None:
     """The OME metadata of the probabilities, where they are kept, and of a copy of the volume are there."""
     levels = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.probability_levels, run.voxel_size_nm))]
-    finest = run.given.voxel_size_nm if run.given else None
     attributes = {}
     if not run.drops:
-        attributes = ome.multiscales("probability", "czyx", levels, finest=finest)
+        attributes = ome.multiscales("probability", "czyx", levels, begin=run.origin_nm)
         attributes["ome"]["omero"] = ome.channels(run.heads)
     if run.image_levels:
         sizes = [(str(k), size) for k, size in enumerate(pyramid.sizes(run.levels, run.output_voxel_size_nm))]
-        own = run.given.voxel_size_nm if run.given and not run.restored else None
-        run.layout.set_group("image", ome.multiscales("image", "zyx", sizes, finest=own))
+        run.layout.set_group("image", ome.multiscales("image", "zyx", sizes, begin=run.output_origin_nm))
     run.layout.set_group("", {**attributes, "volseg": {"source": run.output_source.path}})
 
 
@@ -272,9 +269,12 @@ def drop_passes(run: Run, markers: Markers) -> None:
 def changed(run: Run) -> str:
     """In which setting the run stored at ``run.out`` differs from ``run``; ``""`` where it would write the same bytes.
 
-    A run that could not decode a chunk may go on with 0 in its place: what is done did not need it.
+    A run that could not decode a chunk may go on with 0 in its place: what is done did not need it. Where a volume lies, and
+    what is told of it, decides no byte of an array.
     """
     stored, given = run.layout.load_description(), json.loads(json.dumps({**run.to_json(), "keys": keys(run)}))
+    for name in ("place", "notes"):
+        stored, given = _without(name, stored), _without(name, given)
     if stored.get("config", {}).get("input", {}).get("on_bad_chunk") == "fail":
         stored, given = _without("on_bad_chunk", stored), _without("on_bad_chunk", given)
     old, new = _flat(stored), _flat(given)

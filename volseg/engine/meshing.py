@@ -13,6 +13,7 @@ from volseg.box import Blocks, Box, Triple
 from volseg.io import volume
 from volseg.io.export import meshes, skeletons
 from volseg.io.header import TripleNm
+from volseg.io.place import ORIGIN
 
 NEIGHBORHOOD = (128, 256, 256)  # voxels: small objects that begin in one such block are read together
 SMALL_VOXELS = 1 << 22  # of an object's box, up to which it is one of several in a task
@@ -23,12 +24,14 @@ LINE_VOXELS = 1 << 24  # the same for skeletons, which take more memory, and cha
 
 @dataclass(frozen=True)
 class MeshJob:
-    """Objects of ``levels`` (finest first) become files in ``path``; ``max_error_nm`` is simplification's, at least."""
+    """Objects of ``levels`` (finest first) become files in ``path``; ``max_error_nm`` is simplification's, at least, and
+    ``begin_nm`` (z y x) the outer corner of the first voxel."""
 
     path: str
     kind: str
     levels: tuple[volume.Volume, ...]
     max_error_nm: float
+    begin_nm: TripleNm = ORIGIN
 
 
 @dataclass(frozen=True)
@@ -70,27 +73,29 @@ def write_meshes(job: MeshJob, objects: tuple[Object, ...]) -> int:
     for each in objects:
         if together is not None:
             mask = together[each.box.slices_within(outer)] == each.label
-            mesh = meshes.surface(mask, each.box.start, finest.voxel_size_nm, job.max_error_nm)
+            mesh = meshes.surface(mask, each.box.start, finest.voxel_size_nm, job.max_error_nm, job.begin_nm)
         else:
-            mesh = mesh_of(job.levels, each, job.max_error_nm)
+            mesh = mesh_of(job.levels, each, job.max_error_nm, begin_nm=job.begin_nm)
         if len(mesh.triangles):
             meshes.save(job.path, job.kind, each.label, mesh)
         missing += not len(mesh.triangles)
     return missing
 
 
-def mesh_of(levels: tuple[volume.Volume, ...], each: Object, max_error_nm: float, most: int = 0) -> meshes.Mesh:
+def mesh_of(
+    levels: tuple[volume.Volume, ...], each: Object, max_error_nm: float, most: int = 0, begin_nm: TripleNm = ORIGIN
+) -> meshes.Mesh:
     """The surface of one object, from the finest voxels of which at most ``most`` fill its box."""
     mask, start, size = _mask_of(levels, each, most or MASK_VOXELS)
     error = max_error_nm * max(b / a for a, b in zip(levels[0].voxel_size_nm, size, strict=True))
-    return meshes.surface(mask, start, size, error)
+    return meshes.surface(mask, start, size, error, begin_nm)
 
 
 def write_skeletons(job: MeshJob, objects: tuple[Object, ...]) -> list[tuple]:
     """The skeletons of some objects are stored; by label, what `skeletons.COLUMNS` say of each."""
     rows = []
     for each in objects:
-        found = skeletons.center_lines(*_mask_of(job.levels, each, LINE_VOXELS))
+        found = skeletons.center_lines(*_mask_of(job.levels, each, LINE_VOXELS), job.begin_nm)
         if found:
             skeletons.save(job.path, job.kind, each.label, found)
         rows.append((each.label, *found.measures) if found else (each.label,))

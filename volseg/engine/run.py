@@ -20,6 +20,7 @@ from volseg.errors import DamagedFileError, UserError
 from volseg.inference import tiles, voxel_size
 from volseg.inference.backends import Engine
 from volseg.io import files, probabilities, pyramid, volume
+from volseg.io import place as places
 from volseg.io.corrections import Corrections
 from volseg.io.header import check_shape
 from volseg.io.occupancy import Occupancy
@@ -185,6 +186,40 @@ class Run:
         return self.given.voxel_size_nm if self.restored else self.voxel_size_nm
 
     @property
+    def origin_nm(self) -> tuple[float, float, float]:
+        """Where the center of the first voxel lies in the volume's world, z y x."""
+        return self.center_nm(self.voxel_size_nm)
+
+    @property
+    def output_origin_nm(self) -> tuple[float, float, float]:
+        """The same on the grid of the labels."""
+        return self.center_nm(self.output_voxel_size_nm)
+
+    def center_nm(self, size_nm: tuple[float, ...]) -> tuple[float, float, float]:
+        """The same on a grid of voxels of ``size_nm`` in that space, such as a coarser level."""
+        own = self._begin.voxel_size_nm or self.voxel_size_nm
+        return places.nm(places.regridded(self._begin.place, own, size_nm), size_nm)
+
+    def corner(self, size_nm: tuple[float, ...]) -> tuple[float, float, float]:
+        """Where the outer corner of the first voxel lies for formats that count whole voxels from corner to corner.
+
+        It is in voxels of ``size_nm``. A volume that says nothing of its place, or begins with a center at 0, has it at 0.
+        """
+        first, own = places.whole(self._begin.place)[0], self._begin.voxel_size_nm or self.voxel_size_nm
+        z, y, x = (round(n * a / b, 6) for n, a, b in zip(first, own, size_nm, strict=True))
+        return z, y, x
+
+    @property
+    def in_whole_voxels(self) -> bool:
+        """Whether `corner` is where the volume's first voxel is."""
+        return places.whole(self._begin.place)[1]
+
+    @property
+    def _begin(self) -> volume.Volume:
+        """The volume as it was given: it alone knows its place."""
+        return self.given or self.source
+
+    @property
     def output_source(self) -> volume.Volume:
         """The volume on the grid of the labels."""
         return self.given if self.restored else self.source
@@ -337,6 +372,8 @@ class Run:
                 region.occupied.check(region.mask.shape)
         if len(self.voxel_size_nm) != 3 or not all(0 < n < float("inf") for n in self.voxel_size_nm):
             raise ValueError(f"{self.voxel_size_nm!r} is no size of a voxel")
+        if places.placed(self._begin.place) != self._begin.place:
+            raise ValueError(f"{self._begin.place!r} is no place")
 
     @classmethod
     def _parsed(cls, plain: dict) -> Run:

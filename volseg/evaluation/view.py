@@ -21,7 +21,7 @@ import numpy as np
 
 from volseg import system
 from volseg.box import Box
-from volseg.engine.export import LABELS, columns_of, levels_of
+from volseg.engine.export import LABELS, columns_of, frame_of, levels_of
 from volseg.engine.finished import FinishedRun, open_run
 from volseg.errors import UserError
 from volseg.evaluation.review import Decision, open_reviewed
@@ -41,7 +41,7 @@ READ_FAILED = 500  # HTTP status
 
 @dataclass(frozen=True)
 class Look:
-    """Where to look: a voxel z y x of the labels, the objects picked out there, and how many voxels to show."""
+    """Where to look: a voxel z y x of the labels from 0, the objects picked out there, and how many voxels to show."""
 
     center: tuple[float, float, float]
     objects: tuple[int, ...] = ()
@@ -56,6 +56,7 @@ class View:
         import neuroglancer
 
         self.run, self.layers, self.look = run, layers, look
+        self.first = frame_of(run, layers[LABELS].levels[0]).first  # of the labels' voxels in the viewer, z y x
         if not neuroglancer.is_server_running():  # one server shows all runs of a process
             neuroglancer.set_server_bind_address("127.0.0.1", port)
         try:
@@ -254,14 +255,16 @@ def _describe(state: Any, run: FinishedRun, layers: dict[str, Served], look: Loo
     """The state of the viewer."""
     import neuroglancer
 
-    size = run.voxel_size_nm
-    state.dimensions = neuroglancer.CoordinateSpace(names=["x", "y", "z"], units="nm", scales=list(size[::-1]))
-    state.position = list(look.center[::-1])
+    size, first = run.voxel_size_nm, frame_of(run, layers[LABELS].levels[0]).first
+    state.dimensions = _space(size)
+    state.position = [n + a for n, a in zip(look.center[::-1], first[::-1], strict=True)]
     state.cross_section_scale = max(look.voxels / SHOWN_VOXELS, 0.05)
     state.projection_scale = 1.5 * look.voxels
     state.layout = "4panel"
     for name, served in layers.items():
-        source = f"precomputed://{root}/{name}"
+        source: Any = f"precomputed://{root}/{name}"
+        if any(begin := _begin_nm(run, layers[LABELS].levels[0], served.levels[0])):
+            source = neuroglancer.LayerDataSource(url=source, transform=_moved(served.levels[0].voxel_size_nm, begin))
         if name == LABELS:
             state.layers[name] = neuroglancer.SegmentationLayer(source=source, segments=list(look.objects))
             layer = state.layers[name]
@@ -278,6 +281,34 @@ def _describe(state: Any, run: FinishedRun, layers: dict[str, Served], look: Loo
         saddle = neuroglancer.PointAnnotation(id="saddle", point=state.position, description=str(look.decision))
         state.layers["review"] = neuroglancer.LocalAnnotationLayer(state.dimensions, annotations=[saddle])
     state.selected_layer.layer, state.selected_layer.visible = LABELS, True
+
+
+def _space(size: tuple[float, ...]) -> Any:
+    import neuroglancer
+
+    return neuroglancer.CoordinateSpace(names=["x", "y", "z"], units="nm", scales=list(size[::-1]))
+
+
+def _moved(size: Any, begin: tuple[float, ...]) -> Any:
+    """What moves voxels of ``size`` so that the outer corner of the first one lies at ``begin`` (nm, z y x)."""
+    import neuroglancer
+
+    row = np.array([n / length for n, length in zip(begin, size, strict=True)])[::-1]
+    matrix = np.concatenate([np.eye(3), row[:, None]], axis=1)
+    return neuroglancer.CoordinateSpaceTransform(output_dimensions=_space(size), matrix=matrix)
+
+
+def _begin_nm(run: FinishedRun, labels: volume.Volume, level: volume.Volume) -> tuple[float, ...]:
+    """The outer corner of a layer's first voxel (nm, z y x), in a world where the labels begin with a whole voxel.
+
+    What covers as much space as the labels lies where they do, whatever it says; any other volume where it says.
+    """
+    begin, sizes = np.array(frame_of(run, labels).begin_nm), np.array([labels.voxel_size_nm, level.voxel_size_nm])
+    extents = sizes * [labels.shape, level.shape]
+    if (np.abs(extents[1] - extents[0]) > sizes.max(0)).any():
+        corners = np.array([labels.origin_nm, level.origin_nm]) - sizes / 2
+        begin += corners[1] - corners[0]
+    return tuple(begin.tolist())
 
 
 def _contrast(served: Served) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from volseg.box import Box, Triple
 from volseg.errors import UserError
 from volseg.io import arrays, axes, files, ome
 from volseg.io.header import TripleNm, check_shape, reason, shape_text, voxel_dtype
+from volseg.io.place import ORIGIN, Place, from_coordinates, nm
 from volseg.io.voxels import check_inside, choose, chosen_entries, fingerprint, finite, inverted
 
 CHUNK = (32, 256, 256)  # voxels that are compressed together
@@ -36,7 +37,13 @@ class ArrayVolume:
     time_axis: int | None = None
     time: int = 0
     inverted: bool = False
+    place: Place = ORIGIN
     notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def origin_nm(self) -> TripleNm:
+        """Where the center of the first voxel lies, as `Volume.origin_nm`: what the coordinates of an xarray tell."""
+        return nm(self.place, self.voxel_size_nm) if self.voxel_size_nm else ORIGIN
 
     @property
     def chosen(self) -> dict[int, int]:
@@ -95,8 +102,16 @@ def wrap(
     check_shape(zyx, name)
     return ArrayVolume(
         array, name, zyx, voxel_dtype(dtype, name), voxel_size_nm, lead, entry, binary=dtype.kind == "b",
-        time_axis=times, time=instant, notes=(*note, *instant_note),
+        time_axis=times, time=instant, place=_place(array, axes.space(len(shape), lead, times)), notes=(*note, *instant_note),
     )  # fmt: skip
+
+
+def _place(array: Any, space: list[int]) -> Place:
+    """What the coordinates of an array of xarray tell; the origin of any other array."""
+    dims, coords = getattr(array, "dims", ()), getattr(array, "coords", {})
+    if not isinstance(dims, tuple) or not all(len(dims) > axis and dims[axis] in coords for axis in space):
+        return ORIGIN
+    return from_coordinates([coords[dims[axis]] for axis in space])
 
 
 def copy(source: ArrayVolume, path: str | Path) -> None:
@@ -126,7 +141,8 @@ def copy(source: ArrayVolume, path: str | Path) -> None:
         for box in _boxes(regions):
             target[box.slices] = source.read(box)
         size = source.voxel_size_nm
-        attributes = ome.multiscales("image", "zyx", [("0", size or (1.0, 1.0, 1.0))], unit="nanometer" if size else "")
+        levels, begin = [("0", size or (1.0, 1.0, 1.0))], nm(source.place, size or (1.0, 1.0, 1.0))
+        attributes = ome.multiscales("image", "zyx", levels, unit="nanometer" if size else "", begin=begin)
         copied = replace(source, array=target, channel_axis=None, time_axis=None, inverted=False)
         arrays.set_group_attributes(path, "", {**attributes, COPY: copied.checksum()})
     except OSError as error:

@@ -22,6 +22,7 @@ from volseg.box import Box
 from volseg.errors import UserError
 from volseg.io import axes, files, mapping
 from volseg.io.header import Header, TripleNm, check_shape, decoding, shape_text, voxel_dtype
+from volseg.io.place import ORIGIN, Place
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -44,6 +45,7 @@ class Layout:
     scale: tuple[float, float] | None = None  # slope and intercept from stored to real values
     gzip_at: int | None = None  # where the gzip stream begins in the file, if there is one
     voxel_size_nm: TripleNm | None = None
+    place: Place = ORIGIN
     notes: tuple[str, ...] = ()
     size_notes: tuple[str, ...] = ()
 
@@ -89,6 +91,7 @@ def header(kind: str, layout: Layout, where: str, *, several: bool) -> Header:
         times=1 if time is None else shape[time],
         time_axis=time,
         binary=layout.dtype.kind == "b",
+        place=layout.place,
         notes=layout.notes,
         size_notes=layout.size_notes,
     )

@@ -17,6 +17,7 @@ from volseg import system
 from volseg.box import Box
 from volseg.errors import UserError, printable
 from volseg.io import axes, files, ome
+from volseg.io import place as places
 from volseg.io.header import Header, check_shape, decoding, decoding_room, packing, reason, shape_text, voxel_dtype
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def header(path: str, dataset: str = "", *, several: bool = False) -> Header:
         space = axes.space(len(shape), lead, time)
         size, size_notes = _voxel_size_nm(file, name, data, space, path)
         turned, packed = packing(data.attrs, where)
+        begin = _place(file, name, data, space)
         zyx = tuple(shape[axis] for axis in space)
         chunk = tuple(data.chunks[axis] for axis in space) if data.chunks else (1, *zyx[1:])
     return Header(
@@ -65,6 +67,7 @@ def header(path: str, dataset: str = "", *, several: bool = False) -> Header:
         time_axis=time,
         binary=dtype.kind == "b",
         inverted=turned,
+        place=begin,
         notes=(*_notes(where, data), *packed),
         size_notes=size_notes,
     )
@@ -197,7 +200,8 @@ def _notes(where: str, data: Any) -> tuple[str, ...]:
 def _voxel_size_nm(file: Any, name: str, data: Any, space: list[int], path: str) -> tuple[Any, tuple[str, ...]]:
     """Voxel size z y x: element_size_um (ilastik, PlantSeg), resolution (CREMI), Imaris' extent, BigDataViewer's XML."""
     if name == IMARIS:
-        return _imaris_size(file, path)
+        unit, _, edges = _imaris_extent(file)
+        return ome.voxel_size_nm(edges, [unit] * 3, path)
     if name.endswith("/cells") and (told := _bdv_size(path, name)):
         return told
     attributes = data.attrs
@@ -218,20 +222,29 @@ def _voxel_size_nm(file: Any, name: str, data: Any, space: list[int], path: str)
     return None, ()
 
 
-def _imaris_size(file: Any, path: str) -> tuple[Any, tuple[str, ...]]:
+def _imaris_extent(file: Any) -> tuple[str, list[float | None], list[float | None]]:
+    """Unit, where the volume begins, and how long a voxel is along z, y and x."""
     node = file.get("DataSetInfo/Image")
-    if node is None:
-        return None, ()
-    told = {
-        key: _text(node.attrs.get(key, ""))
-        for key in ("Unit", *(f"Ext{end}{i}" for end in ("Min", "Max") for i in "012"))
-    }
-    shape = _imaris_shape(file[f"{IMARIS}/Channel 0/Data"])
-    lengths = []
-    for i, n in zip("210", shape, strict=True):
-        low, high = ome.number(told[f"ExtMin{i}"]), ome.number(told[f"ExtMax{i}"])
+    attributes = {} if node is None else node.attrs
+    starts: list[float | None] = []
+    lengths: list[float | None] = []
+    for i, n in zip("210", _imaris_shape(file[f"{IMARIS}/Channel 0/Data"]), strict=True):
+        low, high = (ome.number(_text(attributes.get(f"Ext{end}{i}", ""))) for end in ("Min", "Max"))
+        starts.append(low)
         lengths.append(None if low is None or high is None else (high - low) / n)
-    return ome.voxel_size_nm(lengths, [told["Unit"] or "um"] * 3, path)
+    return _text(attributes.get("Unit", "")) or "um", starts, lengths
+
+
+def _place(file: Any, name: str, data: Any, space: list[int]) -> places.Place:
+    """Where the first voxel's center lies: Imaris' extent, an offset beside the resolution, coordinates as netCDF has them."""
+    if name == IMARIS:
+        _, starts, lengths = _imaris_extent(file)
+        ends = zip(starts, lengths, strict=True)
+        return places.from_lengths([None if a is None or n is None else a + n / 2 for a, n in ends], lengths)
+    if "offset" in data.attrs:
+        return places.from_attributes(data.attrs, data.ndim, space)
+    scales = [data.dims[axis] for axis in space]
+    return places.from_coordinates([scale[0][:] for scale in scales]) if all(map(len, scales)) else places.ORIGIN
 
 
 def _bdv_size(path: str, name: str) -> tuple[Any, tuple[str, ...]] | None:

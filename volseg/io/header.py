@@ -13,6 +13,7 @@ import numpy as np
 from volseg.box import Box, Triple
 from volseg.errors import UserError, printable
 from volseg.io.filling import ADVICE, undecodable
+from volseg.io.place import ORIGIN, Place
 from volseg.system import free_memory
 
 TripleNm = tuple[float, float, float]
@@ -41,6 +42,7 @@ class Header:
     time_axis: int | None = None
     binary: bool = False
     inverted: bool = False  # whether lower stored values mean higher gray values
+    place: Place = ORIGIN
     notes: tuple[str, ...] = ()  # what was decided on the way, a line each
     size_notes: tuple[str, ...] = ()  # the same for the voxel size
 

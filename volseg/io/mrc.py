@@ -12,6 +12,7 @@ from volseg.box import Box
 from volseg.errors import UserError, printable
 from volseg.io import files, flat, ome
 from volseg.io.header import Header, reason
+from volseg.io.place import ORIGIN, Place, from_lengths, placed
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -21,7 +22,7 @@ HEADER_BYTES = 1024
 MAGIC, MAGIC_AT = b"MAP ", 208
 IMOD_STAMP, IMOD_STAMP_AT = 1146047817, 152  # in the header of files that IMOD wrote; its flags follow
 VOLUME_STACKS = range(401, 631)  # space groups of files that hold several volumes, one after the other
-SIGNED = 1  # the bit of IMOD's flags that tells signed bytes
+SIGNED, INVERTED = 1, 4  # bits of IMOD's flags: bytes are signed, the origin has the sign that MRC gives it
 
 
 def header(path: str, dataset: str = "", *, several: bool = False) -> Header:
@@ -59,7 +60,8 @@ def _layout(path: str, stamp: Any) -> flat.Layout:
     notes = []
     if old:
         notes.append(f"{path} lacks the mark MAP of MRC files: read as an old one")
-    if dtype.kind == "i" and dtype.itemsize == 1 and _imod_unsigned(head, order):
+    flags = _imod_flags(head, order)
+    if dtype.kind == "i" and dtype.itemsize == 1 and flags is not None and not flags & SIGNED:
         dtype = np.dtype(np.uint8)
         notes.append(f"{path} was written by IMOD with unsigned bytes: read so")
     size, size_notes = _voxel_size_nm(fields, path)
@@ -74,15 +76,30 @@ def _layout(path: str, stamp: Any) -> flat.Layout:
         names=names,
         gzip_at=gzip_at,
         voxel_size_nm=size,
+        place=ORIGIN if old else _place(fields, flags),
         notes=tuple(map(printable, notes)),
         size_notes=size_notes,
     )
 
 
-def _imod_unsigned(head: bytes, order: str) -> bool:
-    """Whether IMOD wrote the file, with bytes 0 to 255."""
+def _imod_flags(head: bytes, order: str) -> int | None:
+    """What IMOD says of a file that it wrote; None where another program did."""
     stamp, flags = np.frombuffer(head, f"{order}i4", 2, IMOD_STAMP_AT)
-    return stamp == IMOD_STAMP and not flags & SIGNED
+    return int(flags) if stamp == IMOD_STAMP else None
+
+
+def _place(fields: Any, flags: int | None) -> Place:
+    """Where the first voxel lies: the origin in angstroms or, where that is 0, the start in voxels.
+
+    IMOD's own origin is where the world begins, seen from the first voxel, unless the file follows MRC2014 or says so.
+    """
+    cell, sampling = fields["cella"], [int(fields[name]) for name in ("mz", "my", "mx")]
+    steps = [float(cell[a]) / n if n > 0 else 0.0 for a, n in zip("zyx", sampling, strict=True)]
+    seen_from_voxel = flags is not None and not flags & INVERTED and int(fields["nversion"]) <= 0
+    place = from_lengths([float(fields["origin"][a]) for a in "zyx"], steps)
+    if place != ORIGIN:
+        return placed([round(-n if seen_from_voxel else n, 3) for n in place])  # stored in single precision
+    return placed([int(fields[name]) for name in ("nzstart", "nystart", "nxstart")])
 
 
 def _axis_names(fields: Any) -> list[str]:

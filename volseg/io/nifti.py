@@ -13,6 +13,7 @@ from volseg.box import Box
 from volseg.errors import UserError, printable
 from volseg.io import files, flat, ome
 from volseg.io.header import Header, reason
+from volseg.io.place import ORIGIN, Place, from_affine, placed, turned_note
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -56,7 +57,9 @@ def _layout(path: str, stamp: Any) -> flat.Layout:
         data = _image_file(path)
     scaled = slope is not None and (slope, intercept) not in ((1, 0), (0, 0))
     size, size_notes = _voxel_size_nm(parsed, path)
+    place, turned = _place(parsed)
     notes = [f"{path} scales its voxels by {slope:g} and adds {intercept:g}: real values are read"] if scaled else []
+    notes += [turned_note(path)] if turned else []
     return flat.Layout(
         data,
         offset,
@@ -66,9 +69,23 @@ def _layout(path: str, stamp: Any) -> flat.Layout:
         scale=(float(slope), float(intercept)) if scaled else None,
         gzip_at=gzip_at,
         voxel_size_nm=size,
+        place=place,
         notes=tuple(map(printable, notes)),
         size_notes=size_notes,
     )
+
+
+def _place(parsed: Any) -> tuple[Place, bool]:
+    """Where the first voxel's center lies by the sform or else the qform, if these are set; and whether it is turned."""
+    try:
+        sform, qform = (parsed.get_sform(coded=True)[0], parsed.get_qform(coded=True)[0])
+    except Exception:  # a quaternion that is none
+        return ORIGIN, False
+    affine = qform if sform is None else sform
+    if affine is None:
+        return ORIGIN, False
+    place, turned = from_affine(affine[:3, :3].T, affine[:3, 3])
+    return placed([round(n, 4) for n in place]), turned  # stored in single precision
 
 
 def _image_file(path: str) -> str:

@@ -11,9 +11,10 @@ import numpy as np
 
 from volseg import system
 from volseg.box import Box
-from volseg.errors import UserError
+from volseg.errors import UserError, printable
 from volseg.io import files, flat, ome
 from volseg.io.header import Header, reason
+from volseg.io.place import from_affine, turned_note
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -85,6 +86,7 @@ def _layout(path: str, stamp: Any) -> flat.Layout:
     data, start = _data(path, fields, length, prod(sizes) * dtype.itemsize)
     zipped = ENCODINGS[encoding]
     size, size_notes = _voxel_size_nm(fields, len(sizes), path)
+    place, turned = from_affine([row for row in _directions(fields) if row[0] == row[0]], fields.get("space origin"))
     return flat.Layout(
         data,
         0 if zipped else start,
@@ -93,6 +95,8 @@ def _layout(path: str, stamp: Any) -> flat.Layout:
         names=_axis_names(fields, len(sizes)),
         gzip_at=start if zipped else None,
         voxel_size_nm=size,
+        place=place,
+        notes=(printable(turned_note(path)),) if turned else (),
         size_notes=size_notes,
     )
 
@@ -132,12 +136,16 @@ def _axis_names(fields: Any, ndim: int) -> list[str]:
     return [name or next(space) for name in names][::-1]
 
 
+def _directions(fields: Any) -> list[list[float]]:
+    """Where the axes point, the fastest first, in the space that the file names; those without a direction are left out."""
+    return [[float(n) for n in row] for row in fields.get("space directions", ()) if row is not None]
+
+
 def _voxel_size_nm(fields: Any, ndim: int, path: str) -> tuple[Any, tuple[str, ...]]:
     """Voxel size z y x from space directions or spacings, and their units."""
     units: list[str] = [str(unit) for unit in fields.get("space units", ())]
     if "space directions" in fields:
-        rows = [[float(n) for n in row] for row in fields["space directions"] if row is not None]
-        lengths = [hypot(*row) for row in rows]
+        lengths = [hypot(*row) for row in _directions(fields)]
     else:
         lengths = [float(n) for n in fields.get("spacings", ())]
         units = [str(unit) for unit in fields.get("units", units)]

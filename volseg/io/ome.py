@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, Va
 from volseg.errors import printable
 from volseg.io import axes as array_axes
 from volseg.io.header import TripleNm
+from volseg.io.place import ORIGIN, Place, from_lengths
 
 NM_PER_UNIT = {
     "pm": 1e-3,
@@ -194,25 +195,16 @@ class Image(_Parsed):
         units = [self.axes[axis].unit for axis in space] if len(self.axes) == ndim else ["", "", ""]
         return voxel_size_nm(lengths, units, where)
 
-    def offset_note(self, dataset: Dataset, where: str, space: Sequence[int]) -> tuple[str, ...]:
-        """A note where a level begins elsewhere than at 0, by a voxel or more; coarser ones begin by less."""
-        steps = (*dataset.coordinateTransformations, *self.coordinateTransformations)
-        offset, voxel = [0.0] * 3, [1.0] * 3
-        for step in steps:
-            for i, axis in enumerate(space):
-                if step.type == "translation" and len(step.translation) > axis:
-                    offset[i] += step.translation[axis]
-                if step.type == "scale" and len(step.scale) > axis:
-                    voxel[i] *= abs(step.scale[axis])
-        if all(abs(a) < n for a, n in zip(offset, voxel, strict=True)):
-            return ()
-        units = [self.axes[axis].unit if axis < len(self.axes) else "" for axis in space]
-        return begins(where, _shown(offset, units))
-
-
-def begins(where: str, place: str) -> tuple[str, ...]:
-    """The note on a volume whose first voxel lies elsewhere."""
-    return (printable(f"{where} begins at {place}: what is made of it begins at 0"),)
+    def place(self, dataset: Dataset, ndim: int, space: Sequence[int]) -> Place:
+        """Where the center of a level's first voxel lies: its translations, in voxels z y x."""
+        length, voxel = [0.0] * 3, [1.0] * 3
+        for step in (*dataset.coordinateTransformations, *self.coordinateTransformations):
+            if step.type == "translation" and len(step.translation) == ndim:
+                length = [a + step.translation[axis] for a, axis in zip(length, space, strict=True)]
+            if step.type == "scale" and len(step.scale) == ndim:
+                scale = [step.scale[axis] for axis in space]
+                length, voxel = ([a * n for a, n in zip(one, scale, strict=True)] for one in (length, voxel))
+        return from_lengths(length, voxel)
 
 
 class _Multiscales(_Parsed):
@@ -276,15 +268,15 @@ def multiscales(
     *,
     unit: str = "nanometer",
     source: str = "",
-    finest: tuple[float, ...] | None = None,
+    begin: Place = ORIGIN,
 ) -> dict:
     """OME-Zarr 0.5 attributes of a multiscales group.
 
-    ``levels`` lists (dataset, voxel size z y x), finest first; unit "" leaves lengths in voxels. Coarser levels are
-    shifted so that all cover the same space, that of an image with voxels of ``finest`` (the first level's). ``source``
-    (such as ``"../../"``) makes it a label image of that image.
+    ``levels`` lists (dataset, voxel size z y x), finest first; unit "" leaves lengths in voxels. ``begin`` is the center of the
+    first voxel of the finest; coarser levels are shifted so that all cover the same space. ``source`` (such as ``"../../"``)
+    makes it a label image of that image.
     """
-    first = finest or levels[0][1]
+    first = levels[0][1]
     lead = [1.0] * (len(axes) - 3)
     image = {
         "name": name,
@@ -296,7 +288,10 @@ def multiscales(
                     {"type": "scale", "scale": [*lead, *map(float, size)]},
                     {
                         "type": "translation",
-                        "translation": [*(0.0 for _ in lead), *((b - a) / 2 for a, b in zip(first, size, strict=True))],
+                        "translation": [
+                            *(0.0 for _ in lead),
+                            *(float(n) + (b - a) / 2 for n, a, b in zip(begin, first, size, strict=True)),
+                        ],
                     },
                 ],
             }

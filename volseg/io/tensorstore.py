@@ -15,6 +15,7 @@ from volseg.box import Box
 from volseg.errors import UserError, printable
 from volseg.io import axes, files, ome
 from volseg.io.header import Header, TripleNm, check_shape, decoding_room, reason, voxel_dtype
+from volseg.io.place import ORIGIN, Place, from_attributes, from_lengths, placed
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -59,6 +60,7 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
     axes.check(shape, names, lead, where, time)
     space = axes.space(array.ndim, lead, time)
     size, size_notes = _precomputed_size(array) if found == "precomputed" else _n5_size(path, name)
+    corner = placed([offset[axis] + 0.5 for axis in range(3)]) if found == "precomputed" else ORIGIN
     return Header(
         found,
         tuple(shape[axis] for axis in space),
@@ -70,7 +72,8 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
         channel_axis=lead,
         times=1 if time is None else shape[time],
         time_axis=time,
-        notes=(*_nothing_stored(found, where), *(ome.begins(where, f"voxel {offset}") if any(offset) else ())),
+        place=corner if found == "precomputed" else _n5_place(path, name),
+        notes=_nothing_stored(found, where),
         size_notes=size_notes,
     )
 
@@ -225,10 +228,34 @@ def _n5_size(path: str, name: str) -> tuple[TripleNm | None, tuple[str, ...]]:
             place = place.rpartition("/")[0]
             continue
         lengths, units = found
-        if len(factors) == 3 and (place != where or "pixelResolution" in attributes):
+        own_size = place == where and ("pixelResolution" not in attributes or "transform" in attributes)
+        if len(factors) == 3 and not own_size:
             lengths = [a * b for a, b in zip(lengths, reversed(factors), strict=True)]
         return ome.voxel_size_nm(lengths, units, where)
     return None, ()
+
+
+def _n5_place(path: str, name: str) -> Place:
+    """Where the first voxel's center lies: ``transform`` of the array, or ``offset`` beside ``resolution`` (x y z), which
+    Paintera writes into the group above as well."""
+    place = f"{path}/{name}".rstrip("/")
+    for _ in range(2):
+        attributes = _document(place, METADATA["n5"])
+        transform = attributes.get("transform")
+        if isinstance(transform, dict):
+            axes, told = transform.get("axes", "zyx"), (transform.get("translate"), transform.get("scale"))
+            try:
+                moved, scale = (dict(zip(axes, numbers, strict=True)) for numbers in told)
+            except TypeError:
+                return ORIGIN
+            return from_lengths([moved.get(axis) for axis in "zyx"], [scale.get(axis) for axis in "zyx"])
+        found = from_attributes(attributes, 3, [0, 1, 2])
+        if found != ORIGIN:
+            return placed(found[::-1])
+        if attributes.get("downsamplingFactors") or place.lower().endswith(".n5"):
+            break
+        place = place.rpartition("/")[0]
+    return ORIGIN
 
 
 def _lengths(attributes: dict) -> tuple[list[float], list[str]] | None:

@@ -18,10 +18,12 @@ from volseg.box import Box, Triple
 from volseg.config import Input
 from volseg.errors import UserError, printable
 from volseg.io import array_volume, arrays, files, formats, resample, zarr
+from volseg.io import place as places
 from volseg.io.array_volume import ArrayVolume
 from volseg.io.filling import recording_filled, zeroed
 from volseg.io.header import TripleNm, check_shape
 from volseg.io.occupancy import Stored
+from volseg.io.place import ORIGIN, Place
 from volseg.io.voxels import check_inside, choose, chosen_entries, fingerprint, finite, inverted, patches
 
 __all__ = [
@@ -65,6 +67,9 @@ class Volume:
     time_axis: int | None = None
     inverted: bool = False  # gray values are turned around when they are read
     stored_shape: Triple | None = None  # of the array whose voxels are resampled as they are read
+    place: Place = (
+        ORIGIN  # of the center of its first voxel in the world that the file speaks of, in voxels: see `place`
+    )
     notes: tuple[str, ...] = field(default=(), compare=False)  # what was decided when it was opened, a line each
 
     def read(self, box: Box) -> np.ndarray:
@@ -97,6 +102,16 @@ class Volume:
         """Which of its chunks or shards are stored, where those that are not hold 0; None where only reading tells."""
         plain = self.kind == "zarr" and not self.stored_shape and not self.inverted
         return zarr.stored(self) if plain else None
+
+    @property
+    def origin_nm(self) -> TripleNm:
+        """Where the center of the first voxel lies in the world that the file speaks of, z y x in nm; 0 where it says nothing.
+
+        OME-Zarr's translation, the origin of NRRD, NIfTI and MRC, N5's and HDF5's offset and coordinates of xarray are centers
+        as they are. Neuroglancer's voxel_offset and Imaris' extent are corners: half a voxel is added. A volume whose voxel
+        size nobody knows has 0; ``place`` is the same in voxels.
+        """
+        return places.nm(self.place, self.voxel_size_nm) if self.voxel_size_nm else ORIGIN
 
     @property
     def chosen(self) -> dict[int, int]:
@@ -305,8 +320,11 @@ def levels(source: Volume) -> tuple[Volume, ...]:
         level = zarr.header(source.path, dataset, several=True)
         if level.dtype == source.dtype and level.channels > source.channel:
             found.append(
-                replace(source, shape=level.shape, chunk=level.chunk, dataset=level.dataset, voxel_size_nm=size)
-            )
+                replace(
+                    source, shape=level.shape, chunk=level.chunk, dataset=level.dataset, voxel_size_nm=size,
+                    place=places.regridded(source.place, source.voxel_size_nm, size),
+                )
+            )  # fmt: skip
     return tuple(found)
 
 
@@ -330,7 +348,8 @@ def resampled(source: Volume, shape: Triple) -> Volume:
     scale = [n / m for n, m in zip(source.shape, shape, strict=True)]
     size = tuple(n * s for n, s in zip(source.voxel_size_nm, scale, strict=True))
     chunk = tuple(max(1, min(m, round(c / s))) for c, m, s in zip(source.chunk, shape, scale, strict=True))
-    return replace(source, shape=shape, voxel_size_nm=size, chunk=chunk, stored_shape=source.shape)
+    begin = places.regridded(source.place, source.voxel_size_nm, size)
+    return replace(source, shape=shape, voxel_size_nm=size, chunk=chunk, stored_shape=source.shape, place=begin)
 
 
 def materialize(volume: Volume | ArrayVolume, path: str | Path) -> Volume:
@@ -357,7 +376,8 @@ def materialize(volume: Volume | ArrayVolume, path: str | Path) -> Volume:
     if isinstance(volume, Volume):
         return volume
     array_volume.copy(volume, path)
-    return replace(open(path, dataset="0", voxel_size_nm=volume.voxel_size_nm), notes=volume.notes)
+    copied = open(path, dataset="0", voxel_size_nm=volume.voxel_size_nm)
+    return replace(copied, place=volume.place, notes=volume.notes)
 
 
 @contextmanager
@@ -418,6 +438,7 @@ def _volumes(
             time=instant,
             time_axis=header.time_axis,
             inverted=header.inverted,
+            place=header.place,
             notes=notes if voxel_size_nm else (*notes, *header.size_notes),
         )
         for channel in range(header.channels)

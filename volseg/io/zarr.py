@@ -15,6 +15,7 @@ import zarr
 from volseg.box import Blocks, Box, Triple
 from volseg.errors import UserError, printable
 from volseg.io import arrays, axes, files, ome
+from volseg.io import place as places
 from volseg.io.filling import ADVICE, SKIP, record_filled, undecodable
 from volseg.io.header import Header, check_shape, decoding_room, packing, reason, shape_text, voxel_dtype
 from volseg.io.occupancy import Stored
@@ -73,12 +74,12 @@ def header(path: str, dataset: str, *, several: bool) -> Header:
                     *notes,
                     *odd,
                     *packed,
-                    *image.offset_note(level, where, space),
                     *_nothing_stored(path, dataset, shape, space),
                 )
             )
         ),
         inverted=turned,
+        place=_place(image, level, path, dataset, space),
         size_notes=size_notes,
     )
 
@@ -167,12 +168,41 @@ def _images(root: str) -> tuple[tuple[ome.Image, ...], tuple[str, ...]]:
 
 def _axis_names(image: ome.Image, array: zarr.Array) -> list[str]:
     """Names of the array's axes: from OME metadata, else from zarr 3's own, else as xarray writes them."""
+    told = _told_names(image, array)
+    return axes.axis_names([name if isinstance(name, str) else "" for name in told], array.ndim)
+
+
+def _told_names(image: ome.Image, array: zarr.Array) -> Any:
+    """The same as they are written; empty where they are not."""
     told: Any = image.axis_names
     if not told and array.metadata.zarr_format == 3:
         told = array.metadata.dimension_names
     if not told and not isinstance(told := array.attrs.get("_ARRAY_DIMENSIONS"), list):
         told = ()
-    return axes.axis_names([name if isinstance(name, str) else "" for name in told], array.ndim)
+    return told
+
+
+def _place(image: ome.Image, level: ome.Dataset, path: str, dataset: str, space: list[int]) -> places.Place:
+    """Where the first voxel's center lies: by the OME metadata, or an offset among the attributes, or xarray's coordinates."""
+    array = arrays.cached_array(path, dataset)
+    if image.datasets:
+        return image.place(level, array.ndim, space)
+    attributes = array.attrs.asdict()
+    if "offset" in attributes:
+        return places.from_attributes(attributes, array.ndim, space)
+    names, above = _told_names(image, array), files.join(path, dataset).rpartition("/")[0]
+    if len(names) != array.ndim or not above or above.endswith(":/"):
+        return places.ORIGIN
+    coordinates = []
+    for axis in space:
+        if not any(files.exists(files.join(above, f"{names[axis]}/{key}")) for key in ("zarr.json", ".zarray")):
+            return places.ORIGIN
+        try:
+            beside: Any = arrays.node(above, str(names[axis]))
+            coordinates.append(np.asarray(beside[:]) if beside.shape == (array.shape[axis],) else None)
+        except Exception:  # it cannot be decoded
+            return places.ORIGIN
+    return places.from_coordinates(coordinates)
 
 
 def _nothing_stored(path: str, dataset: str, shape: Triple, space: list[int]) -> list[str]:

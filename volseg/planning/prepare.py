@@ -271,7 +271,7 @@ def headline(run: Run) -> str:
     z, y, x = run.shape
     return (
         f"{run.source.path}: {z} x {y} x {x} {run.source.dtype}, voxels of "
-        f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm{_assumed(run)}\n"
+        f"{' x '.join(f'{n:g}' for n in run.voxel_size_nm)} nm{_assumed(run)}{_begin(run)}\n"
         f"{_origin(run)}, {len(run.grid)} block(s) of {' x '.join(map(str, run.block))}"
         + (f"\n{run.roi}" if run.roi else "")
     )
@@ -287,6 +287,12 @@ def notes(run: Run) -> list[str]:
 def rules_note(run: Run) -> str:
     """How many voxels of a run its rules count, where that is not what its settings say; "" where it is."""
     return voxel_size.rules_note(run.config.stitch, run.rule_voxel_nm, run.voxel_size_nm)
+
+
+def _begin(run: Run) -> str:
+    """Where the first voxel lies, of a volume that was cut out of a larger one."""
+    place = (run.given or run.source).place
+    return f", the first one at {' x '.join(f'{n:g}' for n in run.origin_nm)} nm" if max(map(abs, place)) >= 1 else ""
 
 
 def _assumed(run: Run) -> str:

@@ -8,28 +8,29 @@ from typing import Any
 
 import numpy as np
 
-from volseg.box import Box, Triple
+from volseg.box import Box
 from volseg.io import files
-from volseg.io.header import TripleNm
+from volseg.io.export.frame import Frame
 
 CHUNK = (64, 128, 128)  # of every level, z y x
 CELL = 8  # edge of the cells in which compressed_segmentation keeps its palettes
-Levels = list[tuple[Triple, TripleNm]]  # shape and voxel size of each, finest first
 
 
-def create(kind: str, path: str, levels: Levels, dtype: np.dtype, *, labels: bool) -> None:
+def create(kind: str, path: str, levels: list[Frame], dtype: np.dtype, *, labels: bool) -> None:
     """There are empty arrays at ``path``: an array for each level, and what says how they belong together."""
     import tensorstore as ts
 
-    for level, (shape, size) in enumerate(levels):
-        spec = _precomputed(shape, size, dtype, labels) if kind == "precomputed" else _n5(shape, size, dtype)
+    for level, frame in enumerate(levels):
+        spec = _precomputed(frame, dtype, labels) if kind == "precomputed" else _n5(frame, dtype)
         ts.open({**spec, "kvstore": _folder(kind, path, level)}, create=True, open=True).result()
     if kind == "n5":
-        factors = [[round(b / a) for a, b in zip(levels[0][1], size, strict=True)][::-1] for _, size in levels]
-        finest = {"pixelResolution": {"dimensions": [float(n) for n in levels[0][1][::-1]], "unit": "nm"}}
+        own = levels[0].voxel_size_nm
+        factors = [[round(b / a) for a, b in zip(own, each.voxel_size_nm, strict=True)][::-1] for each in levels]
+        finest = {"pixelResolution": {"dimensions": [float(n) for n in own[::-1]], "unit": "nm"}}
         _add(path, "attributes.json", {"n5": "2.0.0", "scales": factors, **finest})
         for level, of_level in enumerate(factors):  # n5-viewer multiplies what a level says by its factors
-            _add(path, f"s{level}/attributes.json", {"downsamplingFactors": of_level, **finest})
+            placed = _n5_place(levels[level]) if levels[0].is_moved else {}
+            _add(path, f"s{level}/attributes.json", {"downsamplingFactors": of_level, **finest, **placed})
 
 
 def write(kind: str, path: str, level: int, box: Box, data: np.ndarray) -> None:
@@ -54,20 +55,21 @@ def _opened(kind: str, path: str, level: int, stamp: Any) -> Any:
     if kind == "precomputed":
         spec = {**spec, "driver": "neuroglancer_precomputed", "scale_index": level}
     array = ts.open(spec, open=True, read=True, write=True).result()
-    return array[..., 0] if kind == "precomputed" else array
+    array = array[..., 0] if kind == "precomputed" else array
+    return array[ts.d[:].translate_to[0]]
 
 
 def _folder(kind: str, path: str, level: int) -> dict:
     return {"driver": "file", "path": f"{path}/" if kind == "precomputed" else f"{path}/s{level}/"}
 
 
-def _precomputed(shape: Triple, size: TripleNm, dtype: np.dtype, labels: bool) -> dict:
-    """The specification of a scale. Its first voxel's corner is the origin, at every level."""
+def _precomputed(frame: Frame, dtype: np.dtype, labels: bool) -> dict:
+    """The specification of a scale, whose place counts in whole voxels of its own from corner to corner."""
     scale: dict = {
-        "size": list(shape[::-1]),
-        "resolution": [float(n) for n in size[::-1]],
-        "voxel_offset": [0, 0, 0],
-        "chunk_size": [min(c, n) for c, n in zip(CHUNK, shape, strict=True)][::-1],
+        "size": list(frame.shape[::-1]),
+        "resolution": [float(n) for n in frame.voxel_size_nm[::-1]],
+        "voxel_offset": list(frame.first[::-1]),
+        "chunk_size": [min(c, n) for c, n in zip(CHUNK, frame.shape, strict=True)][::-1],
         "encoding": "raw",
     }
     if labels:
@@ -80,16 +82,23 @@ def _precomputed(shape: Triple, size: TripleNm, dtype: np.dtype, labels: bool) -
     }
 
 
-def _n5(shape: Triple, size: TripleNm, dtype: np.dtype) -> dict:
+def _n5_place(frame: Frame) -> dict:
+    """Where a level's first voxel lies, as Paintera (x y z) and COSEM's tools (by the names of axes) look for it."""
+    scale, moved = map(list, (frame.voxel_size_nm, frame.center_nm))
+    transform = {"axes": ["z", "y", "x"], "scale": scale, "translate": moved, "units": ["nm"] * 3}
+    return {"offset": moved[::-1], "transform": transform}
+
+
+def _n5(frame: Frame, dtype: np.dtype) -> dict:
     return {
         "driver": "n5",
         "metadata": {
-            "dimensions": list(shape[::-1]),
-            "blockSize": [min(c, n) for c, n in zip(CHUNK, shape, strict=True)][::-1],
+            "dimensions": list(frame.shape[::-1]),
+            "blockSize": [min(c, n) for c, n in zip(CHUNK, frame.shape, strict=True)][::-1],
             "dataType": dtype.name,
             "compression": {"type": "gzip", "level": 1},
             "axes": ["x", "y", "z"],
-            "resolution": [float(n) for n in size[::-1]],
+            "resolution": [float(n) for n in frame.voxel_size_nm[::-1]],
             "units": ["nm", "nm", "nm"],
         },
     }

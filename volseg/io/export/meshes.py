@@ -1,7 +1,7 @@
 """Surfaces of single objects, through zmesh, and the files that hold them. Vertices are x y z in nm.
 
-The outer corner of the volume's first voxel is the origin, so an object that fills the voxels ``z0 .. z1`` reaches from
-``z0`` to ``z1`` times the voxel size.
+An object that fills the voxels ``z0 .. z1`` reaches from ``z0`` to ``z1`` times the voxel size, from the outer corner of the
+volume's first voxel on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from volseg.box import Box, Triple
 from volseg.io import files, pyramid
 from volseg.io.header import TripleNm
+from volseg.io.place import ORIGIN
 
 if TYPE_CHECKING:
     from volseg.io.volume import Volume
@@ -31,7 +32,9 @@ class Mesh:
     triangles: np.ndarray
 
 
-def surface(mask: np.ndarray, start: Triple, voxel_size_nm: TripleNm, max_error_nm: float) -> Mesh:
+def surface(
+    mask: np.ndarray, start: Triple, voxel_size_nm: TripleNm, max_error_nm: float, begin_nm: TripleNm = ORIGIN
+) -> Mesh:
     """The surface around the voxels of an object.
 
     Parameters
@@ -44,6 +47,8 @@ def surface(mask: np.ndarray, start: Triple, voxel_size_nm: TripleNm, max_error_
         z y x.
     max_error_nm
         How far simplification may move the surface; 0 for none.
+    begin_nm
+        Where the outer corner of the volume's first voxel lies, z y x.
     """
     from zmesh import Mesher
 
@@ -54,7 +59,7 @@ def surface(mask: np.ndarray, start: Triple, voxel_size_nm: TripleNm, max_error_
     mesher.mesh(np.asfortranarray(padded.T))
     reduced = MOST_REDUCED if max_error_nm > 0 else 0
     found = mesher.get(1, reduction_factor=reduced, max_error=max_error_nm or None, voxel_centered=True)
-    origin = (np.array(start[::-1]) - 1) * np.array(voxel_size_nm[::-1])
+    origin = (np.array(start[::-1]) - 1) * np.array(voxel_size_nm[::-1]) + np.array(begin_nm[::-1])
     return Mesh((found.vertices.astype(np.float64) + origin).astype(np.float32), found.faces.astype(np.uint32))
 
 

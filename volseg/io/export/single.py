@@ -9,7 +9,7 @@ import numpy as np
 
 from volseg.box import Box, Triple
 from volseg.errors import UserError
-from volseg.io.header import TripleNm
+from volseg.io.export.frame import Frame
 
 CHUNK = (64, 128, 128)  # of HDF5
 IMAGEJ_BYTES = 1 << 32  # that an ImageJ TIFF may have; larger ones are BigTIFF with OME metadata
@@ -48,11 +48,11 @@ def fitting(kind: str, dtype: np.dtype, largest: int) -> np.dtype:
     raise UserError(f"TIFF readers know no integers above 32 bits, and there is a label {largest}; export hdf5 or n5")
 
 
-def create(kind: str, path: str, shape: Triple, dtype: np.dtype, size: TripleNm, name: str) -> Place:
+def create(kind: str, path: str, frame: Frame, dtype: np.dtype, name: str) -> Place:
     """There is a file at ``path`` that holds zeros; ``name`` says what its voxels are."""
     if kind == "hdf5":
-        return _create_hdf5(path, shape, dtype, size, name)
-    return _create_tiff(path, shape, dtype, size) if kind == "tiff" else _create_nrrd(path, shape, dtype, size, name)
+        return _create_hdf5(path, frame, dtype, name)
+    return _create_tiff(path, frame, dtype) if kind == "tiff" else _create_nrrd(path, frame, dtype, name)
 
 
 def write(place: Place, box: Box, data: np.ndarray) -> None:
@@ -67,16 +67,18 @@ def write(place: Place, box: Box, data: np.ndarray) -> None:
         mapped[box.slices] = data
 
 
-def _create_tiff(path: str, shape: Triple, dtype: np.dtype, size: TripleNm) -> Place:
+def _create_tiff(path: str, frame: Frame, dtype: np.dtype) -> Place:
     import tifffile
 
-    z, y, x = (n / 1000 for n in size)
+    shape, (z, y, x) = frame.shape, (n / 1000 for n in frame.voxel_size_nm)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     imagej = nbytes < IMAGEJ_BYTES - (1 << 20) and dtype.name in ("uint8", "uint16", "float32")
     metadata: dict = {"axes": "ZYX", "spacing": z, "unit": "um"}
     if not imagej:
         units = {f"PhysicalSize{axis}Unit": "µm" for axis in "ZYX"}
         metadata = {"axes": "ZYX", "PhysicalSizeZ": z, "PhysicalSizeY": y, "PhysicalSizeX": x, **units}
+    if frame.is_moved:
+        metadata |= _imagej_place(frame) if imagej else _ome_place(frame)
     stored = dtype.newbyteorder("<")
     offset, _ = tifffile.imwrite(  # type: ignore[misc]  # what it was asked to return
         path, shape=shape, dtype=stored, imagej=imagej, ome=not imagej, bigtiff=not imagej, byteorder="<",
@@ -85,9 +87,27 @@ def _create_tiff(path: str, shape: Triple, dtype: np.dtype, size: TripleNm) -> P
     return Place(path, shape, stored.str, offset)
 
 
-def _create_nrrd(path: str, shape: Triple, dtype: np.dtype, size: TripleNm, name: str) -> Place:
+def _imagej_place(frame: Frame) -> dict:
+    """Which pixel of ImageJ's has the coordinates 0."""
+    pairs = zip("zyx", frame.center_nm, frame.voxel_size_nm, strict=True)
+    return {f"{axis}origin": f"{-begin / size:.9g}" for axis, begin, size in pairs}
+
+
+def _ome_place(frame: Frame) -> dict:
+    """Positions of all sections."""
+    (z, y, x), sections = frame.center_nm, range(frame.shape[0])
+    places = {
+        "X": [x] * len(sections),
+        "Y": [y] * len(sections),
+        "Z": [z + k * frame.voxel_size_nm[0] for k in sections],
+    }
+    units = {f"Position{axis}Unit": ["µm"] * len(sections) for axis in places}
+    return {"Plane": {**{f"Position{axis}": [n / 1000 for n in told] for axis, told in places.items()}, **units}}
+
+
+def _create_nrrd(path: str, frame: Frame, dtype: np.dtype, name: str) -> Place:
     """Raw voxels after a header as pynrrd writes it; teem, ITK, 3D Slicer and ImageJ read it."""
-    z, y, x = (f"{n:.12g}" for n in size)
+    shape, (z, y, x) = frame.shape, (f"{n:.12g}" for n in frame.voxel_size_nm)
     lines = [
         "NRRD0004",
         "# volseg",
@@ -102,7 +122,7 @@ def _create_nrrd(path: str, shape: Triple, dtype: np.dtype, size: TripleNm, name
         "endian: little",
         "encoding: raw",
         'space units: "nm" "nm" "nm"',
-        "space origin: (0,0,0)",
+        f"space origin: ({','.join(f'{n:.12g}' for n in frame.center_nm[::-1])})",
     ]
     head = "\n".join(lines).encode() + b"\n\n"
     stored = dtype.newbyteorder("<")
@@ -112,10 +132,11 @@ def _create_nrrd(path: str, shape: Triple, dtype: np.dtype, size: TripleNm, name
     return Place(path, shape, stored.str, len(head))
 
 
-def _create_hdf5(path: str, shape: Triple, dtype: np.dtype, size: TripleNm, name: str) -> Place:
-    """One dataset, with the voxel size as ilastik and PlantSeg (um) and as CREMI (nm) look for it."""
+def _create_hdf5(path: str, frame: Frame, dtype: np.dtype, name: str) -> Place:
+    """One dataset, with the voxel size as ilastik and PlantSeg (um) and as CREMI (nm) look for it, and CREMI's offset."""
     import h5py
 
+    shape, size = frame.shape, frame.voxel_size_nm
     with h5py.File(path, "w") as file:
         chunk = tuple(min(c, n) for c, n in zip(CHUNK, shape, strict=True))
         data = file.create_dataset(
@@ -124,4 +145,6 @@ def _create_hdf5(path: str, shape: Triple, dtype: np.dtype, size: TripleNm, name
         data.attrs["element_size_um"] = [n / 1000 for n in size]
         data.attrs["resolution"], data.attrs["units"] = list(map(float, size)), ["nm"] * 3
         data.attrs["axes"] = ["z", "y", "x"]
+        if frame.is_moved:
+            data.attrs["offset"] = list(frame.center_nm)
     return Place(path, shape, dtype.str, name=name)

@@ -1,5 +1,5 @@
 """Center lines of single objects, through kimimaro, and the files that hold them. Vertices are x y z in nm, in the middle of
-a voxel; the outer corner of the volume's first voxel is the origin, as it is for meshes.
+a voxel, and lie in the same space as meshes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from volseg.box import Triple
 from volseg.io import files
 from volseg.io.header import TripleNm
+from volseg.io.place import ORIGIN
 
 SCALE, CONST_VOXELS = 1.5, 10  # a branch is one from so many radii and shortest voxel edges off the line on
 CENTERING = {"pdrf_scale": 100_000, "pdrf_exponent": 4}  # kimimaro's own where it is given none at all
@@ -40,7 +41,9 @@ class Skeleton:
         return length, int((degree == 1).sum()), int((degree > 2).sum()), float(self.radii.mean(dtype=float))
 
 
-def center_lines(mask: np.ndarray, start: Triple, voxel_size_nm: TripleNm) -> Skeleton | None:
+def center_lines(
+    mask: np.ndarray, start: Triple, voxel_size_nm: TripleNm, begin_nm: TripleNm = ORIGIN
+) -> Skeleton | None:
     """The center lines of an object by TEASAR (Sato et al. 2000; kimimaro's form); None where it has no voxel.
 
     Parameters
@@ -51,6 +54,8 @@ def center_lines(mask: np.ndarray, start: Triple, voxel_size_nm: TripleNm) -> Sk
         Where the box begins, in voxels.
     voxel_size_nm
         z y x.
+    begin_nm
+        Where the outer corner of the volume's first voxel lies, z y x.
     """
     import kimimaro
 
@@ -64,7 +69,7 @@ def center_lines(mask: np.ndarray, start: Triple, voxel_size_nm: TripleNm) -> Sk
     if 1 not in found:
         return None
     lines = found[1]
-    vertices = lines.vertices.astype(np.float64) + (np.array(start[::-1]) - 0.5) * size
+    vertices = lines.vertices.astype(np.float64) + (np.array(start[::-1]) - 0.5) * size + np.array(begin_nm[::-1])
     return Skeleton(vertices.astype(np.float32), lines.edges.astype(np.uint32), lines.radius.astype(np.float32))
 
 
