@@ -119,9 +119,10 @@ def infer(
             if not change or change.what == "everything":
                 begin = partial(_begin, run, [source], out, anew, shown, replace_finished=overwrite or update)
                 return _execute(run, out, begin, shown, start, retry_failed)
-    made = _decide_anew(out, change.config, (), False, (None, None), retry_failed, progress)
+    made = _decide_anew(out, change.config, (), False, (None, None), retry_failed, progress, change.place)
     with displayed(progress) as shown:
-        shown.message(updates.rewritten(out))
+        if change.what == "labels":
+            shown.message(updates.rewritten(out))
     return made
 
 
@@ -235,12 +236,12 @@ def _segment_probabilities(
 
 def _decide_anew(
     path: str, config: Any, settings: Settings, recompute: bool, made_by_hand: tuple[Any, Any],
-    retry_failed: bool, progress: Progress | None,
+    retry_failed: bool, progress: Progress | None, place: tuple[float, float, float] | None = None,
 ) -> FinishedRun:  # fmt: skip
     start, out = time.perf_counter(), folder.absolute(path.rstrip("/"))
     with displayed(progress) as shown, Lock(out) as lock:  # from here on no other command changes what is read
         known = folder.described_run(out)
-        anew = partial(prepare.decided_anew, out=out, config=config, settings=settings)
+        anew = partial(prepare.decided_anew, out=out, config=config, settings=settings, place=place)
         given = by_hand(*made_by_hand, known, known and anew(known))  # before anything is written
         run = replace(
             anew(folder.load_run(out, recompute=recompute)), corrections=given.corrections, partition=given.partition

@@ -281,7 +281,8 @@ def test_objects_lie_where_their_voxels_do(cropped, tmp_path):
 def test_formats_of_centers_hold_any_place(ending, uneven, tmp_path):
     made, said = exported(uneven, tmp_path / f"labels.{ending}")
     assert not any("begins at" in line for line in said)
-    assert volume.open(made).origin_nm == (0.0, 0.0, 0.0) if ending == "tif" else (291.0, -24.0, 52.0)
+    if ending != "tif":  # whose places volseg does not read
+        assert volume.open(made).origin_nm == (291.0, -24.0, 52.0)
     if ending == "nrrd":
         np.testing.assert_array_equal(places_of_nrrd(made)(np.array([2, 3, 4])), (371, 0, 68))
         np.testing.assert_array_equal(read_nrrd(made)[0], uneven.labels[:])

@@ -135,6 +135,7 @@ def test_region_and_mask_are_given_in_the_source(coarse, restored, tmp_path):
     labels = runs[0].labels[:]
     assert labels.any()
     assert not labels[~(wanted & (mask > 0))].any()
+    assert runs[0].origin_nm == BEGIN  # a region does not begin a volume of its own
     assert volseg.verify(runs[0], boxes=3).ok
 
 

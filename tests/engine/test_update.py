@@ -10,7 +10,7 @@ import volseg
 from tests.helpers import Quiet, digest, settings
 from volseg.box import Box
 from volseg.inference import model
-from volseg.io import arrays, volume
+from volseg.io import arrays, ome, volume
 
 
 @pytest.fixture
@@ -68,6 +68,25 @@ def test_another_volume_or_model_does_everything_again(finished, image, tmp_path
     _, show = again(copy, predict={"model": str(tmp_path / "model.safetensors")})
     assert any("the model file changed: all blocks are done again" in line for line in show.said)
     assert digest(out) == before
+
+
+def test_a_volume_that_lies_elsewhere_moves_its_run(finished, image, tmp_path):
+    """So does one whose run was made before places were kept."""
+    out, again = finished
+    copy, begin, before = str(shutil.copytree(image, tmp_path / "em.zarr")), (50.0, -10.0, 5.0), digest(out)
+    arrays.set_group_attributes(copy, "", ome.multiscales("em", "zyx", [("0", (5.0, 5.0, 5.0))], begin=begin))
+    stored = [path for name in ("0", "labels/instances/0") for path in _files(f"{out}/{name}")]
+    written = [path.stat().st_mtime_ns for path in stored]
+    made, show = again(copy)
+    assert any("the volume lies elsewhere now: so does the run" in line for line in show.said)
+    assert digest(out) == before
+    assert [path.stat().st_mtime_ns for path in stored] == written
+    assert (
+        made.origin_nm == volume.open(out).origin_nm == volume.open(f"{out}", dataset="0", channel=0).origin_nm == begin
+    )
+    assert volseg.verify(out, boxes=1).ok
+    _, show = again(copy)
+    assert any("nothing is done" in line for line in show.said)
 
 
 def test_an_output_that_exists_is_refused_without_it(finished, image, run):

@@ -198,26 +198,38 @@ class Run:
     def center_nm(self, size_nm: tuple[float, ...]) -> tuple[float, float, float]:
         """The same on a grid of voxels of ``size_nm`` in that space, such as a coarser level."""
         own = self._begin.voxel_size_nm or self.voxel_size_nm
-        return places.nm(places.regridded(self._begin.place, own, size_nm), size_nm)
+        return places.nm(places.regridded(self.place, own, size_nm), size_nm)
 
     def corner(self, size_nm: tuple[float, ...]) -> tuple[float, float, float]:
         """Where the outer corner of the first voxel lies for formats that count whole voxels from corner to corner.
 
         It is in voxels of ``size_nm``. A volume that says nothing of its place, or begins with a center at 0, has it at 0.
         """
-        first, own = places.whole(self._begin.place)[0], self._begin.voxel_size_nm or self.voxel_size_nm
+        first, own = places.whole(self.place)[0], self._begin.voxel_size_nm or self.voxel_size_nm
         z, y, x = (round(n * a / b, 6) for n, a, b in zip(first, own, size_nm, strict=True))
         return z, y, x
 
     @property
     def in_whole_voxels(self) -> bool:
         """Whether `corner` is where the volume's first voxel is."""
-        return places.whole(self._begin.place)[1]
+        return places.whole(self.place)[1]
 
     @property
     def _begin(self) -> volume.Volume:
         """The volume as it was given: it alone knows its place."""
         return self.given or self.source
+
+    @property
+    def place(self) -> places.Place:
+        """Where that volume lies, in its own voxels: see `volseg.io.place`."""
+        return self._begin.place
+
+    def moved(self, place: places.Place) -> Run:
+        """The run of the same volume at another place."""
+        if self.given is None:
+            return replace(self, source=replace(self.source, place=place))
+        own = places.regridded(place, self.given.voxel_size_nm, self.voxel_size_nm)
+        return replace(self, given=replace(self.given, place=place), source=replace(self.source, place=own))
 
     @property
     def output_source(self) -> volume.Volume:
@@ -372,8 +384,8 @@ class Run:
                 region.occupied.check(region.mask.shape)
         if len(self.voxel_size_nm) != 3 or not all(0 < n < float("inf") for n in self.voxel_size_nm):
             raise ValueError(f"{self.voxel_size_nm!r} is no size of a voxel")
-        if places.placed(self._begin.place) != self._begin.place:
-            raise ValueError(f"{self._begin.place!r} is no place")
+        if places.placed(self.place) != self.place:
+            raise ValueError(f"{self.place!r} is no place")
 
     @classmethod
     def _parsed(cls, plain: dict) -> Run:

@@ -13,6 +13,7 @@ from volseg.engine.receipts import Markers
 from volseg.engine.run import Run
 from volseg.engine.stages import keys
 from volseg.errors import DamagedFileError, UserError
+from volseg.io.place import Place
 
 FACTS = {
     "checksum": "the volume's voxels",
@@ -34,20 +35,24 @@ class Change:
     Attributes
     ----------
     what
-        "nothing", "labels" (probabilities stay) or "everything".
+        "nothing", "place" (all arrays stay), "labels" (probabilities stay) or "everything".
     why
         What differs, in words; "" for nothing.
     config
         Of the run that is there, with the rules of the new one.
+    place
+        Where the volume lies now.
     """
 
-    what: Literal["nothing", "labels", "everything"]
+    what: Literal["nothing", "place", "labels", "everything"]
     why: str
     config: Config
+    place: Place
 
     def __str__(self) -> str:
         said = {
             "nothing": "is of this volume, model and settings: nothing is done (--overwrite makes it anew)",
+            "place": f"{self.why}: so does the run, and nothing is computed",
             "labels": f"{self.why}: labels are decided anew, probabilities stay",
             "everything": f"{self.why}: all blocks are done again",
         }
@@ -89,16 +94,18 @@ def compare(out: str, run: Run) -> Change:
         made = "corrections are" if old.corrections else "partition is"
         lost = f"; its {made} of other probabilities and {made.split()[1]} not kept"
         lost = lost if old.corrections or old.partition else ""
-        return Change("everything", _differing_fact(old, new) + lost, config)
+        return Change("everything", _differing_fact(old, new) + lost, config, new.place)
     if old.drops and (what := needs_probabilities(old, new)):
-        return Change("everything", f"{what} needs the probabilities, which were dropped", config)
+        return Change("everything", f"{what} needs the probabilities, which were dropped", config, new.place)
     before, after = (_decisive(one.config) for one in (old, new))
     changed = [name for name in after if before[name] != after[name]]
     if not changed:
-        return Change("nothing", "", config)
+        if new.place != old.place:
+            return Change("place", "the volume lies elsewhere now", config, new.place)
+        return Change("nothing", "", config, new.place)
     name = min(changed, key=lambda name: name.startswith("output."))
     more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-    return Change("labels", f"{name} = {after[name]!r} was {before[name]!r}{more}", config)
+    return Change("labels", f"{name} = {after[name]!r} was {before[name]!r}{more}", config, new.place)
 
 
 def _decisive(config: Config) -> dict:

@@ -27,6 +27,7 @@ from volseg.inference.model_file import model_file
 from volseg.inference.normalization import GrayLevels, gray_levels, gray_range
 from volseg.inference.settings import Settings, settings_of
 from volseg.io import probabilities, roi, volume
+from volseg.io.place import Place
 from volseg.io.resample import Grid
 from volseg.planning import memory
 
@@ -139,12 +140,18 @@ def from_probabilities(channels: tuple[probabilities.Channel, ...], config: Conf
     return _blocked(run)
 
 
-def decided_anew(old: Run, out: str, config: str | PathLike | Config | dict | None, settings: Settings) -> Run:
-    """The run at ``out`` as it is to be decided anew; refuses to change what its probabilities depend on."""
+def decided_anew(
+    old: Run, out: str, config: str | PathLike | Config | dict | None, settings: Settings, place: Place | None = None
+) -> Run:
+    """The run at ``out`` as it is to be decided anew, its volume at another ``place`` if one is given.
+
+    Refuses to change what its probabilities depend on.
+    """
     chosen = settings_of(config, settings, base=old.config.model_dump(mode="json", exclude={"train"}))
     block = old.block if chosen.blocks == old.config.blocks else choose_blocks(old.shape, chosen.blocks.shape)[1]
     restored = bool(old.given) and voxel_size.in_source(chosen.output.space, old.given, old.source)
-    run = replace(old, out=folder.partial_path(out), config=chosen, block=block, restored=restored)
+    placed = old if place is None else old.moved(place)
+    run = replace(placed, out=folder.partial_path(out), config=chosen, block=block, restored=restored)
     fixed = ("input", "predict", "probabilities")
     stage = run.probability_stage
     if keys(run)[stage] != keys(old)[stage] or any(getattr(chosen, s) != getattr(old.config, s) for s in fixed):
@@ -291,8 +298,8 @@ def rules_note(run: Run) -> str:
 
 def _begin(run: Run) -> str:
     """Where the first voxel lies, of a volume that was cut out of a larger one."""
-    place = (run.given or run.source).place
-    return f", the first one at {' x '.join(f'{n:g}' for n in run.origin_nm)} nm" if max(map(abs, place)) >= 1 else ""
+    begin = " x ".join(f"{n:g}" for n in run.origin_nm)
+    return f", the first one at {begin} nm" if max(map(abs, run.place)) >= 1 else ""
 
 
 def _assumed(run: Run) -> str:
