@@ -258,7 +258,7 @@ def _smoothed_heights(
     near_mask = _reachable(mask_probability, settings.smooth, -(-min_level // STEPS_PER_VALUE))
     level = _smooth(mask_probability, settings.smooth, near_mask)
     mask = level >= min_level
-    in_mask = _stretches_with(mask.view(np.uint8), np.uint8(1))
+    in_mask = _stretches_with(mask.view(np.uint8), 1)
 
     def smooth(field: np.ndarray) -> np.ndarray:
         return _smooth(field, settings.smooth, in_mask)
@@ -304,16 +304,22 @@ def _subtract(mask: np.ndarray, contour: np.ndarray, weight: int) -> np.ndarray:
 def _reachable(field: np.ndarray, passes: Triple, min_value: int) -> np.ndarray:
     """The stretches in which `_smooth` may give ``min_value`` or more; bool (z, y, stretches)."""
     z, y, x = (n - 2 * p for n, p in zip(field.shape, passes, strict=True))
-    return _dilate(_stretches_with(field, np.uint8(min_value)), z, y, -(-x // STRETCH_VOXELS))
+    return _dilate(_stretches_with(field, min_value), z, y, -(-x // STRETCH_VOXELS))
+
+
+def _stretches_with(field: np.ndarray, min_value: int) -> np.ndarray:
+    """The stretches that hold a voxel of ``min_value`` or more."""
+    nz, ny, nx = field.shape
+    out = np.empty((nz, ny, -(-nx // STRETCH_VOXELS)), np.bool_)
+    padded = np.zeros(out.shape[2] * STRETCH_VOXELS, np.uint8)
+    _find_stretches(field, np.uint8(min_value), padded[:nx], padded.view(np.uint64).reshape(out.shape[2], -1), out)
+    return out
 
 
 @njit(cache=True, nogil=True)
-def _stretches_with(field: np.ndarray, min_value: int) -> np.ndarray:
-    """The stretches that hold a voxel of ``min_value`` or more. A row is compared first, then read eight voxels at once."""
-    nz, ny, nx = field.shape
-    out = np.zeros((nz, ny, (nx + STRETCH_VOXELS - 1) // STRETCH_VOXELS), np.bool_)
-    padded = np.zeros(out.shape[2] * STRETCH_VOXELS, np.uint8)
-    reached, words = padded[:nx], padded.view(np.uint64).reshape(out.shape[2], STRETCH_VOXELS // 8)
+def _find_stretches(field: np.ndarray, min_value: int, reached: np.ndarray, words: np.ndarray, out: np.ndarray) -> None:
+    """A row is compared first, then read eight voxels at once: ``reached`` and ``words`` are the same memory."""
+    nz, ny, _ = field.shape
     for z in range(nz):
         for y in range(ny):
             row, stretches = field[z, y], out[z, y]
@@ -324,7 +330,6 @@ def _stretches_with(field: np.ndarray, min_value: int) -> np.ndarray:
                 for k in range(1, STRETCH_VOXELS // 8):
                     word |= words[s, k]
                 stretches[s] = word != 0
-    return out
 
 
 def _dilate(stretches: np.ndarray, nz: int, ny: int, nx: int) -> np.ndarray:
@@ -342,21 +347,25 @@ def _smooth(field: np.ndarray, passes: Triple, stretches: np.ndarray) -> np.ndar
     """
     small = 255 * 4 ** (passes[0] + passes[1]) <= np.iinfo(np.uint16).max  # sums along z and y fit
     plane = np.empty(field.shape[1:], np.uint16 if small else np.uint32)
-    return _smooth_rows(np.ascontiguousarray(field), passes, stretches, plane)
+    rows, columns = plane.shape
+    out = np.zeros((*stretches.shape[:2], columns - 2 * passes[2]), np.uint16)
+    summed = np.empty((rows, -(-columns // STRETCH_VOXELS)), np.bool_)
+    row, sums = np.empty(columns, plane.dtype), np.empty(out.shape[2], np.uint32)
+    _smooth_rows(np.ascontiguousarray(field), passes, stretches, plane, summed, row, sums, out)
+    return out
 
 
 # The filter is separable: sums over z go into one ``plane``, sums of these over y into one row, and sums of these over x
 # into another, from where a row of the result is rounded. So each sum is made once, in memory that stays in cache.
 # Invariant: in section z, ``plane`` holds the sums over z of exactly the stretches of ``summed``.
 @njit(cache=True, nogil=True)
-def _smooth_rows(field: np.ndarray, passes: Triple, stretches: np.ndarray, plane: np.ndarray) -> np.ndarray:
+def _smooth_rows(
+    field: np.ndarray, passes: Triple, stretches: np.ndarray, plane: np.ndarray, summed: np.ndarray, row: np.ndarray,
+    sums: np.ndarray, out: np.ndarray,
+) -> None:  # fmt: skip
     along_z, along_y, along_x = passes
     nz, ny, count = stretches.shape
-    _, rows, columns = field.shape
-    nx = columns - 2 * along_x
-    out = np.zeros((nz, ny, nx), np.uint16)
-    summed = np.empty((rows, (columns + STRETCH_VOXELS - 1) // STRETCH_VOXELS), np.bool_)
-    row, sums = np.empty(columns, plane.dtype), np.empty(nx, np.uint32)
+    columns, nx = field.shape[2], out.shape[2]
     voxels, sheet = field.reshape(-1), plane.reshape(-1)
     for z in range(nz):
         summed[:] = False
@@ -378,7 +387,6 @@ def _smooth_rows(field: np.ndarray, passes: Triple, stretches: np.ndarray, plane
                 rounded = out[z, y]
                 for x in range(first, last):
                     rounded[x] = (sums[x] * np.uint32(STEPS_PER_VALUE)) >> np.uint32(2 * (along_z + along_y + along_x))
-    return out
 
 
 @njit(cache=True, nogil=True)
