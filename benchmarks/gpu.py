@@ -122,8 +122,7 @@ def _monai(run: Run, device: str) -> dict[str, Callable[[], np.ndarray]]:
 
     slab = standardized(run.source.read(Box.from_shape(run.shape)), run.mean, run.std)
     slab = np.pad(slab, ((1, 1), (0, 0), (0, 0)), mode="edge")
-    network = torch.nn.Sequential(model.load(model.shipped())[0], torch.nn.Sigmoid()).eval()
-    network = network.to(device, memory_format=torch.channels_last)
+    network = model.load(model.shipped())[0].to(device, memory_format=torch.channels_last)
     kinds = {"fp32": torch.float32} if device == "cpu" else {"fp16": torch.float16, "bf16": torch.bfloat16}
     rois = {"its defaults (roi 256, overlap 0.25)": (256, 256), "whole planes": run.tile_grid("xy").size}
     return {

@@ -118,12 +118,11 @@ def _bare(slab: np.ndarray, run: dict, path: Path) -> Callable[[], np.ndarray]:
 def _monai(network: object, slab: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
     import torch
 
-    network = torch.nn.Sequential(network, torch.nn.Sigmoid()).eval()
-    last = torch.nn.Sequential(network).to(memory_format=torch.channels_last)
+    network = network.to(memory_format=torch.channels_last)
     return {
         "fp32, its defaults (roi 256, overlap 0.25)": partial(slide, network, slab, (256, 256), torch.float32),
         "fp32, whole planes": partial(slide, network, slab, slab.shape[1:], torch.float32),
-        "bf16 autocast, channels_last, whole planes": partial(slide, last, slab, slab.shape[1:], torch.bfloat16),
+        "bf16 autocast, whole planes": partial(slide, network, slab, slab.shape[1:], torch.bfloat16),
     }
 
 
@@ -146,16 +145,24 @@ def as_it_comes() -> Iterator[None]:
 def slide(
     network: object, slab: np.ndarray, roi: tuple[int, int], kind: object, device: str = "cpu", batch: int = 1
 ) -> np.ndarray:
-    """Probabilities by MONAI, of some sections ``batch`` after the other."""
+    """Probabilities by MONAI, of some sections ``batch`` after the other.
+
+    Only the network computes in ``kind``: MONAI multiplies what it gets by weights in place, and divides by them in float32.
+    """
     import torch
     from monai.inferers import sliding_window_inference
 
+    def predict(tile: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.partition(":")[0], kind, enabled=kind != torch.float32):
+            logits = network(tile)
+        return torch.sigmoid(logits.float())
+
     batches, windows = [], _windows(slab)
-    with torch.inference_mode(), torch.autocast(device.partition(":")[0], kind, enabled=kind != torch.float32):
+    with torch.inference_mode():
         for k in range(0, len(windows), batch):
             tile = torch.from_numpy(np.array(windows[k : k + batch])).to(device)
-            probability = sliding_window_inference(tile, roi, max(4, batch), network, overlap=0.25, mode="gaussian")
-            batches.append(probability.float().cpu().numpy())
+            probability = sliding_window_inference(tile, roi, max(4, batch), predict, overlap=0.25, mode="gaussian")
+            batches.append(probability.cpu().numpy())
     return np.concatenate(batches)
 
 
@@ -184,8 +191,12 @@ def _map_overlap(network: object, slab: np.ndarray) -> np.ndarray:
 
 
 def difference(probability: np.ndarray, exact: np.ndarray) -> dict:
-    """Mean difference of the mask probability in steps of 1/255, and the share of voxels on another side of 0.5."""
-    probability, exact = (array[: len(exact), 0].astype(np.float32) for array in (probability, exact))
-    probability = probability / (255 if probability.max() > 1 else 1)
+    """Mean difference of the mask probability in steps of 1/255, and the share of voxels on another side of 0.5.
+
+    uint8 means steps of 1/255, as runs store them; floats are probabilities, which rounding may bring above 1.
+    """
+    probability, exact = (
+        array[: len(exact), 0] / np.float32(255 if array.dtype == np.uint8 else 1) for array in (probability, exact)
+    )
     return {"mean diff /255": round(float(np.abs(probability - exact).mean()) * 255, 3),
             "other side %": round(100 * float(((probability >= 0.5) != (exact >= 0.5)).mean()), 3)}  # fmt: skip
