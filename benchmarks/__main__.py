@@ -245,7 +245,7 @@ def instances(
     sections: Annotated[int, typer.Option(help="How many of its last sections.")] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
 ) -> None:
-    """Probabilities to instances against scikit-image, dask-image and stitching rules; objects at four block sizes."""
+    """Probabilities to instances against scikit-image, bioimage-cpp, dask-image and others; objects at four block sizes."""
     from benchmarks import instances as bench
 
     bench.measure(run, sections, repeats)

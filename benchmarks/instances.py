@@ -2,7 +2,8 @@
 
 Each row has a process of its own, on one core, which times a whole call after one on a small crop: numba's kernels are
 compiled and libraries loaded by then. Peers get volseg's heights and mask, so that all cut one landscape; making it counts
-for all of them, and a column says how much of the time it was, since volseg makes it block by block and peers at once.
+for all of them (for bioimage-cpp in the floats that it takes), and a column says how much of the time it was, since volseg
+makes it block by block and peers at once.
 Memory is the most that a process held during its calls, over what it held before the first.
 """
 
@@ -10,8 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -38,7 +42,12 @@ SHAPE, SEED = (128, 512, 512), 8  # of the synthetic volume: 5 % of it is foregr
 WARM_UP_SHAPE = (32, 128, 128)  # for the first call
 MIN_VOXELS = 500  # voxels; every method drops objects below
 WHOLE_VOLUME = "scikit-image watershed, whole volume"
+BIOIMAGE_CPP = "bioimage-cpp watershed, whole volume"  # in 65,536 steps of height
+BIOIMAGE_PY = "bioimage-py watershed, blocks with a halo"  # by the same in each block
+WHOLE_VOLUMES = (WHOLE_VOLUME, BIOIMAGE_CPP)
+HALO = 32  # voxels: it wants one as wide as objects reach beyond a block
 DASK = "dask-image label (no watershed)"  # is timed alone: in blocks of 32 it had not ended after minutes
+PACKAGES = {BIOIMAGE_CPP: "bioimage_cpp", BIOIMAGE_PY: "bioimage_py"}  # there are none for Linux on ARM
 CONFIG = Config()
 
 
@@ -46,10 +55,14 @@ def measure(run: str, sections: int, repeats: int) -> None:
     """A row for each method: seconds, speed and memory in blocks of `TIMED_SIDE`, and how many objects it finds at four block
     sizes; those of the whole volume at once, and dask-image's, at one."""
     methods = {
-        "volseg": count_volseg, WHOLE_VOLUME: count_scikit_image, DASK: count_dask_image,
+        "volseg": count_volseg, WHOLE_VOLUME: count_scikit_image, BIOIMAGE_CPP: count_bioimage_cpp,
+        BIOIMAGE_PY: count_bioimage_py, DASK: count_dask_image,
         "watershed per block, any contact joins": partial(count_per_block, shrink=False),
         "watershed per block, cellpose's rule": partial(count_per_block, shrink=True),
     }  # fmt: skip
+    for name in [name for name, package in PACKAGES.items() if not find_spec(package)]:
+        print(f"left out: {name}, since {PACKAGES[name]} is not installed")
+        del methods[name]
     probability = _probability(run, sections)
     share, voxels = float((_landscape(probability)[0] != OUTSIDE).mean()), probability[0].size
     with TemporaryDirectory() as folder:
@@ -58,7 +71,7 @@ def measure(run: str, sections: int, repeats: int) -> None:
         del probability
         calls = {name: partial(_load, stored, method) for name, method in methods.items()}
         others = tuple(side for side in SIDES if side != TIMED_SIDE)
-        counted_at = {name: () if name in (WHOLE_VOLUME, DASK) else others for name in methods}
+        counted_at = {name: () if name in (*WHOLE_VOLUMES, DASK) else others for name in methods}
         timed, counted = time_isolated(calls, TIMED_SIDE, repeats, counted_at)
     rows = [
         {"method": name, **_row(timed[name], voxels), **_objects(name, timed[name], counted[name])} for name in methods
@@ -67,9 +80,9 @@ def measure(run: str, sections: int, repeats: int) -> None:
         f"{voxels / 1e6:.1f} million voxels, {100 * share:.1f} % in the mask; blocks of {TIMED_SIDE}; medians of {repeats}"
     )
     report.keep("instances-run" if run else "instances", rows)
-    (own, own_heights), (other, other_heights) = ((row["s"], row["of it heights"]) for row in rows[:2])
-    print(f"\nscikit-image / volseg, seconds: {other / own:.2f}; heights given to both: "
-          f"{(other - other_heights) / (own - own_heights):.2f}")  # fmt: skip
+    own, *peers = ({**row, "s": row["s"] - row["of it heights"]} for row in rows)
+    print("\nseconds of others / volseg's, heights given to all: "
+          + ", ".join(f"{row['method']} {row['s'] / own['s']:.2f}" for row in peers))  # fmt: skip
 
 
 def _row(timed: list[Timed], voxels: int) -> dict:
@@ -85,7 +98,7 @@ def _row(timed: list[Timed], voxels: int) -> dict:
 def _objects(name: str, timed: list[Timed], counted: dict[int, Counted]) -> dict:
     """Objects at each block size; those of the whole volume are the same at all, what was not counted is a dash."""
     results = {TIMED_SIDE: timed[0].result, **counted}
-    constant = results[TIMED_SIDE].objects if name == WHOLE_VOLUME else "-"
+    constant = results[TIMED_SIDE].objects if name in WHOLE_VOLUMES else "-"
     return {f"objects at {side}": results[side].objects if side in results else constant for side in SIDES}
 
 
@@ -158,10 +171,10 @@ def count_volseg(probability: np.ndarray, side: int) -> Counted:
     tables = [cut.table for cut in cuts]
     basins, basin_of = stitch.gather(tables, [stitch.link(i, tables.__getitem__, grid) for i in range(len(grid))])
     label = label_basins(basins, Rules(seed_height(CONFIG.stitch.seed, settings), min_voxels=MIN_VOXELS))
-    out = np.empty(shape, np.uint32)
+    out = np.zeros(shape, np.uint32)
     for box, cut, basin in zip(grid, cuts, basin_of, strict=True):
         objects.paint(cut.region, np.r_[0, label[basin]].astype(np.uint32), out[box.slices])
-    return Counted(int(out.max()), seconds)
+    return Counted(int(label.max(initial=0)), seconds)
 
 
 def count_scikit_image(probability: np.ndarray, _: int) -> Counted:
@@ -171,6 +184,34 @@ def count_scikit_image(probability: np.ndarray, _: int) -> Counted:
     height, seed, seconds = _landscape(probability)
     markers, _ = ndimage.label(height <= seed)
     return Counted(_count_large(watershed(height, markers, mask=height != OUTSIDE, connectivity=1)), seconds)
+
+
+def _float_landscape(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Heights as bioimage-cpp takes them, which of them are seeds and which are in the mask, and seconds."""
+    height, seed, seconds = _landscape(probability)
+    start = time.perf_counter()
+    return height.astype(np.float32), height <= seed, height != OUTSIDE, seconds + time.perf_counter() - start
+
+
+def count_bioimage_cpp(probability: np.ndarray, _: int) -> Counted:
+    """Seeded watershed of the whole volume at once."""
+    from bioimage_cpp.segmentation import label, watershed
+
+    height, seeds, mask, seconds = _float_landscape(probability)
+    markers = label(seeds, connectivity=1).view(np.int64)
+    return Counted(_count_large(watershed(height, markers, mask=mask)), seconds)
+
+
+def count_bioimage_py(probability: np.ndarray, side: int) -> Counted:
+    """Seeds labeled block by block, then a seeded watershed of each block and its halo."""
+    from bioimage_py.segmentation import label, watershed
+
+    height, seeds, mask, seconds = _float_landscape(probability)
+    block, labels = _blocks(height.shape, side).block, np.zeros(height.shape, np.int64)
+    with redirect_stderr(StringIO()):  # its bars
+        markers = label(seeds, connectivity=1, block_shape=block)
+        watershed(height, markers, labels, halo=(HALO,) * 3, block_shape=block, mask=mask)
+    return Counted(_count_large(labels), seconds)
 
 
 def count_dask_image(probability: np.ndarray, side: int) -> Counted:

@@ -71,6 +71,13 @@ def test_volseg_finds_as_many_objects_at_every_block_size_as_one_watershed_of_th
     assert instances.count_per_block(probability, 24, shrink=False).objects > 0
 
 
+def test_watersheds_of_bioimage_find_the_objects_that_scikit_image_finds(reference):
+    pytest.importorskip("bioimage_py", reason="needs bioimage-py, which brings bioimage-cpp (extra bench)")
+    probability = np.asarray(arrays.open_array(reference, "0"))
+    found = [instances.count_bioimage_cpp(probability, 0), instances.count_bioimage_py(probability, 64)]
+    assert {counted.objects for counted in found} == {instances.count_scikit_image(probability, 0).objects}
+
+
 def test_every_height_that_the_channels_allow_is_scored(image, reference, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(heights, "SEEDS", (0.3, 0.6))
