@@ -7,7 +7,7 @@ from skimage.measure import regionprops
 
 from volseg.box import Blocks, Box
 from volseg.segmentation.extents import directions
-from volseg.segmentation.objects import MAX_RUN_VOXELS, first_plane, measure, merge, objects_table
+from volseg.segmentation.objects import MAX_RUN_VOXELS, first_plane, measure, merge, objects_table, paint
 
 SIZE = (40.0, 5.0, 4.0)
 
@@ -203,6 +203,19 @@ def test_the_near_face_of_a_block_is_found_among_its_face_voxels():
     for axis in range(3):
         result = first_plane(face_voxel, labels.flat[face_voxel], box, labels.shape, axis)
         np.testing.assert_array_equal(result, np.take(labels[box.slices], 0, axis))
+
+
+@pytest.mark.parametrize("background", [0, 7])
+def test_every_voxel_is_painted_with_the_label_of_its_region(background):
+    region = np.random.default_rng(5).integers(0, 4, (3, 4, 9), np.uint32)
+    region[1:, :2] = 0
+    label = np.array([background, 3, 0, 5], np.uint32)
+    whole = np.zeros((3, 8, 20), np.uint32)
+    part = whole[:, 2:6, 5:14]
+    paint(region, label, part)
+    np.testing.assert_array_equal(part, label[region])
+    np.testing.assert_array_equal(paint(region, label), label[region])
+    assert whole.sum() == part.sum()
 
 
 def test_an_object_at_the_border_says_so():

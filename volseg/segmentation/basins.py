@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 
 from volseg.box import Box, Triple
-from volseg.segmentation.edges import EDGE, SADDLE_ORDER
+from volseg.segmentation.edges import EDGE
 from volseg.segmentation.heights import OUTSIDE
 
 
@@ -120,7 +120,8 @@ def watershed_block(
     ([(2, 4, 9, 2)], [3])
     """
     steps, spans = _neighbor_steps(connectivity, height.shape), _masked_spans(height)
-    region, roots = _follow(_descend(height, steps, spans), height, steps, spans)
+    region = _descend(height, steps, spans)
+    roots = _number(region, height, spans)
     raster = _Raster(height.shape, box, shape)
     is_exit = raster.is_halo(roots)
     region.ravel()[roots[is_exit]] = 0  # so that only voxels of the block have a region
@@ -165,9 +166,11 @@ class _Raster:
 @njit(cache=True, nogil=True)
 def _in_volume(index: np.ndarray, padded: Triple, start: Triple, shape: Triple) -> np.ndarray:
     out = np.empty(index.size, np.int64)
+    ny, nx = np.uint32(padded[1]), np.uint32(padded[2])
     for k in range(index.size):
-        row, x = index[k] // padded[2], index[k] % padded[2]
-        z, y = row // padded[1], row % padded[1]
+        row = np.uint32(index[k]) // nx
+        z = row // ny
+        y, x = np.int64(row - z * ny), np.int64(np.uint32(index[k]) - row * nx)
         out[k] = ((z + start[0] - 1) * shape[1] + (y + start[1] - 1)) * shape[2] + (x + start[2] - 1)
     return out
 
@@ -212,58 +215,56 @@ def _masked_spans(height: np.ndarray) -> np.ndarray:
     return spans
 
 
+# Unsigned indices and no branches: the compiler computes several voxels at a time.
 @njit(cache=True, nogil=True)
 def _descend(height: np.ndarray, steps: tuple[int, ...], spans: np.ndarray) -> np.ndarray:
-    """For each masked voxel inside the frame, 1 + the direction of its lowest lower neighbor; 0 for a minimum.
+    """For each masked voxel inside the frame, ``~`` the index of its lowest lower neighbor; 0 for a minimum, and elsewhere.
 
     Neighbors are visited in the order of their linear index, so that of equal ones the first wins.
     """
     nz, ny, nx = height.shape
     flat = height.ravel()
-    down = np.zeros(flat.size, np.int8)
+    below = np.zeros(flat.size, np.int32)
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
-            row = (z * ny + y) * nx
-            for v in range(row + spans[z, y, 0], row + spans[z, y, 1]):
-                own = flat[v]
-                if own == OUTSIDE:
-                    continue
-                direction, lowest = 0, OUTSIDE
+            first = np.uint64((z * ny + y) * nx + spans[z, y, 0])
+            for k in range(np.uint64(spans[z, y, 1] - spans[z, y, 0])):
+                v = first + k
+                own, lowest, step = flat[v], np.int32(OUTSIDE), np.int32(0)
                 for d in range(len(steps)):
-                    h = flat[v + steps[d]]
-                    if h < lowest:
-                        direction, lowest = d + 1, h
-                if lowest < own or (lowest == own and direction <= len(steps) // 2):
-                    down[v] = direction
-    return down
+                    h = flat[v + np.uint64(steps[d])]
+                    step = np.int32(steps[d]) if h < lowest else step
+                    lowest = min(h, lowest)
+                falls = (own != OUTSIDE) & ((lowest < own) | ((lowest == own) & (step < 0)))
+                below[v] = ~(np.int32(v) + step) if falls else np.int32(0)
+    return below.reshape(height.shape)
 
 
 # Each voxel in raster order walks down until it meets a voxel with a region, a minimum, or the frame; then the way is walked
 # again to number it. No voxel is numbered twice, so this is linear in the voxels.
-# Invariant: whatever lies below a numbered voxel has its number.
+# Invariant: whatever lies below a numbered voxel has its number; others still have what `_descend` gave them.
 @njit(cache=True, nogil=True)
-def _follow(
-    down: np.ndarray, height: np.ndarray, steps: tuple[int, ...], spans: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Region numbers (int32, same shape as ``height``) and the linear index of each region's root.
+def _number(below: np.ndarray, height: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """The numbers of regions take the place of what `_descend` gave. Returns the linear index of each region's root.
 
     A root is a minimum inside the frame, or the voxel of the frame where a descent leaves.
     """
     nz, ny, nx = height.shape
-    flat = height.ravel()
-    region = np.zeros(flat.size, np.int32)
+    flat, region = height.ravel(), below.ravel()
     roots = np.empty(1024, np.int64)
     count = 0
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
             row = (z * ny + y) * nx
             for start in range(row + spans[z, y, 0], row + spans[z, y, 1]):
-                if flat[start] == OUTSIDE or region[start] != 0:
+                number = region[start]
+                if number > 0 or (number == 0 and flat[start] == OUTSIDE):
                     continue
-                v = start
-                while region[v] == 0 and down[v] != 0:
-                    v += steps[down[v] - 1]
-                if region[v] == 0:
+                v = np.uint64(start)
+                while number < 0:
+                    v = np.uint64(~number)
+                    number = region[v]
+                if number == 0:
                     if count == roots.size:
                         grown = np.empty(2 * count, np.int64)
                         for k in range(count):  # a slice takes two seconds to compile, for what it says of wrong shapes
@@ -271,13 +272,14 @@ def _follow(
                         roots = grown
                     roots[count] = v
                     count += 1
-                    region[v] = count
-                number = region[v]
-                v = start
-                while region[v] == 0:
+                    number = region[v] = np.int32(count)
+                v = np.uint64(start)
+                below_v = region[v]
+                while below_v < 0:
                     region[v] = number
-                    v += steps[down[v] - 1]
-    return region.reshape(height.shape), roots[:count].copy()
+                    v = np.uint64(~below_v)
+                    below_v = region[v]
+    return roots[:count].copy()
 
 
 @njit(cache=True, nogil=True)
@@ -296,18 +298,23 @@ def _measure(
         z_cut = (not has_block[0, 0] and z == 1) or (not has_block[0, 1] and z == nz - 2)
         for y in range(1, ny - 1):
             y_cut = (not has_block[1, 0] and y == 1) or (not has_block[1, 1] and y == ny - 2)
-            for x in range(spans[z, y, 0], spans[z, y, 1]):
+            begin, end = spans[z, y]
+            for x in range(begin, end):
                 r = region[z, y, x] - 1
                 if r < 0:
                     continue
-                cut[r, 0] += z_cut
-                cut[r, 1] += y_cut
-                cut[r, 2] += (not has_block[2, 0] and x == 1) or (not has_block[2, 1] and x == nx - 2)
                 core[z - 1, y - 1, x - 1] = r + 1
                 if voxels[r] == 0:
                     first[r] = (z * ny + y) * nx + x
                 voxels[r] += 1
                 probability_sum[r] += probability[z - 1, y - 1, x - 1]
+                if z_cut or y_cut:
+                    cut[r, 0] += z_cut
+                    cut[r, 1] += y_cut
+            if begin == 1 and not has_block[2, 0]:
+                cut[region[z, y, 1] - 1, 2] += 1
+            if end == nx - 1 and not has_block[2, 1] and (nx > 3 or has_block[2, 0]):  # a single voxel counts once
+                cut[region[z, y, nx - 2] - 1, 2] += 1
     return core, voxels, first, probability_sum, cut
 
 
@@ -339,7 +346,7 @@ def _inner_edges(
     region: np.ndarray, height: np.ndarray, regions: int, raster: _Raster, forward: tuple[int, ...], spans: np.ndarray
 ) -> np.ndarray:
     """EDGE rows, one for each pair of regions that touch inside the block, sorted by pair."""
-    capacity = max(1024, 1 << (8 * regions).bit_length())  # a basin has two or three neighbors: mostly enough at once
+    capacity = max(1024, 1 << (12 * regions).bit_length())  # a basin has some five neighbors: mostly enough at once
     while True:
         used, pairs, saddles = _collect_pairs(region, height, forward, spans, capacity)
         if used <= capacity // 2:
@@ -348,20 +355,21 @@ def _inner_edges(
     order = np.argsort(pairs)
     rows = np.empty(order.size, EDGE)
     rows["a"], rows["b"] = pairs[order] >> 32, pairs[order] & 0xFFFFFFFF
-    for column, field in enumerate((*SADDLE_ORDER, "area", "height")):
-        values = saddles[order, column]
-        rows[field] = raster.in_volume(values) if field.endswith("_voxel") else values
+    high, low, rows["area"], rows["height"] = saddles[order].T
+    rows["high"], rows["high_voxel"] = high >> 32, raster.in_volume(high & 0xFFFFFFFF)
+    rows["low"], rows["low_voxel"] = low >> 32, raster.in_volume(low & 0xFFFFFFFF)
     return rows
 
 
-# One pass over all grid edges between voxels of two regions. A hash table with open addressing maps a pair of regions to its
-# row; the row keeps the lowest saddle so far, the number of faces, and the sum of their heights.
-# Invariant: row k is the k-th pair that was met, and complete for all voxels visited.
+# One pass over all grid edges between voxels of two regions: those of a row are listed first, without a branch.
+# A hash table with open addressing maps a pair of regions to its row; the row keeps the lowest saddle so far, the number of
+# faces, and the sum of their heights. An end of an edge is one number, ``height << 32 | voxel``: these are ordered as ends are.
+# Invariant: row k is the k-th pair that was met, and complete for all edges visited.
 @njit(cache=True, nogil=True)
 def _collect_pairs(
     region: np.ndarray, height: np.ndarray, forward: tuple[int, ...], spans: np.ndarray, capacity: int
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    """Touching pairs in the order in which they are met: how many, ``a << 32 | b``, and `SADDLE_ORDER`, area, height.
+    """Touching pairs in the order in which they are met: how many, ``a << 32 | b``, and higher end, lower end, area, height.
 
     ``forward`` are the steps to the neighbors behind a voxel in linear order; only those along an axis share a face with it.
     Stops early once the table is more than half full: the caller tries again with a larger one.
@@ -370,51 +378,44 @@ def _collect_pairs(
     flat, regions = height.ravel(), region.ravel()
     codes, slots = np.zeros(capacity, np.int64), np.empty(capacity, np.int32)  # the pair, and its row
     pairs = np.empty(capacity // 2, np.int64)
-    saddles = np.empty((capacity // 2, 6), np.int64)
-    used = 0
+    saddles = np.empty((capacity // 2, 4), np.int64)
+    step_of, is_face = np.empty(len(forward), np.uint64), np.empty(len(forward), np.int64)
+    for d in range(len(forward)):
+        step_of[d], is_face[d] = np.uint64(forward[d]), forward[d] in (1, nx, ny * nx)
+    met, met_along = np.empty(nx * len(forward), np.uint64), np.empty(nx * len(forward), np.uint8)
+    used, in_table = 0, np.uint64(capacity - 1)
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
-            row = (z * ny + y) * nx
-            for v in range(row + spans[z, y, 0], row + spans[z, y, 1]):
-                p = regions[v]
-                if p == 0:
-                    continue
+            first, count = np.uint64((z * ny + y) * nx + spans[z, y, 0]), np.uint64(0)
+            for k in range(np.uint64(spans[z, y, 1] - spans[z, y, 0])):
+                p = regions[first + k]
                 for d in range(len(forward)):
-                    u = v + forward[d]
-                    q = regions[u]
-                    if q == 0 or q == p:
-                        continue
-                    code = (np.int64(min(p, q)) << 32) | np.int64(max(p, q))
-                    slot = ((code * 0x9E3779B97F4A7C1) >> 20) & (capacity - 1)
-                    while codes[slot] != 0 and codes[slot] != code:
-                        slot = (slot + 1) & (capacity - 1)
-                    high, low = (v, u) if flat[v] > flat[u] else (u, v)
-                    is_new = codes[slot] == 0
-                    if is_new:
-                        if used == capacity // 2:
-                            return used + 1, pairs, saddles
-                        codes[slot], slots[slot] = code, used
-                        pairs[used], saddles[used] = code, 0
-                        used += 1
-                    saddle = saddles[slots[slot]]
-                    if is_new or _precedes(flat[high], high, flat[low], low, saddle):
-                        saddle[0], saddle[1], saddle[2], saddle[3] = flat[high], high, flat[low], low
-                    if u - v == 1 or u - v == nx or u - v == ny * nx:
-                        saddle[4] += 1
-                        saddle[5] += flat[high]
+                    q = regions[first + k + np.uint64(forward[d])]
+                    met[count], met_along[count] = first + k, d
+                    count += np.uint64((p != q) & (p != 0) & (q != 0))
+            for k in range(count):
+                d = met_along[k]
+                v, u = met[k], met[k] + step_of[d]
+                p, q = np.int64(regions[v]), np.int64(regions[u])
+                code = (min(p, q) << 32) | max(p, q)
+                slot = np.uint64((code * 0x9E3779B97F4A7C1) >> 32) & in_table
+                while codes[slot] != 0 and codes[slot] != code:
+                    slot = (slot + np.uint64(1)) & in_table
+                if codes[slot] == 0:
+                    if used == capacity // 2:
+                        return used + 1, pairs, saddles
+                    codes[slot], slots[slot], pairs[used] = code, used, code
+                    saddles[used, 0], saddles[used, 1] = np.iinfo(np.int64).max, 0
+                    saddles[used, 2], saddles[used, 3] = 0, 0
+                    used += 1
+                row = np.uint64(slots[slot])
+                at_v, at_u = (np.int64(flat[v]) << 32) | np.int64(v), (np.int64(flat[u]) << 32) | np.int64(u)
+                high, low = max(at_v, at_u), min(at_v, at_u)
+                if high < saddles[row, 0] or (high == saddles[row, 0] and low < saddles[row, 1]):
+                    saddles[row, 0], saddles[row, 1] = high, low
+                saddles[row, 2] += is_face[d]
+                saddles[row, 3] += is_face[d] * (high >> 32)
     return used, pairs[:used], saddles[:used]
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _precedes(high: int, high_voxel: int, low: int, low_voxel: int, saddle: np.ndarray) -> bool:
-    """Whether an edge comes before ``saddle`` in the total order of edges."""
-    if high != saddle[0]:
-        return high < saddle[0]
-    if high_voxel != saddle[1]:
-        return high_voxel < saddle[1]
-    if low != saddle[2]:
-        return low < saddle[2]
-    return low_voxel < saddle[3]
 
 
 def _crossing_edges(
@@ -424,18 +425,19 @@ def _crossing_edges(
 
     The other end of an edge lies behind in linear order and lists nothing, so an edge stands in one block's table.
     """
-    flat = height.ravel()
+    flat, regions = height.ravel(), region.ravel()
     _, ny, nx = height.shape
     rows = [np.empty(0, EDGE)]
     for step in forward:
-        inner = face[raster.is_halo(face + step) & (flat[face + step] != OUTSIDE)]
+        inner = face[(regions[face + step] == 0) & (flat[face + step] != OUTSIDE)]  # in the mask, of no region: outside
         outer = inner + step
         high = np.where(flat[inner] > flat[outer], inner, outer)
         low = inner + outer - high
         row = np.empty(inner.size, EDGE)
-        row["a"], row["b"] = region.ravel()[inner], raster.in_volume(outer)
-        row["high"], row["high_voxel"] = flat[high], raster.in_volume(high)
-        row["low"], row["low_voxel"] = flat[low], raster.in_volume(low)
+        inner_voxel, outer_voxel = raster.in_volume(inner), raster.in_volume(outer)
+        row["a"], row["b"] = regions[inner], outer_voxel
+        row["high"], row["high_voxel"] = flat[high], np.where(high == inner, inner_voxel, outer_voxel)
+        row["low"], row["low_voxel"] = flat[low], np.where(high == inner, outer_voxel, inner_voxel)
         row["area"] = step in (1, nx, ny * nx)
         row["height"] = row["area"] * row["high"]
         rows.append(row)

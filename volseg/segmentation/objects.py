@@ -202,13 +202,13 @@ def paint(region: np.ndarray, label: np.ndarray, out: np.ndarray | None = None) 
     label
         (regions + 1,) of any dtype.
     out
-        Where to write it, of the same shape; a new array where there is none.
+        Zeros of the same shape, where to write it; a new array where there is none.
 
     Returns
     -------
     ``out``
     """
-    out = np.empty(region.shape, label.dtype) if out is None else out
+    out = np.zeros(region.shape, label.dtype) if out is None else out
     _paint(region, label, out)
     return out
 
@@ -218,6 +218,11 @@ def _paint(region: np.ndarray, label: np.ndarray, out: np.ndarray) -> None:
     for z in range(region.shape[0]):
         for y in range(region.shape[1]):
             regions, labels = region[z, y], out[z, y]
+            bits = regions[0]
+            for x in range(1, regions.size):
+                bits |= regions[x]
+            if bits == 0 and label[0] == 0:  # as most rows of most volumes are
+                continue
             for x in range(regions.size):
                 labels[x] = label[regions[x]]
 

@@ -26,7 +26,6 @@ from volseg.segmentation.edges import (
     argsort_saddles,
     collapse,
     index_dtype,
-    merge_parallel,
     permute,
 )
 
@@ -125,9 +124,11 @@ def link(i: int, table_of: Callable[[int], BlockBasins], grid: Blocks) -> Links:
     exits = np.flatnonzero(own.is_exit)
     drains = np.stack([global_id(i, exits + 1), _region_ids(own.root[exits], table_of, grid)], axis=1)
     edges = own.crossing_edges.copy()
-    edges["a"] = global_id(i, own.crossing_edges["a"])
     edges["b"] = _region_ids(own.crossing_edges["b"], table_of, grid)
-    return Links(drains, merge_parallel(edges))
+    edges = edges[: collapse(edges, np.empty(edges.size, index_dtype(edges.size)), own.root.size + 1)]
+    edges = edges[np.lexsort((edges["b"], edges["a"]))]
+    edges["a"] = global_id(i, edges["a"])
+    return Links(drains, edges)
 
 
 def _region_ids(voxels: np.ndarray, table_of: Callable[[int], BlockBasins], grid: Blocks) -> np.ndarray:
@@ -199,7 +200,8 @@ def gather(
         if numbers is not None:
             block_links = _renumbered(block_links, numbers)
         drains.append(block_links.drains)
-        edges.append(_with_global_ids(table.edges, i))
+        inner = edges.append(table.edges)
+        inner["a"], inner["b"] = global_id(i, inner["a"]), global_id(i, inner["b"])
         edges.append(block_links.edges)
     offset = np.cumsum([0, *(minimum.size for minimum in columns["minimum"])])
     basin, is_basin = _true_basins(np.concatenate(drains), offset)
@@ -221,22 +223,18 @@ class _EdgeBuffer:
     def __init__(self) -> None:
         self._rows, self._used = np.empty(0, EDGE), 0
 
-    def append(self, rows: np.ndarray) -> None:
+    def append(self, rows: np.ndarray) -> np.ndarray:
+        """Returns where they lie now, until more are appended."""
         end = self._used + rows.size
         if end > self._rows.size:
             self._rows.resize(end + max(1 << 12, end >> 4), refcheck=False)
         self._rows[self._used : end] = rows
-        self._used = end
+        begin, self._used = self._used, end
+        return self._rows[begin:end]
 
     def rows(self) -> np.ndarray:
         self._rows.resize(self._used, refcheck=False)
         return self._rows
-
-
-def _with_global_ids(edges: np.ndarray, block: int) -> np.ndarray:
-    out = edges.copy()
-    out["a"], out["b"] = global_id(block, edges["a"]), global_id(block, edges["b"])
-    return out
 
 
 def _renumbered(links: Links, blocks: np.ndarray) -> Links:
