@@ -7,7 +7,8 @@ from skimage.measure import regionprops
 
 from volseg.box import Blocks, Box
 from volseg.segmentation.extents import directions
-from volseg.segmentation.objects import MAX_RUN_VOXELS, first_plane, measure, merge, objects_table, paint
+from volseg.segmentation.object_sums import MAX_RUN_VOXELS
+from volseg.segmentation.objects import first_plane, measure, merge, objects_table, paint
 
 SIZE = (40.0, 5.0, 4.0)
 

@@ -346,8 +346,8 @@ def _smooth(field: np.ndarray, passes: Triple, stretches: np.ndarray) -> np.ndar
     It is rounded down once, at the end. uint16, shorter by ``2 * passes`` on each axis, 0 outside ``stretches``.
     """
     small = 255 * 4 ** (passes[0] + passes[1]) <= np.iinfo(np.uint16).max  # sums along z and y fit
-    plane = np.empty(field.shape[1:], np.uint16 if small else np.uint32)
-    rows, columns = plane.shape
+    _, rows, columns = field.shape
+    plane = np.empty((rows, columns), np.uint16 if small else np.uint32)
     out = np.zeros((*stretches.shape[:2], columns - 2 * passes[2]), np.uint16)
     summed = np.empty((rows, -(-columns // STRETCH_VOXELS)), np.bool_)
     row, sums = np.empty(columns, plane.dtype), np.empty(out.shape[2], np.uint32)
