@@ -221,7 +221,7 @@ def throughput(
     """The predict stage against the bare model, MONAI and dask map_overlap, outputs compared (needs volseg[bench])."""
     from benchmarks import throughput as bench
 
-    bench.measure(image, sections, few, repeats, standard, out, tuple(sets or ()))
+    bench.measure(image, sections, few, repeats, standard, out, tuple(sets or ()), seconds=20)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 import tifffile
 
-from benchmarks import report
+from benchmarks import bare, report
 from benchmarks.repeat import time_in_turn
 from volseg.box import Box
 from volseg.config import Config
@@ -28,8 +28,12 @@ from volseg.system import tune_malloc
 OVERLAP = 64  # voxels, of the peers' windows as of volseg's tiles
 
 
-def measure(image: str, sections: int, few: int, repeats: int, standard: str, out: str, sets: tuple[str, ...]) -> None:
+def measure(
+    image: str, sections: int, few: int, repeats: int, standard: str, out: str, sets: tuple[str, ...], seconds: float
+) -> None:
     """A row for each way to the same probabilities: million voxels/s, and how far they lie from the plain network's.
+
+    The bare model is watched for so many ``seconds`` in each of its layouts, and the better one counts.
 
     The others run the model at ``standard``, or ours where that is empty. Their process keeps the memory that it frees, as
     volseg's workers do.
@@ -48,7 +52,6 @@ def measure(image: str, sections: int, few: int, repeats: int, standard: str, ou
     model_path = Path(summaries["auto"]["config"]["predict"]["model"] or model.shipped())
     network, _ = model.load(Path(standard) if standard else model_path)
     candidates = {
-        **{_bare_name(run): _bare(slab, run, model_path) for run in summaries.values()},
         **{f"MONAI sliding_window_inference, {name}": call for name, call in _monai(network, slab[: few + 2]).items()},
         "dask map_overlap + torch fp32": partial(_map_overlap, network, slab[: few + 2]),
     }
@@ -58,9 +61,14 @@ def measure(image: str, sections: int, few: int, repeats: int, standard: str, ou
         results[name] = call()
 
     seconds_in_turn = time_in_turn({name: partial(keep, name, call) for name, call in candidates.items()}, repeats)
+    part, bare_speed = tifffile.imread(path)[: bare.SECTIONS + 2], {}
+    for run in summaries.values():
+        results[_bare_name(run)] = _bare(slab, run, model_path)()
+        bare_speed[_bare_name(run)] = max(bare.speeds(part, run, seconds).values()) * 1e6 / prod(plane)
     exact = results["MONAI sliding_window_inference, fp32, whole planes"]
     ours = {name: f"volseg predict, end to end, {run['engine']['precision']}" for name, run in summaries.items()}
     speed = {ours[name]: depth / median(predicted[name]) for name in runs}
+    speed.update(bare_speed)
     speed.update({name: len(results[name]) / seconds for name, seconds in seconds_in_turn.items()})
     for name, row in ours.items():
         stored = np.asarray(arrays.open_array(str((folder / f"{name}.volseg.zarr").resolve()), "0"))
@@ -105,7 +113,7 @@ def _windows(slab: np.ndarray) -> np.ndarray:
 
 
 def _bare(slab: np.ndarray, run: dict, path: Path) -> Callable[[], np.ndarray]:
-    """The backend alone over tiles that lie in memory, on all cores, once it is loaded."""
+    """The backend alone over tiles that lie in memory: what it makes of all."""
     threads = cluster.CPU_COUNT
     grid = tiles.grid(slab.shape[1:], Config().predict.tile, OVERLAP, model.load_card(path).multiple)
     exported = export.export_model(path, run["engine"]["backend"], run["engine"]["precision"])

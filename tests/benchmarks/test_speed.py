@@ -115,7 +115,7 @@ def test_predict_is_timed_beside_what_one_would_write_without_volseg(image, monk
     source = volume.open(image)
     tifffile.imwrite(tmp_path / "em.tif", source.read(Box((0, 0, 0), (6, 128, 128))), photometric="minisblack")
     sets = ("cluster.workers=1", "cluster.dashboard=''")
-    throughput.measure(str(tmp_path / "em.tif"), 6, 2, 1, "", str(tmp_path / "out"), sets)
+    throughput.measure(str(tmp_path / "em.tif"), 6, 2, 1, "", str(tmp_path / "out"), sets, 0.5)
     rows = {row["way"]: row for row in json.loads((tmp_path / "throughput.json").read_text())["rows"]}
     assert sum("MONAI" in way for way in rows) == 3
     assert "dask map_overlap + torch fp32" in rows

@@ -5,8 +5,9 @@ import openvino as ov
 import pytest
 from openvino import opset13
 
-from volseg.inference import export, model
-from volseg.inference.pixel_shuffle import shuffle, unshuffle, without_shuffles
+from volseg.inference import backends, export, model, tiles
+from volseg.inference.pixel_shuffle import shuffle, standardized_squares, unshuffle, without_shuffles
+from volseg.inference.sections import predict_sections_uint8
 
 SHAPE = (1, 3, 128, 192)
 
@@ -50,6 +51,31 @@ def test_squares_are_those_of_torch():
     assert unshuffle(batch.numpy(), half=True, out=again) is again
     assert np.array_equal(again, rounded)
     assert np.array_equal(shuffle(last.numpy()), torch.nn.PixelShuffle(2)(squares).numpy())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+def test_gray_voxels_become_squares_at_once(dtype):
+    sections = [np.random.default_rng(z).integers(0, 120, (20, 30)).astype(dtype) for z in range(3)]
+    scale, made = (57.3, 0.0213), np.empty((6, 8, 12), np.uint16)
+    standardized_squares(sections, (4, 6), scale, made)
+    tile = np.empty((1, 3, 12, 16), np.float32)
+    for section, out in zip(sections, tile[0], strict=True):
+        tiles.NUMPY.standardize_into(section[4:16, 6:22], out, *scale)
+    assert np.array_equal(made, unshuffle(tile, half=True)[0])
+
+
+@pytest.mark.parametrize("plane", [(128, 192), (200, 150)])
+def test_sections_are_the_same_by_squares_and_by_tiles(plane):
+    """Planes of one tile, and of several, some of which reach past the end."""
+    voxels = np.random.default_rng(5).integers(0, 255, (4, *plane), np.uint8)
+    grid, slab = tiles.grid(plane, 128, 16, 64), tiles.Slab(voxels, (0, 0, 0), 1, 4)
+    blob = export.export_model(model.shipped(), "openvino", "int8")
+    forward = backends.load(blob, "openvino", "int8", (1, 3, *grid.size))
+    call = backends.network(blob, "openvino", "int8", (1, 3, *grid.size))
+    given = {"grid": grid, "heads": 2, "scale": (120.0, 0.02)}
+    assert not backends.takes_squares(forward)
+    want = predict_sections_uint8(forward, slab, range(4), **given)
+    assert np.array_equal(predict_sections_uint8(call, slab, range(4), **given), want)
 
 
 def _graph(order, mode):

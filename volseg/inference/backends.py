@@ -206,11 +206,13 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
         if not shuffles:
             mine.request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
             return mine.request.get_output_tensor(0).data.copy()
-        mine.squares = unshuffle(batch, bf16, mine.squares)
+        if batch.shape == shape:
+            batch = mine.squares = unshuffle(batch, bf16, mine.squares)
         kind = ov.Type.bf16 if bf16 else ov.Type.f32
-        mine.request.infer({0: ov.Tensor(mine.squares, mine.squares.shape, kind)}, share_inputs=True)
+        mine.request.infer({0: ov.Tensor(batch, batch.shape, kind)}, share_inputs=True)
         return shuffle(mine.request.get_output_tensor(0).data)
 
+    forward.takes_squares = shuffles and bf16  # type: ignore[attr-defined]  # as `pixel_shuffle` makes them, too
     return forward
 
 
@@ -267,11 +269,16 @@ def _torch(blob: bytes, precision: str, shape: tuple[int, int, int, int], name: 
     return forward
 
 
+def takes_squares(forward: Call) -> bool:
+    """Whether batches may also be squares in bfloat16, see `pixel_shuffle`."""
+    return getattr(forward, "takes_squares", False)
+
+
 class TimedCall:
     """``forward`` that counts the ``seconds`` in which it was under way in at least one thread."""
 
     def __init__(self, forward: Call) -> None:
-        self.forward = forward
+        self.forward, self.takes_squares = forward, takes_squares(forward)
         self.seconds, self.running, self.since = 0.0, 0, 0.0
         self.lock = threading.Lock()
 

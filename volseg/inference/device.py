@@ -54,6 +54,11 @@ def out_of_memory_as(what: str, advice: str = "") -> Iterator[None]:
         raise OutOfMemoryError(f"memory does not hold {what} ({reason}){advice}") from None
 
 
+def is_plain(gray: Any) -> bool:
+    """Whether numba knows voxels of that type."""
+    return isinstance(gray, np.ndarray) and gray.dtype.isnative and gray.dtype != np.float16
+
+
 class NumpyDevice:
     """Numpy arrays in the memory of this process."""
 
@@ -76,8 +81,9 @@ class NumpyDevice:
 
     def standardize_into(self, gray: np.ndarray, out: np.ndarray, mean: float, inverse: float) -> None:
         """``out`` (y, x) holds gray voxels, less ``mean`` and times ``inverse``, each step rounded to float32."""
-        known = gray.dtype.isnative and gray.dtype != np.float16  # to numba
-        _standardize_into(gray if known else gray.astype(np.float32), out, np.float32(mean), np.float32(inverse))
+        _standardize_into(
+            gray if is_plain(gray) else gray.astype(np.float32), out, np.float32(mean), np.float32(inverse)
+        )
 
     def add(self, total: np.ndarray, to: YX, tile: np.ndarray, of: YX, rows: np.ndarray, columns: np.ndarray) -> None:
         """``total`` (channels, y, x) grows from ``to`` on by a tile from ``of`` on, with weights ``rows`` x ``columns``."""

@@ -7,6 +7,7 @@ convolution wants them, channels last, and come straight from where the last one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -109,12 +110,35 @@ def unshuffle(batch: np.ndarray, half: bool, out: np.ndarray | None = None) -> n
     kind = np.uint16 if half else np.float32
     if out is None:
         out = np.empty((count, rows // SIDE, columns // SIDE, sections * SIDE**2), kind)
-    pair = np.uint32 if half else np.uint64  # two voxels side by side
-    line = np.empty((sections * SIDE, columns // SIDE), pair)
-    fill = _unshuffle_half if half else _unshuffle
+    line = np.empty(columns // SIDE, np.uint32)  # two voxels side by side are one number
     for one, made in zip(np.ascontiguousarray(batch), out, strict=True):
-        fill(one.view(np.uint32 if half else pair), made.view(pair), line)
+        if half:
+            _unshuffle_half(one.view(np.uint32), made.view(np.uint32), line)
+        else:
+            _unshuffle(one.view(np.uint64), made.view(np.uint64))
     return out
+
+
+def standardized_squares(
+    sections: Sequence[np.ndarray], corner: tuple[int, int], scale: tuple[float, float], out: np.ndarray
+) -> None:
+    """``out`` holds a tile of gray voxels, less a mean and times an inverse deviation, as `unshuffle` makes it of one.
+
+    Parameters
+    ----------
+    sections
+        Of one shape and type, rows one after the other in memory; the tile lies inside.
+    corner
+        Row and column of its first voxel.
+    scale
+        See `normalization.scale`. Each step is rounded to float32, then to bfloat16.
+    out
+        bfloat16 as uint16, (Y / 2, X / 2, 4 sections).
+    """
+    mean, inverse = map(np.float32, scale)
+    voxels, pairs = np.empty(SIDE * out.shape[1], np.float32), out.view(np.uint32)
+    line = np.empty(pairs.shape[1], np.uint32)
+    _standardize_half(tuple(sections), *corner, mean, inverse, voxels, voxels.view(np.uint32), line, pairs)
 
 
 def shuffle(made: np.ndarray) -> np.ndarray:
@@ -131,30 +155,54 @@ def shuffle(made: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _unshuffle_half(voxels, out, line):
-    """As `_unshuffle`, from bits of float32 (sections, Y, X) to pairs of bfloat16."""
+def _round_pairs(bits, out):
+    """Bits of float32, two by two, as pairs of bfloat16; ties to even."""
     high, ties, one, half = np.uint32(0xFFFF0000), np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
-    for y in range(out.shape[0]):
-        for k in range(line.shape[0]):
-            of, to = voxels[k // SIDE, SIDE * y + k % SIDE], line[k]
-            for x in range(to.size):
-                left, right = of[2 * x], of[2 * x + 1]
-                left = (left + ties + ((left >> half) & one)) >> half
-                to[x] = left | ((right + ties + ((right >> half) & one)) & high)
-        for x in range(out.shape[1]):
-            for k in range(line.shape[0]):
-                out[y, x, k] = line[k, x]
+    for x in range(out.size):
+        left, right = bits[2 * x], bits[2 * x + 1]
+        left = (left + ties + ((left >> half) & one)) >> half
+        out[x] = left | ((right + ties + ((right >> half) & one)) & high)
 
 
 @njit(cache=True, nogil=True)
-def _unshuffle(pairs, out, line):
-    """Pairs (sections, Y, X / 2) to (Y / 2, X / 2, 2 sections); ``line`` is room for those of one row of squares."""
+def _lay(line, out, k):
+    """Pairs of a row of squares become their pairs ``k``: a loop by itself, as its neighbors are, which is much faster."""
+    for x in range(line.size):
+        out[x, k] = line[x]
+
+
+@njit(cache=True, nogil=True)
+def _standardize_row(gray, mean, inverse, out):
+    for x in range(out.size):
+        out[x] = (np.float32(gray[x]) - mean) * inverse
+
+
+@njit(cache=True, nogil=True)
+def _standardize_half(sections, y0, x0, mean, inverse, voxels, bits, line, out):
+    """``voxels`` and ``bits`` are the same memory, room for a row; ``line`` for the pairs of a row of squares."""
     for y in range(out.shape[0]):
-        for k in range(line.shape[0]):
-            line[k] = pairs[k // SIDE, SIDE * y + k % SIDE]
-        for x in range(out.shape[1]):
-            for k in range(line.shape[0]):
-                out[y, x, k] = line[k, x]
+        for k in range(out.shape[2]):
+            gray = sections[k // SIDE][y0 + SIDE * y + k % SIDE]
+            _standardize_row(gray[x0 : x0 + voxels.size], mean, inverse, voxels)
+            _round_pairs(bits, line)
+            _lay(line, out[y], k)
+
+
+@njit(cache=True, nogil=True)
+def _unshuffle_half(voxels, out, line):
+    """As `_unshuffle`, from bits of float32 (sections, Y, X) to pairs of bfloat16."""
+    for y in range(out.shape[0]):
+        for k in range(out.shape[2]):
+            _round_pairs(voxels[k // SIDE, SIDE * y + k % SIDE], line)
+            _lay(line, out[y], k)
+
+
+@njit(cache=True, nogil=True)
+def _unshuffle(pairs, out):
+    """Pairs (sections, Y, X / 2) to (Y / 2, X / 2, 2 sections)."""
+    for y in range(out.shape[0]):
+        for k in range(out.shape[2]):
+            _lay(pairs[k // SIDE, SIDE * y + k % SIDE], out[y], k)
 
 
 @njit(cache=True, nogil=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from volseg.inference.backends import Forward, imap
+from volseg.inference.backends import Forward, imap, takes_squares
 from volseg.inference.device import Call
 from volseg.inference.tiles import Blend, Grid, Slab, is_constant
 
@@ -70,13 +70,21 @@ def blend_sections(
         while True:
             with timed("cut"):
                 keys = list(islice(remaining, batch))
-                make = device.empty if len(keys) == batch else device.zeros
-                rows = make((batch, 2 * slab.around + 1, *grid.size)) if keys else ()
-                for row, (z, tile) in zip(rows, keys, strict=False):
-                    slab.cut(z, grid.place(tile), row, scale, device)
-            if not keys:
+                rows = cut(keys) if keys else None
+            if rows is None:
                 return
             yield keys, rows
+
+    def cut(keys: list[TileKey]) -> Any:
+        if batch == 1 and takes_squares(network):
+            squares = slab.cut_squares(keys[0][0], grid.place(keys[0][1]), scale)
+            if squares is not None:
+                return squares[None]
+        make = device.empty if len(keys) == batch else device.zeros
+        rows = make((batch, 2 * slab.around + 1, *grid.size))
+        for row, (z, tile) in zip(rows, keys, strict=False):
+            slab.cut(z, grid.place(tile), row, scale, device)
+        return rows
 
     def predicted() -> Iterator[tuple[TileKey, Any, bool]]:
         for keys, probability in imap(network, batches(), threads):

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from volseg.inference.device import NUMPY, Device
+from volseg.inference.device import NUMPY, Device, is_plain
 from volseg.inference.model_card import MULTIPLE
+from volseg.inference.pixel_shuffle import standardized_squares
 
 SAMPLED = 256  # blocks along an axis that are looked at where there are more
 LEAST_LENGTH = 1024  # of tiles of which there are several, voxels, or half of the longest that is allowed
@@ -248,9 +249,11 @@ class Slab:
 
     def sections(self, z: int, place: tuple[slice, slice]) -> list:
         """What a tile of section ``z`` sees, as views that end where the plane does; beyond all sections, the last."""
-        near = (min(max(n, 0), self.depth - 1) for n in range(z - self.around, z + self.around + 1))
         y, x = (slice(s.start - o, s.stop - o) for s, o in zip(place, self.start[1:], strict=True))
-        return [self.voxels[n - self.start[0]][y, x] for n in near]
+        return [self.voxels[n - self.start[0]][y, x] for n in self._near(z)]
+
+    def _near(self, z: int) -> list[int]:
+        return [min(max(n, 0), self.depth - 1) for n in range(z - self.around, z + self.around + 1)]
 
     def cut(
         self, z: int, place: tuple[slice, slice], out: Any, scale: tuple[float, float], device: Device = NUMPY
@@ -260,6 +263,17 @@ class Slab:
             rows, columns = section.shape
             device.standardize_into(section, channel[:rows, :columns], *scale)
             _mirror(channel, rows, columns)
+
+    def cut_squares(self, z: int, place: tuple[slice, slice], scale: tuple[float, float]) -> np.ndarray | None:
+        """That tile as `pixel_shuffle` makes it, bfloat16; None where it reaches past the plane's end."""
+        near = [self.voxels[n - self.start[0]] for n in self._near(z)]
+        rows, columns = (stop - start for start, stop in ((s.start, s.stop) for s in place))
+        corner = place[0].start - self.start[1], place[1].start - self.start[2]
+        if corner[0] + rows > near[0].shape[0] or corner[1] + columns > near[0].shape[1] or not is_plain(near[0]):
+            return None
+        out = np.empty((rows // 2, columns // 2, 4 * len(near)), np.uint16)
+        standardized_squares(near, corner, scale, out)
+        return out
 
 
 def is_constant(sections: Sequence[np.ndarray]) -> bool:

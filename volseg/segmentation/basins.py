@@ -119,14 +119,18 @@ def watershed_block(
     >>> table.crossing_edges[["a", "b", "high", "low"]].tolist(), table.face_voxel.tolist()
     ([(2, 4, 9, 2)], [3])
     """
-    steps, spans = _neighbor_steps(connectivity, height.shape), _masked_spans(height)
-    region = _descend(height, steps, spans)
+    steps, spans = _neighbor_steps(connectivity, height.shape), np.zeros((*height.shape[:2], 2), np.int32)
+    region = np.zeros(height.shape, np.int32)
+    _find_masked_spans(height, spans)
+    _descend(height, steps, spans, region)
     roots = _number(region, height, spans)
     raster = _Raster(height.shape, box, shape)
     is_exit = raster.is_halo(roots)
     region.ravel()[roots[is_exit]] = 0  # so that only voxels of the block have a region
     has_block = np.array([(start > 0, stop < n) for start, stop, n in zip(box.start, box.stop, shape, strict=True)])
-    core, voxels, first, probability_sum, cut = _measure(region, probability, roots.size, has_block, spans)
+    core, cut = np.zeros(box.shape, np.int32), np.zeros((roots.size, 3), np.int64)
+    voxels, first, probability_sum = np.zeros((3, roots.size), np.int64)
+    _measure(region, probability, has_block, spans, core, voxels, first, probability_sum, cut)
     forward = steps[len(steps) // 2 :]
     face = _face_voxels(region, has_block, spans)
     table = BlockBasins(
@@ -195,10 +199,9 @@ def _neighbor_steps(connectivity: int, padded: Triple) -> tuple[int, ...]:
 
 
 @njit(cache=True, nogil=True)
-def _masked_spans(height: np.ndarray) -> np.ndarray:
-    """By row, the first masked voxel inside the frame and the last + 1: what lies elsewhere is outside the mask."""
+def _find_masked_spans(height: np.ndarray, spans: np.ndarray) -> None:
+    """``spans`` (zeros before): by row the first masked voxel inside the frame and the last + 1; elsewhere is no mask."""
     nz, ny, nx = height.shape
-    spans = np.zeros((nz, ny, 2), np.int32)
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
             lowest_in_row = np.int32(OUTSIDE)
@@ -212,19 +215,17 @@ def _masked_spans(height: np.ndarray) -> np.ndarray:
             while height[z, y, last - 1] == OUTSIDE:
                 last -= 1
             spans[z, y, 0], spans[z, y, 1] = first, last
-    return spans
 
 
 # Unsigned indices and no branches: the compiler computes several voxels at a time.
 @njit(cache=True, nogil=True)
-def _descend(height: np.ndarray, steps: tuple[int, ...], spans: np.ndarray) -> np.ndarray:
-    """For each masked voxel inside the frame, ``~`` the index of its lowest lower neighbor; 0 for a minimum, and elsewhere.
+def _descend(height: np.ndarray, steps: tuple[int, ...], spans: np.ndarray, out: np.ndarray) -> None:
+    """``out`` (zeros before): of masked voxels inside the frame ``~`` the index of their lowest lower neighbor, or 0 (minima).
 
     Neighbors are visited in the order of their linear index, so that of equal ones the first wins.
     """
     nz, ny, nx = height.shape
-    flat = height.ravel()
-    below = np.zeros(flat.size, np.int32)
+    flat, below = height.ravel(), out.ravel()
     for z in range(1, nz - 1):
         for y in range(1, ny - 1):
             first = np.uint64((z * ny + y) * nx + spans[z, y, 0])
@@ -237,7 +238,6 @@ def _descend(height: np.ndarray, steps: tuple[int, ...], spans: np.ndarray) -> n
                     lowest = min(h, lowest)
                 falls = (own != OUTSIDE) & ((lowest < own) | ((lowest == own) & (step < 0)))
                 below[v] = ~(np.int32(v) + step) if falls else np.int32(0)
-    return below.reshape(height.shape)
 
 
 # Each voxel in raster order walks down until it meets a voxel with a region, a minimum, or the frame; then the way is walked
@@ -284,16 +284,12 @@ def _number(below: np.ndarray, height: np.ndarray, spans: np.ndarray) -> np.ndar
 
 @njit(cache=True, nogil=True)
 def _measure(
-    region: np.ndarray, probability: np.ndarray, count: int, has_block: np.ndarray, spans: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """``region`` without its frame; by region: voxels in the block, first of them (index in the frame's array), sum of
-    ``probability``, voxels on faces of the volume. ``has_block`` is as in `_face_voxels`."""
+    region: np.ndarray, probability: np.ndarray, has_block: np.ndarray, spans: np.ndarray, core: np.ndarray,
+    voxels: np.ndarray, first: np.ndarray, probability_sum: np.ndarray, cut: np.ndarray,
+) -> None:  # fmt: skip
+    """The last five (zeros before) hold ``region`` without its frame and, by region: voxels in the block, first of them (index
+    in the frame's array), sum of ``probability``, voxels on faces of the volume. ``has_block`` is as in `_face_voxels`."""
     nz, ny, nx = region.shape
-    core = np.zeros((nz - 2, ny - 2, nx - 2), np.int32)
-    voxels = np.zeros(count, np.int64)
-    first = np.zeros(count, np.int64)
-    probability_sum = np.zeros(count, np.int64)
-    cut = np.zeros((count, 3), np.int64)
     for z in range(1, nz - 1):
         z_cut = (not has_block[0, 0] and z == 1) or (not has_block[0, 1] and z == nz - 2)
         for y in range(1, ny - 1):
@@ -315,7 +311,6 @@ def _measure(
                 cut[region[z, y, 1] - 1, 2] += 1
             if end == nx - 1 and not has_block[2, 1] and (nx > 3 or has_block[2, 0]):  # a single voxel counts once
                 cut[region[z, y, nx - 2] - 1, 2] += 1
-    return core, voxels, first, probability_sum, cut
 
 
 @njit(cache=True, nogil=True)
