@@ -430,3 +430,24 @@ def test_the_viewer_shows_the_crop_within_the_volume_that_it_was_cut_out_of(crop
     z, y, x = (floor(n) - a for n, a in zip(state["position"][::-1], FIRST, strict=True))
     assert cropped.labels[z, y, x] == 1
     assert volume.open(cropped.path).read(Box((z, y, x), (z + 1, y + 1, x + 1))).item() == 1
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"transform": {"axes": ["z", "y", "x"], "translate": [1, 2], "scale": [1, 2, 3]}},
+        {"transform": {"translate": "ab", "scale": [1, 2, 3]}},
+        {"offset": [[1], [2, 3]], "resolution": [4, 4, 4]},
+    ],
+)
+def test_places_of_no_shape_are_none(tmp_path, told):
+    path, _ = in_n5(tmp_path, np.zeros((8, 40, 72), np.uint8), told)
+    assert volume.open(str(path), voxel_size_nm=(40.0, 4.0, 4.0)).origin_nm == (0.0, 0.0, 0.0)
+
+
+def test_a_scale_of_one_number_tells_no_place(tmp_path):
+    with h5py.File(tmp_path / "em.h5", "w") as file:
+        file["raw"], file["step"] = np.zeros((4, 8, 8), np.uint8), 4.0
+        file["step"].make_scale("z")
+        file["raw"].dims[0].attach_scale(file["step"])
+    assert volume.open(f"{tmp_path}/em.h5::/raw").origin_nm in (None, (0.0, 0.0, 0.0))

@@ -1,5 +1,6 @@
 """`volseg infer --update`: only what can have changed is done again, and it is said which."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def test_other_rules_decide_labels_anew_and_leave_probabilities(finished, image,
     config = settings(stitch={"min_voxels": 4000, "seed": 0.9, "count_cut": False}, cluster={"workers": 1})
     fresh = volseg.infer(image, str(tmp_path / "fresh.volseg.zarr"), config=config, progress=Quiet())
     assert digest(out) == digest(fresh.path)
+
+
+def test_what_another_version_predicted_is_done_again(finished):
+    out, again = finished
+    for path in (Path(out, "run.json"), *Path(out, "work").glob("*.json")):
+        plain = json.loads(path.read_text())
+        if "keys" in plain:
+            plain["keys"] = {stage: f"of another version {key}" for stage, key in plain["keys"].items()}
+            path.write_text(json.dumps(plain))
+    _, show = again()
+    assert any(
+        "another version of volseg, which may have predicted otherwise, made it" in line for line in show.said
+    ), show.said
 
 
 def test_another_volume_or_model_does_everything_again(finished, image, tmp_path):

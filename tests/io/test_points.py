@@ -125,3 +125,8 @@ def test_points_are_annotation_of_all_sections(tmp_path):
         open_annotation(tmp_path / "labels.tif", em, radius_nm=60.0)
     with pytest.raises(UserError, match="first_number = 1 is for a folder"):
         open_annotation(path, em, first_number=1)
+
+
+def test_absurd_radii_fill_the_volume():
+    one = points.Points("", np.array([[1.0, 2.0, 3.0]]), np.array([1e21]), (50.0, 5.0, 5.0))
+    assert (points.balls(one, Box((0, 0, 0), (3, 4, 5))) == 1).all()

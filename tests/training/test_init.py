@@ -215,3 +215,10 @@ def test_a_config_of_points_trains_on_balls_of_their_radius(em, tmp_path, run):
     code, _, err = run("init", em[0], em[0], "--radius-nm", "55", "--out", tmp_path / "your.toml")
     assert code == 2
     assert "radius_nm = 55 is for a table of points" in err
+
+
+@pytest.mark.parametrize("radius", [0.0, -3.0, float("inf"), float("nan")])
+def test_a_radius_is_above_zero(em, tmp_path, radius):
+    (tmp_path / "points.csv").write_text("z,y,x\n1,2,3\n")
+    with pytest.raises(UserError, match="makes no ball"):
+        volseg.init(em[0], tmp_path / "points.csv", radius_nm=radius)

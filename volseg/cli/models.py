@@ -29,7 +29,7 @@ def init(
     ] = None,
     radius_nm: Annotated[
         float | None,
-        typer.Option("--radius-nm", min=0.0, help="Of the ball around each of points; 5 voxels if not given."),
+        typer.Option("--radius-nm", help="Of the ball around each of points; 5 voxels if not given."),
     ] = None,
     scribbles: Annotated[
         bool | None, typer.Option("--scribbles/--no-scribbles", help="Whether 0 is what nobody annotated.")
@@ -45,7 +45,7 @@ def init(
 
     made = look(
         image, labels, out or default_out(image), voxel_size_nm=numbers(voxel_nm, "--voxel-nm", float) if voxel_nm else None,
-        first_number=first_number, radius_nm=radius_nm or None, scribbles=scribbles, background=background, overwrite=overwrite,
+        first_number=first_number, radius_nm=radius_nm, scribbles=scribbles, background=background, overwrite=overwrite,
     )  # fmt: skip
     emit(str(made), made.to_json())
 

@@ -83,14 +83,18 @@ def refuse_finished(out: str, replaced: bool) -> None:
 
 def compare(out: str, run: Run) -> Change:
     """What ``run`` would change of the finished run at ``out``. Where blocks are cut changes nothing."""
-    old = folder.peek_run(out) or Run.from_json({**Layout(out).load_summary(), "out": out})
+    old = folder.peek_run(out)
+    plain = Layout(out).load_description() if old else Layout(out).load_summary()
+    old = old or Run.from_json({**plain, "out": out})
     cut = {"out": old.out, "predict_block": old.predict_block, "block": old.block}
     new = replace(run, **cut, pass_blocks=old.pass_blocks, cuts=old.cuts) if run.shape == old.shape else run
     stitch = new.config.stitch if old.rule_voxel_nm == new.rule_voxel_nm else new.stitch  # older runs count their own
     new = replace(new, config=new.config.model_copy(update={"stitch": stitch}), rule_voxel_nm=old.rule_voxel_nm)
     rules = {"fragments": new.config.fragments, "stitch": stitch, "output": new.config.output}
     config = old.config.model_copy(update=rules)
-    if old.channels or probability_key(new) != probability_key(old):
+    stage = old.probability_stage
+    own_key = plain["keys"].get(stage) == keys(old)[stage]  # else another state predicted, in other tiles maybe
+    if old.channels or not own_key or probability_key(new) != probability_key(old):
         made = "corrections are" if old.corrections else "partition is"
         lost = f"; its {made} of other probabilities and {made.split()[1]} not kept"
         lost = lost if old.corrections or old.partition else ""
@@ -129,7 +133,9 @@ def _differing_fact(old: Run, new: Run) -> str:
             return f"predict.{name} = {value!r} was {before[name]!r}"
     if old.engine and new.engine and old.engine.arithmetic != new.engine.arithmetic:
         return f"what computes changed ({old.engine} before, {new.engine} now)"
-    return "output.chunk changed"
+    if old.config.output.chunk != new.config.output.chunk:
+        return "output.chunk changed"
+    return "another version of volseg, which may have predicted otherwise, made it"
 
 
 def is_to_begin(run: Run) -> bool:

@@ -244,7 +244,9 @@ def _place(file: Any, name: str, data: Any, space: list[int]) -> places.Place:
     if "offset" in data.attrs:
         return places.from_attributes(data.attrs, data.ndim, space)
     scales = [data.dims[axis] for axis in space]
-    return places.from_coordinates([scale[0][:] for scale in scales]) if all(map(len, scales)) else places.ORIGIN
+    if not all(len(scale) and scale[0].ndim == 1 for scale in scales):
+        return places.ORIGIN
+    return places.from_coordinates([scale[0][:] for scale in scales])
 
 
 def _bdv_size(path: str, name: str) -> tuple[Any, tuple[str, ...]] | None:

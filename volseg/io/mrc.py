@@ -99,7 +99,9 @@ def _place(fields: Any, flags: int | None) -> Place:
     place = from_lengths([float(fields["origin"][a]) for a in "zyx"], steps)
     if place != ORIGIN:
         return placed([round(-n if seen_from_voxel else n, 3) for n in place])  # stored in single precision
-    return placed([int(fields[name]) for name in ("nzstart", "nystart", "nxstart")])
+    starts = zip(_axis_names(fields), ("nzstart", "nystart", "nxstart"), strict=True)  # of sections, rows and columns
+    along = {axis: int(fields[name]) for axis, name in starts}
+    return placed([along[axis] for axis in "zyx"])
 
 
 def _axis_names(fields: Any) -> list[str]:

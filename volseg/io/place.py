@@ -80,7 +80,10 @@ def from_attributes(attributes: Any, ndim: int, space: Sequence[int]) -> Place:
     offset, step = told[0], told[1] if told[1] is not None else told[2]
     if offset is None or step is None:
         return ORIGIN
-    picked = [np.ravel(one)[list(space)] if np.size(one) == ndim > 3 else one for one in (offset, step)]
+    try:
+        picked = [np.ravel(one)[list(space)] if np.size(one) == ndim > 3 else one for one in (offset, step)]
+    except (TypeError, ValueError):  # rows of several lengths
+        return ORIGIN
     return from_lengths(*picked)
 
 

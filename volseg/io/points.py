@@ -88,7 +88,7 @@ def read(path: str, shape: Triple, voxel_size_nm: TripleNm | None, radius_nm: fl
         raise UserError(f"{path} has lengths in nm, but nobody says how large a voxel is; give voxel_size_nm")
     size = voxel_size_nm or (1.0, 1.0, 1.0)
     ball_nm = radius_nm or DEFAULT_RADIUS * max(size[1:])
-    zyx, radii = np.empty((len(rows), 3)), np.full(len(rows), ball_nm)
+    zyx, radii = np.empty((len(rows), 3)), np.full(len(rows), float(ball_nm))
     for i, row in enumerate(rows):
         zyx[i] = [_number(row, name, path, i) for name in names]
         if row.get(RADIUS):
@@ -186,9 +186,8 @@ def balls(points: Points, box: Box) -> np.ndarray:
     out = np.zeros(box.shape, np.uint32)
     size = np.array(points.voxel_size_nm)
     reach, own = points.radius_nm[:, None] / size, _voxel(points.zyx)
-    first = np.minimum(np.ceil(points.zyx - reach), own).astype(np.int64)
-    stop = np.maximum(np.floor(points.zyx + reach), own).astype(np.int64) + 1
-    first, stop = np.maximum(first, box.start), np.minimum(stop, box.stop)
+    first = np.maximum(np.minimum(np.ceil(points.zyx - reach), own), box.start).astype(np.int64)
+    stop = np.minimum(np.maximum(np.floor(points.zyx + reach), own) + 1, box.stop).astype(np.int64)
     inside = np.flatnonzero((first < stop).all(axis=1))
     for z in range(box.start[0], box.stop[0]):
         nearest = np.full(box.shape[1:], np.inf)

@@ -246,7 +246,7 @@ def _n5_place(path: str, name: str) -> Place:
             axes, told = transform.get("axes", "zyx"), (transform.get("translate"), transform.get("scale"))
             try:
                 moved, scale = (dict(zip(axes, numbers, strict=True)) for numbers in told)
-            except TypeError:
+            except (TypeError, ValueError):
                 return ORIGIN
             return from_lengths([moved.get(axis) for axis in "zyx"], [scale.get(axis) for axis in "zyx"])
         found = from_attributes(attributes, 3, [0, 1, 2])

@@ -7,6 +7,7 @@ import json
 import os
 import tomllib
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 
 from volseg.config import Config, local_path, resolve
@@ -130,6 +131,8 @@ def init(
         raise UserError(f"{out} exists; give another --out, or --overwrite")
     opened = volume.open(os.fspath(image), voxel_size_nm=voxel_size_nm)
     place = os.fspath(labels)
+    if radius_nm is not None and not 0 < radius_nm < inf:
+        raise UserError(f"a radius of {radius_nm:g} nm makes no ball; give one above 0, or none")
     annotation = open_annotation(place, opened, first_number=first_number, radius_nm=radius_nm)
     try:
         found = survey(annotation, scribbles=scribbles, background=background)
@@ -224,7 +227,7 @@ def _config_text(made: Initialization, given: dict[str, float | None], given_nm:
         f"image = {_toml(made.image)}",
         f"label = {_toml(made.labels)}",
     ]
-    lines += [f"{key} = {value:g}  # {GIVEN[key]}" for key, value in given.items() if value is not None]
+    lines += [f"{key} = {value!r}  # {GIVEN[key]}" for key, value in given.items() if value is not None]
     lines.append(f"# {found.kind}: {found.reason}")
     if found.unlabeled is not None:
         lines.append(
