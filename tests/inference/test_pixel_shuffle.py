@@ -6,7 +6,13 @@ import pytest
 from openvino import opset13
 
 from volseg.inference import backends, export, model, tiles
-from volseg.inference.pixel_shuffle import shuffle, standardized_squares, unshuffle, without_shuffles
+from volseg.inference.pixel_shuffle import (
+    shuffle,
+    shuffle_uint8,
+    standardized_squares,
+    unshuffle,
+    without_shuffles,
+)
 from volseg.inference.sections import predict_sections_uint8
 
 SHAPE = (1, 3, 128, 192)
@@ -64,9 +70,18 @@ def test_gray_voxels_become_squares_at_once(dtype):
     assert np.array_equal(made, unshuffle(tile, half=True)[0])
 
 
-@pytest.mark.parametrize("plane", [(128, 192), (200, 150)])
+def test_stored_values_are_the_same_in_one_go():
+    made = np.random.default_rng(2).uniform(-0.1, 1.1, (2, 5, 7, 8)).astype(np.float32)
+    made.flat[:256] = np.arange(256, dtype=np.float32) / 255 + np.float32(0.5 / 255)
+    want = np.empty((2, 2, 10, 14), np.uint8)
+    for whole, out in zip(shuffle(made), want, strict=True):
+        tiles.NUMPY.quantize(whole, np.ones(whole.shape[1:], np.float32), out)
+    assert np.array_equal(shuffle_uint8(made), want)
+
+
+@pytest.mark.parametrize("plane", [(128, 192), (200, 150), (128, 128), (120, 70)])
 def test_sections_are_the_same_by_squares_and_by_tiles(plane):
-    """Planes of one tile, and of several, some of which reach past the end."""
+    """Planes of several tiles and of one, which may reach past the end."""
     voxels = np.random.default_rng(5).integers(0, 255, (4, *plane), np.uint8)
     grid, slab = tiles.grid(plane, 128, 16, 64), tiles.Slab(voxels, (0, 0, 0), 1, 4)
     blob = export.export_model(model.shipped(), "openvino", "int8")

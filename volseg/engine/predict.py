@@ -255,7 +255,7 @@ class Inference:
             probabilities = None if out is None else device.empty_output(out)
             for z, added in blend_sections(
                 network, on_device, varying, self.blend, scale=scale(run.mean, run.std), batch=run.batch,
-                threads=_threads(run), timed=timings.phase, parts=self._parts(piece), give=self._give,
+                threads=_threads(run), timed=timings.phase, parts=self._parts(piece), give=self._give, as_uint8=True,
             ):  # fmt: skip
                 if probabilities is not None:
                     with timings.phase("blend"):

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ import numpy as np
 from volseg.errors import UserError
 from volseg.inference import export, hardware, model
 from volseg.inference.device import NUMPY, Call, Device, TorchDevice, as_cuda_graph, row_by_row
-from volseg.inference.pixel_shuffle import shuffle, unshuffle
+from volseg.inference.pixel_shuffle import shuffle, shuffle_uint8, unshuffle
 from volseg.system import installed
 
 if TYPE_CHECKING:
@@ -197,23 +198,49 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
     ov.Tensor(
         np.zeros(1, np.float32)
     )  # two threads that make the process's first tensor at once wait for each other forever
+    if tuple(compiled.input(0).shape) != tuple(shape):
+        return ShuffledNetwork(compiled, bf16)
     mine = threading.local()
-    shuffles = tuple(compiled.input(0).shape) != tuple(shape)
 
     def forward(batch: np.ndarray) -> np.ndarray:
         if not hasattr(mine, "request"):
-            mine.request, mine.squares = compiled.create_infer_request(), None
-        if not shuffles:
-            mine.request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
-            return mine.request.get_output_tensor(0).data.copy()
-        if batch.shape == shape:
-            batch = mine.squares = unshuffle(batch, bf16, mine.squares)
-        kind = ov.Type.bf16 if bf16 else ov.Type.f32
-        mine.request.infer({0: ov.Tensor(batch, batch.shape, kind)}, share_inputs=True)
-        return shuffle(mine.request.get_output_tensor(0).data)
+            mine.request = compiled.create_infer_request()
+        mine.request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
+        return mine.request.get_output_tensor(0).data.copy()
 
-    forward.takes_squares = shuffles and bf16  # type: ignore[attr-defined]  # as `pixel_shuffle` makes them, too
     return forward
+
+
+class ShuffledNetwork:
+    """An OpenVINO network whose pixel unshuffle and shuffle are done outside of it, see `pixel_shuffle`.
+
+    It takes float32 (B, sections, Y, X), or, where ``takes_squares``, bfloat16 squares.
+    """
+
+    def __init__(self, compiled: Any, half: bool) -> None:
+        self.compiled, self.half, self.takes_squares = compiled, half, half
+        self.mine = threading.local()
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        """Probabilities float32 (B, heads, Y, X)."""
+        return shuffle(self._squares(batch))
+
+    def uint8(self, batch: np.ndarray) -> np.ndarray:
+        """The same as uint8, 255 for 1, halves round up."""
+        return shuffle_uint8(self._squares(batch))
+
+    def _squares(self, batch: np.ndarray) -> np.ndarray:
+        """What the network makes of a batch, until this thread's next."""
+        import openvino as ov
+
+        mine = self.mine
+        if not hasattr(mine, "request"):
+            mine.request, mine.squares = self.compiled.create_infer_request(), None
+        if batch.shape != tuple(self.compiled.input(0).shape):
+            batch = mine.squares = unshuffle(batch, self.half, mine.squares)
+        kind = ov.Type.bf16 if self.half else ov.Type.f32
+        mine.request.infer({0: ov.Tensor(batch, batch.shape, kind)}, share_inputs=True)
+        return mine.request.get_output_tensor(0).data
 
 
 def _onnxruntime(blob: bytes, place: int) -> Forward:
@@ -274,18 +301,28 @@ def takes_squares(forward: Call) -> bool:
     return getattr(forward, "takes_squares", False)
 
 
+def uint8(forward: Call) -> Call | None:
+    """What gives a network's probabilities as uint8, 255 for 1; None where they come as float32 only."""
+    return getattr(forward, "uint8", None)
+
+
 class TimedCall:
     """``forward`` that counts the ``seconds`` in which it was under way in at least one thread."""
 
     def __init__(self, forward: Call) -> None:
         self.forward, self.takes_squares = forward, takes_squares(forward)
+        as_uint8 = uint8(forward)
+        self.uint8 = None if as_uint8 is None else partial(self._timed, as_uint8)
         self.seconds, self.running, self.since = 0.0, 0, 0.0
         self.lock = threading.Lock()
 
     def __call__(self, batch: Any) -> Any:
+        return self._timed(self.forward, batch)
+
+    def _timed(self, call: Call, batch: Any) -> Any:
         self._step(1)
         try:
-            return self.forward(batch)
+            return call(batch)
         finally:
             self._step(-1)
 

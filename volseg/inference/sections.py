@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from volseg.inference.backends import Forward, imap, takes_squares
+from volseg.inference.backends import Forward, imap, takes_squares, uint8
 from volseg.inference.device import Call
 from volseg.inference.tiles import Blend, Grid, Slab, is_constant
 
@@ -33,7 +33,7 @@ def varying_tiles(slab: Slab, grid: Grid, tiles: Iterable[TileKey]) -> Iterator[
 def blend_sections(
     network: Call, slab: Slab, tiles: Iterable[TileKey], blend: Blend, *, scale: tuple[float, float], batch: int = 1,
     threads: int = 1, timed: Timer = nullcontext, parts: Iterable[tuple[TileKey, Any]] = (),
-    give: Callable[[TileKey, Any], None] = lambda key, probability: None,
+    give: Callable[[TileKey, Any], None] = lambda key, probability: None, as_uint8: bool = False,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Yield the number of each section, and how many tiles it had here, once ``blend`` holds them all.
 
@@ -62,8 +62,11 @@ def blend_sections(
         Of tiles that were predicted elsewhere: what of them lies in the window of ``blend``, by section and in raster order.
     give
         Is told of each tile that was predicted here.
+    as_uint8
+        Whether the caller only takes `Blend.quantize`: a tile of which nothing is blended is made as uint8 then.
     """
     grid, device = blend.grid, blend.device
+    forward = (blend.takes_uint8 and as_uint8 and uint8(network)) or network
 
     def batches() -> Iterator[tuple[list[TileKey], Any]]:
         remaining = iter(tiles)
@@ -87,7 +90,7 @@ def blend_sections(
         return rows
 
     def predicted() -> Iterator[tuple[TileKey, Any, bool]]:
-        for keys, probability in imap(network, batches(), threads):
+        for keys, probability in imap(forward, batches(), threads):
             yield from ((key, one, True) for key, one in zip(keys, probability, strict=False))
 
     section, count = None, 0
@@ -143,18 +146,19 @@ def predict_sections_uint8(
 ) -> np.ndarray:
     """Return the probabilities of whole sections as a run stores them: as `predict_sections`, but uint8, 255 for 1."""
     out = np.zeros((heads, len(sections), *slab.voxels.shape[1:]), np.uint8)
-    for i, blend in _blended(forward, slab, sections, grid, heads, scale):
+    for i, blend in _blended(forward, slab, sections, grid, heads, scale, as_uint8=True):
         blend.quantize(out[:, i])
     return out
 
 
 def _blended(
-    forward: Forward, slab: Slab, sections: Sequence[int], grid: Grid, heads: int, scale: tuple[float, float]
-) -> Iterator[tuple[int, Blend]]:
+    forward: Forward, slab: Slab, sections: Sequence[int], grid: Grid, heads: int, scale: tuple[float, float],
+    as_uint8: bool = False,
+) -> Iterator[tuple[int, Blend]]:  # fmt: skip
     """The index of each section that shows something, and the blend that holds its tiles."""
     index = {z: i for i, z in enumerate(sections)}
     plane = tuple(slice(0, n) for n in slab.voxels.shape[1:])
     blend = Blend(heads, grid, *plane)
     tiles = varying_tiles(slab, grid, ((z, tile) for z in sections for tile in grid.overlapping(*plane)))
-    for z, _ in blend_sections(forward, slab, tiles, blend, scale=scale):
+    for z, _ in blend_sections(forward, slab, tiles, blend, scale=scale, as_uint8=as_uint8):
         yield index[z], blend

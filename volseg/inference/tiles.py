@@ -292,7 +292,9 @@ class Blend:
     def __init__(self, channels: int, grid: Grid, y: slice, x: slice, device: Device = NUMPY) -> None:
         self.grid, self.y, self.x, self.device = grid, y, x, device
         shape = (y.stop - y.start, x.stop - x.start)
-        self.alone = grid.y.count * grid.x.count == 1 and shape == grid.size  # a tile's probabilities are the sums then
+        lone = grid.y.count * grid.x.count == 1
+        self.takes_uint8 = lone and shape == (grid.y.length, grid.x.length)  # nothing is blended then
+        self.alone = lone and shape == grid.size  # a tile's probabilities are the sums then
         self.total = device.zeros((channels, *shape))
         self.weight = device.zeros(shape)
         self.rows, self.columns = (
@@ -305,8 +307,10 @@ class Blend:
             self.weight[target] += rows[:, None] * columns[None, :]
 
     def add(self, tile: tuple[int, int], probability: Any) -> None:
-        """Adds a tile's probabilities, float32 (channels, y, x)."""
-        if tile[0] in self.rows and tile[1] in self.columns:
+        """Adds a tile's probabilities, float32 (channels, y, x); uint8, as `quantize` makes them, if ``takes_uint8``."""
+        if self.takes_uint8 and probability.dtype == np.uint8:
+            self.total = self.part(tile, probability)
+        elif tile[0] in self.rows and tile[1] in self.columns:
             y, x = self._common(tile)[0]
             self._add(tile, probability, (y.start, x.start))
 
@@ -341,6 +345,9 @@ class Blend:
 
     def quantize(self, out: Any) -> None:
         """``out``, uint8, holds the blended probabilities, 255 for 1, halves round up; the next section begins at 0."""
+        if self.total.dtype == np.uint8:
+            out[...] = self.total
+            return
         self.device.quantize(self.total, self.weight, out)
 
     def mean(self) -> Any:
