@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -93,3 +94,16 @@ def test_inference_is_imported_without_torch_or_dask():
     code += "sys.exit(', '.join({'torch', 'dask', 'distributed', 'openvino', 'onnxruntime'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.stderr.strip()
+
+
+def test_one_batch_at_a_time_is_done_by_the_caller_when_it_is_asked_for():
+    done = []
+
+    def forward(batch):
+        done.append((batch, threading.get_ident()))
+        return batch
+
+    results = backends.imap(forward, enumerate([3, 4]), threads=1)
+    assert next(results) == (0, 3)
+    assert done == [(3, threading.get_ident())]
+    assert next(results) == (1, 4)

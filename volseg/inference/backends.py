@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -200,15 +201,39 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
     )  # two threads that make the process's first tensor at once wait for each other forever
     if tuple(compiled.input(0).shape) != tuple(shape):
         return ShuffledNetwork(compiled, bf16)
-    mine = threading.local()
+    requests = Requests(compiled)
 
     def forward(batch: np.ndarray) -> np.ndarray:
-        if not hasattr(mine, "request"):
-            mine.request = compiled.create_infer_request()
-        mine.request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
-        return mine.request.get_output_tensor(0).data.copy()
+        with requests.one() as one:
+            one.request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
+            return one.request.get_output_tensor(0).data.copy()
 
     return forward
+
+
+@dataclass
+class Request:
+    """A request of a compiled OpenVINO network, which holds what it made last, and the room of its squares, if any."""
+
+    request: Any
+    squares: np.ndarray | None = None
+
+
+class Requests:
+    """Requests of a compiled OpenVINO network: as many as were ever under way at once."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled, self.idle = compiled, deque[Request]()
+
+    @contextmanager
+    def one(self) -> Iterator[Request]:
+        """A request that nobody else has inside."""
+        try:
+            one = self.idle.pop()
+        except IndexError:
+            one = Request(self.compiled.create_infer_request())
+        yield one
+        self.idle.append(one)
 
 
 class ShuffledNetwork:
@@ -218,29 +243,26 @@ class ShuffledNetwork:
     """
 
     def __init__(self, compiled: Any, half: bool) -> None:
-        self.compiled, self.half, self.takes_squares = compiled, half, half
-        self.mine = threading.local()
+        self.requests, self.half, self.takes_squares = Requests(compiled), half, half
+        self.shape = tuple(compiled.input(0).shape)  # of squares
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Probabilities float32 (B, heads, Y, X)."""
-        return shuffle(self._squares(batch))
+        return self._made(batch, shuffle)
 
     def uint8(self, batch: np.ndarray) -> np.ndarray:
         """The same as uint8, 255 for 1, halves round up."""
-        return shuffle_uint8(self._squares(batch))
+        return self._made(batch, shuffle_uint8)
 
-    def _squares(self, batch: np.ndarray) -> np.ndarray:
-        """What the network makes of a batch, until this thread's next."""
+    def _made(self, batch: np.ndarray, lay_out: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         import openvino as ov
 
-        mine = self.mine
-        if not hasattr(mine, "request"):
-            mine.request, mine.squares = self.compiled.create_infer_request(), None
-        if batch.shape != tuple(self.compiled.input(0).shape):
-            batch = mine.squares = unshuffle(batch, self.half, mine.squares)
-        kind = ov.Type.bf16 if self.half else ov.Type.f32
-        mine.request.infer({0: ov.Tensor(batch, batch.shape, kind)}, share_inputs=True)
-        return mine.request.get_output_tensor(0).data
+        with self.requests.one() as one:
+            if batch.shape != self.shape:
+                batch = one.squares = unshuffle(batch, self.half, one.squares)
+            kind = ov.Type.bf16 if self.half else ov.Type.f32
+            one.request.infer({0: ov.Tensor(batch, batch.shape, kind)}, share_inputs=True)
+            return lay_out(one.request.get_output_tensor(0).data)
 
 
 def _onnxruntime(blob: bytes, place: int) -> Forward:
@@ -336,9 +358,14 @@ class TimedCall:
 def imap(forward: Call, batches: Iterable[tuple[Any, Any]], threads: int) -> Iterator[tuple[Any, Any]]:
     """``(key, forward(batch))`` for each ``(key, batch)``, in order, ``threads`` of them under way at once.
 
+    One at a time is done by the caller's thread: what it makes of one batch before and after is in the processor's cache.
+
     >>> list(imap(lambda n: n * n, enumerate([3, 4, 5]), threads=2))
     [(0, 9), (1, 16), (2, 25)]
     """
+    if threads == 1:
+        yield from ((key, forward(batch)) for key, batch in batches)
+        return
     with ThreadPoolExecutor(threads) as pool:
         running: deque = deque()
         for key, batch in batches:

@@ -136,9 +136,14 @@ def standardized_squares(
         bfloat16 as uint16, (Y / 2, X / 2, 4 sections).
     """
     mean, inverse = map(np.float32, scale)
-    voxels, pairs = np.empty(SIDE * out.shape[1], np.float32), out.view(np.uint32)
-    line = np.empty(pairs.shape[1], np.uint32)
-    _standardize_half(tuple(sections), *corner, mean, inverse, voxels, voxels.view(np.uint32), line, pairs)
+    width = out.shape[1]
+    voxels, pairs, line = (
+        np.empty(SIDE * width, np.float32),
+        np.empty((SIDE, width), np.uint32),
+        np.empty(width, np.uint64),
+    )
+    bits, squares = voxels.view(np.uint32), out.view(np.uint64)  # a section's square is one number
+    _standardize_half(tuple(sections), *corner, mean, inverse, voxels, bits, pairs, line, squares)
 
 
 def shuffle(made: np.ndarray) -> np.ndarray:
@@ -193,13 +198,21 @@ def _standardize_row(gray, mean, inverse, out):
 
 
 @njit(cache=True, nogil=True)
-def _standardize_half(sections, y0, x0, mean, inverse, voxels, bits, line, out):
-    """``voxels`` and ``bits`` are the same memory, room for a row; ``line`` for the pairs of a row of squares."""
+def _join(top, bottom, out):
+    for x in range(out.size):
+        out[x] = np.uint64(top[x]) | (np.uint64(bottom[x]) << np.uint64(32))
+
+
+@njit(cache=True, nogil=True)
+def _standardize_half(sections, y0, x0, mean, inverse, voxels, bits, pairs, line, out):
+    """``voxels`` and ``bits`` are the same memory, room for a row; ``pairs`` for those of two, ``line`` for their squares."""
     for y in range(out.shape[0]):
         for k in range(out.shape[2]):
-            gray = sections[k // SIDE][y0 + SIDE * y + k % SIDE]
-            _standardize_row(gray[x0 : x0 + voxels.size], mean, inverse, voxels)
-            _round_pairs(bits, line)
+            for i in range(SIDE):
+                gray = sections[k][y0 + SIDE * y + i]
+                _standardize_row(gray[x0 : x0 + voxels.size], mean, inverse, voxels)
+                _round_pairs(bits, pairs[i])
+            _join(pairs[0], pairs[1], line)
             _lay(line, out[y], k)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -14,7 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from math import log as ln
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import zarr
@@ -250,34 +251,44 @@ def stores_chunks(array: zarr.Array, path: str, name: str, keys: Iterable[str]) 
     return any(file not in ZARR_FILES and not file.startswith(".") for file in walked)
 
 
-def check_chunk(array: zarr.Array, folder: str, key: str, inner: Callable[[tuple[int, ...]], bool]) -> None:
+Stored = Iterable[tuple[str, Callable[[tuple[int, ...]], bool]]]
+
+
+def check_chunks(array: zarr.Array, folder: str, stored: Stored) -> None:
     """Refuses a chunk of the local array in ``folder``, or chunks of a shard, that would decode to far more than a chunk.
 
-    ``inner`` says of a chunk's place in its shard whether it is read. zarrs, which reads local arrays, has no such check.
+    ``stored``: the key of each stored object, and what says of a chunk's place in it, if it is a shard, whether it is read.
+    zarrs, which reads local arrays, has no such check.
     """
-    file = Path(folder, key)
     compression, shards = frames.compression(array), frames.sharding(array.metadata)
-    refuse_dangling(file, key)
-    if (compression is None and shards is None) or not file.exists():
-        return
-    with file.open("rb") as opened:
+    for key, inner in stored:
+        try:
+            opened = open(f"{folder}/{key}", "rb")  # noqa: SIM115  # a Path takes three times as long
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            refuse_dangling(Path(folder, key), key)
+            continue
+        with opened:
+            _check_object(opened, compression, shards, array.shards, inner)
 
-        def read(offset: int, length: int) -> bytes:
-            opened.seek(offset)
-            return opened.read(length)
 
-        size = os.fstat(opened.fileno()).st_size
-        ranges = [(0, size)]
-        if shards:
-            found = frames.shard_ranges(shards, array.shards, size, read)
-            if any(offset + length > size for offset, length in found.values()):
-                raise OSError("the index of this shard points beyond its end")
-            ranges = [span for place, span in found.items() if inner(place)]
-        if compression is None:
-            return
-        most = compression.header or size
-        if any(compression.too_large(read(offset, min(length, most))) for offset, length in ranges):
-            raise OSError(BOMB)
+def _check_object(
+    opened: BinaryIO, compression: frames.Compression | None, shards: Any, shape: Any, inner: Callable
+) -> None:
+    def read(offset: int, length: int) -> bytes:
+        opened.seek(offset)
+        return opened.read(length)
+
+    size = os.fstat(opened.fileno()).st_size
+    ranges = [(0, size)]
+    if shards:
+        found = frames.shard_ranges(shards, shape, size, read)
+        if any(offset + length > size for offset, length in found.values()):
+            raise OSError("the index of this shard points beyond its end")
+        ranges = [span for place, span in found.items() if inner(place)]
+    if compression and any(compression.too_large_in(opened, offset, length) for offset, length in ranges):
+        raise OSError(BOMB)
 
 
 def is_local(array: zarr.Array) -> bool:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import zarr
@@ -30,8 +30,35 @@ BLOCK = 128 << 10  # bytes that a block of zstd decodes to, at most
 DEFLATE_RATIO = 1032  # bytes that deflate makes of one, at most
 SMALL = 1 << 30  # bytes that deflate may decode to without being looked through, which takes as long as decoding
 STEP = 1 << 20  # bytes decoded at once to count them
-Data = bytes | memoryview
+WINDOW = 4096  # bytes of a file that are read where some of them are asked for
 ABSENT = 2**64 - 1  # the offset of a chunk that a shard does not hold
+
+
+class FilePart:
+    """``length`` bytes of an open file from ``offset`` on, of which only those asked for are read, and some behind them."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self.file, self.offset, self.length = file, offset, length
+        self.window, self.start = b"", 0  # what was read last, from byte `start` of the part on
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, key: int) -> int: ...
+    @overload
+    def __getitem__(self, key: slice) -> bytes: ...
+    def __getitem__(self, key: int | slice) -> int | bytes:
+        if isinstance(key, int):
+            return self[key : key + 1][0]
+        start, stop, _ = key.indices(self.length)
+        if start < self.start or stop > self.start + len(self.window):
+            self.file.seek(self.offset + start)
+            self.window, self.start = self.file.read(min(max(stop - start, WINDOW), self.length - start)), start
+        return self.window[start - self.start : stop - self.start]
+
+
+Data = bytes | memoryview | FilePart
 
 
 @dataclass(frozen=True)
@@ -47,10 +74,17 @@ class Compression:
         """Bytes at the start of a chunk that tell its size; None where all of them must be seen."""
         return HEADERS.get(self.codec)
 
-    def too_large(self, data: Data) -> bool:
+    def too_large(self, data: bytes | memoryview) -> bool:
         """Whether the chunk in ``data``, of which the header may be enough, decodes to more than it may."""
         frame = data[: len(data) - self.trailer] if self.header is None else data
         return SIZES[self.codec](frame, self.limit) > self.limit
+
+    def too_large_in(self, file: BinaryIO, offset: int, length: int) -> bool:
+        """The same for a chunk in an open file."""
+        if self.codec == "zstd":  # the headers of its blocks are enough
+            return _zstd_size(FilePart(file, offset, max(0, length - self.trailer)), self.limit) > self.limit
+        file.seek(offset)
+        return self.too_large(file.read(min(length, self.header or length)))
 
 
 def compression(array: zarr.Array) -> Compression | None:
@@ -112,17 +146,17 @@ def _zstd_size_counted(data: Data, limit: int) -> int:
     import imagecodecs
 
     try:
-        return len(imagecodecs.zstd_decode(data, out=limit))
+        return len(imagecodecs.zstd_decode(data[: len(data)], out=limit))
     except imagecodecs.ZstdError:
         return limit + 1
 
 
-def _gzip_size(data: Data, limit: int) -> int:
+def _gzip_size(data: bytes | memoryview, limit: int) -> int:
     """What the trailer says, modulo 4 GiB, or what comes out where a small trailer may hide more."""
     return max(int.from_bytes(data[-4:], "little"), _deflate_size(data, limit))
 
 
-def _deflate_size(data: Data, limit: int) -> int:
+def _deflate_size(data: bytes | memoryview, limit: int) -> int:
     if len(data) * DEFLATE_RATIO <= max(limit, SMALL):
         return 0
     total, rest = 0, data
@@ -140,21 +174,21 @@ def _deflate_size(data: Data, limit: int) -> int:
     return total
 
 
-def _stream_size(stream: Any, data: Data, limit: int) -> int:
+def _stream_size(stream: Any, data: bytes | memoryview, limit: int) -> int:
     total = len(stream.decompress(data, STEP))
     while not stream.eof and not stream.needs_input and total <= limit:
         total += len(stream.decompress(b"", STEP))
     return total
 
 
-def _bz2_size(data: Data, limit: int) -> int:
+def _bz2_size(data: bytes | memoryview, limit: int) -> int:
     try:
         return _stream_size(bz2.BZ2Decompressor(), data, limit)
     except (OSError, EOFError):
         return 0  # the decoder refuses it
 
 
-def _lzma_size(data: Data, limit: int) -> int:
+def _lzma_size(data: bytes | memoryview, limit: int) -> int:
     try:
         return _stream_size(lzma.LZMADecompressor(), data, limit)
     except lzma.LZMAError:
@@ -174,7 +208,7 @@ SIZES = {
 
 
 def shard_ranges(
-    shards: ShardingCodec, shard_shape: tuple[int, ...], size: int, read: Callable[[int, int], Data]
+    shards: ShardingCodec, shard_shape: tuple[int, ...], size: int, read: Callable[[int, int], bytes | memoryview]
 ) -> dict[tuple[int, ...], tuple[int, int]]:
     """Offset and length of each chunk that a shard of ``size`` bytes holds, by its place in the shard.
 

@@ -263,8 +263,8 @@ def _voxels(volume: Volume, array: zarr.Array, box: Box) -> np.ndarray:
     index = axes.index(array.ndim, box.slices, volume.chosen)
     if arrays.is_local(array):
         folder = files.join(volume.path, volume.dataset)
-        for key, origin in _stored_objects(volume, array, box):
-            arrays.check_chunk(array, folder, key, partial(_meets, array, index, origin))
+        stored = _stored_objects(volume, array, box)
+        arrays.check_chunks(array, folder, ((key, partial(_meets, array, index, origin)) for key, origin in stored))
     ranges = tuple(place if isinstance(place, slice) else slice(place, place + 1) for place in index)
     return np.asarray(array[ranges]).reshape(box.shape)
 
