@@ -118,6 +118,16 @@ def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, li
         _ = plan.refuse_limit(found, run, limit) or plan.refuse(found, run, memory_free, disk_free)
 
 
+def test_a_network_that_was_measured_when_it_was_chosen_is_planned_with_that_speed(tmp_path):
+    run = unread((64, 4096, 4096), tmp_path)
+    fast = replace(run, engine=replace(run.engine, speed=1000.0 * os.cpu_count()))
+    assert fast.engine.arithmetic == run.engine.arithmetic
+    one, two = (measure.known_rates(run, cluster.WorkerPool(n)) for n in (1, 2))
+    assert two.predict == 2 * one.predict
+    alone = measure.known_rates(fast, cluster.WorkerPool(1)).predict
+    assert one.predict < alone < 1e9, "reading and storing take time beside it"
+
+
 def test_a_batch_that_will_not_fit_is_what_the_advice_is_about(tmp_path):
     run = unread((64, 4096, 4096), tmp_path)
     run = replace(run, engine=replace(run.engine, batch=64))

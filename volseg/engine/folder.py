@@ -25,8 +25,8 @@ from volseg.segmentation.rules import label_dtype
 
 # Of a description: what decides no byte.
 FREE_SETTINGS = (
-    "out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why", "roi.occupied",
-    "given_roi.occupied",
+    "out", "config.cluster.", "config.output.keep_work", "config.stitch.reduce", "engine.why", "engine.speed",
+    "roi.occupied", "given_roi.occupied",
 )  # fmt: skip
 
 

@@ -86,7 +86,8 @@ def version(backend: str) -> str:
 class Engine:
     """What a run computes with: recorded in the run, compared on restart and by every worker.
 
-    All but ``why``, the reason for the choice in a few words, decides the bits of a forward pass, besides the model.
+    All but ``why``, the reason for the choice in a few words, and ``speed``, million voxels/s of the machine where it was
+    made (0: not measured), decides the bits of a forward pass, besides the model.
 
     >>> Engine("torch", "fp32", "cpu", "x86_64 avx2", "2.9", "0.1.0", why="as set").arithmetic == Engine(
     ...     "torch", "fp32", "cpu", "x86_64 avx2", "2.9", "0.1.0").arithmetic
@@ -101,9 +102,12 @@ class Engine:
     volseg: str
     batch: int = 1  # tiles in a forward pass
     why: str = ""
+    speed: float = 0.0
 
     @classmethod
-    def here(cls, backend: str, precision: str, place: int = 0, *, batch: int = 1, why: str = "") -> Engine:
+    def here(
+        cls, backend: str, precision: str, place: int = 0, *, batch: int = 1, why: str = "", speed: float = 0.0
+    ) -> Engine:
         """The engine of that backend and precision on this machine; ``place`` as for `load`: GPUs may be of several kinds.
 
         Raises
@@ -116,12 +120,12 @@ class Engine:
         if cuda:
             device, processor = "cuda", hardware.gpu_name(place % hardware.gpu_count())
         own = metadata.version("volseg")
-        return cls(backend, precision, device, processor, version(backend), own, batch, why)
+        return cls(backend, precision, device, processor, version(backend), own, batch, why, speed)
 
     @property
     def arithmetic(self) -> dict:
         """What decides the bits, as JSON has it."""
-        return {name: value for name, value in vars(self).items() if name != "why"}
+        return {name: value for name, value in vars(self).items() if name not in ("why", "speed")}
 
     def __str__(self) -> str:
         return f"{self.backend} {self.precision} on {self.device}"

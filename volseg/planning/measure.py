@@ -1,10 +1,10 @@
 """What shapes do not tell of a run: speeds, the network's memory, and how much there is to store of a voxel.
 
 `measure_rates` has a few processes do a little of the run and keeps what they took in the user's cache, where
-`known_rates` finds it. Where nothing was measured there are rough figures. They are of one core while the others compute too,
-as all of a run's do, and rest on few machines. Of the network: whole runs on EPFL on 2 AVX2 cores, reading, blending and
-storing included (torch and ONNX Runtime by their ratio to OpenVINO there), and bare loops on 2 cores with AVX-512 BF16. Of
-what follows it: the worker seconds of the EPFL runs on the former.
+`known_rates` finds it. Where nothing was measured there are rough figures, unless the network was when its engine was chosen.
+They are of one core while the others compute too, as all of a run's do, and rest on few machines. Of the network: whole runs
+on EPFL on 2 AVX2 cores (torch and ONNX Runtime by their ratio to OpenVINO there), and on 2 cores with AVX-512 BF16 what
+`python -m benchmarks backends` finds. Of what follows it: the worker seconds of a run of 4e9 voxels on the latter.
 """
 
 from __future__ import annotations
@@ -99,13 +99,20 @@ def known_rates(run: Run, workers: cluster.WorkerPool) -> Rates:
             return rates
         sample = measure_instances(_sample_channels(run), run.config.fragments, run.voxel_size_nm)
         return Rates(rates.predict, rates.instances, 0, packed=sample["packed"], edges=sample["edges"])
-    speeds = {**CORE_MVOXELS_PER_S, **(BF16_CORE_MVOXELS_PER_S if hardware.has_bf16() else {})}
-    of_core = speeds.get(f"{run.engine.backend} {run.engine.precision}", 1.0) * (
-        BINNED_SPEEDUP if run.binning > 1 else 1
-    )
-    of_worker = GPU_MVOXELS_PER_S if finish.gpus_of(run) else workers.threads * of_core
+    of_worker = _predict_rate(run, 1e6 * _network_mvoxels(run, workers.threads), workers.threads)
     engine_bytes = memory.network_bytes(run, workers.threads)
-    return Rates(1e6 * workers.workers * of_worker, INSTANCE_VOXELS_PER_S * every, engine_bytes)
+    return Rates(workers.workers * of_worker, INSTANCE_VOXELS_PER_S * every, engine_bytes)
+
+
+def _network_mvoxels(run: Run, threads: int) -> float:
+    """Million voxels/s of the network alone in a worker of so many threads, as its engine's choice measured it, or roughly."""
+    if finish.gpus_of(run):
+        return run.engine.speed or GPU_MVOXELS_PER_S
+    if run.engine.speed:
+        return run.engine.speed * threads / (os.cpu_count() or 1)
+    speeds = {**CORE_MVOXELS_PER_S, **(BF16_CORE_MVOXELS_PER_S if hardware.has_bf16() else {})}
+    of_core = speeds.get(f"{run.engine.backend} {run.engine.precision}", 1.0)
+    return of_core * threads * (BINNED_SPEEDUP if run.binning > 1 else 1)
 
 
 def _cache_file(run: Run, workers: cluster.WorkerPool) -> Path:

@@ -256,7 +256,7 @@ def _begun_engine(out: str, config: Config, path: Path) -> Engine | None:
     if not same_model or old.config.predict != config.predict:
         return None
     begun = old.engine
-    return Engine.here(begun.backend, begun.precision, batch=begun.batch, why=begun.why)
+    return Engine.here(begun.backend, begun.precision, batch=begun.batch, why=begun.why, speed=begun.speed)
 
 
 def try_backends(path: str, config: Config) -> list[probe.Measurement]:
