@@ -9,6 +9,7 @@ import numpy as np
 
 from volseg.box import Box, Triple
 
+AT_ONCE = 32  # cells along x that are looked at together where there may be no label
 SMALLEST_LEVEL = 64  # a level whose longest axis is at most this is the last one
 
 
@@ -87,20 +88,40 @@ def downsample(labels: np.ndarray, factor: Triple) -> np.ndarray:
 @numba.njit(cache=True, nogil=True)
 def _modes(labels: np.ndarray, factor: np.ndarray, out: np.ndarray) -> None:
     fz, fy, fx = factor
-    nz, ny, nx = labels.shape
+    nx = labels.shape[2]
     cell = np.empty(8, labels.dtype)
     for z in range(out.shape[0]):
         for y in range(out.shape[1]):
-            for x in range(out.shape[2]):
-                n = 0
-                equal = True
-                for k in range(z * fz, min(nz, z * fz + fz)):
-                    for j in range(y * fy, min(ny, y * fy + fy)):
-                        for i in range(x * fx, min(nx, x * fx + fx)):
-                            cell[n] = labels[k, j, i]
-                            equal = equal and cell[n] == cell[0]
-                            n += 1
-                out[z, y, x] = cell[0] if equal else _mode(cell, n)
+            rows = labels[z * fz : z * fz + fz, y * fy : y * fy + fy]
+            for first in range(0, out.shape[2], AT_ONCE):
+                last = min(first + AT_ONCE, out.shape[2])
+                if not _something(rows[:, :, first * fx : last * fx]):
+                    out[z, y, first:last] = 0
+                    continue
+                for x in range(first, last):
+                    n = 0
+                    equal = True
+                    for k in range(rows.shape[0]):
+                        for j in range(rows.shape[1]):
+                            for i in range(x * fx, min(nx, x * fx + fx)):
+                                cell[n] = rows[k, j, i]
+                                equal = equal and cell[n] == cell[0]
+                                n += 1
+                    out[z, y, x] = cell[0] if equal else _mode(cell, n)
+
+
+@numba.njit(cache=True, nogil=True)
+def _something(labels: np.ndarray) -> bool:
+    """Whether any label is not 0, without a branch for each."""
+    for k in range(labels.shape[0]):
+        for j in range(labels.shape[1]):
+            row = labels[k, j]
+            found = row[0]
+            for label in row:
+                found |= label
+            if found != 0:
+                return True
+    return False
 
 
 @numba.njit(cache=True, nogil=True)
