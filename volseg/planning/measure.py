@@ -38,14 +38,16 @@ from volseg.segmentation.basins import BlockBasins, watershed_block
 from volseg.segmentation.heights import block_heights
 
 CORE_MVOXELS_PER_S = {"openvino fp32": 1.1, "openvino int8": 2.1, "onnx fp32": 0.9, "torch fp32": 0.45}
-BF16_CORE_MVOXELS_PER_S = {"openvino bf16": 2.1, "openvino int8": 3.5, "torch fp32": 0.7, "torch bf16": 1.4}
+BF16_CORE_MVOXELS_PER_S = {
+    "openvino fp32": 4.3, "openvino bf16": 7.1, "openvino int8": 11.4, "onnx fp32": 2.5, "torch fp32": 1.8, "torch bf16": 3.6
+}  # fmt: skip
 GPU_MVOXELS_PER_S = 60.0  # a guess
 BINNED_SPEEDUP = 2.6  # of a network that bins by 2, likewise
-INSTANCE_VOXELS_PER_S = 10e6  # of a core, for all that follows the network
+INSTANCE_VOXELS_PER_S = 30e6  # of a core, for all that follows the network
 STORED_BYTES = {"probability": 0.05, "fragments": 0.03, "labels": 0.01, "tables": 1.4, "cut": 0.0}
 EDGES_PER_VOXEL = 0.02
-TILE_OVERHEAD_S = 0.03e-6  # of a core for a voxel inferred: reading, blending and storing, which nothing here measures
-INSTANCE_OVERHEAD_S = 0.04e-6  # of a core for a voxel: reading, storing, linking, relabeling and levels, likewise
+TILE_OVERHEAD_S = 0.005e-6  # of a core for a voxel inferred: reading, blending and storing, which nothing here measures
+INSTANCE_OVERHEAD_S = 0.022e-6  # of a core for a voxel: reading, storing, linking, relabeling and levels, likewise
 GPU_NETWORK_SHARE = 0.87  # of predict's time on a GPU, a guess
 MAX_SAMPLED_SECTIONS = 8
 SAMPLED_VOXELS = 1 << 22  # enough: fewer sections where tiles are large
