@@ -9,12 +9,24 @@ import numpy as np
 from benchmarks import report
 from benchmarks.trial import volseg
 from volseg.box import Box
+from volseg.evaluation import calibrate
 from volseg.evaluation.contingency import Contingency
 from volseg.evaluation.metrics import score_instances, score_touching, touching_pairs
 from volseg.io import volume
 
 MIN_WHOLE_VOXELS = 2000  # voxels; an object of fewer is a sliver that the volume's border cuts off
-SUMS = ("pairs", "separated", "whole pairs", "separated whole", "objects", "split", "merged", "missed", "spurious")
+SUMS = (
+    "pairs",
+    "separated",
+    "whole pairs",
+    "separated whole",
+    "objects",
+    "split",
+    "merged",
+    "missed",
+    "spurious",
+    "whole at best",
+)
 
 
 def measure(
@@ -40,7 +52,8 @@ def _row(seed: int, shape: str, config: str, model: str, sets: tuple[str, ...], 
     ]
     volseg("infer", str(image), "--out", str(run), "--overwrite", *options)
     truth, pred = (_labels(path, name) for path, name in ((image, "labels/truth"), (run, "labels/instances/0")))
-    return {"seed": seed, **_counts(truth, pred)}
+    best = calibrate.best_joins(calibrate.basin_overlap(run, f"{image}/labels/truth"))
+    return {"seed": seed, **_counts(truth, pred, best)}
 
 
 def _labels(path: Path, name: str) -> np.ndarray:
@@ -48,18 +61,23 @@ def _labels(path: Path, name: str) -> np.ndarray:
     return stored.read(Box.from_shape(stored.shape))
 
 
-def _counts(truth: np.ndarray, pred: np.ndarray) -> dict:
-    """What `SUMS` names, of one volume; a pair is whole where both objects have `MIN_WHOLE_VOXELS` voxels."""
+def _counts(truth: np.ndarray, pred: np.ndarray, best: Contingency) -> dict:
+    """What `SUMS` names, of one volume; a pair is whole where both objects have `MIN_WHOLE_VOXELS` voxels.
+
+    ``best``: the overlap where each basin is part of the object that it overlaps most, as no rule on joins can beat.
+    """
     table, touching = Contingency.from_labels(truth, pred), touching_pairs(truth)
     ids, sizes = np.unique(truth, return_counts=True)
     whole = touching[(sizes[np.searchsorted(ids, touching)] >= MIN_WHOLE_VOXELS).all(axis=1)]
     pairs, scores = [score_touching(table, chosen) for chosen in (touching, whole)], score_instances(table)
     values = [n for scored in pairs for n in (scored.pairs, scored.separated)]
     values += [getattr(scores, name) for name in ("truth_objects", "split", "merged", "missed", "spurious")]
+    values.append(score_touching(best, whole).separated)
     return dict(zip(SUMS, values, strict=True))
 
 
 def _shares(row: dict) -> dict:
     return {**row, "pair recall": round(row["separated"] / max(1, row["pairs"]), 3),
             "of whole": round(row["separated whole"] / max(1, row["whole pairs"]), 3),
+            "of whole at best": round(row["whole at best"] / max(1, row["whole pairs"]), 3),
             "split share": round(row["split"] / max(1, row["objects"]), 4)}  # fmt: skip

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from tests.helpers import Quiet, decide
+from volseg.box import Box
 from volseg.config import Stitch, load
 from volseg.errors import UserError
 from volseg.evaluation import calibrate
 from volseg.evaluation.contingency import Contingency
-from volseg.evaluation.evaluate import evaluate
+from volseg.evaluation.evaluate import evaluate, read_truth
 from volseg.evaluation.stored import open_stored
 from volseg.inference import model
+from volseg.segmentation.rules import Rules, components
 
 
 def test_a_candidates_score_is_the_score_of_its_labels(image, reference, tmp_path):
@@ -44,6 +46,44 @@ def test_candidates_come_best_first(image, reference):
     flat = calibrate.calibrate(reference, f"{image}/labels/truth", box="0:3,0:150,0:170")
     assert flat.other_slabs_pq is None
     assert json.loads(json.dumps(calibration.to_json()))["candidates"][0]["pq"] == calibration.best.pq
+
+
+def test_joins_are_held_against_truth(image, reference):
+    """Counted from tables, they are what each voxel and its neighbors tell."""
+    truth = f"{image}/labels/truth"
+    stored = open_stored(reference)
+    count = stored.layout.load_basins().minimum.size
+    true = read_truth(truth, stored.run.output_grid.shape, Box.from_shape(stored.run.shape))(
+        Box.from_shape(stored.run.shape)
+    )
+    basin = np.zeros(stored.run.shape, np.int64)
+    for i, box in enumerate(stored.run.grid):
+        basin[box.slices] = calibrate._number_basins(stored, i, box, count)
+    target = [0] + [int(np.bincount(true[basin == n].astype(np.int64)).argmax()) for n in range(1, count + 1)]
+    pairs = set()
+    for axis in range(3):
+        one, other = (np.moveaxis(basin, axis, 0)[part] for part in (slice(None, -1), slice(1, None)))
+        touch = (one != other) & (one > 0) & (other > 0)
+        pairs |= set(zip(one[touch].tolist(), other[touch].tolist(), strict=True))
+    pairs = {tuple(sorted(pair)) for pair in pairs if all(target[n] for n in pair)}
+    assert len(pairs) > 10
+    calibration = calibrate.calibrate(reference, truth)
+    assert str(calibration.joins) in str(calibration)
+    assert calibration.to_json()["joins"]["borders"] == len(pairs)
+    wrong = set()
+    for seed in (stored.config.stitch.seed, 1.0, 0.0):
+        changed = stored.run.config.model_copy(update={"stitch": Stitch(seed=seed)})
+        other, basins = replace(stored, run=replace(stored.run, config=changed)), stored.layout.load_basins()
+        found, rules = calibrate._joins(other, basins, np.array(target, np.uint64)), other.run.rules
+        joined = components(basins, Rules(rules.seed_height, low_height=rules.low_height))
+        ends = [(a, b, joined[a - 1] == joined[b - 1]) for a, b in pairs]
+        together = {tuple(sorted((target[a], target[b]))) for a, b, same in ends if same and target[a] != target[b]}
+        apart = {
+            tuple(sorted((joined[a - 1], joined[b - 1]))) for a, b, same in ends if not same and target[a] == target[b]
+        }
+        assert found == calibrate.Joins(len(pairs), len(together), len(apart))
+        wrong.add((bool(together), bool(apart)))
+    assert {(True, False), (True, True)} <= wrong
 
 
 def test_what_gains_less_than_half_an_object_is_not_chosen(image, reference):

@@ -93,6 +93,31 @@ class Candidate:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Joins:
+    """The joins of a run held against truth, where each basin is part of the true object that it overlaps most, or of none.
+
+    Attributes
+    ----------
+    borders
+        Pairs of touching basins that are parts of true objects: what a rule on joins decides on.
+    together
+        Pairs of true objects that touch and were joined there.
+    apart
+        Pairs of objects of the run that touch where both are parts of one true object.
+    """
+
+    borders: int
+    together: int
+    apart: int
+
+    def __str__(self) -> str:
+        return (
+            f"of {self.borders} borders between basins of true objects, joins bring {self.together} pairs of objects together "
+            f"that are two, and leave {self.apart} pairs apart that are one"
+        )
+
+
 Row = tuple[Candidate, list]  # with its PQ in each slab, and in all others
 
 
@@ -116,6 +141,8 @@ class Calibration:
         The PQ if each basin became part of the true object of which it holds the most voxels, or of none where that is the
         background: about what rules on joins and sizes can reach at most. What lacks beyond it is the network's, or that of
         the settings of ``[fragments]``.
+    joins
+        What the run's own joins, before sizes, got wrong of what they decide on.
     """
 
     run: str
@@ -123,6 +150,7 @@ class Calibration:
     chosen: Candidate
     other_slabs_pq: float | None = None
     ceiling_pq: float | None = None
+    joins: Joins | None = None
 
     @property
     def best(self) -> Candidate:
@@ -142,6 +170,7 @@ class Calibration:
         """Plain values that ``json.dumps`` takes."""
         return {
             "run": self.run, "other_slabs_pq": self.other_slabs_pq, "ceiling_pq": self.ceiling_pq,
+            "joins": self.joins and asdict(self.joins),
             "candidates": [candidate.to_json() for candidate in self.candidates],
         }  # fmt: skip
 
@@ -151,6 +180,8 @@ class Calibration:
             lines.append(f"PQ {self.other_slabs_pq:.3f} in slabs along z, each decided as the others choose")
         if self.ceiling_pq is not None:
             lines.append(f"PQ {self.ceiling_pq:.3f} if each basin joined the true object that it overlaps most")
+        if self.joins:
+            lines.append(str(self.joins))
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -179,12 +210,7 @@ def calibrate(run: str | PathLike | Any, truth: str | PathLike | Any, *, box: Bo
         raise UserError(
             f"objects of {stored.path} are those of a partition, not of rules: take it back with --partition none"
         )
-    basins = stored.layout.load_basins()
-    if basins is None:
-        raise UserError(
-            f"{stored.path} has no basins to decide on: give a finished run with its work folder, not cleaned nor stitched "
-            f"by a tree (volseg segment {stored.path} --set stitch.reduce=flat makes them in one process)"
-        )
+    basins = _basins(stored)
     shape = stored.run.output_shape
     box = parse_box(box) or Box.from_shape(shape)
     if not box.voxels or box.clip(shape) != box:
@@ -202,8 +228,29 @@ def calibrate(run: str | PathLike | Any, truth: str | PathLike | Any, *, box: Bo
     rows.sort(key=order)
     candidates = tuple(candidate for candidate, _ in rows)
     objects = np.unique(np.concatenate([table.truth[table.truth > 0] for table in slabs])).size
-    ceiling = _ceiling_pq(sum(slabs, Contingency.empty()))
-    return Calibration(stored.path, candidates, _choose(candidates, objects), _other_slabs_pq(rows, slabs), ceiling)
+    overlap = sum(slabs, Contingency.empty())
+    joins = _joins(stored, basins, _true_objects(overlap, basins.minimum.size))
+    ceiling = score_instances(best_joins(overlap)).pq
+    return Calibration(
+        stored.path, candidates, _choose(candidates, objects), _other_slabs_pq(rows, slabs), ceiling, joins
+    )
+
+
+def basin_overlap(run: str | PathLike | Any, truth: str | PathLike | Any) -> Contingency:
+    """How the basins of a finished run (from 1) overlap the objects of a truth, as `calibrate` takes both."""
+    stored = open_stored(run)
+    box, basins = Box.from_shape(stored.run.output_shape), _basins(stored)
+    return _overlap(stored, read_truth(truth, stored.run.output_grid.shape, box), box, basins.minimum.size)
+
+
+def _basins(run: StoredRun) -> Basins:
+    basins = run.layout.load_basins()
+    if basins is None:
+        raise UserError(
+            f"{run.path} has no basins to decide on: give a finished run with its work folder, not cleaned nor stitched "
+            f"by a tree (volseg segment {run.path} --set stitch.reduce=flat makes them in one process)"
+        )
+    return basins
 
 
 def _slabs(box: Box) -> list[Box]:
@@ -234,18 +281,42 @@ def _other_slabs_pq(rows: list[Row], slabs: list[Contingency]) -> float | None:
     return float(np.mean([scores[scores[:, k, 1].argmax(), k, 0] for k in range(len(slabs))]))
 
 
-def _ceiling_pq(overlap: Contingency) -> float:
-    """`Calibration.ceiling_pq`, of the voxels that basins (from 1) and true objects share.
+def best_joins(overlap: Contingency) -> Contingency:
+    """The same where each basin (from 1) is part of the true object of which it holds the most voxels, or of none.
 
     >>> overlap = Contingency.from_labels(np.array([1, 1, 1, 2, 2, 0]), np.array([1, 1, 2, 2, 2, 0]))
-    >>> round(_ceiling_pq(overlap), 2)  # basin 2 holds two voxels of object 2, and one of object 1
+    >>> round(score_instances(best_joins(overlap)).pq, 2)  # basin 2 holds two voxels of object 2, and one of object 1
     0.67
     """
+    return overlap.relabeled(_true_objects(overlap, int(overlap.pred.max(initial=0))))
+
+
+def _true_objects(overlap: Contingency, basins: int) -> np.ndarray:
+    """uint64 (basins + 1,): the object of which each basin, from 1, holds the most voxels; 0 where that is background."""
     order = np.lexsort([overlap.truth, -overlap.counts, overlap.pred])
     basin, first = np.unique(overlap.pred[order], return_index=True)
-    target = np.zeros(int(basin.max(initial=0)) + 1, np.uint64)
-    target[basin] = np.where(basin > 0, overlap.truth[order][first], 0)
-    return score_instances(overlap.relabeled(target)).pq
+    found = np.zeros(max(basins, int(basin.max(initial=0))) + 1, np.uint64)
+    found[basin] = np.where(basin > 0, overlap.truth[order][first], 0)
+    return found
+
+
+def _joins(run: StoredRun, basins: Basins, target: np.ndarray) -> Joins:
+    """`Calibration.joins`, of the true object of each basin, from 1."""
+    rules, regions = run.run.rules, region_constraints(run.run)
+    own = Rules(rules.seed_height, rules.persistence, rules.join_height, low_height=rules.low_height)
+    joined = components(basins, own, regions and regions.looked_up(lambda i: run.layout.block_labels.load(i).basin))
+    ends = basins.edges["a"], basins.edges["b"]
+    (a, b), (one, other) = ([values[end] for end in ends] for values in (target[1:], joined))
+    objects = (a > 0) & (b > 0)
+    together, apart = objects & (a != b) & (one == other), objects & (a == b) & (one != other)
+    return Joins(
+        int(objects.sum()), *(_pairs(x[found], y[found]) for x, y, found in ((a, b, together), (one, other, apart)))
+    )
+
+
+def _pairs(a: np.ndarray, b: np.ndarray) -> int:
+    """How many different pairs there are, in either order."""
+    return len(np.unique(np.sort(np.stack([a, b], axis=1), axis=1), axis=0))
 
 
 def settings_to_try(own: Stitch) -> list[Stitch]:
