@@ -107,3 +107,11 @@ def test_one_batch_at_a_time_is_done_by_the_caller_when_it_is_asked_for():
     assert next(results) == (0, 3)
     assert done == [(3, threading.get_ident())]
     assert next(results) == (1, 4)
+
+
+def test_a_batch_of_another_shape_is_refused(batch):
+    network = backends.load(export.export_model(model.shipped(), "openvino", "int8"), "openvino", "int8", SHAPE)
+    network(batch)
+    for other in (batch[..., :64], batch[:, :1], np.concatenate([batch, batch])):
+        with pytest.raises(RuntimeError, match="tensor"):
+            network(np.ascontiguousarray(other))

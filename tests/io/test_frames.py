@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import os
 import time
 import zlib
 
@@ -154,3 +155,12 @@ def test_a_stream_of_small_blocks_is_read(tmp_path):
     (tmp_path / "v.zarr" / "c/0/0/0").write_bytes(frame)
     assert frames.compression(zarr.open_array(tmp_path / "v.zarr")).too_large(frame) is False
     assert_reads(volume.open(tmp_path / "v.zarr"), data)
+
+
+def test_a_chunk_that_goes_on_for_ever_is_refused(tmp_path):
+    """Zeros are blocks of nothing, as many as the file is long, and a file may be long without filling a disk."""
+    write_zarr(tmp_path / "v.zarr", voxels(), chunks=(2, 16, 16), compressors=ZstdCodec())
+    chunk = tmp_path / "v.zarr" / "c/1/0/0"
+    chunk.write_bytes(bytes.fromhex("28b52ffd2004"))
+    os.truncate(chunk, 1 << 42)
+    assert_refused_without_room(volume.open(tmp_path / "v.zarr"), "c/1/0/0")

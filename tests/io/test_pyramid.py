@@ -47,6 +47,17 @@ def test_blocks_do_not_change_a_voxel(labels, factor, block):
     np.testing.assert_array_equal(pieces, whole)
 
 
+@pytest.mark.parametrize("width", [31, 32, 33, 63, 64, 65, 66, 129, 131])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.int64, np.uint64])
+def test_long_rows_without_labels_keep_those_that_there_are(width, dtype):
+    """Cells that hold none are passed over many at a time."""
+    for at in {0, width // 2, width - 2, width - 1}:
+        labels = np.zeros((2, 3, width), dtype)
+        labels[:, :, at] = 7
+        for factor in ((1, 1, 1), (1, 1, 2), (2, 2, 1), (2, 2, 2)):
+            np.testing.assert_array_equal(downsample(labels, factor), slow_downsample(labels, factor))
+
+
 def test_labels_beyond_32_bits_survive():
     big = 2**63 + 1
     labels = np.full((2, 2, 2), big, np.uint64)

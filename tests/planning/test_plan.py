@@ -120,7 +120,7 @@ def test_a_run_that_will_not_fit_is_refused(tmp_path, memory_free, disk_free, li
 
 def test_a_network_that_was_measured_when_it_was_chosen_is_planned_with_that_speed(tmp_path):
     run = unread((64, 4096, 4096), tmp_path)
-    fast = replace(run, engine=replace(run.engine, speed=1000.0 * os.cpu_count()))
+    fast = replace(run, engine=replace(run.engine, speed=1000.0 * cluster.CPU_COUNT))
     assert fast.engine.arithmetic == run.engine.arithmetic
     one, two = (measure.known_rates(run, cluster.WorkerPool(n)) for n in (1, 2))
     assert two.predict == 2 * one.predict

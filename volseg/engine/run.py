@@ -395,7 +395,7 @@ class Run:
         )
         blocks = {plane: _tuples(block) for plane, block in plain.get("pass_blocks", {}).items()}
         nested = {
-            "engine": Engine(**plain["engine"]) if plain["engine"] else None,
+            "engine": Engine.from_json(plain["engine"]) if plain["engine"] else None,
             "channels": channels,
             "config": Config(**plain["config"]),
             "pass_blocks": blocks,

@@ -122,6 +122,11 @@ class Engine:
         own = metadata.version("volseg")
         return cls(backend, precision, device, processor, version(backend), own, batch, why, speed)
 
+    @classmethod
+    def from_json(cls, plain: dict) -> Engine:
+        """As a run has it; what another version of volseg adds is left out."""
+        return cls(**{name: value for name, value in plain.items() if name in cls.__dataclass_fields__})
+
     @property
     def arithmetic(self) -> dict:
         """What decides the bits, as JSON has it."""
@@ -204,7 +209,7 @@ def _openvino(blob: bytes, precision: str, shape: tuple[int, int, int, int], thr
         np.zeros(1, np.float32)
     )  # two threads that make the process's first tensor at once wait for each other forever
     if tuple(compiled.input(0).shape) != tuple(shape):
-        return ShuffledNetwork(compiled, bf16)
+        return ShuffledNetwork(compiled, shape, bf16)
     requests = Requests(compiled)
 
     def forward(batch: np.ndarray) -> np.ndarray:
@@ -224,7 +229,7 @@ class Request:
 
 
 class Requests:
-    """Requests of a compiled OpenVINO network: as many as were ever under way at once."""
+    """Requests of a compiled OpenVINO network: as many as were ever under way at once. One that failed is not used again."""
 
     def __init__(self, compiled: Any) -> None:
         self.compiled, self.idle = compiled, deque[Request]()
@@ -243,12 +248,11 @@ class Requests:
 class ShuffledNetwork:
     """An OpenVINO network whose pixel unshuffle and shuffle are done outside of it, see `pixel_shuffle`.
 
-    It takes float32 (B, sections, Y, X), or, where ``takes_squares``, bfloat16 squares.
+    It takes float32 (B, sections, Y, X) of one ``shape``, or, where ``takes_squares``, bfloat16 squares.
     """
 
-    def __init__(self, compiled: Any, half: bool) -> None:
-        self.requests, self.half, self.takes_squares = Requests(compiled), half, half
-        self.shape = tuple(compiled.input(0).shape)  # of squares
+    def __init__(self, compiled: Any, shape: tuple[int, ...], half: bool) -> None:
+        self.requests, self.shape, self.half, self.takes_squares = Requests(compiled), tuple(shape), half, half
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Probabilities float32 (B, heads, Y, X)."""
@@ -262,7 +266,7 @@ class ShuffledNetwork:
         import openvino as ov
 
         with self.requests.one() as one:
-            if batch.shape != self.shape:
+            if batch.shape == self.shape:  # else squares, or what OpenVINO refuses
                 batch = one.squares = unshuffle(batch, self.half, one.squares)
             kind = ov.Type.bf16 if self.half else ov.Type.f32
             one.request.infer({0: ov.Tensor(batch, batch.shape, kind)}, share_inputs=True)

@@ -344,7 +344,7 @@ class Blend:
         return source, target
 
     def quantize(self, out: Any) -> None:
-        """``out``, uint8, holds the blended probabilities, 255 for 1, halves round up; the next section begins at 0."""
+        """``out``, uint8, holds the blended probabilities, 255 for 1, halves round up. The next section begins anew."""
         if self.total.dtype == np.uint8:
             out[...] = self.total
             return

@@ -30,6 +30,7 @@ BLOCK = 128 << 10  # bytes that a block of zstd decodes to, at most
 DEFLATE_RATIO = 1032  # bytes that deflate makes of one, at most
 SMALL = 1 << 30  # bytes that deflate may decode to without being looked through, which takes as long as decoding
 STEP = 1 << 20  # bytes decoded at once to count them
+MOST_STORED = 4  # times the most bytes that a chunk may decode to are what it may be stored in
 WINDOW = 4096  # bytes of a file that are read where some of them are asked for
 ABSENT = 2**64 - 1  # the offset of a chunk that a shard does not hold
 
@@ -135,7 +136,7 @@ def _zstd_size(data: Data, limit: int) -> int:
         while not last and at + 3 <= len(data) and total <= limit:
             header = int.from_bytes(data[at : at + 3], "little")
             last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
-            total += BLOCK if kind == 2 else size
+            total += BLOCK if kind == 2 else max(size, 1)  # blocks of nothing have an end, too
             at += 3 + (1 if kind == 1 else size)
         at += 4 * (descriptor >> 2 & 1)
     return total if total <= limit else _zstd_size_counted(data, limit)
@@ -145,6 +146,8 @@ def _zstd_size_counted(data: Data, limit: int) -> int:
     """The same for blocks that may be smaller than they could be: decoded, into as much room as they may fill."""
     import imagecodecs
 
+    if len(data) > MOST_STORED * limit:
+        return limit + 1
     try:
         return len(imagecodecs.zstd_decode(data[: len(data)], out=limit))
     except imagecodecs.ZstdError:

@@ -3,8 +3,9 @@
 `measure_rates` has a few processes do a little of the run and keeps what they took in the user's cache, where
 `known_rates` finds it. Where nothing was measured there are rough figures, unless the network was when its engine was chosen.
 They are of one core while the others compute too, as all of a run's do, and rest on few machines. Of the network: whole runs
-on EPFL on 2 AVX2 cores (torch and ONNX Runtime by their ratio to OpenVINO there), and on 2 cores with AVX-512 BF16 what
-`python -m benchmarks backends` finds. Of what follows it: the worker seconds of a run of 4e9 voxels on the latter.
+on EPFL on 2 AVX2 cores, reading and storing included (torch and ONNX Runtime by their ratio to OpenVINO there), and what
+`python -m benchmarks backends` finds on 2 cores with AVX-512 BF16. Of what follows it: the worker seconds of a run of 4e9
+voxels on the latter.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _network_mvoxels(run: Run, threads: int) -> float:
     if finish.gpus_of(run):
         return run.engine.speed or GPU_MVOXELS_PER_S
     if run.engine.speed:
-        return run.engine.speed * threads / (os.cpu_count() or 1)
+        return run.engine.speed * threads / cluster.CPU_COUNT
     speeds = {**CORE_MVOXELS_PER_S, **(BF16_CORE_MVOXELS_PER_S if hardware.has_bf16() else {})}
     of_core = speeds.get(f"{run.engine.backend} {run.engine.precision}", 1.0)
     return of_core * threads * (BINNED_SPEEDUP if run.binning > 1 else 1)
