@@ -13,16 +13,17 @@ from typer.testing import CliRunner
 
 from tests.helpers import Quiet, digest, run_stages, settings, write_volume
 from volseg import api, cli
-from volseg.box import transpose_axes
+from volseg.box import Box, transpose_axes
 from volseg.config import Config
 from volseg.engine import cluster
-from volseg.engine.blocks import choose_blocks, with_full_batches
+from volseg.engine.blocks import choose_blocks, with_cuts, with_full_batches
 from volseg.engine.run import Run, redundancy
 from volseg.engine.shares import Share
 from volseg.errors import UserError
 from volseg.inference import cache, tiles
 from volseg.inference.backends import Engine
 from volseg.io import arrays, files, volume
+from volseg.io.roi import RegionOfInterest
 from volseg.planning import measure, memory, plan
 from volseg.planning import prepare as describe
 
@@ -52,6 +53,17 @@ def test_each_tile_is_inferred_once(tmp_path):
     assert sorted(own) == sorted(3 * list(grid.overlapping(slice(0, 300), slice(0, 2000)))), "3 layers of blocks"
     assert run.inferred_voxels == 5 * len(own) // 3 * grid.size[0] * grid.size[1]
     assert redundancy(run) == run.inferred_voxels / (5 * 300 * 2000)
+
+
+@pytest.mark.parametrize("shape", [(64, 1536, 1536), (64, 20000, 20000), (3000, 20000, 20000)])
+def test_no_worker_is_left_idle_by_a_few_deep_chunks(tmp_path, shape):
+    run = unread(shape, tmp_path, chunk=(64, 64, 64))
+    region = Box((0, 0, 0), (64, 1536, 1536))
+    for workers in (2, 4):
+        small = replace(run, roi=RegionOfInterest(region), cuts={})
+        cut = with_cuts(small, memory.cut_room(small), workers)
+        wanted = [i for i in cut.predict_grid.overlapping(region) if cut.predict_grid[i].intersect(region).voxels]
+        assert len(wanted) >= workers
 
 
 @pytest.mark.parametrize("shape", [(64, 3000, 3000), (16, 4096, 4096), (500, 900, 900), (8, 20000, 20000)])

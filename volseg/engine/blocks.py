@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from volseg.box import Blocks, Triple, inverse_axes, transpose_axes
+from volseg.box import Blocks, Box, Triple, inverse_axes, transpose_axes
 from volseg.errors import UserError
 from volseg.inference import tiles
 
@@ -136,7 +136,10 @@ def _cut(run: Run, plane: str, room: int, workers: int) -> Cut | None:
     )
     if chunk[0] == 1 and y * x <= CUT_PLANE:
         return None
+    wanted = (run.roi.roi if run.roi else Box.from_shape(run.shape)).transpose(axes)
     depth = min(z, chunk[0] * -(-LEAST_DEPTH // chunk[0]))
+    while depth > LEAST_DEPTH and _layers(wanted, depth) < workers:  # chunks are read twice, but no worker is idle
+        depth = -(-depth // 2)
     heads, itemsize = len(run.heads), np.dtype(run.source.dtype).itemsize
     shard = _divisor(depth, LEAST_DEPTH) if depth < z else min(z, LEAST_DEPTH)
 
@@ -157,19 +160,26 @@ def _cut(run: Run, plane: str, room: int, workers: int) -> Cut | None:
         shard = min(shard, depth)
     layers = -(-z // depth)
 
+    def blocks(rows: _Along, columns: _Along, thick: int) -> int:
+        """How many blocks hold what is wanted."""
+        lengths = (thick, z), (rows.block, y - rows.tail), (columns.block, x - columns.tail)
+        spans = zip(wanted.slices, lengths, strict=True)
+        return prod(1 + (min(s.stop, end) - 1) // block - min(s.start, end - 1) // block for s, (block, end) in spans)
+
     def deep(rows: _Along, columns: _Along) -> int:
         """Layers of a block."""
-        columns_of_blocks = -(-(y - rows.tail) // rows.block) * -(-(x - columns.tail) // columns.block)
         most = min(MOST_LAYERS, layers, MOST_VOXELS // (depth * rows.block * columns.block))
-        return max(1, min(most, columns_of_blocks * layers // (BLOCKS_PER_WORKER * workers)))
+        return max(1, min(most, blocks(rows, columns, depth) // (BLOCKS_PER_WORKER * workers)))
 
-    def decoded(way: tuple[int, _Along, _Along]) -> tuple[float, int]:
-        """Voxels for each one of a block, which sees sections of one more layer of chunks; then its bytes."""
+    def order(way: tuple[int, _Along, _Along]) -> tuple[int, float, int]:
+        """Workers that a region leaves idle; voxels decoded for each one of a block, which sees sections of one more layer of
+        chunks; its bytes."""
         bytes_, rows, columns = way
         along_z = deep(rows, columns) * depth
-        return rows.redundancy * columns.redundancy * (1 + chunk[0] / along_z * (along_z < z)), bytes_
+        idle = max(0, 2 * workers - blocks(rows, columns, along_z)) if run.roi else 0
+        return idle, rows.redundancy * columns.redundancy * (1 + chunk[0] / along_z * (along_z < z)), bytes_
 
-    _, rows, columns = min(fitting or [min(ways, key=lambda way: way[0])], key=decoded)
+    _, rows, columns = min(fitting or [min(ways, key=lambda way: way[0])], key=order)
     thick = deep(rows, columns) * depth
     shift = shard if depth % shard == 0 and shard >= run.sections // 2 and thick < z else 0
     whole = (min(z, thick), rows.block, columns.block)
@@ -179,6 +189,11 @@ def _cut(run: Run, plane: str, room: int, workers: int) -> Cut | None:
         for triple in (whole, (shift, 0, 0), (0, rows.tail, columns.tail), pieces)
     )
     return Cut(block, turned_shift, tail, turned_shard, depth)
+
+
+def _layers(box: Box, depth: int) -> int:
+    """How many layers of so many sections hold a part of ``box``."""
+    return -(-box.stop[0] // depth) - box.start[0] // depth
 
 
 def handed_bytes(heads: int, grid: tiles.Grid, rows: int, columns: int) -> int:
