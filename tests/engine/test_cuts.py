@@ -21,6 +21,7 @@ from volseg.errors import UserError
 from volseg.evaluation.synthetic import synth
 from volseg.inference.backends import Engine
 from volseg.io import arrays, volume
+from volseg.io.roi import RegionOfInterest
 from volseg.planning import memory
 from volseg.planning import prepare as describe
 
@@ -212,12 +213,12 @@ def test_workers_and_kills_change_nothing(deep, whole, cuts, tmp_path):
 # ---------------------------------------------------------------- large volumes, unread
 
 
-def unread(shape, chunk, workers=2, **options):
+def unread(shape, chunk, workers=2, region=None, **options):
     source = volume.Volume("em.zarr", "zarr", shape, "uint8", (5.0, 5.0, 5.0), chunk)
     config = Config(**{"predict": {"tile": 1280, "overlap": 64, **options}})
     slab, block = blocks.choose_blocks(shape, None)
     run = Run("run", source, config, ("mask", "contour"), (5.0, 5.0, 5.0), "", slab, block, sections=3, binning=2,
-              engine=ENGINE)  # fmt: skip
+              engine=ENGINE, roi=region and RegionOfInterest(region, voxels=region.voxels))  # fmt: skip
     return with_cuts(run, memory.cut_room(run), workers)
 
 
@@ -257,6 +258,23 @@ def test_workers_need_no_more_for_larger_volumes(shape, chunk, tile):
 def test_few_workers_get_blocks_of_more_layers():
     alone, two = (unread((2048, 1024, 1024), (256,) * 3, workers) for workers in (1, 2))
     assert (alone.predict_block, two.predict_block) == ((512, 1024, 1024), (256, 1024, 1024))
+
+
+def test_blocks_of_one_layer_of_chunks_are_of_one_depth():
+    run = unread((64, 20_000, 20_000), (64,) * 3, tile=2560, region=Box((0, 0, 0), (64, 1536, 1536)))
+    assert [run.predict_grid.edge(0, k) for k in range(run.predict_grid.counts[0] + 1)] == [0, 32, 64]
+
+
+@pytest.mark.parametrize("start", [(0, 0, 0), (40, 3000, 7000)])
+def test_blocks_of_a_region_share_its_voxels_as_they_share_its_tiles(start):
+    run = unread((128, 20_000, 20_000), (64,) * 3, region=Box(start, tuple(a + n for a, n in zip(start, (64, 1536, 1536)))))
+    part = run.parts.inferred("xy")
+    found = [shares.Share.of_block(run, "xy", i) for i in part.numbers]
+    tiles = [len(share.own) * share.reach.shape[0] for share in found]
+    assert prod(run.tile_grid("xy").size) * sum(tiles) == run.inferred_voxels
+    assert part.voxels == pytest.approx(run.wanted_voxels, abs=len(found))
+    each = [max(1, run.wanted_voxels * n / sum(tiles)) for n in tiles]
+    assert [part.voxels_of(i) for i in part.numbers] == pytest.approx(each, abs=1)
 
 
 def test_blocks_that_were_asked_for_and_small_volumes_stay(deep, tmp_path):

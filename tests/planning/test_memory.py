@@ -90,7 +90,7 @@ def test_a_part_takes_the_time_and_the_disk_of_its_voxels(noise, rates):
     box = Box((0, 0, 0), (26, 260, 260))
     whole = plan.make_plan(noise, WORKERS, rates)
     run = replace(noise, roi=RegionOfInterest(box, voxels=box.voxels))
-    part, blocks = plan.make_plan(run, WORKERS, rates), run.parts.own.voxels
+    part, blocks = plan.make_plan(run, WORKERS, rates), run.parts.own.block_voxels
     assert box.voxels < blocks < np.prod(noise.shape), "blocks beyond the part take no time"
     share = (box.voxels + plan.UNWANTED_COST * (blocks - box.voxels)) / np.prod(noise.shape)
     assert part.seconds["instances"] == pytest.approx(whole.seconds["instances"] * share)

@@ -181,9 +181,11 @@ def _cut(run: Run, plane: str, room: int, workers: int) -> Cut | None:
 
     _, rows, columns = min(fitting or [min(ways, key=lambda way: way[0])], key=order)
     thick = deep(rows, columns) * depth
-    shift = shard if depth % shard == 0 and shard >= run.sections // 2 and thick < z else 0
+    fits = thick >= z or depth % shard == 0
+    layered = z > chunk[0] and shard >= run.sections // 2  # with one layer of chunks there is no other to read of
+    shift = shard if fits and layered and thick < z else 0
     whole = (min(z, thick), rows.block, columns.block)
-    pieces = (min(shard, z) if shift or thick >= z else whole[0], rows.block, columns.block)
+    pieces = (min(shard, z) if fits else whole[0], rows.block, columns.block)
     block, turned_shift, tail, turned_shard = (
         transpose_axes(triple, inverse_axes(axes))
         for triple in (whole, (shift, 0, 0), (0, rows.tail, columns.tail), pieces)

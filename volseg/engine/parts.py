@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ class Part:
     grid      all blocks
     box       the others share no voxel with it; None where all blocks are looked at
     counted   gives of each block under ``box``, z y x, the voxels that there are to do, 0 where there is nothing; None where
-              all blocks under it are done as a whole
+              these are all that it shares with ``box``
     """
 
     grid: Blocks
@@ -64,11 +65,20 @@ class Part:
         """Whether these are all blocks of the grid."""
         return self.count == len(self.grid)
 
+    @property
+    def _all(self) -> Box:
+        """Where there is something to do."""
+        whole = Box.from_shape(self.grid.shape)
+        return whole.intersect(self.box) if self.box else whole
+
     @cached_property
     def voxels(self) -> int:
         """That there are to do in all of these blocks."""
-        if self.each is not None:
-            return int(self.each.sum())
+        return self._all.voxels if self.each is None else int(self.each.sum())
+
+    @property
+    def block_voxels(self) -> int:
+        """Of these blocks as a whole, those that lie under ``box``."""
         return prod(
             self.grid.edge(k, row.stop) - self.grid.edge(k, row.start) if row else 0 for k, row in enumerate(self.rows)
         )
@@ -79,7 +89,7 @@ class Part:
         if not all(c in row for c, row in zip(coords, self.rows, strict=True)):
             return 0
         if self.each is None:
-            return self.grid[i].voxels
+            return self.grid[i].intersect(self._all).voxels
         return int(self.each[tuple(c - row.start for c, row in zip(coords, self.rows, strict=True))])
 
     def holds(self, i: int) -> bool:
@@ -111,7 +121,11 @@ class Parts:
         """Those that infer: also where tiles begin that reach a wanted voxel."""
         rows, columns = self.run.tile_grid(plane).size
         ahead = transpose_axes((0, rows - 1, columns - 1), inverse_axes(tiles.PLANES[plane]))
-        return self._part("inferred", plane, self.run.grid_of(plane), self.run.roi, ahead=ahead)
+        part = self._part("inferred", plane, self.run.grid_of(plane), self.run.roi, ahead=ahead)
+        if part.box is None or part.counted:
+            return part
+        counted = partial(_shares_of_tiles, self.run, plane, part)
+        return self.known.setdefault(("counted", plane), replace(part, counted=counted))
 
     def probabilities(self, level: int) -> Part:
         """Those that hold probabilities."""
@@ -184,6 +198,24 @@ def _part_of(
         return voxels
 
     return Part(grid, box, counted)
+
+
+def _shares_of_tiles(run: Run, plane: str, part: Part) -> np.ndarray:
+    """The wanted voxels of a pass, shared among its blocks, z y x, as the tiles that begin in them are: that is what they take."""
+    wanted, grid = run.wanted_part(Box.from_shape(run.shape)), run.tile_grid(plane)
+    along = {}
+    for axis, of_tiles in zip(tiles.PLANES[plane], (None, grid.y, grid.x), strict=True):
+        row, start, stop = part.rows[axis], wanted.start[axis], wanted.stop[axis]
+        blocks = list(pairwise(part.grid.edge(axis, k) for k in range(row.start, row.stop + 1)))
+        if of_tiles is None:
+            along[axis] = [max(0, min(stop, end) - max(start, begin)) for begin, end in blocks]
+        else:
+            reach = of_tiles.overlapping(start, stop)
+            begun = (of_tiles.starting(begin, end) for begin, end in blocks)
+            along[axis] = [len(range(max(reach.start, of.start), min(reach.stop, of.stop))) for of in begun]
+    z, y, x = np.ix_(*(np.array(along[axis], np.float64) for axis in range(3)))
+    count = z * y * x
+    return np.maximum(1, np.rint(run.wanted_voxels * (count / max(1, count.sum())))).astype(np.int64)
 
 
 def _part_at(region: RegionOfInterest | None, around: Triple, levels: Sequence[tuple[Triple, Triple]], box: Box) -> Box:

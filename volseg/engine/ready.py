@@ -17,7 +17,8 @@ class Ready:
     """The blocks of a stage, each waiting, ready to be handed out, handed out, given up, or done.
 
     There is something to do in those that share a voxel with the box ``only``: others count as done and have no state here.
-    ``voxels_of`` says of each of them, z y x, how many voxels there are to do; one that has none is empty from the start.
+    ``voxels_of`` says of each of them, z y x, how many voxels there are to do, if not all of ``only``; one that has none is
+    empty from the start.
 
     >>> z = Blocks((6, 4, 4), (2, 4, 4))
     >>> earlier = Ready(z, done=[0])
@@ -39,7 +40,8 @@ class Ready:
         voxels_of: np.ndarray | None = None,
     ) -> None:
         self.grid = grid
-        self.rows = grid.spans(Box.from_shape(grid.shape) if only is None else only)
+        self.only = Box.from_shape(grid.shape) if only is None else only.clip(grid.shape)
+        self.rows = grid.spans(self.only)
         self.state = bytearray(prod(map(len, self.rows)))
         self.at = np.frombuffer(self.state, np.uint8).reshape(tuple(map(len, self.rows)))
         self.voxels_of = voxels_of
@@ -73,12 +75,12 @@ class Ready:
 
     @property
     def voxels(self) -> int:
-        """Voxels of all blocks that are done."""
+        """That there were to do in all blocks that are done."""
         if self.voxels_of is not None:
             return int(self.voxels_of[self.at >= DONE].sum())
         z, y, x = (
-            np.diff([self.grid.edge(axis, k) for k in range(row.start, row.stop + 1)])
-            for axis, row in enumerate(self.rows)
+            np.diff(np.clip([self.grid.edge(axis, k) for k in range(row.start, row.stop + 1)], start, stop))
+            for axis, (row, start, stop) in enumerate(zip(self.rows, self.only.start, self.only.stop, strict=True))
         )
         return int((self.at >= DONE) @ x @ y @ z)
 

@@ -97,7 +97,7 @@ def make_plan(run: Run, workers: cluster.WorkerPool, rates: Rates) -> Plan:
         Speeds and sizes, of `measure.measure_rates` or `measure.known_rates`.
     """
     block_bytes = memory.worker_bytes(run, workers.threads, workers.tasks, rates.engine_bytes, rates)
-    unwanted = max(0, run.parts.own.voxels - run.wanted_voxels)
+    unwanted = max(0, run.parts.own.block_voxels - run.wanted_voxels)
     after_network = (run.wanted_voxels + UNWANTED_COST * unwanted) / rates.instances
     return Plan(
         shape=run.shape,
