@@ -30,7 +30,12 @@ from volseg.planning import memory, prepare
 
 MEASURED_BLOCKS = 4  # in a row: where they begin in a chunk differs from one to the next
 PIECE = (64, 1536, 1536)  # of real data, the part of a large volume that is wanted
-SIZES = ((64, 4096, 4096), (64, 20000, 20000), (2500, 20000, 20000))  # 1e9, 2.6e10 and 1e12 voxels
+LARGE = (  # where the piece lies in volumes of 1e9, 2.6e10 and 1e12 voxels
+    ((64, 4096, 4096), (0, 0, 0)),
+    ((64, 20000, 20000), (0, 0, 0)),
+    ((64, 20000, 20000), (0, 7001, 9001)),
+    ((2500, 20000, 20000), (0, 0, 0)),
+)
 
 
 # ---------------------------------------------------------------- bytes decoded for each one wanted
@@ -101,19 +106,19 @@ def _whole_chunks(box: Box, chunk: int, shape: Triple) -> int:
 def measure_sparse(image: str, out: str, repeats: int) -> None:
     """A row for each volume that is empty but for the same piece: a run of that piece, beside one of the piece alone."""
     rows, piece = [], piece_of(image, PIECE)
-    alone = _volume(Path(out, "alone.zarr"), PIECE, piece)
+    alone = _volume(Path(out, "alone.zarr"), PIECE, piece, (0, 0, 0))
     infer(alone, Path(out, "alone.volseg.zarr"))  # compiles
-    for shape in SIZES:
-        large = _volume(Path(out, "large.zarr"), shape, piece)
+    for shape, corner in LARGE:
+        large, box = _volume(Path(out, "large.zarr"), shape, piece, corner), Box.from_shape(PIECE).shift(corner)
         took: dict[str, list[float]] = {"alone": [], "part": []}
         for _ in range(repeats):
             took["alone"].append(infer(alone, Path(out, "alone.volseg.zarr")))
-            roi = f"--roi={Box.from_shape(PIECE)}"
-            took["part"].append(infer(large, Path(out, "large.volseg.zarr"), roi))
+            took["part"].append(infer(large, Path(out, "large.volseg.zarr"), f"--roi={box}"))
         shutil.rmtree(large)
         ratios = np.divide(took["part"], took["alone"])
         rows.append({
             "volume": " x ".join(map(str, shape)),
+            "part": str(box),
             "wanted": f"{100 * prod(PIECE) / prod(shape):.3g} %",
             "alone s": round(float(np.median(took["alone"])), 1),
             "part s": round(float(np.median(took["part"])), 1),
@@ -130,10 +135,10 @@ def piece_of(image: str, shape: Triple) -> np.ndarray:
     return np.concatenate([wide, wide[:, :, ::-1]], 2)[tuple(map(slice, shape))]
 
 
-def _volume(path: Path, shape: Triple, piece: np.ndarray) -> Path:
+def _volume(path: Path, shape: Triple, piece: np.ndarray, corner: Triple) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     array = zarr.create_array(path, shape=shape, chunks=(64, 64, 64), shards=(64, 1024, 1024), dtype="uint8")
-    array[tuple(map(slice, piece.shape))] = piece
+    array[Box.from_shape(PIECE).shift(corner).slices] = piece
     return path
 
 

@@ -21,6 +21,15 @@ def test_tiles_cover_the_axis_and_share_what_was_asked(length, tile, overlap):
     assert starts[-1] + axis.size >= length
     assert axis.count == 1 or starts[-1] + axis.size == length
     assert np.all(axis.size - np.diff(starts) >= overlap)
+    assert np.all(np.diff(starts) > 0)
+
+
+@given(length=st.integers(1, 10**6), tile=st.integers(2, 40), multiple=st.sampled_from([32, 64]))
+def test_tiles_begin_at_multiples_but_for_the_last(length, tile, multiple):
+    axis = tiles.axis(length, 64 * tile, 64, multiple)
+    near = range(max(0, axis.count - 200), axis.count - 1)
+    assert all(axis.origin(i) % multiple == 0 for i in near)
+    assert list(axis.starting(0, length)) == list(range(axis.count))
 
 
 @settings(max_examples=50, deadline=None)

@@ -201,7 +201,7 @@ def _part_of(
 
 
 def _shares_of_tiles(run: Run, plane: str, part: Part) -> np.ndarray:
-    """The wanted voxels of a pass, shared among its blocks, z y x, as the tiles that begin in them are: that is what they take."""
+    """The wanted voxels of a pass, shared among its blocks, z y x, as the tiles that begin in them are: so is the time."""
     wanted, grid = run.wanted_part(Box.from_shape(run.shape)), run.tile_grid(plane)
     along = {}
     for axis, of_tiles in zip(tiles.PLANES[plane], (None, grid.y, grid.x), strict=True):

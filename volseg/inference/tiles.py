@@ -28,9 +28,11 @@ PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volu
 
 @dataclass(frozen=True)
 class Axis:
-    """Tiles along one axis, evenly spread. Only a lone tile may reach past the end.
+    """Tiles along one axis, one ``stride`` apart; the last of several ends with the axis. Only a lone tile may reach past it.
 
-    Nothing grows with ``count``, so the axis of an absurdly large volume costs no more than that of a small one.
+    Strides are multiples of what sizes are multiples of, so that tiles begin where chunks of usual sizes do, and end where
+    boxes that people ask for do. Nothing grows with ``count``, so the axis of an absurdly large volume costs no more than that
+    of a small one.
 
     Attributes
     ----------
@@ -40,15 +42,18 @@ class Axis:
         Voxels of each tile.
     count : int
         Tiles.
+    stride : int
+        Voxels from the first of a tile to that of the next; to the last one fewer.
     """
 
     length: int
     size: int
     count: int
+    stride: int
 
     def origin(self, i: int) -> int:
         """The first voxel of tile ``i``."""
-        return round(i * (self.length - self.size) / (self.count - 1)) if i else 0
+        return min(i * self.stride, self.length - self.size) if i else 0
 
     def overlapping(self, start: int, stop: int) -> range:
         """Numbers of the tiles that share a voxel with ``start:stop``.
@@ -70,20 +75,15 @@ class Axis:
 
     def _first_from(self, voxel: int) -> int:
         """The first tile whose origin is ``voxel`` or later; ``count`` where there is none."""
-        i = 0
-        if self.count > 1:  # origins lie on a line but for rounding
-            i = min(max(0, voxel * (self.count - 1) // (self.length - self.size)), self.count)
-        while i > 0 and self.origin(i - 1) >= voxel:
-            i -= 1
-        while i < self.count and self.origin(i) < voxel:
-            i += 1
-        return i
+        last = self.count - 1
+        i = max(0, -(-voxel // self.stride))
+        return i if i < last else last + (self.origin(last) < voxel)
 
     def longest_reach(self, step: int) -> int:
         """Voxels under the tiles that begin in a block ``step`` long: the most of `SAMPLED` blocks.
 
         >>> axis(100, 64, 16).longest_reach(30), axis(1000, 64, 16).longest_reach(50)
-        (64, 111)
+        (64, 112)
         """
         count = -(-self.length // step)
         blocks = range(count) if count <= SAMPLED else [k * count // SAMPLED for k in range(SAMPLED)]
@@ -109,20 +109,21 @@ def _ramp(n: int) -> np.ndarray:
 
 
 def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis:
-    """Evenly spread tiles of at most ``tile`` voxels that share at least ``overlap`` and cover ``length``.
+    """Tiles of at most ``tile`` voxels that share ``overlap``, the last two more, and cover ``length``.
 
     Their size is a ``multiple``, at least one, so one or two tiles more than needed are often fewer voxels together. Of the
     numbers of tiles that keep to `MOST_TWICE`, or of all where none does, the one for which these hold the fewest voxels. A
     voxel counts for more in longer tiles, since these take more memory and, on a CPU, more time.
 
     >>> axis(1024, 1280, 64)
-    Axis(length=1024, size=1024, count=1)
-    >>> [axis(100, 64, 16).origin(i) for i in range(2)]
-    [0, 36]
+    Axis(length=1024, size=1024, count=1, stride=1024)
+    >>> [axis(200, 64, 16).origin(i) for i in range(4)]
+    [0, 48, 96, 136]
     """
     longest = max(multiple, tile // multiple * multiple)
     if length <= longest:
-        return Axis(length, _up(length, multiple), 1)
+        size = _up(length, multiple)
+        return Axis(length, size, 1, size)
     if overlap >= longest:
         raise ValueError(f"overlap {overlap} leaves no room in tiles of {longest}; use overlap < tile")
     least = min(LEAST_LENGTH, longest // 2)
@@ -130,16 +131,18 @@ def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis
     def fewest(longest: int) -> int:
         return -(-(length - overlap) // (longest - overlap))
 
-    def size(count: int) -> int:
+    def least_size(count: int) -> int:
         return min(longest, _up(-(-(length + (count - 1) * overlap) // count), multiple))
 
     def cost(count: int) -> tuple[bool, bool, float]:
-        voxels = count * size(count)
-        twice = voxels > (1 + MOST_TWICE) * length
-        return size(count) <= least, twice, voxels * (COSTLY_LENGTH + size(count))
+        size = least_size(count)
+        twice = count * size > (1 + MOST_TWICE) * length
+        return size <= least, twice, count * size * (COSTLY_LENGTH + size)
 
     count = min({fewest(n) for n in range(longest, max(least, overlap), -multiple)}, key=cost)
-    return Axis(length, size(count), count)
+    size = least_size(count)
+    even = -(-(length - size) // (count - 1))
+    return Axis(length, size, count, min(_up(even, multiple), size - overlap))
 
 
 def _up(n: int, multiple: int) -> int:
