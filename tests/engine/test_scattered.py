@@ -109,6 +109,7 @@ def test_a_block_in_which_nothing_is_wanted_gets_no_task_marker_table_or_shard(g
         inside = [i for i in range(len(stage.grid)) if wanted[stage.grid[i].slices].any()]
         assert sorted(markers_of(run).done(name)) == list(stage.part.numbers) == inside
         assert sum(show.stages[name]) == stage.part.voxels
+        assert stage.part.block_voxels == sum(stage.grid[i].voxels for i in inside)
         assert 0 <= stage.part.voxels - mask.sum() < len(inside)  # one for each that smoothing alone reaches
     assert run.layout.block_basins.count() == run.layout.links.count() == len(inside) < len(run.grid) / 2
     assert sum(show.stages["stitch"]) == sum(show.stages["fragments"])

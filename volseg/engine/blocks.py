@@ -208,14 +208,14 @@ def handed_bytes(heads: int, grid: tiles.Grid, rows: int, columns: int) -> int:
 
 def _ways(axis: tiles.Axis, length: int, chunk: int) -> list[_Along]:
     """Some ways to lay blocks of whole tiles along an axis."""
+    stride = (length - axis.size) / (axis.count - 1) if axis.count > 1 else length
     found = [_Along(length, 0, length, 1.0)]
-    even = (length - axis.size) // max(1, axis.count - 1)  # so that as many tiles begin in the last block as in others
     for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
         if count < axis.count:
-            block = _round(count * even)
-            covered = min(length, (count - 1) * axis.stride + axis.size)
-            decoded = -(-covered // chunk) * chunk if axis.stride % chunk == 0 else covered + chunk - 1
-            found.append(_Along(block, axis.size - even + block // 8, covered, min(length, decoded) / block))
+            block = _round(int(count * stride))
+            covered = min(length, int((count - 1) * stride) + axis.size + axis.step)
+            decoded = min(length, covered + chunk - gcd(chunk, axis.step))
+            found.append(_Along(block, axis.size - int(stride) + block // 8, covered, decoded / block))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from volseg.engine.run import Run, digest
+from volseg.inference.tiles import Axis
 from volseg.segmentation.edges import EDGE
 
 CONSTANT_TILES = "constant tiles are 0"  # what predict does with them
@@ -29,7 +30,12 @@ def probability_key(run: Run) -> str:
 def _tiles_that_overlap(run: Run) -> list:
     """The tile grids of passes that have more than one tile in a plane: how their number is chosen may change."""
     grids = (run.tile_grid(plane) for plane in sorted(run.config.predict.planes))
-    return [[asdict(grid.y), asdict(grid.x)] for grid in grids if grid.y.count * grid.x.count > 1]
+    return [[_laid(grid.y), _laid(grid.x)] for grid in grids if grid.y.count * grid.x.count > 1]
+
+
+def _laid(axis: Axis) -> dict:
+    """What tells where the tiles along an axis lie; the step tells nothing where they are even."""
+    return {name: n for name, n in asdict(axis).items() if name != "step" or not axis.is_even}
 
 
 def _roles(run: Run) -> list[tuple]:

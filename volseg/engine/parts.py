@@ -78,10 +78,14 @@ class Part:
 
     @property
     def block_voxels(self) -> int:
-        """Of these blocks as a whole, those that lie under ``box``."""
-        return prod(
-            self.grid.edge(k, row.stop) - self.grid.edge(k, row.start) if row else 0 for k, row in enumerate(self.rows)
+        """Of all of these blocks as a whole."""
+        if self.each is None:
+            ends = ((self.grid.edge(k, row.start), self.grid.edge(k, row.stop)) for k, row in enumerate(self.rows))
+            return prod(stop - start for start, stop in ends)
+        z, y, x = (
+            np.diff([self.grid.edge(k, c) for c in range(row.start, row.stop + 1)]) for k, row in enumerate(self.rows)
         )
+        return int((self.each > 0) @ x @ y @ z)
 
     def voxels_of(self, i: int) -> int:
         """That there are to do in block ``i``; 0 where it is none of these."""

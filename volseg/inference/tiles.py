@@ -28,11 +28,10 @@ PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volu
 
 @dataclass(frozen=True)
 class Axis:
-    """Tiles along one axis, one ``stride`` apart; the last of several ends with the axis. Only a lone tile may reach past it.
+    """Tiles along one axis, evenly spread: each begins at the next multiple of ``step``, the last of several ends with the axis.
 
-    Strides are multiples of what sizes are multiples of, so that tiles begin where chunks of usual sizes do, and end where
-    boxes that people ask for do. Nothing grows with ``count``, so the axis of an absurdly large volume costs no more than that
-    of a small one.
+    Only a lone tile may reach past it. So tiles begin where chunks of usual sizes do, and end where boxes that people ask for
+    do. Nothing grows with ``count``, so the axis of an absurdly large volume costs no more than that of a small one.
 
     Attributes
     ----------
@@ -42,18 +41,24 @@ class Axis:
         Voxels of each tile.
     count : int
         Tiles.
-    stride : int
-        Voxels from the first of a tile to that of the next; to the last one fewer.
+    step : int
+        Of which the first voxels of all tiles but the last are multiples.
     """
 
     length: int
     size: int
     count: int
-    stride: int
+    step: int = 1
 
     def origin(self, i: int) -> int:
         """The first voxel of tile ``i``."""
-        return min(i * self.stride, self.length - self.size) if i else 0
+        last = self.length - self.size
+        return min(_up(-(-i * last // (self.count - 1)), self.step), last) if i else 0
+
+    @property
+    def is_even(self) -> bool:
+        """Whether each tile begins as far from the one before."""
+        return self.count < 3 or (self.length - self.size) % ((self.count - 1) * self.step) == 0
 
     def overlapping(self, start: int, stop: int) -> range:
         """Numbers of the tiles that share a voxel with ``start:stop``.
@@ -75,9 +80,14 @@ class Axis:
 
     def _first_from(self, voxel: int) -> int:
         """The first tile whose origin is ``voxel`` or later; ``count`` where there is none."""
-        last = self.count - 1
-        i = max(0, -(-voxel // self.stride))
-        return i if i < last else last + (self.origin(last) < voxel)
+        i = 0
+        if self.count > 1:  # origins lie on a line but for a step
+            i = min(max(0, voxel * (self.count - 1) // (self.length - self.size)), self.count)
+        while i > 0 and self.origin(i - 1) >= voxel:
+            i -= 1
+        while i < self.count and self.origin(i) < voxel:
+            i += 1
+        return i
 
     def longest_reach(self, step: int) -> int:
         """Voxels under the tiles that begin in a block ``step`` long: the most of `SAMPLED` blocks.
@@ -109,21 +119,20 @@ def _ramp(n: int) -> np.ndarray:
 
 
 def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis:
-    """Tiles of at most ``tile`` voxels that share ``overlap``, the last two more, and cover ``length``.
+    """Tiles of at most ``tile`` voxels that share at least ``overlap`` and cover ``length``.
 
     Their size is a ``multiple``, at least one, so one or two tiles more than needed are often fewer voxels together. Of the
     numbers of tiles that keep to `MOST_TWICE`, or of all where none does, the one for which these hold the fewest voxels. A
     voxel counts for more in longer tiles, since these take more memory and, on a CPU, more time.
 
     >>> axis(1024, 1280, 64)
-    Axis(length=1024, size=1024, count=1, stride=1024)
-    >>> [axis(200, 64, 16).origin(i) for i in range(4)]
-    [0, 48, 96, 136]
+    Axis(length=1024, size=1024, count=1, step=1)
+    >>> [axis(20000, 1600, 64, multiple=64).origin(i) for i in (1, 2, 11, 12)]
+    [1536, 3072, 16896, 18400]
     """
     longest = max(multiple, tile // multiple * multiple)
     if length <= longest:
-        size = _up(length, multiple)
-        return Axis(length, size, 1, size)
+        return Axis(length, _up(length, multiple), 1)
     if overlap >= longest:
         raise ValueError(f"overlap {overlap} leaves no room in tiles of {longest}; use overlap < tile")
     least = min(LEAST_LENGTH, longest // 2)
@@ -141,8 +150,17 @@ def axis(length: int, tile: int, overlap: int, multiple: int = MULTIPLE) -> Axis
 
     count = min({fewest(n) for n in range(longest, max(least, overlap), -multiple)}, key=cost)
     size = least_size(count)
-    even = -(-(length - size) // (count - 1))
-    return Axis(length, size, count, min(_up(even, multiple), size - overlap))
+    least_apart, most_apart = (length - size) // (count - 1), -(-(length - size) // (count - 1))
+    step = next(n for n in _halves(multiple) if n <= least_apart and _up(most_apart, n) <= size - overlap)
+    return Axis(length, size, count, step)
+
+
+def _halves(n: int) -> Iterator[int]:
+    """``n``, its half and so on as long as these are whole numbers, and 1."""
+    while n > 1:
+        yield n
+        n = n // 2 if n % 2 == 0 else 1
+    yield 1
 
 
 def _up(n: int, multiple: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from volseg.config import Config, Train
 from volseg.errors import UserError
 from volseg.inference.backends import Forward
+from volseg.inference.model_card import MULTIPLE
 from volseg.inference.normalization import scale
 from volseg.inference.sections import predict_sections
 from volseg.inference.tiles import Slab
@@ -52,7 +53,7 @@ def source_tiles(source: Source, config: Config) -> dict:
     settings, predict = config.train, config.predict
     return {
         "slab": Slab(source.image, (0, 0, 0), settings.sections // 2, len(source.image)),
-        "grid": tile_grid(source.image.shape[1:], predict.tile, predict.overlap, settings.binning),
+        "grid": tile_grid(source.image.shape[1:], predict.tile, predict.overlap, MULTIPLE * settings.binning),
         "heads": len(settings.heads),
         "scale": scale(source.mean, source.std),
     }
