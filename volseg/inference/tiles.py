@@ -28,7 +28,7 @@ PLANES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}  # axes of the volu
 
 @dataclass(frozen=True)
 class Axis:
-    """Tiles along one axis, evenly spread: each begins at the next multiple of ``step``, the last of several ends with the axis.
+    """Tiles along one axis, evenly spread: each begins at the next multiple of ``step``, the last of several ends with it.
 
     Only a lone tile may reach past it. So tiles begin where chunks of usual sizes do, and end where boxes that people ask for
     do. Nothing grows with ``count``, so the axis of an absurdly large volume costs no more than that of a small one.
