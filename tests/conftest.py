@@ -1,7 +1,9 @@
 """Fixtures shared by the tests."""
 
 import gc
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -12,6 +14,14 @@ import tifffile
 
 from volseg import api, cli
 from volseg.evaluation.synthetic_volume import write_synthetic
+
+ROOM = 2 << 30  # bytes; tests store up to 0.8 GB at once
+
+
+def pytest_sessionstart() -> None:
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < ROOM:
+        pytest.exit(f"{free / 1e9:.1f} GB are free in {tempfile.gettempdir()}, and tests want {ROOM / 1e9:.1f}; set TMPDIR", 3)
 
 
 @pytest.hookimpl(wrapper=True)
