@@ -21,7 +21,9 @@ ROOM = 2 << 30  # bytes; tests store up to 0.8 GB at once
 def pytest_sessionstart() -> None:
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < ROOM:
-        pytest.exit(f"{free / 1e9:.1f} GB are free in {tempfile.gettempdir()}, and tests want {ROOM / 1e9:.1f}; set TMPDIR", 3)
+        pytest.exit(
+            f"{free / 1e9:.1f} GB are free in {tempfile.gettempdir()}, and tests want {ROOM / 1e9:.1f}; set TMPDIR", 3
+        )
 
 
 @pytest.hookimpl(wrapper=True)

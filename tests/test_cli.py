@@ -217,3 +217,21 @@ def test_loops_are_compiled_ahead(run):
     code, out, _ = run("compile", "--json")
     assert code == 0
     assert json.loads(out)["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("infer", "em.zarr", "--roi", ""), "--roi"),
+        (("infer", "em.zarr", "--set="), "--set"),
+        (("plan", "em.zarr", "--mask", ""), "--mask"),
+        (("infer", ""), "VOLUME"),
+        (("view", ""), "RUN"),
+        (("infer", "em.zarr", "--log-file="), "--log-file"),
+    ],
+)
+def test_what_is_empty_was_not_meant(run, words, named):
+    """``--roi "$REGION"`` of a variable that is not set would do the whole volume."""
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"volseg: {named} is empty; ")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from volseg import system
 from volseg.config import Config
@@ -30,9 +30,6 @@ from volseg.io import probabilities, volume
 from volseg.planning import measure, prepare
 from volseg.planning import plan as planning
 from volseg.progress import Progress, displayed
-
-if TYPE_CHECKING:
-    from volseg.planning.plan import Plan
 
 VolumeLike = Any  # a path, or an array with shape, dtype and slices: NumPy, zarr, dask
 LIGHT_VOXELS = 1 << 29  # up to which `segment` needs no worker processes
@@ -288,12 +285,13 @@ def plan(
     model: str | os.PathLike | None = None,
     config: str | os.PathLike | Config | dict | None = None,
     settings: Settings = (),
-) -> Plan:
+    progress: Progress | None = None,
+) -> planning.Plan:
     """Say what `infer` would take, measured on a few tiles; nothing is written.
 
     Parameters
     ----------
-    path, out, model, config, settings
+    path, out, model, config, settings, progress
         As in `infer`.
 
     Returns
@@ -305,9 +303,10 @@ def plan(
     if isinstance(path, (str, os.PathLike)):
         folder.refuse_run(str(path))
     out = _output_path(path, out)
-    with volume.readable_by_workers(path, chosen.input, out) as source:
+    with displayed(progress) as shown, volume.readable_by_workers(path, chosen.input, out) as source:
         run = prepare.from_image(source, chosen, folder.partial_path(out))
         workers = prepare.workers_of(run)
+        shown.message(f"{prepare.headline(run)}\nmeasuring some tiles")
         made = planning.make_plan(run, workers, measure.measure_rates(run, workers))
         try:
             _refuse(run, made, workers)
@@ -316,7 +315,7 @@ def plan(
         return made
 
 
-def _refuse(run: Run, made: Plan, workers: cluster.WorkerPool) -> None:
+def _refuse(run: Run, made: planning.Plan, workers: cluster.WorkerPool) -> None:
     """Refuses a run that does not fit the memory or the disk."""
     planning.refuse_limit(made, run, round(run.config.cluster.memory_limit * 1e9) or workers.limit)
     planning.refuse(made, run, system.free_memory(), planning.disk_room(run))

@@ -62,7 +62,7 @@ class Box:
         Raises
         ------
         ValueError
-            If the text has another form, or the box is empty or negative.
+            If the text has another form, or the box is empty or begins below 0.
 
         Examples
         --------
@@ -74,8 +74,10 @@ class Box:
             (z0, z1), (y0, y1), (x0, x1) = pairs
         except ValueError:
             raise ValueError(f"box {text!r} is not of the form z0:z1,y0:y1,x0:x1 with whole numbers") from None
-        if not (0 <= z0 < z1 and 0 <= y0 < y1 and 0 <= x0 < x1):
-            raise ValueError(f"box {text!r} is empty or negative; each axis needs 0 <= start < stop")
+        if min(z0, y0, x0) < 0:
+            raise ValueError(f"box {text!r} begins before the first voxel, which is 0 along each axis")
+        if not (z0 < z1 and y0 < y1 and x0 < x1):
+            raise ValueError(f"box {text!r} is empty; each axis needs start < stop")
         return cls((z0, y0, x0), (z1, y1, x1))
 
     def __str__(self) -> str:

@@ -23,6 +23,7 @@ from volseg.errors import printable
 LINE_INTERVAL_S = 10  # between lines of progress where there is no terminal
 NOTEBOOK_INTERVAL_S = 0.3
 LOG_INTERVAL_S = 60  # between lines of progress in a log
+SPEED_S = 120  # over which a speed is taken, at least: blocks end in steps
 WHOLE = "whole run"
 KEPT_LINES = 1000  # of a log that has no place to be written to yet
 LOGGER = logging.getLogger("volseg")
@@ -65,7 +66,7 @@ class Lines:
 
     def __init__(self, write: Callable[[str], None] | None = None) -> None:
         self.write = write or (lambda text: print(text, file=sys.stderr, flush=True))
-        self.stages: dict[str, _StageProgress] = {}
+        self.stages: dict[str, StageProgress] = {}
         self.last_line = time.monotonic()
         self.whole = ""
 
@@ -78,7 +79,7 @@ class Lines:
             self.message(self.whole)
 
     def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
-        self.stages[name] = _StageProgress(name, voxels, done)
+        self.stages[name] = StageProgress(name, voxels, done)
         if done >= voxels:
             self._advance(name, 0)
         return lambda more: self._advance(name, more)
@@ -120,27 +121,55 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-class _StageProgress:
-    """How far a stage has come."""
+class StageProgress:
+    """How far a stage has come, and how fast: its speed is that since it began, or of the last `SPEED_S`.
 
-    def __init__(self, name: str, voxels: int, done: int) -> None:
-        self.name, self.voxels, self.done = name, voxels, done
-        self.before, self.start = done, time.monotonic()
+    The time counts from the stage's beginning and not from its first block, which would leave out what that one took.
+
+    >>> stage = StageProgress("predict", 100, 20, now=0.0)
+    >>> for seconds in (10.0, 10.1):
+    ...     stage.advance(20, seconds)
+    >>> round(stage.speed, 2), round(stage.left(12.0), 2)
+    (3.96, 8.2)
+    """
+
+    def __init__(self, name: str, voxels: int, done: int, now: float | None = None) -> None:
+        self.name, self.voxels, self.done, self.before = name, voxels, done, done
+        self.start = time.monotonic() if now is None else now
         self.end: float | None = None
+        self.ends = deque([(self.start, done)])  # moments, and what was done then
 
-    def advance(self, voxels: int) -> None:
+    def advance(self, voxels: int, now: float | None = None) -> None:
         """So many more are done."""
+        now = time.monotonic() if now is None else now
         self.done += voxels
+        if len(self.ends) > 1 and now - self.ends[-2][0] < SPEED_S / 100:
+            self.ends.pop()  # a moment for each of many short blocks would be too many
+        self.ends.append((now, self.done))
+        while len(self.ends) > 2 and self.ends[1][0] <= now - SPEED_S:
+            self.ends.popleft()
         if self.done >= self.voxels and self.end is None:
-            self.end = time.monotonic()
+            self.end = now
+
+    @property
+    def speed(self) -> float:
+        """Voxels per second; 0 where none was done."""
+        first, last = ((self.start, self.before), (self.end, self.done)) if self.end else (self.ends[0], self.ends[-1])
+        return (last[1] - first[1]) / max(last[0] - first[0], 1e-9)
+
+    def left(self, now: float) -> float | None:
+        """Seconds that the rest will take; None where nothing tells."""
+        if self.end is not None or not self.speed:
+            return None
+        return max(0.0, (self.voxels - self.done) / self.speed - (now - self.ends[-1][0]))
 
     def line(self, now: float) -> str:
         """Its name, share, speed and the time that it still takes."""
         if self.before >= self.voxels:
             return f"{self.name:10} 100 %  done before"
-        speed = (self.done - self.before) / max((self.end or now) - self.start, 1e-9)
-        left = f", {(self.voxels - self.done) / speed:.0f} s left" if speed and self.done < self.voxels else ""
-        return f"{self.name:10} {100 * self.done / self.voxels:3.0f} %  {speed / 1e6:.2f} Mvoxel/s{left}"
+        left = self.left(now)
+        rest = "" if left is None else f", {left:.0f} s left"
+        return f"{self.name:10} {100 * self.done / self.voxels:3.0f} %  {self.speed / 1e6:.2f} Mvoxel/s{rest}"
 
 
 class Bars:
@@ -160,15 +189,21 @@ class Bars:
         text = "" if left is None else duration(left)
         self._begin()
         if WHOLE not in self.bars:
-            self.bars[WHOLE] = self.live.add_task(WHOLE, total=1.0, left=text)
+            self.bars[WHOLE] = self.live.add_task(WHOLE, total=1.0, left=text, stage=None)
         self.live.update(self.bars[WHOLE], completed=share, left=text)
 
     def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
         self._begin()
         if name in self.bars:  # the run has begun again
             self.live.remove_task(self.bars[name])
-        task = self.bars[name] = self.live.add_task(name, total=voxels, completed=done)
-        return lambda more: self.live.advance(task, more)
+        stage = StageProgress(name, voxels, done)
+        task = self.bars[name] = self.live.add_task(name, total=voxels, completed=done, left="", stage=stage)
+
+        def advance(more: int) -> None:
+            stage.advance(more)
+            self.live.advance(task, more)
+
+        return advance
 
     def _begin(self) -> None:
         if self.live is None:
@@ -185,7 +220,7 @@ class NotebookBars:
 
     def __init__(self) -> None:
         self.messages: list[str] = []
-        self.stages: dict[str, _StageProgress] = {}
+        self.stages: dict[str, StageProgress] = {}
         self.handle: Any = None
         self.shown = 0.0
         self.whole: tuple[float, str] | None = None
@@ -199,7 +234,7 @@ class NotebookBars:
 
     def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
         self.stages.pop(name, None)  # the run has begun again
-        stage = self.stages[name] = _StageProgress(name, voxels, done)
+        stage = self.stages[name] = StageProgress(name, voxels, done)
         self._show()
 
         def advance(more: int) -> None:
@@ -234,23 +269,25 @@ class NotebookBars:
 
 
 def _rich_progress(console: Any) -> Any:
-    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
     from rich.text import Text
 
     class Speed(ProgressColumn):
         def render(self, task: Any) -> Text:
-            if "left" in task.fields:  # of the whole run
+            stage = task.fields["stage"]
+            if stage is None:  # the whole run
                 return Text("")
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed / 1e6:.2f} Mvoxel/s" if speed else "- Mvoxel/s")
+            return Text(f"{stage.speed / 1e6:.2f} Mvoxel/s" if stage.speed else "- Mvoxel/s")
 
-    class Left(TimeRemainingColumn):
+    class Left(ProgressColumn):
         def render(self, task: Any) -> Text:
-            return Text(task.fields["left"]) if "left" in task.fields else super().render(task)
+            stage = task.fields["stage"]
+            seconds = stage.left(time.monotonic()) if stage else None
+            return Text(task.fields["left"] if seconds is None else duration(seconds))
 
     return Progress(
         TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), Speed(),
-        TimeElapsedColumn(), TextColumn("left"), Left(), console=console, speed_estimate_period=120,
+        TimeElapsedColumn(), TextColumn("left"), Left(), console=console,
     )  # fmt: skip
 
 
@@ -297,7 +334,7 @@ class LoggedProgress:
         self.record(text)
 
     def stage(self, name: str, voxels: int, done: int) -> Callable[[int], None]:
-        advance, stage = self.shown.stage(name, voxels, done), _StageProgress(name, voxels, done)
+        advance, stage = self.shown.stage(name, voxels, done), StageProgress(name, voxels, done)
         last = stage.start
         self.record(f"{name}: {voxels / 1e6:.2f} million" + f", {done / 1e6:.2f} done before" * (done > 0))
 

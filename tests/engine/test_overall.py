@@ -62,3 +62,26 @@ def test_lines_bars_and_a_notebook_tell_of_the_whole_run(capsys, monkeypatch):
     notebook.overall(0.5, None)
     assert "whole run   50 %" in notebook._page()
     assert '<progress max="1" value="0.5">' in notebook._page()
+
+
+def test_a_bar_counts_the_time_that_the_first_blocks_took(monkeypatch):
+    """Two workers end their first blocks at nearly the same time: the time between them is no measure of a speed."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bars = progress.Bars()
+    advance = bars.stage("predict", 100_000_000, 40_000_000)
+    for now[0] in (10.0, 10.01):
+        advance(10_000_000)
+    speed, left = (column.render(bars.live.tasks[0]).plain for column in (bars.live.columns[3], bars.live.columns[6]))
+    bars.stop()
+    assert (speed, left) == ("2.00 Mvoxel/s", "20 s")
+    assert progress.StageProgress("predict", 10, 10).line(0.0) == "predict    100 %  done before"
+
+
+def test_of_many_short_blocks_few_moments_are_kept():
+    stage = progress.StageProgress("relabel", 10**6, 0, now=0.0)
+    for k in range(10**5):
+        stage.advance(1, now=0.01 * (k + 1))
+    assert len(stage.ends) < 300
+    assert stage.speed == pytest.approx(100, rel=0.02)
+    assert stage.left(1000.0) == pytest.approx(9000, rel=0.02)

@@ -94,7 +94,14 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(image, reference, tmp_path)
         process.wait()
     assert not out.exists()
     before = {p.name: p.stat().st_mtime_ns for p in Path(f"{out}.partial/work/markers/predict").glob("[0-9]*.json")}
-    assert subprocess.run(line, capture_output=True, timeout=250).returncode == 0
+    again = subprocess.run(line, capture_output=True, timeout=250, text=True)
+    assert again.returncode == 0
+    share = f"{100 * len(before) / 8:.0f} %"
+    assert f"going on from an earlier command: {share} of predict is done" in again.stderr
+    took = [text for text in again.stdout.splitlines() if text.startswith(("took", "plan / actual"))]
+    assert len(took) == 2
+    assert all(f"after {share} done before" in text for text in took)
+    assert "Mvoxel/s" not in again.stdout
     after = {p.name: p.stat().st_mtime_ns for p in (out / "work/markers/predict").glob("[0-9]*.json")}
     assert 2 <= len(before) < len(after)
     assert all(after[name] == stamp for name, stamp in before.items())

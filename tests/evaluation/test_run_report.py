@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import volseg
+from tests.helpers import Quiet, settings
 from volseg.errors import UserError
 from volseg.evaluation import report_parts
 from volseg.evaluation.view import BROWSERS
@@ -78,6 +79,23 @@ def test_the_map_holds_how_long_each_block_took(copied):
     assert values.size == 4
     assert {values.min(), values.max()} == {2, 255}  # the fastest and the slowest
     assert 0 < fragments["low"] < fragments["high"]
+
+
+def test_the_map_of_a_region_is_of_its_blocks(image, tmp_path):
+    out = tmp_path / "part.volseg.zarr"
+    config = settings(blocks={"shape": (4, 50, 60)}, input={"roi": "4:8,50:100,60:170"}, cluster={"workers": 1})
+    volseg.infer(image, out, config=config, progress=Quiet())
+    predict, fragments = (
+        json.loads(text)
+        for text in re.findall(r'type="application/json">(.*?)</script>', (out / "report.html").read_text())
+    )
+    assert fragments["grid"][0] in (1, 2, 3)
+    assert fragments["whole"] == [6, 3, 3]
+    for axis, edges in enumerate(fragments["edges"]):
+        assert len(edges) == fragments["grid"][axis] + 1
+        assert edges[0] == fragments["first"][axis] * (4, 50, 60)[axis]
+    assert "under the region" in (out / "report.html").read_text()
+    assert np.prod(predict["grid"]) <= np.prod(predict["whole"])
 
 
 def test_of_many_blocks_some_are_read(copied, monkeypatch):

@@ -299,3 +299,43 @@ def test_workers_elsewhere_are_not_all_started_here_to_measure(image, tmp_path):
     assert (workers.workers, workers.threads) == (1000, 4)
     assert measure._probes(run, workers) == max(1, os.cpu_count() // 4)
     assert plan.make_plan(run, workers, measure.known_rates(run, workers)).host_bytes < 1e9  # none of them is here
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_plan_says_how_many_tiles_show_nothing(tmp_path):
+    """Three quarters of this volume are black: as much of the network's time is not needed."""
+    image = np.random.default_rng(0).integers(1, 255, (8, 256, 256), dtype=np.uint8)
+    image[:, 64:] = 0
+    path = write_volume(str(tmp_path / "em.zarr"), image)
+    config = settings(
+        predict={"tile": 64, "overlap": 0, "backend": "openvino", "precision": "fp32"}, cluster={"workers": 1}
+    )
+    made = api.plan(path, tmp_path / "run.zarr", config=config)
+    assert made.looked_tiles == measure.LOOKED_TILES
+    assert 0.6 < made.constant_tiles / made.looked_tiles < 0.9
+    assert f"; {made.constant_tiles} of {made.looked_tiles} looked at are of one gray value" in plan.format_plan(made)
+    run = describe.from_image(volume.open(path), config, str(tmp_path / "run"))
+    rates = measure.known_rates(run, describe.workers_of(run))
+    assert made.seconds["predict"] == pytest.approx(made.inferred_voxels * (1 - rates.constant_share) / rates.predict)
+    assert not measure.known_rates(replace(run, roi=RegionOfInterest(Box((0, 0, 0), (8, 64, 64)))),
+                                   describe.workers_of(run)).probed  # fmt: skip
+
+
+def test_a_plan_of_a_region_counts_its_own_blocks(tmp_path):
+    run = unread((640, 20000, 20000), tmp_path, chunk=(64, 64, 64))
+    box = Box((0, 0, 0), (64, 1536, 1536))
+    run = replace(run, roi=RegionOfInterest(box, voxels=box.voxels))
+    found = plan.make_plan(run, cluster.WorkerPool(2), measure.known_rates(run, cluster.WorkerPool(2)))
+    assert found.blocks == run.parts.own.count < len(run.grid) / 10
+    assert found.predict_blocks == run.parts.inferred("xy").count < len(run.predict_grid) / 10
+
+
+def test_smaller_tiles_are_named_where_a_region_is_small(tmp_path):
+    run = unread((640, 20000, 20000), tmp_path, chunk=(64, 64, 64))
+    box, large = Box((0, 5000, 5000), (64, 5300, 5300)), Box((0, 0, 0), (64, 9000, 9000))
+    small = replace(run, roi=RegionOfInterest(box, voxels=box.voxels))
+    said = describe.tile_note(small)
+    assert "predict.tile=" in said
+    assert said in describe.notes(small)
+    assert not describe.tile_note(run)
+    assert not describe.tile_note(replace(run, roi=RegionOfInterest(large, voxels=large.voxels)))

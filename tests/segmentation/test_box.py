@@ -63,3 +63,16 @@ def test_blocks_that_overlap_a_box_are_those_that_share_a_voxel_with_it(box, blo
 def test_what_is_no_box_is_refused(text):
     with pytest.raises(ValueError, match="box"):
         Box.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("-5:64,0:9,0:9", "begins before the first voxel"),
+        ("5:5,0:9,0:9", "is empty"),
+        ("0:9,0:9", "is not of the form"),
+    ],
+)
+def test_a_box_that_is_none_says_why(text, said):
+    with pytest.raises(ValueError, match=said):
+        Box.parse(text)

@@ -161,7 +161,8 @@ def plan(
     from volseg import api
     from volseg.planning import plan as planning
 
-    made = api.plan(volume, out or None, config=config, settings=[*(sets or ()), *given])
+    with output.shown("nothing was written") as progress:
+        made = api.plan(volume, out or None, config=config, settings=[*(sets or ()), *given], progress=progress)
     told = made.to_json()
     if price is not None:
         told["cost"] = price * made.total_seconds / 3600
@@ -395,7 +396,8 @@ def _tell(run: FinishedRun) -> None:
 def _report(run: FinishedRun) -> str:
     from volseg.planning.plan import compare_with
 
-    return "\n".join([*run.report(), *compare_with(run.plan, run.actual), *run.places()])
+    compared = compare_with(run.plan, run.actual, run.summary.get("share_before", 0.0))
+    return "\n".join([*run.report(), *compared, *run.places()])
 
 
 MORE: tuple[Callable[..., None], ...] = (

@@ -58,6 +58,23 @@ class Group(TyperGroup):
         for name, command in self.commands.items():
             command.params += [option for option in typer.main.get_command(app).params if option.name != "help"]
             command.callback = _telling(name, command.callback)
+            command.invoke = functools.partial(_refuse_empty, command.invoke)  # type: ignore[method-assign]
+
+
+def _refuse_empty(invoke: Callable[[typer.Context], Any], context: typer.Context) -> Any:
+    """The command, unless it is given an option or an argument that is empty: what ``--roi "$REGION"`` is when that was not
+    set, and would do the whole volume.
+    """
+    for parameter in context.command.params:
+        name, value = parameter.name or "", context.params.get(parameter.name or "")
+        if "" in (value if isinstance(value, list | tuple) else [value]):
+            source = context.get_parameter_source(name)
+            if source and source.name == "COMMANDLINE":
+                option = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or name.upper()
+                raise UserError(
+                    f"{option} is empty; give it a value or leave it out (is a variable of the shell not set?)"
+                )
+    return invoke(context)
 
 
 def _telling(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

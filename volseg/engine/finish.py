@@ -81,8 +81,13 @@ def _execute(
             cluster.watch_memory(client, MemoryLimits(planned=(plan or {}).get("worker_bytes", 0), allowed=allowed))
         markers = _checked_markers(run, lock, progress)
         _consider_failures(markers, retry_failed, progress)
-        run, statistics, stages_start = _run_stages(client, run, markers, lock, progress, plan)
-        return finish(run, lock.out, statistics, start, stages_start, plan)
+        before = schedule.predicted_share(run, markers) if plan else 0.0
+        if before:
+            progress.message(
+                f"going on from an earlier command: {100 * before:.0f} % of {run.probability_stage} is done"
+            )
+        done, statistics, stages_start = _run_stages(client, run, markers, lock, progress, plan)
+        return finish(done, lock.out, statistics, start, stages_start, plan, before if done is run else 0.0)
 
 
 def _markers(run: Run, lock: Lock) -> Markers:
@@ -163,9 +168,13 @@ def _import_ahead() -> None:
 
 
 def finish(
-    run: Run, out: str, statistics: RunStatistics, start: float, stages_start: float, plan: dict | None = None
-) -> FinishedRun:
-    """Table, pictures and description are written, and the run takes its final name."""
+    run: Run, out: str, statistics: RunStatistics, start: float, stages_start: float, plan: dict | None = None,
+    before: float = 0.0,
+) -> FinishedRun:  # fmt: skip
+    """Table, pictures and description are written, and the run takes its final name.
+
+    ``before`` is the share of its probabilities that an earlier command had made.
+    """
     begin = time.perf_counter()
     layout = run.layout
     layout.remove_failures()
@@ -187,7 +196,7 @@ def finish(
     now = time.perf_counter()
     seconds = {"start": stages_start - start, **statistics.seconds, "finish": now - begin, "total": now - start}
     files.remove_temporary(run.out)
-    facts = _facts(run, statistics, seconds, start, int(columns["id"].size), plan)
+    facts = _facts(run, statistics, seconds, start, int(columns["id"].size), plan, before)
     markers = Markers(run.out, keys(run))
     facts["manifest_mark"] = write_manifest(layout, markers.marks())
     facts["filled_boxes"] = _filled_boxes(markers)  # after `marks`, which has read every receipt
@@ -231,12 +240,14 @@ def _take_final_name(partial: str, out: str) -> None:
 
 
 def _facts(
-    run: Run, statistics: RunStatistics, seconds: dict[str, float], start: float, objects: int, plan: dict | None
-) -> dict:
+    run: Run, statistics: RunStatistics, seconds: dict[str, float], start: float, objects: int, plan: dict | None,
+    before: float,
+) -> dict:  # fmt: skip
     """What ``run.json`` says beside the description."""
     facts: dict[str, Any] = {
         "objects": objects,
         "why_no_object": "" if objects else _why_no_object(run),
+        "share_before": before,
         "seconds": seconds,
         "spans": {stage: [begin - start, end - start] for stage, (begin, end) in statistics.stage_spans.items()},
         "worker_seconds": statistics.worker_seconds,

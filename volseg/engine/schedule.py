@@ -82,10 +82,13 @@ def _run_groups(client: Any, run: Run, markers: Markers, progress: Progress, sta
 
 
 def predicted_share(run: Run, markers: Markers) -> float:
-    """Share of the blocks that have gone through the network, of all passes together."""
+    """Share of the blocks that have their probabilities, of all passes together; 0 where no block wants any."""
     stages = stages_of(run)
-    inferring = [stages[name] for name in (run.passes or [run.probability_stage])]
-    return sum(len(markers.done(stage.name)) for stage in inferring) / sum(stage.part.count for stage in inferring)
+    last = stages[run.probability_stage]
+    if _is_done(markers, last):
+        return float(last.part.count > 0)  # passes may be gone
+    making = [stages[name] for name in (run.passes or [last.name])]
+    return sum(len(markers.done(stage.name)) for stage in making) / max(1, sum(stage.part.count for stage in making))
 
 
 def _is_done(markers: Markers, stage: Stage) -> bool:

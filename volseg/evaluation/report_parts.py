@@ -25,27 +25,34 @@ LOG_LINES = 400
 
 
 def block_map(run: Run, stage: Stage, markers: Markers) -> str:
-    """A map of a stage's blocks, with a slider through its layers: how long each took."""
+    """A map of a stage's blocks, of a region those under it, with a slider through its layers: how long each took."""
     grid: Blocks = stage.grid
-    step = -(-len(grid) // MAPPED_BLOCKS)
-    seconds = np.full(len(grid), np.nan)
-    for i, receipt in markers.stored(stage.name, range(0, len(grid), step)):
-        seconds[i] = sum(receipt.seconds.values())
-    wanted = np.array([run.wants_any(grid[i]) for i in range(0, len(grid), step)])
+    rows = stage.part.rows
+    counts, first = tuple(map(len, rows)), tuple(row.start for row in rows)
+    total = math.prod(counts)
+    step = -(-total // MAPPED_BLOCKS)
+    places = zip(*np.unravel_index(np.arange(0, total, step), counts), strict=True)
+    read = [grid.index(tuple(int(c) + n for c, n in zip(place, first, strict=True))) for place in places]
+    seconds = np.full(counts, np.nan)
+    for i, receipt in markers.stored(stage.name, read):
+        place = tuple(c - n for c, n in zip(grid.coords(i), first, strict=True))
+        if all(0 <= c < n for c, n in zip(place, counts, strict=True)):
+            seconds[place] = sum(receipt.seconds.values())
+    seconds = seconds.ravel()
+    wanted = np.array([run.wants_any(grid[i]) for i in read])
     known = seconds[np.isfinite(seconds) & (seconds > 0)]
     low, high = (max(known.min(), 1e-4), max(known.max(), 1.01e-4, known.min() * 1.01)) if known.size else (1e-4, 1.0)
     scaled = np.rint(2 + 253 * np.log(np.clip(seconds, low, high) / low) / math.log(high / low))
     values = np.where(np.isfinite(seconds), scaled, 0).astype(np.uint8)
     values[::step][~wanted] = 1
-    data = {"grid": grid.counts, "block": grid.block, "shape": grid.shape, "low": float(low), "high": float(high),
+    edges = [[grid.edge(axis, k) for k in range(row.start, row.stop + 1)] for axis, row in enumerate(rows)]
+    data = {"grid": counts, "first": first, "whole": grid.counts, "edges": edges, "low": float(low), "high": float(high),
             "values": base64.b64encode(values.tobytes()).decode()}  # fmt: skip
-    part = f", every {step}th was read" if step > 1 else ""
-    layers = (
-        f'<input type=range min=0 max={grid.counts[0] - 1} value={grid.counts[0] // 2} aria-label="layer of blocks">'
-    )
+    part = f" of {len(grid):,} under the region" * (total < len(grid)) + f", every {step}th was read" * (step > 1)
+    layers = f'<input type=range min=0 max={counts[0] - 1} value={counts[0] // 2} aria-label="layer of blocks">'
     return (
         f"<div class=map><h3>{html.escape(stage.title)}</h3><canvas></canvas><br>{layers} <output></output>"
-        f"<p>{len(grid):,} blocks{part}: {low:.2g} s (teal) to {high:.2g} s (red) each; light gray: nothing wanted.</p>"
+        f"<p>{total:,} blocks{part}: {low:.2g} s (teal) to {high:.2g} s (red) each; light gray: nothing wanted.</p>"
         f'<script type="application/json">{json.dumps(data)}</script></div>'
     )
 

@@ -97,7 +97,9 @@ def report_of_failure(run: Run, tell: Callable[[str], None]) -> Iterator[None]:
 
 def is_quick(run: Run) -> bool:
     """Whether a run's page takes a tenth of a second."""
-    return not files.is_remote(run.out) and len(run.predict_grid) + len(run.grid) <= QUICK_BLOCKS
+    if files.is_remote(run.out):
+        return False
+    return stages_of(run)[run.probability_stage].part.count + run.parts.own.count <= QUICK_BLOCKS
 
 
 def _page(run: FinishedRun) -> str:
@@ -227,7 +229,13 @@ def _plan(run: FinishedRun) -> str:
         if plan.get(key) is not None and key in actual
     ]
     rough = "" if plan.get("probed") else "<p>The plan was made of known rates; volseg plan measures.</p>"
-    return page.table(("", "plan", "actual"), told) + rough
+    before = run.summary.get("share_before", 0.0)
+    rest = (
+        f"<p>The last command did what an earlier one had left: {100 * before:.0f} % was done before.</p>"
+        if before
+        else ""
+    )
+    return page.table(("", "plan", "actual"), told) + rough + rest
 
 
 # ---------------------------------------------------------------- blocks

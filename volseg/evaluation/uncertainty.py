@@ -97,7 +97,7 @@ def pieces(wanted: Box, region: RegionOfInterest | None = None) -> Iterator[Box]
 
 
 def candidates(stored: StoredRun, image: Volume, annotated: Sequence[int]) -> list[Candidate]:
-    """Every section of the `pieces`, with what it would tell.
+    """Every section of the `pieces`, with what it would tell; none of one gray value in the middle of its window.
 
     Parameters
     ----------
@@ -119,6 +119,8 @@ def candidates(stored: StoredRun, image: Volume, annotated: Sequence[int]) -> li
         grays = _grays(image, piece)
         for i, z in enumerate(range(piece.start[0], piece.stop[0])):
             box = Box((z, *piece.start[1:]), (z + 1, *piece.stop[1:]))
+            if not grays[i][1]:
+                continue  # it shows nothing to learn from
             found.append((box, *shares[:, i].tolist(), _nearby(decisions, box)))
             looks.append(grays[i])
     if not found:

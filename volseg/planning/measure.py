@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from volseg import system
-from volseg.box import Box
+from volseg.box import Box, inverse_axes, transpose_axes
 from volseg.config import Fragments
 from volseg.engine import cluster, finish, forkserver
 from volseg.engine.run import Run
@@ -55,6 +55,9 @@ SAMPLED_VOXELS = 1 << 22  # enough: fewer sections where tiles are large
 SAMPLED_SIDE = 512  # voxels of a section of probabilities that were made elsewhere
 MIN_SAMPLED_VOXELS = 1 << 24  # tables of fewer voxels are small, whatever they hold
 TIME_LIMIT_S = 300
+LOOKED_TILES = 24  # of which it is looked at whether they show anything
+LOOK_S = 3.0  # after which no further one is looked at
+PLASTIC = 1.324717957244746  # its powers spread points evenly: M. Roberts' R2 sequence (2018)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class Rates:
         voxel of a plane where blocks meet.
     edges
         Pairs of basins that touch, for each voxel.
+    looked, constant
+        How many tiles were looked at, spread over what is wanted, and how many of them are of one gray value: no network
+        sees such tiles.
     probed
         Whether all this was measured.
     """
@@ -82,7 +88,18 @@ class Rates:
     device_bytes: int = 0
     packed: dict[str, float] = field(default_factory=lambda: dict(STORED_BYTES))
     edges: float = EDGES_PER_VOXEL
+    looked: int = 0
+    constant: int = 0
     probed: bool = False
+
+    @property
+    def constant_share(self) -> float:
+        """Of the tiles, about; never quite all, for a few do not tell of every one.
+
+        >>> Rates(1.0, 1.0, 0, looked=4, constant=1).constant_share, Rates(1.0, 1.0, 0, looked=4, constant=4).constant_share
+        (0.25, 0.875)
+        """
+        return min(self.constant, self.looked - 0.5) / self.looked if self.looked else 0.0
 
 
 def known_rates(run: Run, workers: cluster.WorkerPool) -> Rates:
@@ -122,7 +139,7 @@ def _cache_file(run: Run, workers: cluster.WorkerPool) -> Path:
     sizes = [run.tile_grid(plane).size for plane in run.config.predict.planes]
     engine = run.engine and run.engine.arithmetic
     facts = [run.checksum, run.model_sha256, engine, sorted(STORED_BYTES), sizes, run.config.predict.tta, run.heads,
-             run.config.fragments.model_dump(mode="json"), asdict(workers), os.cpu_count()]  # fmt: skip
+             run.config.fragments.model_dump(mode="json"), asdict(workers), os.cpu_count(), str(run.roi or "")]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return cache.folder() / f"{key}.plan"
 
@@ -145,6 +162,7 @@ def measure_rates(run: Run, workers: cluster.WorkerPool) -> Rates:
                 "fragments": run.config.fragments.model_dump(mode="json")}  # fmt: skip
         Path(folder, "task.json").write_text(json.dumps(task))
         found = _side_by_side(folder, _probes(run, workers))
+    looked, constant = _constant_tiles(run)
     seconds_per_voxel = float(np.mean([1 / one["instances"] for one in found])) + INSTANCE_OVERHEAD_S
     rates = Rates(
         predict=workers.workers
@@ -155,6 +173,8 @@ def measure_rates(run: Run, workers: cluster.WorkerPool) -> Rates:
         device_bytes=found[0]["device_bytes"],
         packed=found[0]["packed"],
         edges=found[0]["edges"],
+        looked=looked,
+        constant=constant,
         probed=True,
     )
     cache.store(_cache_file(run, workers), json.dumps(asdict(rates)).encode())
@@ -206,6 +226,28 @@ def _sample_tiles(run: Run) -> np.ndarray:
     return sampling.read_tiles(
         run.source, grid.place(tile), sections, sections=run.sections, norm=(run.mean, run.std), plane=plane
     )
+
+
+def _constant_tiles(run: Run) -> tuple[int, int]:
+    """How many tiles were looked at, up to `LOOKED_TILES` spread over what is wanted, and how many are of one gray value."""
+    plane = run.config.predict.planes[0]
+    axes, grid = tiles.PLANES[plane], run.tile_grid(plane)
+    shape, back = transpose_axes(run.shape, axes), inverse_axes(axes)
+    wanted = run.wanted_part(Box.from_shape(run.shape)).transpose(axes)
+    window = grid.overlapping(*wanted.slices[1:])
+    looked = constant = 0
+    end = time.monotonic() + LOOK_S
+    for k in range(4 * LOOKED_TILES):  # in the box around a mask there may be many that show nothing wanted
+        if looked == LOOKED_TILES or (looked and time.monotonic() > end):
+            break
+        z = wanted.start[0] + int((0.5 + k / PLASTIC) % 1 * wanted.shape[0])
+        y, x = grid.place(window[int((0.5 + k / PLASTIC**2) % 1 * len(window))])
+        tile = Box((z, y.start, x.start), (z + 1, y.stop, x.stop)).clip(shape)
+        if run.wants_any(tile.transpose(back)):
+            seen = tile.grow((run.sections // 2, 0, 0)).clip(shape)
+            looked += 1
+            constant += tiles.is_constant(list(run.source.read(seen.transpose(back)).transpose(axes)))
+    return looked, constant
 
 
 def _sample_channels(run: Run) -> np.ndarray:

@@ -218,3 +218,17 @@ def _smaller(block: Triple, *, even: bool = False) -> Iterator[Triple]:
         z, y, x = (-(-n // 2) if k == axis else n for k, n in enumerate(block))
         block = z, y, x
         yield block
+
+
+# ---------------------------------------------------------------- tiles
+
+
+def longest_tile(run: Run) -> int:
+    """The longer side of the largest tile, in voxels."""
+    return max(max(run.tile_grid(plane).size) for plane in run.config.predict.planes)
+
+
+def smaller_tile(run: Run) -> int:
+    """The next ``predict.tile`` worth trying where tiles are too large: half of it."""
+    multiple = run.tile_multiple
+    return max(multiple, min(longest_tile(run), run.config.predict.tile) // 2 // multiple * multiple)

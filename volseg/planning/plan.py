@@ -15,6 +15,7 @@ from volseg import system
 from volseg.box import Box, Triple
 from volseg.engine import cluster
 from volseg.engine.run import Run, redundancy
+from volseg.engine.stages import stages_of
 from volseg.errors import UserError
 from volseg.io import files
 from volseg.planning import memory, prepare
@@ -26,7 +27,8 @@ UNWANTED_COST = 0.06  # of a voxel outside the region of interest, after the net
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. Bytes read are of the volume, uncompressed; bytes written are an estimate of what is stored.
+    """What a run will take. Blocks are those in which something is to be done. Bytes read are of the volume, uncompressed;
+    bytes written are an estimate of what is stored.
 
     ``beside`` are workers that do what needs no device, where the others have one. ``worker_bytes`` is the most that a worker
     holds, ``block_bytes`` the most while it works on blocks: one worker alone decides on all basins.
@@ -55,6 +57,8 @@ class Plan:
     wanted: str = ""
     notes: tuple[str, ...] = ()  # what was decided of the volumes
     local: bool = True
+    looked_tiles: int = 0  # of which it was looked at whether they show anything
+    constant_tiles: int = 0  # of those: one gray value each, so that they are not inferred
     refusal: str = ""  # why it would be refused
 
     def to_json(self) -> dict:
@@ -98,13 +102,14 @@ def make_plan(run: Run, workers: cluster.WorkerPool, rates: Rates) -> Plan:
     """
     block_bytes = memory.worker_bytes(run, workers.threads, workers.tasks, rates.engine_bytes, rates)
     unwanted = max(0, run.parts.own.block_voxels - run.wanted_voxels)
+    inferred = (1 - rates.constant_share) * run.inferred_voxels
     after_network = (run.wanted_voxels + UNWANTED_COST * unwanted) / rates.instances
     return Plan(
         shape=run.shape,
         block=run.block,
-        blocks=len(run.grid),
+        blocks=run.parts.own.count,
         predict_block=run.predict_block,
-        predict_blocks=len(run.predict_grid),
+        predict_blocks=stages_of(run)[run.probability_stage].part.count,
         tile=run.tile_grid(run.config.predict.planes[0]).size,
         inferred_voxels=run.inferred_voxels,
         redundancy=redundancy(run),
@@ -117,12 +122,14 @@ def make_plan(run: Run, workers: cluster.WorkerPool, rates: Rates) -> Plan:
         beside_bytes=memory.worker_bytes(run, 1, network=0, rates=rates),
         client_bytes=memory.CLIENT_BYTES,
         device_bytes=rates.device_bytes,
-        seconds={"start": START_S, "predict": run.inferred_voxels / rates.predict, "instances": after_network},
+        seconds={"start": START_S, "predict": inferred / rates.predict, "instances": after_network},
         probed=rates.probed,
         network="" if run.channels else prepare.engine_line(run),
         wanted=str(run.roi or ""),
         notes=tuple(prepare.notes(run)),
         local=run.config.cluster.is_local,
+        looked_tiles=rates.looked,
+        constant_tiles=rates.constant,
     )
 
 
@@ -203,10 +210,8 @@ def _smaller(run: Run) -> str:
         return f"set predict.batch={run.batch // 2} or less"
     if run.config.blocks.shape:
         return "leave out blocks.shape, or make it smaller"
-    multiple = run.tile_multiple
-    longest = max(max(run.tile_grid(plane).size) for plane in run.config.predict.planes)
-    smaller = max(multiple, min(longest, run.config.predict.tile) // 2 // multiple * multiple)
-    return f"set predict.tile={smaller}" if smaller < longest else "use a machine with more"
+    smaller = memory.smaller_tile(run)
+    return f"set predict.tile={smaller}" if smaller < memory.longest_tile(run) else "use a machine with more"
 
 
 def disk_room(run: Run) -> int | None:
@@ -229,9 +234,7 @@ def format_plan(plan: Plan, price: float | None = None) -> str:
         "volume": f"{shape}, {prod(plan.shape) / 1e6:.1f} million voxels" + f"; {plan.wanted}" * bool(plan.wanted),
         "network": plan.network,
         "blocks": cut,
-        "tiles": f"{plan.inferred_voxels // prod(plan.tile)} of {plan.tile[0]} x {plan.tile[1]}"
-        if plan.network
-        else "",
+        "tiles": _tiles_text(plan) if plan.network else "",
         "redundancy": f"{plan.redundancy:.3f} voxels inferred for each one wanted" if plan.network else "",
         "reads": f"{_gb(plan.read_bytes)} of the volume, uncompressed",
         "writes": f"about {_gb(plan.written_bytes)}, compressed{_rough(plan)}",
@@ -248,24 +251,33 @@ def format_plan(plan: Plan, price: float | None = None) -> str:
     return "\n".join([*lines, *(f"{'note':10} {note}" for note in plan.notes)])
 
 
+def _tiles_text(plan: Plan) -> str:
+    skipped = f"; {plan.constant_tiles} of {plan.looked_tiles} looked at are of one gray value, and take no time"
+    count = f"{plan.inferred_voxels // prod(plan.tile)} of {plan.tile[0]} x {plan.tile[1]}"
+    return count + skipped * bool(plan.constant_tiles)
+
+
 def _rough(plan: Plan) -> str:
     return "" if plan.probed else " (rough: nothing was measured, volseg plan does)"
 
 
-def format_comparison(plan: Plan, seconds: float, worker_bytes: int, written_bytes: int | None) -> str:
-    """Plan against actual, as a line."""
+def format_comparison(
+    plan: Plan, seconds: float, worker_bytes: int, written_bytes: int | None, before: float = 0.0
+) -> str:
+    """Plan against actual, as a line; ``before`` is the share that an earlier command had done."""
     wrote = "" if written_bytes is None else f", writes {_gb(plan.written_bytes)} / {_gb(written_bytes)}"
     times = f"{format_duration(plan.total_seconds)} / {format_duration(seconds)}"
+    times += f" after {100 * before:.0f} % done before" * bool(before)
     memory_text = f"{_gb(plan.worker_bytes)} / {_gb(worker_bytes)}"
     return f"plan / actual: {times}, worker memory {memory_text}{wrote}{_rough(plan)}"
 
 
-def compare_with(plan: dict, actual: dict) -> list[str]:
+def compare_with(plan: dict, actual: dict, before: float = 0.0) -> list[str]:
     """What a finished run stored of its plan and of what it took, as a line; none where it was not planned."""
     if not plan:
         return []
     made = Plan.from_json(plan)
-    return [format_comparison(made, actual["total_seconds"], actual["worker_bytes"], actual["written_bytes"])]
+    return [format_comparison(made, actual["total_seconds"], actual["worker_bytes"], actual["written_bytes"], before)]
 
 
 def format_duration(seconds: float) -> str:

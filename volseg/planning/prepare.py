@@ -31,6 +31,10 @@ from volseg.io.place import Place
 from volseg.io.resample import Grid
 from volseg.planning import memory
 
+WASTEFUL = 2.0  # voxels inferred for each one wanted, from which on smaller tiles are thought of
+WORTHWHILE = 1.3  # times less that they must infer to be spoken of
+FEWEST_OVERLAPS = 8  # that a tile is long: in shorter ones the network sees little around each voxel
+
 
 def from_image(source: volume.Volume, config: Config, out: str, like: str = "") -> Run:
     """The run as plain data, every choice made; what computes is that of the run begun at ``out`` or there ``like`` it."""
@@ -288,7 +292,33 @@ def notes(run: Run) -> list[str]:
     """What was decided of the volumes that a run reads, and what its rules count, a line each."""
     sources = (run.source, *(channel.source for channel in run.channels), run.roi and run.roi.mask)
     found = [note for source in sources if source for note in source.notes]
-    return list(dict.fromkeys(note for note in (*found, rules_note(run)) if note))
+    return list(dict.fromkeys(note for note in (*found, rules_note(run), tile_note(run)) if note))
+
+
+def tile_note(run: Run) -> str:
+    """Which tiles would infer much less of a small region; "" where none would."""
+    if run.channels or not run.roi or redundancy(run) < WASTEFUL:
+        return ""
+    found: dict[int, int] = {}
+    smaller = run
+    for _ in range(3):
+        smaller = _with_tile(run, memory.smaller_tile(smaller))
+        if smaller.config.predict.tile >= FEWEST_OVERLAPS * run.config.predict.overlap:
+            found.setdefault(smaller.inferred_voxels, smaller.config.predict.tile)
+    least = min(found, default=run.inferred_voxels)
+    if run.inferred_voxels < WORTHWHILE * least:
+        return ""
+    times = f"{run.inferred_voxels / least:.1f} times less"
+    return (
+        f"tiles reach far beyond the region: predict.tile={found[least]} would infer {times}; labels of other tiles differ a "
+        "little from those of the whole volume"
+    )
+
+
+def _with_tile(run: Run, tile: int) -> Run:
+    """The run in tiles of at most that side."""
+    predict = run.config.predict.model_copy(update={"tile": tile})
+    return replace(run, config=run.config.model_copy(update={"predict": predict}), cuts={})
 
 
 def rules_note(run: Run) -> str:

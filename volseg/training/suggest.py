@@ -158,10 +158,14 @@ def suggest(
     known = sorted({*parse_sections(annotated, source.shape[0]), *_learned(card, source)})
     if known:
         notes.append(f"{len(known)} sections are annotated already")
+    if not stored.objects["id"].size:
+        notes.append("the run has no object, so little tells which sections are hard: evenly spaced ones are as good")
     found = candidates(_with_merges(stored), source, known)
     chosen, scores = choose(found, count, known, source.shape)
     if not chosen:
-        raise UserError(f"{stored.path} has no section left to suggest: all are annotated, or beside one that is")
+        raise UserError(
+            f"{stored.path} has no section left to suggest: all are annotated, beside one that is, or of one gray value"
+        )
     if len(chosen) < count:
         notes.append(f"{len(chosen)} sections are all that are neither annotated nor neighbors")
     names = slices.slice_names(source.path) if source.kind == "slices" else ()
