@@ -377,6 +377,21 @@ def voxels(
 
 
 @app.command()
+def padding(
+    image: Annotated[str, typer.Option(help="An annotated stack.")] = f"{EPFL}/training.tif",
+    truth: Annotated[str, typer.Option(help="Its labels.")] = f"{EPFL}/training_groundtruth.tif",
+    box: Annotated[str, typer.Option(help="Part that the model never saw.")] = "140:165,0:768,0:1024",
+    nm: Annotated[str, typer.Option(help="Voxel size z,y,x.")] = "5,5,5",
+    config: Annotated[list[str] | None, typer.Option(help='Config to try; repeatable; "" for none.')] = None,
+    out: Annotated[str, typer.Option(help="Where volumes and runs go.")] = "runs/padding",
+) -> None:
+    """IoU and PQ of a volume with padding or lost sections, as they are and as volseg shows them to the network."""
+    from benchmarks import padding as bench
+
+    bench.measure(image, truth, box, nm, tuple(config or ("", "touching")), out)
+
+
+@app.command()
 def planes(
     image: Annotated[str, typer.Option(help="Isotropic stack.")] = f"{EPFL}/training.tif",
     truth: Annotated[str, typer.Option(help="Its labels.")] = f"{EPFL}/training_groundtruth.tif",

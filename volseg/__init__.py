@@ -9,10 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from volseg.system import keep_numba_cache
+from volseg.system import keep_numba_cache, send_nothing
 
 __version__ = "0.1.0"
 
+send_nothing()  # before anything imports onnxruntime
 keep_numba_cache()  # before anything imports numba, which looks for a place when it is imported
 
 _MODULES = {

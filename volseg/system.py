@@ -120,6 +120,11 @@ def _text(path: Path) -> str:
         return ""
 
 
+def send_nothing() -> None:
+    """ONNX Runtime tells its makers nothing of what it runs, unless the environment says that it may: since 1.29 it does."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
 def keep_numba_cache() -> None:
     """numba can store what it compiles, if only in a temporary folder: that is, where neither the package nor the user's cache
     may be written, or not the folder that ``NUMBA_CACHE_DIR`` gives.

@@ -211,6 +211,50 @@ def test_workers_and_kills_change_nothing(deep, whole, cuts, tmp_path):
     assert not Path(out, "work/parts").exists()
 
 
+LOST, END = 10, 96  # the section of `padded` that was lost, and the column at which its tissue ends
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """The same volume with black padding, a lost section, and white below the last ones. Tests must not change it."""
+    path = tmp_path_factory.mktemp("padded") / "em.zarr"
+    image = synth(Box.from_shape(SHAPE), seed=3)[0]
+    image[:, :, END:] = image[LOST] = 0
+    image[22:, 60:] = 255
+    zarr.create_array(path, data=image, chunks=CHUNK)
+    return str(path)
+
+
+@pytest.mark.parametrize("looks", ["xy", "planes"])
+@pytest.mark.parametrize("order", [None, lambda n: reversed(range(n))], ids=["in order", "backwards"])
+def test_padding_is_the_same_in_every_block(padded, cuts, tmp_path, looks, order):
+    options = {"xy": SMALL, "planes": PLANES}[looks]
+    whole = begun(padded, tmp_path / "whole", **options, blocks={"shape": SHAPE})
+    work(whole)
+    want = arrays.open_array(whole.out, "0")[:]
+    run = begun(padded, tmp_path / "run", **options)
+    assert run.cuts
+    assert run.padding == (0.0, 255.0)
+    work(run, order)
+    np.testing.assert_array_equal(arrays.open_array(run.out, "0")[:], want)
+    if looks == "xy":
+        assert not want[..., END:].any()
+        assert not want[:, 22:, 60:].any()
+        lost, before = want[:, LOST, :, :END].astype(int), want[:, LOST - 1, :, :END].astype(int)
+        assert np.abs(lost - before).mean() < 0.5 * np.abs(want[:, LOST - 5, :, :END] - before).mean()
+
+
+def test_padding_that_is_none_is_seen_as_it_is(padded, tmp_path):
+    found = []
+    for padding in ("auto", "none"):
+        run = begun(padded, tmp_path / padding, **SMALL, input={"padding": padding})
+        work(run)
+        found.append((run.padding, arrays.open_array(run.out, "0")[:]))
+    assert found[1][0] == ()
+    assert found[1][1][..., END + 10 : -10].any()
+    assert not found[0][1][..., END:].any()
+
+
 # ---------------------------------------------------------------- large volumes, unread
 
 

@@ -1,8 +1,12 @@
 """The forward pass: backends agree, and its bits depend on nothing but the model, backend and precision."""
 
+import os
+import socket
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -115,3 +119,66 @@ def test_a_batch_of_another_shape_is_refused(batch):
     for other in (batch[..., :64], batch[:, :1], np.concatenate([batch, batch])):
         with pytest.raises(RuntimeError, match="tensor"):
             network(np.ascontiguousarray(other))
+
+
+ASKS = """
+import sys, time
+blob = open(sys.argv[1], "rb").read()
+if sys.argv[2] == "volseg":
+    from volseg.inference import backends
+    backends.load(blob, "onnx", "fp32", (1, 3, 96, 128))
+else:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(blob, providers=["CPUExecutionProvider"])
+time.sleep(30)
+"""
+
+
+@pytest.fixture
+def proxy():
+    """Makes a proxy on loopback: its address, and how others were asked for there."""
+    servers = []
+
+    def make():
+        server, found = socket.create_server(("127.0.0.1", 0)), []
+        servers.append(server)
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    with server.accept()[0] as connection:
+                        connection.settimeout(10)
+                        found.append(connection.recv(500))
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"http://127.0.0.1:{server.getsockname()[1]}", found
+
+    yield make
+    for server in servers:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+def test_onnx_runtime_calls_nobody(tmp_path, proxy):
+    """By itself it tells its makers of each session, some seconds after: through the proxy here, which nobody passes."""
+    (tmp_path / "model.onnx").write_bytes(export.export_model(model.shipped(), "onnx"))
+    asked, processes = {}, []
+    bare = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")}
+    for who in ("volseg", "nobody"):
+        url, asked[who] = proxy()
+        names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        command = [sys.executable, "-c", ASKS, str(tmp_path / "model.onnx"), who]
+        processes.append(
+            subprocess.Popen(command, env={**bare, **dict.fromkeys(names, url)}, stderr=subprocess.DEVNULL)
+        )
+    end = time.monotonic() + 25
+    while not asked["nobody"] and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(1)
+    for process in processes:
+        assert process.poll() is None, "it still runs its session"
+        process.kill()
+        process.wait()
+    if not asked["nobody"]:
+        pytest.skip("this ONNX Runtime does not call its makers here")
+    assert not asked["volseg"]

@@ -81,6 +81,11 @@ def plainly(run, plane, box, wanted):
         for tile in grid.overlapping(*turned.slices[1:]):
             y, x = grid.place(tile)
             seen = np.stack([image[min(max(n, 0), depth - 1), y, x] for n in (z - 1, z, z + 1)])
+            one, own, other = (len(np.unique(section)) == 1 for section in seen)
+            if own and (one or other):
+                continue
+            seen[1] = seen[0] if own else seen[1]
+            seen[0], seen[2] = seen[1] if one else seen[0], seen[1] if other else seen[2]
             past = [(0, 0), (0, grid.size[0] - seen.shape[1]), (0, grid.size[1] - seen.shape[2])]
             asked = np.zeros((rows, columns), bool)
             asked[turned.slices[1:]] = True if wanted is None else wanted[z - turned.start[0]]
@@ -136,7 +141,9 @@ def test_torch_makes_the_bytes_that_numpy_makes(em, networks, tmp_path, heads, p
     out, facts = infer(run, plane, box, wanted)
     np.testing.assert_array_equal(out, plainly(run, plane, box, wanted))
     assert len(np.unique(out)) > 20
-    assert 2 * box.voxels <= facts["bytes_sent"] < 3 * 2 * np.prod(SHAPE)
+    assert (
+        2 * box.voxels <= facts["bytes_sent"] < 4 * 2 * np.prod(SHAPE)
+    )  # tiles beside constant sections by themselves
     assert facts["bytes_fetched"] == heads * box.voxels
     assert facts["device_seconds"] > 0
 

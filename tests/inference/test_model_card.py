@@ -125,26 +125,29 @@ def test_a_card_cannot_move_the_cursor_of_a_terminal():
 
 @pytest.fixture
 def contacted(monkeypatch):
-    """Whatever asks a server on the network reaches this one; the addresses of those that did."""
+    """Whatever asks a server on the network reaches this one; how each did."""
     found = []
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve():
         while True:
             try:
-                connection, address = server.accept()
+                connection, _ = server.accept()
             except OSError:
                 return
             with connection, suppress(OSError):
                 connection.settimeout(10)
-                asked = connection.recv(16).split(b" ")[0]
-                if asked in (b"GET", b"HEAD", b"POST", b"CONNECT"):  # other tests may try a port that was theirs before
-                    found.append(address)
+                method, _, target = connection.recv(500).partition(b" ")
+                if method == b"CONNECT" or target.startswith(
+                    (b"http", b"/own/")
+                ):  # other tests may ask at a port of before
+                    found.append((method, target[:200]))
 
     thread = threading.Thread(target=serve)
     thread.start()
     url = f"http://127.0.0.1:{server.getsockname()[1]}"
-    for name in ("HF_ENDPOINT", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    monkeypatch.setenv("HF_ENDPOINT", f"{url}/own")
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, url)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from volseg.engine.run import Run, digest
+from volseg.inference.padding import LINE, SQUARE
 from volseg.inference.tiles import Axis
 from volseg.segmentation.edges import EDGE
 
@@ -23,8 +24,14 @@ def probability_key(run: Run) -> str:
             config.predict.tile, config.predict.overlap, config.predict.batch, config.predict.tta,
             sorted(config.predict.planes), config.output.chunk, CONSTANT_TILES,
             *([{plane: asdict(cut) for plane, cut in run.cuts.items()}] if run.cuts else []), *_tiles_that_overlap(run),
+            *_padding(run),
         )  # fmt: skip
     return digest(key, run.roi.key) if run.roi else key
+
+
+def _padding(run: Run) -> list:
+    """What counts as padding."""
+    return [["padding is 0", SQUARE, LINE, run.padding]] if run.padding else []
 
 
 def _tiles_that_overlap(run: Run) -> list:
@@ -55,7 +62,7 @@ def probabilities_id(run: Run) -> str:
         predict = run.config.predict
         made = [
             run.model_sha256, run.mean, run.std, run.engine.arithmetic, predict.tile, predict.overlap, predict.tta,
-            sorted(predict.planes), *_tiles_that_overlap(run),
+            sorted(predict.planes), *_tiles_that_overlap(run), *_padding(run),
         ]  # fmt: skip
     return digest(run.checksum, run.shape, made, *([run.roi.key] if run.roi else []))
 

@@ -163,7 +163,8 @@ class Inference:
 
     From gray voxels to uint8 probabilities all is done where the network runs. Everything has its axes in the order of the
     pass: sections, rows, columns. Tiles are blended section by section in raster order, those that other blocks handed over
-    among those inferred here. A tile that is constant in all its sections is 0: whether it is depends on the volume alone.
+    among those inferred here. A tile that is constant in all its sections is 0, and so is padding in any tile: whether it is
+    depends on the volume alone.
     """
 
     def __init__(self, share: Share, timings: Timings, key: str = "") -> None:
@@ -234,7 +235,7 @@ class Inference:
     def _infer(self, piece: slice, mask: np.ndarray | None, out: np.ndarray | None) -> None:
         """``out`` (zeros before; None: none of it is wanted) holds the probabilities of some sections of the block's part."""
         run, device = self.run_, self.device
-        todo = self._todo(piece, mask)
+        todo, source = self._todo(piece, mask), None
         if todo:
             with _reading(self.timings):
                 source = self._reader_of(todo).read(piece.start, piece.stop)
@@ -256,6 +257,7 @@ class Inference:
             for z, added in blend_sections(
                 network, on_device, varying, self.blend, scale=scale(run.mean, run.std), batch=run.batch,
                 threads=_threads(run), timed=timings.phase, parts=self._parts(piece), give=self._give, as_uint8=True,
+                source=source,
             ):  # fmt: skip
                 if probabilities is not None:
                     with timings.phase("blend"):
@@ -410,7 +412,9 @@ class SlabReader:
             self.start = first - len(self.sections)
             self.sections.extend(np.ascontiguousarray(self._read(box)))
             self._read_ahead(last)
-        return tiles.Slab(self.sections, (self.start, self.rows.start, self.columns.start), self.around, self.length)
+        corner = self.start, self.rows.start, self.columns.start
+        across = self.axes[0] != 0
+        return tiles.Slab(self.sections, corner, self.around, self.length, self.run.padding, across)
 
     def _read(self, box: Box) -> np.ndarray:
         """The voxels of ``box``, in the axes of the pass; those that are being read are waited for."""

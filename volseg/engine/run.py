@@ -47,6 +47,7 @@ class Run:
     sections             neighboring sections that the network sees
     multiple             voxels a side that its tiles are multiples of; 0: as its binning has it
     mean, std            of the gray values, by which they are standardized
+    padding              gray values of what shows nothing
     engine               what computes; None where its probabilities come from elsewhere
     roi                  the voxels to do; None for all
     given                the source before it was resampled to the model's voxel size; None where it was not
@@ -73,6 +74,7 @@ class Run:
     multiple: int = 0
     mean: float = 0.0
     std: float = 1.0
+    padding: tuple[float, ...] = ()
     engine: Engine | None = None
     channels: tuple[probabilities.Channel, ...] = ()
     roi: RegionOfInterest | None = None

@@ -38,6 +38,8 @@ class GrayLevels:
         Share of the voxels that have them, 0..1.
     flat, isolated
         Shares of the other voxels that are like all four neighbors in their section, and unlike all of them.
+    blank
+        Sections of one value throughout among those that were looked at whole, if others are not.
     """
 
     mean: float
@@ -48,10 +50,20 @@ class GrayLevels:
     padded: float
     flat: float = 0.0
     isolated: float = 1.0
+    blank: int = 0
 
     def notes(self, where: str) -> tuple[str, ...]:
         """What a user may want to know of it, a line each."""
-        return tuple(printable(f"{where}{said}") for said in (self._extremes(), self._sameness()) if said)
+        return tuple(printable(f"{where}{said}") for said in (self._extremes(), self._sameness(), self._blank()) if said)
+
+    def _blank(self) -> str:
+        """That sections were lost."""
+        if not self.blank:
+            return ""
+        return (
+            f": {self.blank} of {PATCHES} sections that were looked at are of one gray value; a lost one is seen as the section "
+            "before it"
+        )
 
     def _sameness(self) -> str:
         """What is odd about voxels beside each other."""
@@ -105,7 +117,9 @@ def gray_levels(shape: Triple, read: Callable[[Box], np.ndarray], padding: str |
     std = float(np.sqrt(max(squares / count - mean**2, 0.0)) or 1.0) if count else 1.0
     compared, flat, isolated = (sum(counts) for counts in zip(*(patch.neighbors for patch in patches), strict=True))
     shares = (flat / compared, isolated / compared) if compared else (0.0, 1.0)
-    return GrayLevels(float(mean), std, lowest, highest, known, 1 - count / seen, *shares)
+    blank = sum(patch.lowest == patch.highest and patch.size == shape[1] * shape[2] for patch in patches)
+    blank = blank if lowest < highest and shape[0] >= PATCHES else 0
+    return GrayLevels(float(mean), std, lowest, highest, known, 1 - count / seen, *shares, blank)
 
 
 def gray_range(

@@ -16,6 +16,7 @@ import numpy as np
 
 from volseg.inference.backends import Forward, imap, takes_squares, uint8
 from volseg.inference.device import Call
+from volseg.inference.padding import Padding
 from volseg.inference.tiles import Blend, Grid, Slab, is_constant
 
 TileKey = tuple[int, tuple[int, int]]  # section, and the tile's row and column in the grid
@@ -34,6 +35,7 @@ def blend_sections(
     network: Call, slab: Slab, tiles: Iterable[TileKey], blend: Blend, *, scale: tuple[float, float], batch: int = 1,
     threads: int = 1, timed: Timer = nullcontext, parts: Iterable[tuple[TileKey, Any]] = (),
     give: Callable[[TileKey, Any], None] = lambda key, probability: None, as_uint8: bool = False,
+    source: Slab | None = None,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Yield the number of each section, and how many tiles it had here, once ``blend`` holds them all.
 
@@ -64,9 +66,14 @@ def blend_sections(
         Is told of each tile that was predicted here.
     as_uint8
         Whether the caller only takes `Blend.quantize`: a tile of which nothing is blended is made as uint8 then.
+    source
+        The same voxels in arrays, where ``slab`` lies elsewhere: of a tile that shows nothing in a part, see `padding`.
     """
     grid, device = blend.grid, blend.device
     forward = (blend.takes_uint8 and as_uint8 and uint8(network)) or network
+    arrays = source or slab
+    padding = Padding(arrays.nothing, arrays.across)
+    something: dict[TileKey, Any] = {}  # of tiles under way, the voxels that show something where not all do
 
     def batches() -> Iterator[tuple[list[TileKey], Any]]:
         remaining = iter(tiles)
@@ -78,20 +85,38 @@ def blend_sections(
                 return
             yield keys, rows
 
+    def shown(z: int, tile: tuple[int, int]) -> Slab:
+        place = grid.place(tile)
+        found = (
+            padding.shown(arrays.sections(z, place), [(n, tile) for n in arrays.near(z)]) if arrays.nothing else None
+        )
+        if found is None:
+            return slab
+        sections, shows = found
+        whole = np.ones(grid.size, bool)
+        whole[: shows.shape[0], : shows.shape[1]] = shows
+        something[z, tile] = device.put(whole)
+        start = z - slab.around, place[0].start, place[1].start
+        sections = [np.ascontiguousarray(section) for section in sections]
+        return Slab(device.put_sections(sections), start, slab.around, z + slab.around + 1)
+
     def cut(keys: list[TileKey]) -> Any:
         if batch == 1 and takes_squares(network):
-            squares = slab.cut_squares(keys[0][0], grid.place(keys[0][1]), scale)
+            ((z, tile),) = keys
+            squares = shown(z, tile).cut_squares(z, grid.place(tile), scale)
             if squares is not None:
                 return squares[None]
         make = device.empty if len(keys) == batch else device.zeros
         rows = make((batch, 2 * slab.around + 1, *grid.size))
         for row, (z, tile) in zip(rows, keys, strict=False):
-            slab.cut(z, grid.place(tile), row, scale, device)
+            shown(z, tile).cut(z, grid.place(tile), row, scale, device)
         return rows
 
     def predicted() -> Iterator[tuple[TileKey, Any, bool]]:
         for keys, probability in imap(forward, batches(), threads):
-            yield from ((key, one, True) for key, one in zip(keys, probability, strict=False))
+            for key, one in zip(keys, probability, strict=False):
+                inside = something.pop(key, None)
+                yield key, one if inside is None else one * inside, True
 
     section, count = None, 0
     elsewhere = ((key, part, False) for key, part in parts)

@@ -260,20 +260,24 @@ def _flipped(array: Any, axes: tuple[int, ...]) -> Any:
 class Slab:
     """The voxels under some tiles, sections (y, x) in a list, array or tensor, whose first voxel lies at ``start``.
 
-    ``around``: sections that a tile sees on each side of its own; ``depth``: sections that there are.
+    ``around``: sections that a tile sees on each side of its own; ``depth``: sections that there are; ``nothing``: gray values
+    of what shows nothing, see `padding`; ``across``: the volume is stored in other sections, of which each is a row here.
     """
 
     voxels: Any
     start: tuple[int, int, int]
     around: int
     depth: int
+    nothing: tuple[float, ...] = ()
+    across: bool = False
 
     def sections(self, z: int, place: tuple[slice, slice]) -> list:
         """What a tile of section ``z`` sees, as views that end where the plane does; beyond all sections, the last."""
         y, x = (slice(s.start - o, s.stop - o) for s, o in zip(place, self.start[1:], strict=True))
-        return [self.voxels[n - self.start[0]][y, x] for n in self._near(z)]
+        return [self.voxels[n - self.start[0]][y, x] for n in self.near(z)]
 
-    def _near(self, z: int) -> list[int]:
+    def near(self, z: int) -> list[int]:
+        """The sections that a tile of section ``z`` sees."""
         return [min(max(n, 0), self.depth - 1) for n in range(z - self.around, z + self.around + 1)]
 
     def cut(
@@ -287,7 +291,7 @@ class Slab:
 
     def cut_squares(self, z: int, place: tuple[slice, slice], scale: tuple[float, float]) -> np.ndarray | None:
         """That tile as `pixel_shuffle` makes it, bfloat16; None where it reaches past the plane's end."""
-        near = [self.voxels[n - self.start[0]] for n in self._near(z)]
+        near = [self.voxels[n - self.start[0]] for n in self.near(z)]
         rows, columns = (stop - start for start, stop in ((s.start, s.stop) for s in place))
         corner = place[0].start - self.start[1], place[1].start - self.start[2]
         if corner[0] + rows > near[0].shape[0] or corner[1] + columns > near[0].shape[1] or not is_plain(near[0]):

@@ -25,6 +25,7 @@ from volseg.inference.backends import Engine
 from volseg.inference.model_card import ModelCard
 from volseg.inference.model_file import model_file
 from volseg.inference.normalization import GrayLevels, gray_levels, gray_range
+from volseg.inference.padding import values_of_nothing
 from volseg.inference.settings import Settings, settings_of
 from volseg.io import probabilities, roi, volume
 from volseg.io.place import Place
@@ -77,6 +78,7 @@ def from_image(source: volume.Volume, config: Config, out: str, like: str = "") 
         multiple=card.graph.multiple if card.graph else 0,
         mean=mean,
         std=std,
+        padding=values_of_nothing(source.dtype, gray.padding),
         voxel_size_nm=voxel_size_nm,
         checksum=source.checksum(),
         engine=computes,

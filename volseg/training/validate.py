@@ -13,6 +13,7 @@ from volseg.errors import UserError
 from volseg.inference.backends import Forward
 from volseg.inference.model_card import MULTIPLE
 from volseg.inference.normalization import scale
+from volseg.inference.padding import values_of_nothing
 from volseg.inference.sections import predict_sections
 from volseg.inference.tiles import Slab
 from volseg.inference.tiles import grid as tile_grid
@@ -50,10 +51,10 @@ def numpy_forward(network: torch.nn.Module, precision: str) -> Iterator[Forward]
 
 def source_tiles(source: Source, config: Config) -> dict:
     """Return what `sections.predict_sections` is told of a source: slab, grid, heads and scale, those of a run."""
-    settings, predict = config.train, config.predict
+    settings, predict, image = config.train, config.predict, source.image
     return {
-        "slab": Slab(source.image, (0, 0, 0), settings.sections // 2, len(source.image)),
-        "grid": tile_grid(source.image.shape[1:], predict.tile, predict.overlap, MULTIPLE * settings.binning),
+        "slab": Slab(image, (0, 0, 0), settings.sections // 2, len(image), values_of_nothing(image.dtype, (0.0,))),
+        "grid": tile_grid(image.shape[1:], predict.tile, predict.overlap, MULTIPLE * settings.binning),
         "heads": len(settings.heads),
         "scale": scale(source.mean, source.std),
     }
