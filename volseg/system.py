@@ -125,6 +125,14 @@ def send_nothing() -> None:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
+def same_imports() -> dict[str, str]:
+    """The environment in which another Python imports what this one does: a file ``queue.py`` in the folder where a user
+    happens to be is none of it.
+    """
+    paths = [os.path.abspath(path) for path in sys.path]
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if os.pathsep not in path)}
+
+
 def keep_numba_cache() -> None:
     """numba can store what it compiles, if only in a temporary folder: that is, where neither the package nor the user's cache
     may be written, or not the folder that ``NUMBA_CACHE_DIR`` gives.

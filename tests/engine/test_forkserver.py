@@ -1,11 +1,14 @@
 """Local workers are forked from a process that has imported what they need."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import volseg
 from volseg.config import Cluster
 from volseg.engine import cluster
 from volseg.engine import forkserver as prefork
@@ -53,3 +56,22 @@ def test_workers_keep_the_memory_that_they_free():
     with cluster.connect(Cluster(workers=1, dashboard="")) as client:
         (found,) = client.run(_faults).values()
     assert found < 1000
+
+
+@pytest.mark.parametrize("words", [("infer", "--workers", "2"), ("plan",)])
+def test_files_that_lie_beside_a_user_are_not_imported(image, tmp_path, words):
+    """In the folder where a command is given, files may be called as modules are."""
+    (tmp_path / "here").mkdir()
+    for name in ("queue", "dask", "zarr", "statistics", "volseg"):
+        (tmp_path / "here" / f"{name}.py").write_text("raise SystemExit('a file of the user was run')")
+    (tmp_path / "launch.py").write_text("from volseg.cli import main\nif __name__ == '__main__': main()")
+    root = str(Path(volseg.__file__).parents[1])
+    given = [image, "--out", str(tmp_path / "run.zarr"), "--set", "predict.tile=96", "--set", "predict.overlap=32"]
+    line = [sys.executable, str(tmp_path / "launch.py"), *words, *given]
+    env = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(
+        line, cwd=tmp_path / "here", env=env, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert "a file of the user" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr

@@ -106,3 +106,14 @@ def test_real_em_draws_no_note_and_its_labels_do(shared_data):
     for name, told in (("vnc/raw", False), ("vnc/mitochondria", True)):
         opened = volume.open(shared_data / name)
         assert bool(gray_levels(opened.shape, opened.read).notes("em.tif")) == told
+
+
+def test_sections_that_were_lost_are_told():
+    image = np.random.default_rng(0).integers(1, 255, (48, 40, 50), np.uint8)
+    image[::2] = 0
+    found = gray_levels(image.shape, lambda box: image[box.slices])
+    assert found.blank > 5
+    assert any("are of one gray value; one that was lost" in note for note in found.notes("em.tif"))
+    black = np.zeros_like(image)
+    assert not gray_levels(black.shape, lambda box: black[box.slices]).blank
+    assert not gray_levels((20, 40, 50), lambda box: image[box.slices]).blank, "each is looked at more than once"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -146,7 +147,8 @@ def _open_napari(command: list[str]) -> None:
     from volseg import system
 
     if all(map(system.installed, ("napari", "napari_ome_zarr"))):
-        subprocess.run([sys.executable, "-m", *command], check=False)
+        env = {**os.environ, **system.same_imports()}
+        subprocess.run([sys.executable, "-m", *command], check=False, env=env)
         return
     text = f"napari is not installed here; pip install 'napari[all]' napari-ome-zarr, then: {shlex.join(command)}"
     emit(text, {"command": command})

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
 
+from volseg.system import same_imports
+
 # The command line is among them: a worker runs the console script's imports again.
 PRELOAD = ["volseg.engine.pipeline", "volseg.cli", "volseg.engine.preload"]
 # What Dask sets before it spawns a worker (distributed.nanny.pre-spawn-environ): read when the libraries are loaded. But
@@ -30,15 +32,19 @@ def start() -> None:
     """The process to fork from is there or on its way, deaf to Ctrl-C; it ends with this one. A second call does nothing."""
     if method() != "forkserver":
         return
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if before[name] is None})
+    wanted = {**{name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}, **same_imports()}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         with deaf_to_interrupts():
             forkserver.set_forkserver_preload(PRELOAD)
             forkserver.ensure_running()
     finally:
-        for name in (name for name, value in before.items() if value is None):
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

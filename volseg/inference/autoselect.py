@@ -25,7 +25,7 @@ from volseg.config import Predict
 from volseg.errors import UserError
 from volseg.inference import backends, cache, export, hardware, model
 from volseg.inference.device import is_out_of_memory
-from volseg.system import installed, require
+from volseg.system import installed, require, same_imports
 
 MIN_PROBED_VOXELS = 1 << 29  # a smaller volume is done before a probe has paid for itself
 MAX_CHANGED_SHARE = 0.001  # share of voxels that may change sides of 0.5 against float32
@@ -202,7 +202,8 @@ def _measure_in_process(
     (folder / "wanted.json").write_text(json.dumps({"model": str(path), "wanted": wanted, "batch": size}))
     command = [sys.executable, "-m", "volseg.inference.autoselect", str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        env = {**os.environ, **same_imports()}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=env)
         code, said = done.returncode, done.stderr
     except subprocess.TimeoutExpired:
         code = None

@@ -54,15 +54,17 @@ class GrayLevels:
 
     def notes(self, where: str) -> tuple[str, ...]:
         """What a user may want to know of it, a line each."""
-        return tuple(printable(f"{where}{said}") for said in (self._extremes(), self._sameness(), self._blank()) if said)
+        return tuple(
+            printable(f"{where}{said}") for said in (self._extremes(), self._sameness(), self._blank()) if said
+        )
 
     def _blank(self) -> str:
         """That sections were lost."""
         if not self.blank:
             return ""
         return (
-            f": {self.blank} of {PATCHES} sections that were looked at are of one gray value; a lost one is seen as the section "
-            "before it"
+            f": {self.blank} of {PATCHES} sections that were looked at are of one gray value; one that was lost is seen as the "
+            "section before it"
         )
 
     def _sameness(self) -> str:
@@ -115,11 +117,11 @@ def gray_levels(shape: Triple, read: Callable[[Box], np.ndarray], padding: str |
     seen = sum(patch.size for patch in patches)
     mean = total / count if count else 0.0
     std = float(np.sqrt(max(squares / count - mean**2, 0.0)) or 1.0) if count else 1.0
-    compared, flat, isolated = (sum(counts) for counts in zip(*(patch.neighbors for patch in patches), strict=True))
-    shares = (flat / compared, isolated / compared) if compared else (0.0, 1.0)
+    compared, like, unlike = (sum(counts) for counts in zip(*(patch.neighbors for patch in patches), strict=True))
+    flat, isolated = (like / compared, unlike / compared) if compared else (0.0, 1.0)
     blank = sum(patch.lowest == patch.highest and patch.size == shape[1] * shape[2] for patch in patches)
     blank = blank if lowest < highest and shape[0] >= PATCHES else 0
-    return GrayLevels(float(mean), std, lowest, highest, known, 1 - count / seen, *shares, blank)
+    return GrayLevels(float(mean), std, lowest, highest, known, 1 - count / seen, flat, isolated, blank)
 
 
 def gray_range(

@@ -244,7 +244,10 @@ def _tried_in_process(backend: str, precision: str, seconds: float) -> Check:
     command = [sys.executable, "-m", "volseg.inference.trial", backend, precision, str(seconds), str(threads)]
     advice = f"pip install --force-reinstall {backends.PACKAGES[backend]}; until then the other backends are used"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BACKEND_LIMIT_S + seconds, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=BACKEND_LIMIT_S + seconds, check=False,
+            env={**os.environ, **system.same_imports()},
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return Check(name, WARNING, f"not ready after {BACKEND_LIMIT_S} s", "try again when the machine is idle")
     if done.returncode:

@@ -264,7 +264,7 @@ def _sample_channels(run: Run) -> np.ndarray:
 def _side_by_side(folder: str, count: int) -> list[dict]:
     """What ``count`` processes measure at the same time."""
     command = [sys.executable, "-m", "volseg.planning.measure", folder]
-    env = {**forkserver.ENVIRONMENT, **os.environ}
+    env = {**forkserver.ENVIRONMENT, **os.environ, **system.same_imports()}
     processes = [
         subprocess.Popen([*command, str(i)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for i in range(count)
