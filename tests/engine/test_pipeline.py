@@ -108,6 +108,19 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(image, reference, tmp_path)
     assert digest(out) == digest(reference)
 
 
+def test_a_worker_with_another_volseg_makes_nothing(image, tmp_path):
+    """As in a folder or on a host that has one of another state, whose results would lie under other keys."""
+    run = describe.from_image(volume.open(image), settings(), str(tmp_path / "run.partial"))
+    folder.begin(run, overwrite=False)
+    plain = run.layout.load_description()
+    run.layout.save_description({**plain, "keys": {**plain["keys"], "stitch": "of another state"}})
+    with pytest.raises(
+        UserError, match=r"the worker on .* has another volseg than the command .*: what it made would not fit"
+    ):
+        pipeline.process_block(run.out, run.id, "predict", 0)
+    assert not markers_of(run).done("predict")
+
+
 def test_an_unfinished_run_of_other_settings_is_refused(image, tmp_path):
     out = str(tmp_path / "run.volseg.zarr")
     config = settings()

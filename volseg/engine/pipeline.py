@@ -20,9 +20,11 @@ which block goes when, `finish` makes a whole run of the parts.
 
 from __future__ import annotations
 
+import platform
 import time
 from functools import lru_cache
 
+import volseg
 from volseg.engine import cluster
 from volseg.engine.lock import writing
 from volseg.engine.predict import holds_network, in_pieces, release_network
@@ -30,7 +32,7 @@ from volseg.engine.receipt import Receipt, Timings
 from volseg.engine.run import Run, stored_run
 from volseg.engine.stages import Stage, stages_of
 from volseg.engine.stored import recording
-from volseg.errors import OutOfMemoryError
+from volseg.errors import OutOfMemoryError, UserError
 from volseg.io import files
 from volseg.io.filling import recording_filled
 
@@ -75,4 +77,11 @@ def _load(path: str, run_id: str) -> tuple[Run, dict[str, Stage]]:
     if holds_network():
         release_network()
     run = stored_run(path, run_id)
-    return run, stages_of(run)
+    stages = stages_of(run)
+    described = run.layout.load_description()["keys"]
+    if any(described.get(name, stage.key) != stage.key for name, stage in stages.items()):
+        raise UserError(
+            f"the worker on {platform.node()} has another volseg than the command that began the run ({volseg.__file__}, "
+            f"{volseg.__version__}): what it made would not fit; install the same one there"
+        )
+    return run, stages
