@@ -13,6 +13,7 @@ from benchmarks import (
     exact,
     heights,
     instances,
+    padding,
     planes,
     report,
     touching,
@@ -114,3 +115,16 @@ def test_every_benchmark_explains_itself(name):
     done = CliRunner().invoke(app, [name, "--help"])
     assert done.exit_code == 0
     assert "Usage" in done.output
+
+
+def test_padding_and_lost_sections_are_scored_both_ways(image, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(padding, "RIM", 40)
+    monkeypatch.setattr(
+        padding, "DAMAGE", {name: padding.DAMAGE[name] for name in ("black padding", "every 8th section black")}
+    )
+    out = str(tmp_path / "runs")
+    padding.measure(image, f"{image}/labels/truth", "0:9,0:75,0:170", "5,5,5", ("",), out)
+    rows = json.loads((tmp_path / "padding.json").read_text())["rows"]
+    assert [row["damage"] for row in rows] == list(padding.DAMAGE)
+    assert all(0 <= row[f"IoU, {mode}"] <= 1 for row in rows for mode in padding.MODES)

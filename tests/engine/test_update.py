@@ -65,6 +65,14 @@ def test_what_another_version_predicted_is_done_again(finished):
     ), show.said
 
 
+def test_padding_that_counted_otherwise_is_what_changed(finished):
+    out, again = finished
+    for path in (Path(out, "run.json"), Path(out, "work/run.json")):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "padding": []}))
+    _, show = again()
+    assert any("what counts as padding changed: all blocks are done again" in line for line in show.said), show.said
+
+
 def test_another_volume_or_model_does_everything_again(finished, image, tmp_path):
     out, again = finished
     stored = volume.open(image)

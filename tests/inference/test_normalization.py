@@ -113,7 +113,9 @@ def test_sections_that_were_lost_are_told():
     image[::2] = 0
     found = gray_levels(image.shape, lambda box: image[box.slices])
     assert found.blank > 5
-    assert any("are of one gray value; one that was lost" in note for note in found.notes("em.tif"))
+    assert any("are of one gray value; one between two others is seen" in note for note in found.notes("em.tif"))
+    plain = gray_levels(image.shape, lambda box: image[box.slices], "none")
+    assert any("are of one gray value; seen as they are" in note for note in plain.notes("em.tif"))
     black = np.zeros_like(image)
     assert not gray_levels(black.shape, lambda box: black[box.slices]).blank
     assert not gray_levels((20, 40, 50), lambda box: image[box.slices]).blank, "each is looked at more than once"

@@ -321,6 +321,16 @@ def test_a_plan_says_how_many_tiles_show_nothing(tmp_path):
                                    describe.workers_of(run)).probed  # fmt: skip
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_a_mask_that_wants_nothing_is_planned(image, tmp_path):
+    mask = write_volume(str(tmp_path / "mask.zarr"), np.zeros(volume.open(image).shape, np.uint8))
+    config = settings(
+        input={"mask": mask}, predict={"backend": "openvino", "precision": "fp32"}, cluster={"workers": 1}
+    )
+    made = api.plan(image, tmp_path / "run.zarr", config=config)
+    assert (made.inferred_voxels, made.looked_tiles) == (0, 0)
+
+
 def test_a_plan_of_a_region_counts_its_own_blocks(tmp_path):
     run = unread((640, 20000, 20000), tmp_path, chunk=(64, 64, 64))
     box = Box((0, 0, 0), (64, 1536, 1536))

@@ -32,9 +32,7 @@ Roi = Annotated[str, typer.Option("--roi", metavar="z0:z1,y0:y1,x0:x1", help="Do
 Channel = Annotated[int | None, typer.Option("--channel", min=0, help="Which of several channels, from 0.")]
 Time = Annotated[int | None, typer.Option("--time", min=0, help="Which of several times, from 0.")]
 Invert = Annotated[bool, typer.Option("--invert", help="Turn gray values around: the volume's objects are too bright.")]
-Padding = Annotated[
-    str, typer.Option("--padding", metavar="VALUE", help="Gray value around the image: does not count.")
-]
+Padding = Annotated[str, typer.Option("--padding", metavar="VALUE", help="Gray value around the image, or none.")]
 VoxelNm = Annotated[
     str, typer.Option("--voxel-nm", metavar="Z,Y,X", help="Size of a voxel in nm, whatever the file says.")
 ]

@@ -24,6 +24,7 @@ FACTS = {
     "roi": "the region of interest",
     "mean": "how gray values are standardized",
     "std": "how gray values are standardized",
+    "padding": "what counts as padding",
 }  # of a run, in words; the volume's own come first, since the others follow from them
 UNDECISIVE = {"keep_work"}  # of [output]: decides no byte
 

@@ -62,10 +62,12 @@ class GrayLevels:
         """That sections were lost."""
         if not self.blank:
             return ""
-        return (
-            f": {self.blank} of {PATCHES} sections that were looked at are of one gray value; one that was lost is seen as the "
-            "section before it"
+        seen = (
+            "one between two others is seen as the one before it"
+            if self.padding
+            else "seen as they are (input.padding)"
         )
+        return f": {self.blank} of {PATCHES} sections that were looked at are of one gray value; {seen}"
 
     def _sameness(self) -> str:
         """What is odd about voxels beside each other."""

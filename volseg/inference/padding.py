@@ -96,6 +96,9 @@ def mirrored(section: np.ndarray, empty: np.ndarray) -> np.ndarray:
     >>> mirrored(np.array([[0, 0, 5, 6, 7, 0]]), np.array([[True, True, False, False, False, True]])).tolist()
     [[6, 5, 5, 6, 7, 7]]
     """
+    if section.dtype == np.float16 or not section.dtype.isnative:  # which numba does not know
+        plain = section.astype(np.float32 if section.dtype == np.float16 else section.dtype.newbyteorder("="))
+        return mirrored(plain, empty).astype(section.dtype)
     out, known = section.copy(), ~empty
     far = np.multiply(empty, FARTHEST, dtype=np.int32)
     _mirror_rows(out, known, far)
@@ -150,16 +153,16 @@ def without_lost_rows(section: np.ndarray, values: Sequence[float]) -> tuple[np.
     Returns
     -------
     The section, in which lines of at least `LINE` voxels (or a whole row) of one of ``values`` are replaced by the row before,
-    or after the first one, where they lie between rows that are none; and the voxels of other such lines (bool, y x), None
-    where there are none.
+    where they lie between rows that are none; and the voxels of other such lines (bool, y x), None where there are none. What
+    is not seen, beyond its ends, counts as such lines.
 
     Examples
     --------
-    >>> section = np.full((6, 200), 9, np.uint8)
-    >>> section[[1, 4, 5]] = 0
+    >>> section = np.full((7, 200), 9, np.uint8)
+    >>> section[[1, 4, 5]] = section[-1] = 0
     >>> seen, empty = without_lost_rows(section, (0.0,))
     >>> seen[:, 0].tolist(), empty.all(axis=1).tolist()
-    ([9, 9, 9, 9, 0, 0], [False, False, False, False, True, True])
+    ([9, 9, 9, 9, 0, 0, 0], [False, False, False, False, True, True, True])
     """
     length = min(LINE, section.shape[1])
     lines = np.zeros(section.shape, bool)
@@ -169,10 +172,10 @@ def without_lost_rows(section: np.ndarray, values: Sequence[float]) -> tuple[np.
             _mark_lines(section == value, length, lines)
     if not lines.any():
         return section, None
-    beyond = np.pad(lines, ((1, 1), (0, 0)))
+    beyond = np.pad(lines, ((1, 1), (0, 0)), constant_values=True)
     lost = lines & ~beyond[:-2] & ~beyond[2:]
-    if len(section) > 1 and lost.any():
-        section = np.where(lost, np.concatenate([section[1:2], section[:-1]]), section)
+    if lost.any():
+        section = np.where(lost, np.roll(section, 1, axis=0), section)
         lines &= ~lost
     return section, lines if lines.any() else None
 

@@ -101,15 +101,16 @@ def blend_sections(
         return Slab(device.put_sections(sections), start, slab.around, z + slab.around + 1)
 
     def cut(keys: list[TileKey]) -> Any:
+        seen = [(shown(z, tile), z, grid.place(tile)) for z, tile in keys]
         if batch == 1 and takes_squares(network):
-            ((z, tile),) = keys
-            squares = shown(z, tile).cut_squares(z, grid.place(tile), scale)
+            ((one, z, place),) = seen
+            squares = one.cut_squares(z, place, scale)
             if squares is not None:
                 return squares[None]
         make = device.empty if len(keys) == batch else device.zeros
         rows = make((batch, 2 * slab.around + 1, *grid.size))
-        for row, (z, tile) in zip(rows, keys, strict=False):
-            shown(z, tile).cut(z, grid.place(tile), row, scale, device)
+        for row, (one, z, place) in zip(rows, seen, strict=False):
+            one.cut(z, place, row, scale, device)
         return rows
 
     def predicted() -> Iterator[tuple[TileKey, Any, bool]]:

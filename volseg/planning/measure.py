@@ -236,6 +236,8 @@ def _constant_tiles(run: Run) -> tuple[int, int]:
     wanted = run.wanted_part(Box.from_shape(run.shape)).transpose(axes)
     window = grid.overlapping(*wanted.slices[1:])
     looked = constant = 0
+    if not wanted.voxels:
+        return looked, constant
     end = time.monotonic() + LOOK_S
     for k in range(4 * LOOKED_TILES):  # in the box around a mask there may be many that show nothing wanted
         if looked == LOOKED_TILES or (looked and time.monotonic() > end):

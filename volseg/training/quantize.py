@@ -22,6 +22,7 @@ from volseg.evaluation import evaluate
 from volseg.inference import backends, export, model, sampling, tiles
 from volseg.inference.model_card import Int8Form, ModelCard
 from volseg.inference.normalization import gray_statistics, scale
+from volseg.inference.padding import values_of_nothing
 from volseg.inference.sections import predict_sections_uint8
 from volseg.io import volume
 from volseg.system import require
@@ -166,7 +167,8 @@ def _predict(
     """Probabilities of whole sections as a run would store them, uint8 (heads, z, y, x)."""
     grid, margin = _tile_grid(source, card), card.sections // 2
     visible = box.grow((margin, 0, 0)).clip(source.shape)
-    slab = tiles.Slab(source.read(visible), visible.start, margin, source.shape[0])
+    nothing = values_of_nothing(source.dtype, (0.0,))
+    slab = tiles.Slab(source.read(visible), visible.start, margin, source.shape[0], nothing)
     forward = backends.load(blob, "openvino", precision, (1, card.sections, *grid.size))
     sections = range(box.start[0], box.stop[0])
     return predict_sections_uint8(forward, slab, sections, grid=grid, heads=len(card.heads), scale=scale(*statistics))

@@ -13,7 +13,8 @@ from volseg.config import Train, TrainData
 from volseg.errors import UserError
 from volseg.evaluation.synthetic import VOXEL_SIZE_NM, synth
 from volseg.inference.model import load_card, named
-from volseg.inference.normalization import gray_statistics
+from volseg.inference.normalization import GrayLevels, gray_levels
+from volseg.inference.padding import values_of_nothing
 from volseg.inference.tiles import MULTIPLE, PLANES
 from volseg.inference.voxel_size import matches
 from volseg.io import volume
@@ -88,6 +89,8 @@ class Source:
         uint8 (z, y, x), see `targets.border_distance`; None where no head learns it.
     mean, std
         Mean and standard deviation of the volume's gray values.
+    padding
+        Gray values of what shows nothing, see `inference.padding`.
     share
         How often the volume is drawn, against the others.
     voxel_size_nm
@@ -120,6 +123,7 @@ class Source:
     distance: np.ndarray | None
     mean: float
     std: float
+    padding: tuple[float, ...]
     share: float
     voxel_size_nm: tuple[float, float, float] | None
     checksum: str
@@ -362,12 +366,17 @@ def _synthesize(data: TrainData, first: int, annotated: np.ndarray) -> dict:
     _, height, width = data.synth_shape
     image, labels = synth(Box((first, 0, 0), (first + len(annotated), height, width)), seed=data.synth_seed)
     labels[~annotated] = 0
-    mean, std = gray_statistics(image.shape, lambda box: image[box.slices])
     name = f"synth {data.synth_seed}"
     return {
-        "name": name, "image": image, "labels": labels, "mean": mean, "std": std, "label_kind": "instances",
+        "name": name, "image": image, "labels": labels, "label_kind": "instances",
+        **_gray(gray_levels(image.shape, lambda box: image[box.slices]), image.dtype),
         "voxel_size_nm": data.voxel_size_nm or VOXEL_SIZE_NM, "checksum": _digest(image, labels),
     }  # fmt: skip
+
+
+def _gray(found: GrayLevels, dtype: np.dtype) -> dict:
+    """Gray values of a volume as fields of `Source`."""
+    return {"mean": found.mean, "std": found.std, "padding": values_of_nothing(dtype, found.padding)}
 
 
 def _read(data: TrainData, image: volume.Volume, annotation: Annotation, first: int, annotated: np.ndarray) -> dict:
@@ -386,9 +395,8 @@ def _read(data: TrainData, image: volume.Volume, annotation: Annotation, first: 
     of_points = annotation.form == "points"
     labels, note = normalize_labels(stored, unlabeled=unlabeled, background=data.background, instances=of_points)
     kind = "scribbles" if data.unlabeled == 0 else "points" if of_points else _format_label_kind(note)
-    mean, std = gray_statistics(image.shape, image.read)
     return {
-        "name": data.image, "image": voxels, "labels": labels, "mean": mean, "std": std,
+        "name": data.image, "image": voxels, "labels": labels, **_gray(gray_levels(image.shape, image.read), voxels.dtype),
         "label_kind": kind, "voxel_size_nm": image.voxel_size_nm, "checksum": _digest(voxels, stored),
     }  # fmt: skip
 

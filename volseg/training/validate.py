@@ -13,7 +13,6 @@ from volseg.errors import UserError
 from volseg.inference.backends import Forward
 from volseg.inference.model_card import MULTIPLE
 from volseg.inference.normalization import scale
-from volseg.inference.padding import values_of_nothing
 from volseg.inference.sections import predict_sections
 from volseg.inference.tiles import Slab
 from volseg.inference.tiles import grid as tile_grid
@@ -53,7 +52,7 @@ def source_tiles(source: Source, config: Config) -> dict:
     """Return what `sections.predict_sections` is told of a source: slab, grid, heads and scale, those of a run."""
     settings, predict, image = config.train, config.predict, source.image
     return {
-        "slab": Slab(image, (0, 0, 0), settings.sections // 2, len(image), values_of_nothing(image.dtype, (0.0,))),
+        "slab": Slab(image, (0, 0, 0), settings.sections // 2, len(image), source.padding),
         "grid": tile_grid(image.shape[1:], predict.tile, predict.overlap, MULTIPLE * settings.binning),
         "heads": len(settings.heads),
         "scale": scale(source.mean, source.std),
