@@ -30,7 +30,7 @@ def sections(draw):
     return section
 
 
-@hypothesis_settings(deadline=None, max_examples=150)
+@hypothesis_settings(deadline=None, max_examples=60)
 @given(sections())
 def test_empty_voxels_are_the_opening_by_a_square(section):
     found = empty_voxels(section, VALUES)
