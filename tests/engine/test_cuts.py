@@ -235,13 +235,26 @@ def test_padding_is_the_same_in_every_block(padded, cuts, tmp_path, looks, order
     run = begun(padded, tmp_path / "run", **options)
     assert run.cuts
     assert run.padding == (0.0, 255.0)
-    work(run, order)
+    receipts = work(run, order)
     np.testing.assert_array_equal(arrays.open_array(run.out, "0")[:], want)
+    assert {Box.parse(text).start[0] for receipt in receipts.values() for _, text in receipt.filled} == {LOST}
     if looks == "xy":
         assert not want[..., END:].any()
         assert not want[:, 22:, 60:].any()
         lost, before = want[:, LOST, :, :END].astype(int), want[:, LOST - 1, :, :END].astype(int)
         assert np.abs(lost - before).mean() < 0.5 * np.abs(want[:, LOST - 5, :, :END] - before).mean()
+
+
+def test_lost_sections_are_told_also_when_work_was_cleaned(padded, tmp_path):
+    out = str(tmp_path / "run.volseg.zarr")
+    run = api.infer(padded, out, config=settings(**SMALL, cluster={"workers": 1}), progress=Quiet())
+    told = f"lost     all or some of a section, seen as the one before it: {LOST}"
+    assert run.summary["lost_sections"] == [LOST]
+    assert told in run.report()
+    api.clean(out)
+    again = api.segment(out, settings=["stitch.min_voxels=60"], recompute=True, progress=Quiet())
+    assert again.summary["lost_sections"] == [LOST]
+    assert told in again.report()
 
 
 def test_padding_that_is_none_is_seen_as_it_is(padded, tmp_path):

@@ -32,6 +32,7 @@ from volseg.errors import IncompleteRunError, OutOfMemoryError, UserError
 from volseg.inference import hardware
 from volseg.io import files, volume
 from volseg.io.corrections import format_file
+from volseg.io.filling import LOST
 from volseg.io.resample import Grid
 from volseg.progress import Progress
 from volseg.segmentation import objects, saddles
@@ -200,6 +201,7 @@ def finish(
     markers = Markers(run.out, keys(run))
     facts["manifest_mark"] = write_manifest(layout, markers.marks())
     facts["filled_boxes"] = _filled_boxes(markers)  # after `marks`, which has read every receipt
+    facts["lost_sections"] = [Box.parse(text).start[0] for text in facts["filled_boxes"].pop(LOST, ())]
     layout.save_summary({**run.to_json(), "out": out, "keys": keys(run), **facts})
     durable = run.config.cluster.durable
     if durable:

@@ -19,7 +19,7 @@ from volseg.engine.layout import Layout
 from volseg.engine.run import Run
 from volseg.errors import DamagedFileError, UserError
 from volseg.io import arrays, files, pictures
-from volseg.io.filling import filled_line
+from volseg.io.filling import filled_line, lost_line
 
 if TYPE_CHECKING:
     import dask.array
@@ -150,6 +150,7 @@ class FinishedRun:
                 filled_line(where, boxes, "filled_boxes in run.json")
                 for where, boxes in facts.get("filled_boxes", {}).items()
             ),
+            *([lost_line(facts["lost_sections"])] if facts.get("lost_sections") else []),
             *_time_lines(facts, voxels),
             f"peak memory {peak['worker'] / 2**30:.2f} GiB in the largest worker, {peak['client'] / 2**30:.2f} GiB in this "
             "process",

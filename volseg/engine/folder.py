@@ -21,6 +21,7 @@ from volseg.errors import DamagedFileError, UserError
 from volseg.inference import export
 from volseg.inference.model_file import model_file
 from volseg.io import files, ome, pyramid, volume
+from volseg.io.filling import LOST
 from volseg.segmentation.rules import label_dtype
 
 # Of a description: what decides no byte.
@@ -363,6 +364,7 @@ def _rebuild_work(out: str) -> None:
     stages, markers = stages_of(run), Markers(out, keys(run))
     kept = {run.probability_stage: run.layout.probabilities, "image0": run.layout.image()}
     filled = tuple((where, box) for where, boxes in summary.get("filled_boxes", {}).items() for box in boxes)
+    filled += tuple((LOST, f"{z}:{z + 1},0:1,0:1") for z in summary.get("lost_sections", ()))
     for name, array in ((name, array) for name, array in kept.items() if name in stages):
         for i in stages[name].part.numbers:
             box = stages[name].grid[i]

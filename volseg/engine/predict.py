@@ -31,6 +31,7 @@ from volseg.inference.device import Call, out_of_memory_as
 from volseg.inference.normalization import scale
 from volseg.inference.sections import TileKey, blend_sections, varying_tiles
 from volseg.io import probabilities, pyramid
+from volseg.io.filling import record_lost
 from volseg.system import trim_memory
 
 MOST_UNNEEDED = 2  # times the area under the tiles of some sections that is read for them
@@ -257,7 +258,7 @@ class Inference:
             for z, added in blend_sections(
                 network, on_device, varying, self.blend, scale=scale(run.mean, run.std), batch=run.batch,
                 threads=_threads(run), timed=timings.phase, parts=self._parts(piece), give=self._give, as_uint8=True,
-                source=source,
+                source=source, lost=record_lost if self.share.axes[0] == 0 else lambda z: None,
             ):  # fmt: skip
                 if probabilities is not None:
                     with timings.phase("blend"):

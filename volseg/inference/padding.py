@@ -209,6 +209,7 @@ class Padding:
     def __init__(self, values: Sequence[float], across: bool = False) -> None:
         self.values = values
         self.across = across  # the tiles lie across the sections that the volume is stored in
+        self.lost = False  # whether of the last tile's own section something was lost
         self.kept: dict[Hashable, np.ndarray | None] = {}  # packed
 
     def shown(
@@ -220,6 +221,7 @@ class Padding:
         as beyond the end of a volume. Where its own does, but not those on both sides, it was lost: the one before is seen.
         ``keys`` name the sections of this and of other tiles. None: all are to be seen as they are.
         """
+        self.lost = False
         lines: list[np.ndarray | None] = [None] * len(sections)
         stored = sections
         if self.across:
@@ -234,8 +236,9 @@ class Padding:
             before, behind = (empty[min(max(n, 0), 2 * middle)] for n in (middle - 1, middle + 1))
             none = [one for one in (before, behind) if one is not None]
             something = ~np.logical_and(own, np.logical_or.reduce(none)) if none else something
-            if middle and not (own == ~something).all():
-                seen = np.where(own & something, sections[middle - 1], seen)
+            lost = own & something
+            self.lost = bool(middle and lost.any())
+            seen = np.where(lost, sections[middle - 1], seen) if self.lost else seen
             if something.any():
                 seen = mirrored(seen, ~something)
         return [

@@ -35,7 +35,7 @@ def blend_sections(
     network: Call, slab: Slab, tiles: Iterable[TileKey], blend: Blend, *, scale: tuple[float, float], batch: int = 1,
     threads: int = 1, timed: Timer = nullcontext, parts: Iterable[tuple[TileKey, Any]] = (),
     give: Callable[[TileKey, Any], None] = lambda key, probability: None, as_uint8: bool = False,
-    source: Slab | None = None,
+    source: Slab | None = None, lost: Callable[[int], None] = lambda z: None,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Yield the number of each section, and how many tiles it had here, once ``blend`` holds them all.
 
@@ -68,6 +68,8 @@ def blend_sections(
         Whether the caller only takes `Blend.quantize`: a tile of which nothing is blended is made as uint8 then.
     source
         The same voxels in arrays, where ``slab`` lies elsewhere: of a tile that shows nothing in a part, see `padding`.
+    lost
+        Is told of sections of which something was lost.
     """
     grid, device = blend.grid, blend.device
     forward = (blend.takes_uint8 and as_uint8 and uint8(network)) or network
@@ -93,6 +95,8 @@ def blend_sections(
         if found is None:
             return slab
         sections, shows = found
+        if padding.lost:
+            lost(z)
         whole = np.ones(grid.size, bool)
         whole[: shows.shape[0], : shows.shape[1]] = shows
         something[z, tile] = device.put(whole)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from volseg.io.volume import Volume
 
 SKIP = "skip"  # of ``input.on_bad_chunk``
+LOST = "lost sections"  # stands for their place among what was filled: what was lost of them is not 0, but made up
+MOST_TOLD = 5
 ADVICE = ", or go on with 0 in its place: --set input.on_bad_chunk=skip"
 
 Filled = set[tuple[str, Box]]  # where, and which voxels of the volume
@@ -44,6 +46,25 @@ def record_filled(where: str, box: Box) -> None:
     filled = _FILLED.get()
     if filled is not None:
         filled.add((where, box))
+
+
+def record_lost(z: int) -> None:
+    """Of section ``z`` something shows nothing between two that do, and was seen as the section before."""
+    record_filled(LOST, Box((z, 0, 0), (z + 1, 1, 1)))
+
+
+def lost_line(sections: list[int]) -> str:
+    """What a user is told of lost sections.
+
+    >>> lost_line([7, 12])
+    'lost     all or some of 2 sections, seen as the ones before them: 7, 12'
+    >>> lost_line(list(range(20)))[-45:]
+    '0, 1, 2, 3, 4 ... (lost_sections in run.json)'
+    """
+    more = " ... (lost_sections in run.json)" if len(sections) > MOST_TOLD else ""
+    told = ", ".join(map(str, sections[:MOST_TOLD]))
+    one, several = "a section, seen as the one before it", f"{len(sections)} sections, seen as the ones before them"
+    return f"lost     all or some of {several if len(sections) > 1 else one}: {told}{more}"
 
 
 def zeroed(data: np.ndarray, box: Box, filled: Filled) -> np.ndarray:
