@@ -176,7 +176,7 @@ def test_a_worker_of_a_job_runs_a_task_at_once_on_all_cores_of_its_job_and_says_
     settings = load(CONFIGS / "slurm.toml").cluster
     options = launch.queue_options(settings, gpu=False)
     assert options["worker_extra_args"] == ["--nthreads", "1"]
-    assert options["job_script_prologue"] == ["export VOLSEG_THREADS=8"]
+    assert options["job_script_prologue"] == ["export VOLSEG_THREADS=8", "export PYTHONSAFEPATH=1"]
     assert (options["cores"], options["processes"], options["walltime"]) == (8, 1, "04:00:00")
     assert options["security"].require_encryption
     assert options["scheduler_options"] == {"dashboard": True, "dashboard_address": "127.0.0.1:8787"}
@@ -191,7 +191,7 @@ def test_a_worker_with_a_gpu_has_its_resource_and_no_dashboard_where_none_is_wan
     assert options["worker_extra_args"] == [
         "--local-directory", "/scratch", "--nthreads", "2", "--resources", "GPU=2", "--no-dashboard",
     ]  # fmt: skip
-    assert options["job_script_prologue"] == ["export VOLSEG_THREADS=2", "module load cuda"]
+    assert options["job_script_prologue"] == ["export VOLSEG_THREADS=2", "export PYTHONSAFEPATH=1", "module load cuda"]
     assert options["scheduler_cls"] is launch.PortlessScheduler
     assert launch.memory_of_worker(settings) == parse_bytes("8GB") // 2
 

@@ -246,6 +246,7 @@ def queue_options(config: Cluster, gpu: bool) -> dict[str, Any]:
         "worker_extra_args": [*options.get("worker_extra_args", ()), *worker_arguments(gpu), *quiet],
         "job_script_prologue": [
             f"export {THREADS}={threads_of_worker(config)}",
+            "export PYTHONSAFEPATH=1",  # the folder from which a job is submitted is nothing to import from
             *options.get("job_script_prologue", ()),
         ],
         "scheduler_options": {**place, **options.get("scheduler_options", {})},
