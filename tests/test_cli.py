@@ -235,3 +235,13 @@ def test_what_is_empty_was_not_meant(run, words, named):
     code, out, err = run(*words)
     assert (code, out) == (2, "")
     assert err.startswith(f"volseg: {named} is empty; ")
+
+
+@pytest.mark.parametrize(("value", "said"), [("300", "from 0 to 255"), ("-1", "from 0 to 255"), ("7.5", "from 0 to 255"),
+                                             ("abc", "is no gray value, and neither auto nor none")])  # fmt: skip
+def test_padding_is_a_value_that_voxels_can_have(run, tmp_path, value, said):
+    stack(tmp_path / "em.tif", np.random.default_rng(0).integers(0, 255, (4, 40, 50), np.uint8))
+    code, out, err = run("infer", tmp_path / "em.tif", "--out", tmp_path / "run.zarr", f"--padding={value}")
+    assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+    assert not (tmp_path / "run.zarr.partial").exists()

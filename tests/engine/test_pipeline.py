@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(image, reference, tmp_path)
     assert f"going on from an earlier command: {share} of predict is done" in again.stderr
     took = [text for text in again.stdout.splitlines() if text.startswith(("took", "plan / actual"))]
     assert len(took) == 2
-    assert all(f"after {share} done before" in text for text in took)
+    assert all(f"{share} of the probabilities were there before" in text for text in took)
     assert "Mvoxel/s" not in again.stdout
     after = {p.name: p.stat().st_mtime_ns for p in (out / "work/markers/predict").glob("[0-9]*.json")}
     assert 2 <= len(before) < len(after)

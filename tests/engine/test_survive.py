@@ -16,7 +16,7 @@ import zarr
 from hypothesis import strategies
 
 import volseg
-from tests.helpers import SHAPE, Quiet, digest, mark, markers_of, segment_probabilities, settings
+from tests.helpers import SHAPE, Quiet, Stops, digest, mark, markers_of, segment_probabilities, settings
 from volseg import api
 from volseg.engine import folder, lock, receipts, stored
 from volseg.engine.block_tables import Tally, Values
@@ -565,3 +565,21 @@ def test_markers_of_many_blocks_share_a_file(monkeypatch, tmp_path):
     packs = sorted(folder.glob("pack*"))
     packs[0].write_bytes(packs[0].read_bytes()[:-5])
     assert Markers(str(tmp_path), keys).done("link") < left
+
+
+def test_a_run_that_is_to_replace_another_goes_on_without_being_told_again(image, reference, tmp_path):
+    """Ctrl-C says that it does; with --overwrite it would begin anew."""
+    out = str(shutil.copytree(reference, tmp_path / "run.volseg.zarr"))
+    config = settings(stitch={"min_voxels": 4000}, cluster={"workers": 1})
+    with pytest.raises(UserError, match="exists; give another --out"):
+        api.infer(image, out, config=config, progress=Quiet())
+    with pytest.raises(KeyboardInterrupt):
+        api.infer(image, out, config=config, overwrite=True, progress=Stops("relabel"))
+    assert Layout(out).finished
+    show = Quiet()
+    made = api.infer(image, out, config=config, progress=show)
+    assert any("going on from an earlier command: 100 % of predict is done" in line for line in show.said)
+    assert made.config.stitch.min_voxels == 4000
+    assert not Path(f"{out}.partial").exists()
+    with pytest.raises(UserError, match="exists; give another --out"):
+        api.infer(image, out, config=config, progress=Quiet())

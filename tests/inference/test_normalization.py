@@ -39,25 +39,31 @@ def _levels(image, padding="auto"):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
-def test_an_extreme_value_that_fills_the_border_is_padding(dtype):
+def test_a_value_that_fills_the_border_is_padding(dtype):
     image = np.random.default_rng(0).integers(1, 120, (6, 40, 40)).astype(dtype)
     inside = image[:, 8:-8, 8:-8]
     plain = _levels(image)
     lowest = 0 if image.dtype.kind == "u" else -2000
-    for value in (255, lowest):
+    for value in (255, lowest, 128, 60):
         padded = np.full_like(image, value)
         padded[:, 8:-8, 8:-8] = inside
         found = _levels(padded)
-        assert (found.mean, found.std) == pytest.approx((_levels(inside).mean, _levels(inside).std), rel=1e-6)
+        assert (found.mean, found.std) == pytest.approx(
+            (_levels(inside).mean, _levels(inside).std), rel=1e-2 if value == 60 else 1e-6
+        )
         assert found.padding == ((0.0, value) if value else (0.0,))
-        assert ("padding" in " ".join(found.notes("v.tif"))) == bool(value)
+        assert "padding" in " ".join(found.notes("v.tif"))
+        narrow = image.copy()
+        narrow[:, :, :16] = value  # less than half of the border, and more than a quarter
+        assert _levels(narrow).padding == ((0.0, value) if value not in (0, 60) else (0.0,))
     assert (plain.padding, plain.notes("v.tif")) == ((0.0,), ())
 
 
-def test_a_value_given_is_the_padding_and_none_is_none():
+def test_a_value_given_is_padding_beside_0_and_none_is_none():
     image = np.full((1, 10, 10), 50, np.uint8)
     image[0, 3:5], image[0, 5:7], image[0, 7:] = 100, 140, 0
-    assert (_levels(image, 50.0).mean, _levels(image, 50.0).padding) == (pytest.approx(480 / 7), (50.0,))
+    assert (_levels(image, 50.0).mean, _levels(image, 50.0).padding) == (pytest.approx(120.0), (0.0, 50.0))
+    assert _levels(image, 0.0).padding == (0.0,)
     assert (_levels(image, "none").mean, _levels(image).mean) == (pytest.approx(63.0), pytest.approx(90.0))
     assert "50" in _levels(image, 50.0).notes("v.tif")[0]
 

@@ -216,3 +216,17 @@ def test_a_device_sees_the_same(batch):
             made.append(device.get(out))
     np.testing.assert_array_equal(*made)
     assert made[0].any()
+
+
+def test_what_is_lost_is_no_padding():
+    sections = np.random.default_rng(0).integers(1, 255, (8, 64, 96), np.uint8)
+    sections[:, :, 60:] = 0
+    sections[3] = 255
+    sections[5, 20:] = 0
+    lost = padding.lost_voxels(sections, VALUES)
+    assert [z for z in range(8) if lost[z] is not None] == [3, 5]
+    assert lost[3][:, :60].all()
+    assert not lost[3][:, 60:].any(), "padding of another value is padding"
+    assert lost[5][20:, :60].all()
+    assert lost[5].sum() == 44 * 60
+    assert padding.lost_voxels(sections[:2, :, :50], VALUES) == [None, None]

@@ -45,6 +45,22 @@ def test_a_folder_of_annotated_sections_teaches_those(annotated):
     assert "count from 1" in format_data(sources)
 
 
+def test_what_was_lost_of_an_annotated_section_counts_nowhere(annotated, tmp_path):
+    path, image, _, folder = annotated
+    plain = load_sources(_train(path, folder, validate_on=(7,)))[0]
+    assert not any("counts in no loss" in note for note in plain.notes)
+    assert not (plain.labels == UNLABELED).any()
+    damaged = image.copy()
+    damaged[3], damaged[7, :, 40:] = 0, 255
+    tifffile.imwrite(tmp_path / "damaged.tif", damaged)
+    (source,) = sources = load_sources(_train(str(tmp_path / "damaged.tif"), folder, validate_on=(7,)))
+    assert (source.labels[3] == UNLABELED).all()
+    assert (source.labels[7, :, 40:] == UNLABELED).all()
+    np.testing.assert_array_equal(source.labels[7, :, :40], plain.labels[7, :, :40])
+    np.testing.assert_array_equal(source.labels[0], plain.labels[0])
+    assert "sections 3, 7: what was lost there counts in no loss and no score" in format_data(sources)
+
+
 def test_a_section_without_annotation_is_refused(annotated):
     image, _, _, folder = annotated
     for settings in ({"train": (0, 2)}, {"validate_on": (2,)}):

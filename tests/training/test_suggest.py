@@ -225,15 +225,16 @@ def test_sections_of_one_gray_value_are_not_suggested(tmp_path):
     rng = np.random.default_rng(0)
     image = rng.integers(50, 150, (24, 64, 80), dtype=np.uint8)
     image[6:18] = 0
+    image[20, :, 40:] = 255  # half of it was lost
     mask = np.full(image.shape, 3, np.uint8)
-    mask[10:14] = 128
+    mask[10:14] = mask[20] = 128
     tifffile.imwrite(tmp_path / "em.tif", image)
     write_volume(str(tmp_path / "mask.zarr"), mask)
     run = str(tmp_path / "em.volseg.zarr")
     segment_here(tmp_path / "mask.zarr", run, settings(**{**LIGHT, "probabilities": {"mask_channel": 0}}))
     made = suggest(run, 6, tmp_path / "next", image=tmp_path / "em.tif")
     assert made.suggestions
-    assert not {one.z for one in made.suggestions} & {*range(6, 18)}
+    assert not {one.z for one in made.suggestions} & {*range(6, 18), 20}
     assert any("the run has no object" in note for note in made.notes)
     tifffile.imwrite(tmp_path / "black.tif", np.zeros_like(image))
     with pytest.raises(UserError, match="or of one gray value"):

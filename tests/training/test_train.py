@@ -119,10 +119,42 @@ def test_a_run_of_two_steps_without_held_out_sections_is_decoded_by_those_it_saw
 
 def test_a_run_starts_from_an_earlier_model(whole_run, tables, tmp_path):
     start = str(whole_run[0] / "model.safetensors")
-    train(config_of(tables, tmp_path, start=start, steps=1, lr=1e-12), print)
+    train(config_of(tables, tmp_path, start=start, steps=1, lr=1e-12), (said := []).append)
+    assert any("before the first step: IoU" in line for line in said)
     before, after = load_file(start), load_file(tmp_path / "model.safetensors")
     weights = [name for name in before if "running" not in name and before[name].is_floating_point()]
     assert all(torch.allclose(before[name].float(), after[name].float(), atol=1e-3) for name in weights)
+
+
+def test_batchnorm_statistics_that_score_worse_are_not_kept(whole_run, tables, tmp_path, monkeypatch):
+    def wreck(network, *_):
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.running_mean.fill_(50.0)
+
+    monkeypatch.setattr("volseg.training.train.update_batchnorm", wreck)
+    start = str(whole_run[0] / "model.safetensors")
+    train(config_of(tables, tmp_path, start=start, steps=1, lr=1e-12), (said := []).append)
+    kept = load_file(tmp_path / "model.safetensors")
+    means = [value.float() for name, value in kept.items() if name.endswith("running_mean")]
+    assert means
+    assert all(value.min() < 50 for value in means)
+    start_loss, end_loss = (
+        next(line for line in said if line.startswith(what)) for what in ("held-out sections, b", "held-out sections: ")
+    )
+    assert "IoU" in start_loss
+    assert "IoU" in end_loss
+
+
+def test_a_model_that_ended_worse_than_it_started_is_told(whole_run, tables, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.5, 0.4])  # before, and at the end with either statistics
+    monkeypatch.setattr(
+        "volseg.training.train.validate",
+        lambda *_: {"all": {"iou": next(scores, 0.5), "loss": 1.0, "accuracy": 0.9}},
+    )
+    start = str(whole_run[0] / "model.safetensors")
+    train(config_of(tables, tmp_path, start=start, steps=1, lr=1e-12), (said := []).append)
+    assert any("it started better than it ended, at IoU 0.900" in line for line in said)
 
 
 def test_a_start_of_another_shape_is_refused(whole_run, tables, tmp_path):

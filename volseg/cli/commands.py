@@ -188,6 +188,8 @@ def _meaning(channel: int | None, time: int | None, invert: bool, padding: str, 
         value: Any = float(padding) if padding else ""
     except ValueError:
         value = padding
+        if value not in ("auto", "none"):
+            raise UserError(f"--padding {padding!r} is no gray value, and neither auto nor none") from None
     return _options(
         ("--channel", "input.channel", channel), ("--time", "input.time", time),
         ("--invert", "input.invert", invert or None), ("--padding", "input.padding", value),
@@ -384,7 +386,9 @@ def report(
 
 def _run(start: Callable[[Progress], FinishedRun]) -> FinishedRun:
     """Shows the progress of a run."""
-    with output.shown("what is done is kept, the same command goes on from there") as progress:
+    with output.shown(
+        "what is done is kept, the same command goes on from there, unless it has --overwrite"
+    ) as progress:
         return start(progress)
 
 

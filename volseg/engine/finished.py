@@ -278,7 +278,11 @@ def _time_lines(facts: dict, voxels: int) -> Iterator[str]:
     total = facts["seconds"]["total"]
     stages = ", ".join(f"{name} {took:.1f}" for name, took in facts["seconds"].items() if name != "total")
     before = facts.get("share_before", 0.0)
-    what = f"after {100 * before:.0f} % done before" if before else f"{voxels / 1e6 / total:.2f} Mvoxel/s"
+    what = (
+        f"{100 * before:.0f} % of the probabilities were there before"
+        if before
+        else f"{voxels / 1e6 / total:.2f} Mvoxel/s"
+    )
     yield f"took {total:.1f} s ({what}): {stages}; stages run side by side"
     worker_seconds = facts["worker_seconds"]
     spent = sum(sum(phases.values()) for phases in worker_seconds.values())

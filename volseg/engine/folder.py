@@ -70,11 +70,13 @@ def check_output(sources: list[volume.Volume], out: str, overwrite: bool) -> Non
 
 
 def refuse_existing(out: str, overwrite: bool) -> None:
-    """Nothing that a run did not make is ever replaced, and a run only where ``overwrite`` says so."""
+    """Nothing that a run did not make is ever replaced, and a run only where ``overwrite`` says so, or said so when a run that
+    is not finished was begun beside it.
+    """
     for path in {out, partial_path(out)}:
         if files.exists(path) and not (Layout(path).finished or Layout(path).begun or _bare(path, out)):
             raise UserError(f"output {path} exists and is not a volseg run, so it is left alone; give another --out")
-    if Layout(out).finished and not overwrite:
+    if Layout(out).finished and not (overwrite or Layout(partial_path(out)).described):
         raise UserError(f"output {out} exists; give another --out, or --overwrite to replace it")
 
 

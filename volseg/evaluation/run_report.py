@@ -231,7 +231,7 @@ def _plan(run: FinishedRun) -> str:
     rough = "" if plan.get("probed") else "<p>The plan was made of known rates; volseg plan measures.</p>"
     before = run.summary.get("share_before", 0.0)
     rest = (
-        f"<p>The last command did what an earlier one had left: {100 * before:.0f} % was done before.</p>"
+        f"<p>The last command did what an earlier one had left: {100 * before:.0f} % of the probabilities were there.</p>"
         if before
         else ""
     )

@@ -28,7 +28,7 @@ MEANINGS = {
     "split": "several predicted objects hold more than a tenth of it each",
     "merged": "a predicted object holds more than a tenth of it and of another",
     "inexact": "found, and its IoU is not above the threshold",
-    "matched": "its IoU is above the threshold",
+    "matched": "its IoU is above the threshold, and it is neither merged nor split",
 }
 
 Read = Callable[[Box], np.ndarray]

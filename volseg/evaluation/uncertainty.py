@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from volseg.box import Box
 from volseg.evaluation.stored import StoredRun
+from volseg.inference.padding import lost_voxels, values_of_nothing
 from volseg.io.resample import Grid
 from volseg.io.roi import RegionOfInterest
 from volseg.io.volume import Volume
@@ -97,7 +98,8 @@ def pieces(wanted: Box, region: RegionOfInterest | None = None) -> Iterator[Box]
 
 
 def candidates(stored: StoredRun, image: Volume, annotated: Sequence[int]) -> list[Candidate]:
-    """Every section of the `pieces`, with what it would tell; none of one gray value in the middle of its window.
+    """Every section of the `pieces`, with what it would tell; none of which something was lost in the middle of its window, and
+    none that shows nothing there.
 
     Parameters
     ----------
@@ -119,8 +121,8 @@ def candidates(stored: StoredRun, image: Volume, annotated: Sequence[int]) -> li
         grays = _grays(image, piece)
         for i, z in enumerate(range(piece.start[0], piece.stop[0])):
             box = Box((z, *piece.start[1:]), (z + 1, *piece.stop[1:]))
-            if not grays[i][1]:
-                continue  # it shows nothing to learn from
+            if grays[i] is None:
+                continue
             found.append((box, *shares[:, i].tolist(), _nearby(decisions, box)))
             looks.append(grays[i])
     if not found:
@@ -205,16 +207,21 @@ def _nearby(decisions: np.ndarray, box: Box) -> float:
 # ---------------------------------------------------------------- gray values
 
 
-def _grays(image: Volume, piece: Box) -> np.ndarray:
-    """Mean, deviation and gradient of each section of a piece, in the middle of its window."""
+def _grays(image: Volume, piece: Box) -> list[np.ndarray | None]:
+    """Mean, deviation and gradient of each section of a piece, in the middle of its window; None where that is no tissue to
+    learn from: one gray value, or something that was lost.
+    """
     start, stop = list(piece.start), list(piece.stop)
     for axis in (1, 2):
         edge = min(PATCH, piece.shape[axis])
         start[axis] += (piece.shape[axis] - edge) // 2
         stop[axis] = start[axis] + edge
-    voxels = image.read(Box(tuple(start), tuple(stop))).astype(np.float32)
+    stored = image.read(Box(tuple(start), tuple(stop)))
+    lost = lost_voxels(stored, values_of_nothing(stored.dtype, (0.0,)))
+    voxels = stored.astype(np.float32)
     slopes = [np.abs(np.diff(voxels, axis=axis)).mean(axis=(1, 2)) if voxels.shape[axis] > 1 else 0 for axis in (1, 2)]
-    return np.stack([voxels.mean(axis=(1, 2)), voxels.std(axis=(1, 2)), slopes[0] + slopes[1]], axis=1)
+    looks = np.stack([voxels.mean(axis=(1, 2)), voxels.std(axis=(1, 2)), slopes[0] + slopes[1]], axis=1)
+    return [look if look[1] and one is None else None for look, one in zip(looks, lost, strict=True)]
 
 
 def _novelty(looks: np.ndarray, annotated: np.ndarray) -> np.ndarray:

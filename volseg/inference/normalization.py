@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,12 @@ T = TypeVar("T")
 PATCHES = 24  # patches that are looked at
 MAX_PATCH_EDGE = 2048  # their longest edge, voxels
 PATCHES_AT_ONCE = 4  # patches read side by side
-BORDER_SHARE = 0.25  # of the voxels at sections' borders, that padding fills at least
+COMMON_VALUES = 4  # of a patch's border, that are counted
+BORDER_SHARE = (
+    0.25  # of the voxels at sections' borders, that padding of the lowest or the highest value fills at least
+)
+GRAY_BORDER_SHARE = 0.5  # that padding of another value does
+TOLD_SHARE = 0.05  # of the voxels that are 0, from which on it is told that they are padding
 COMPARED_ROWS = 64  # of a patch, whose voxels are compared with their neighbors
 # Shares of voxels that are like all four neighbors, and unlike all: EM has 0.00 and 0.8 or more, labels and masks 0.9 and 0.00.
 MIN_FLAT, MAX_ISOLATED = 0.8, 0.01
@@ -85,7 +91,7 @@ class GrayLevels:
             return f" has the value {self.lowest:g} in every voxel that was looked at: nothing to segment there"
         if self.padded == 1:
             return f" holds nothing but padding, {values}, in every voxel that was looked at"
-        if self.padded and self.padding != (0.0,):
+        if self.padded >= (TOLD_SHARE if self.padding == (0.0,) else 1e-9):
             return f": voxels of {values} ({self.padded:.0%} of those looked at) count as padding, not as image (input.padding)"
         return ""
 
@@ -102,10 +108,10 @@ def gray_levels(shape: Triple, read: Callable[[Box], np.ndarray], padding: str |
     read
         Gives the voxels of a box; called from `PATCHES_AT_ONCE` threads.
     padding
-        The value of voxels that are no image; "none"; or "auto": 0 and, of the lowest and the highest value of all, the
-        one that at least `BORDER_SHARE` of the voxels at the sections' borders have.
+        The value of voxels that are no image, beside 0; "none"; or "auto": 0 and a value that at
+        least `BORDER_SHARE` of the voxels at the sections' borders have, `GRAY_BORDER_SHARE` where it is no extreme one.
     """
-    known: tuple[float, ...] = (0.0,) if isinstance(padding, str) else (float(padding),)
+    known: tuple[float, ...] = (0.0,) if isinstance(padding, str) else tuple(sorted({0.0, float(padding)}))
     if padding == "none":
         known = ()
     patches = _map(lambda box: _Patch.of(read(box), box, shape, known), shape)
@@ -155,9 +161,9 @@ def gray_statistics(shape: Triple, read: Callable[[Box], np.ndarray]) -> tuple[f
     Examples
     --------
     >>> image = np.zeros((4, 8, 8), np.uint8)
-    >>> image[:, :, :4], image[:, :, 4:6] = 100, 120
-    >>> [round(value, 2) for value in gray_statistics(image.shape, lambda box: image[box.slices])]
-    [106.67, 9.43]
+    >>> image[:, :, :3], image[:, :, 3:6] = 100, 120
+    >>> gray_statistics(image.shape, lambda box: image[box.slices])
+    (110.0, 10.0)
     """
     levels = gray_levels(shape, read)
     return levels.mean, levels.std
@@ -188,8 +194,7 @@ class _Patch:
     lowest: float
     highest: float
     border: int  # voxels at the sections' borders
-    border_lowest: int  # of these, those of the patch's lowest value
-    border_highest: int
+    common: dict[float, int]  # of these, how many have each of the few most common values
     neighbors: tuple[int, int, int]  # voxels that were compared with theirs, like all of them, unlike all
 
     @classmethod
@@ -203,7 +208,8 @@ class _Patch:
             if outside
         ]
         border = np.concatenate(edges) if edges else patch[:0].ravel()
-        low, high = (int(np.count_nonzero(border == value)) for value in (lowest, highest))
+        values, counts = np.unique(border, return_counts=True)
+        most = np.argsort(counts)[-COMMON_VALUES:]
         count, total, squares = sums
         return cls(
             patch.size,
@@ -213,8 +219,7 @@ class _Patch:
             float(lowest),
             float(highest),
             border.size,
-            low,
-            high,
+            dict(zip(values[most].astype(float).tolist(), counts[most].tolist(), strict=True)),
             _compared(patch, padding),
         )
 
@@ -234,14 +239,13 @@ def _compared(patch: np.ndarray, padding: tuple[float, ...]) -> tuple[int, int, 
 
 
 def _border_value(patches: list[_Patch], lowest: float, highest: float) -> float | None:
-    """The extreme value that is padding, as far as the borders of sections tell; None where there is none."""
-    border = sum(patch.border for patch in patches)
-    counts = {
-        highest: sum(patch.border_highest for patch in patches if patch.highest == highest),
-        lowest: sum(patch.border_lowest for patch in patches if patch.lowest == lowest),
-    }
-    value = max(counts, key=lambda one: counts[one])
-    return value if lowest < highest and counts[value] >= BORDER_SHARE * border else None
+    """The value that is padding, as far as the borders of sections tell; None where there is none."""
+    border, counts = sum(patch.border for patch in patches), Counter[float]()
+    for patch in patches:
+        counts.update(patch.common)
+    value, count = max(counts.items(), key=lambda one: one[1], default=(0.0, 0))
+    share = BORDER_SHARE if value in (lowest, highest) else GRAY_BORDER_SHARE
+    return value if lowest < highest and count >= share * border else None
 
 
 def standardized(voxels: np.ndarray, mean: float, std: float) -> np.ndarray:

@@ -59,6 +59,22 @@ def empty_voxels(section: np.ndarray, values: Sequence[float]) -> np.ndarray | N
     return found if found is not None and found.any() else None
 
 
+def lost_voxels(sections: Sequence[np.ndarray], values: Sequence[float]) -> list[np.ndarray | None]:
+    """Of sections (y, x) one after the other, the voxels that show nothing in one, and something in most of them.
+
+    Returns
+    -------
+    For each, bool (y, x), or None where there are none.
+    """
+    empty = [empty_voxels(section, values) for section in sections]
+    some = [one for one in empty if one is not None]
+    if not some:
+        return [None] * len(empty)
+    often = 2 * np.sum(some, axis=0) > len(empty)  # padding
+    lost = [None if one is None else one & ~often for one in empty]
+    return [one if one is not None and one.any() else None for one in lost]
+
+
 def _may_hold_square(section: np.ndarray, value: float) -> bool:
     """Whether some voxels of a section, so many that each square holds four beside each other, allow that there is one."""
     rows, columns = (np.append(np.arange(0, n - 1, SQUARE // 2), n - 1) for n in section.shape)

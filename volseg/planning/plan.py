@@ -267,7 +267,7 @@ def format_comparison(
     """Plan against actual, as a line; ``before`` is the share that an earlier command had done."""
     wrote = "" if written_bytes is None else f", writes {_gb(plan.written_bytes)} / {_gb(written_bytes)}"
     times = f"{format_duration(plan.total_seconds)} / {format_duration(seconds)}"
-    times += f" after {100 * before:.0f} % done before" * bool(before)
+    times += f" ({100 * before:.0f} % of the probabilities were there before)" * bool(before)
     memory_text = f"{_gb(plan.worker_bytes)} / {_gb(worker_bytes)}"
     return f"plan / actual: {times}, worker memory {memory_text}{wrote}{_rough(plan)}"
 

@@ -50,6 +50,7 @@ def from_image(source: volume.Volume, config: Config, out: str, like: str = "") 
         raise UserError(
             f"{source.path} holds {source.dtype}; inference wants gray values: convert it to uint8 or float32"
         )
+    _check_padding(config.input.padding, source)
     if config.output.copy_image and source.dtype in ("int64", "uint64"):
         raise UserError(
             f"{source.path} holds {source.dtype}, of which no coarser levels are made: convert it to uint8 or float32, or "
@@ -106,6 +107,19 @@ def _resampled(run: Run, given: volume.Volume) -> Run:
     run = replace(run, restored=voxel_size.in_source(run.config.output.space, run.given, run.source))
     to_given = Grid.between(run.shape, run.voxel_size_nm, given.shape, given.voxel_size_nm)
     return replace(run, roi=run.roi.resampled(to_given)) if run.roi else run
+
+
+def _check_padding(value: str | float, source: volume.Volume) -> None:
+    """Refuses a gray value that no voxel can have."""
+    kind = np.dtype(source.dtype)
+    if isinstance(value, str) or kind.kind not in "ui":
+        return
+    least, most = np.iinfo(kind).min, np.iinfo(kind).max
+    if not (value == int(value) and least <= value <= most):
+        raise UserError(
+            f"input.padding = {value:g}: {source.path} holds {kind}, whole numbers from {least} to {most}; give one of these, "
+            "auto or none"
+        )
 
 
 def _check_tiles(settings: Predict, multiple: int, fixed: bool) -> None:

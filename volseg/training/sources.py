@@ -14,7 +14,7 @@ from volseg.errors import UserError
 from volseg.evaluation.synthetic import VOXEL_SIZE_NM, synth
 from volseg.inference.model import load_card, named
 from volseg.inference.normalization import GrayLevels, gray_levels
-from volseg.inference.padding import values_of_nothing
+from volseg.inference.padding import lost_voxels, values_of_nothing
 from volseg.inference.tiles import MULTIPLE, PLANES
 from volseg.inference.voxel_size import matches
 from volseg.io import volume
@@ -228,6 +228,7 @@ def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | Non
         fields = _synthesize(data, first, annotated)
     else:
         fields = _read(data, image, annotation, first, annotated)
+    lost = fields.pop("lost", ())
     withheld = tuple(sorted(set(named) & set(held_out))) if data.train else ()
     described = describe_annotation(fields["labels"], [z - first for z in train], first, depth)
     own = OwnSections(tuple(train), tuple(held_out), tuple(unlabeled), withheld, depth, described)
@@ -249,7 +250,7 @@ def _load(data: TrainData, settings: Train, table: str, model_nm: TripleNm | Non
     source = Source(
         numbers=numbers, own=own, train_sections=train, validation_sections=held_out, unlabeled_sections=unlabeled,
         object_positions=positions, share=data.share, contacts=contacts, scribbles=data.unlabeled == 0,
-        notes=annotation.notes if annotation else (),
+        notes=(*(annotation.notes if annotation else ()), *lost),
         background_positions=_background_positions(fields["labels"], train) if data.unlabeled == 0 else None,
         contact_positions=_positions(np.flatnonzero(contacts[list(train)]), train, contacts.shape),
         distance=_distance(fields["labels"], annotated, size, settings, place), **fields,
@@ -393,12 +394,27 @@ def _read(data: TrainData, image: volume.Volume, annotation: Annotation, first: 
     stored[~annotated] = background
     unlabeled = annotation.unlabeled if data.unlabeled is None else data.unlabeled
     of_points = annotation.form == "points"
+    gray = _gray(gray_levels(image.shape, image.read), voxels.dtype)
     labels, note = normalize_labels(stored, unlabeled=unlabeled, background=data.background, instances=of_points)
     kind = "scribbles" if data.unlabeled == 0 else "points" if of_points else _format_label_kind(note)
+    lost = [first + z for z in _without_lost(voxels, labels, annotated, gray["padding"])]
+    which = f"section{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
     return {
-        "name": data.image, "image": voxels, "labels": labels, **_gray(gray_levels(image.shape, image.read), voxels.dtype),
+        "name": data.image, "image": voxels, "labels": labels, **gray,
+        "lost": (f"{which}: what was lost there counts in no loss and no score",) if lost else (),
         "label_kind": kind, "voxel_size_nm": image.voxel_size_nm, "checksum": _digest(voxels, stored),
     }  # fmt: skip
+
+
+def _without_lost(
+    image: np.ndarray, labels: np.ndarray, annotated: np.ndarray, padding: tuple[float, ...]
+) -> list[int]:
+    """What of annotated sections shows nothing, but for padding, is unlabeled: nobody can learn it. Gives these sections."""
+    lost = lost_voxels(image, padding)
+    found = [int(z) for z in np.flatnonzero(annotated) if lost[z] is not None]
+    for z in found:
+        labels[z][lost[z]] = UNLABELED
+    return found
 
 
 def _digest(*arrays: np.ndarray) -> str:

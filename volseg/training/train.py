@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 import time
@@ -68,13 +69,16 @@ def train(config: Config, log: Log = print) -> Path:
     out = _make_folder(settings.out)
     with Lock(str(out.resolve())), distributed.process_group(_process_count(settings), _follow, config):
         state = _resumed_state(settings)
+        before = {} if state.step or not settings.start else validate(state.averaged, sources, config)
         if state.step:
             log(f"going on from step {state.step} in {out}")
+        elif before:
+            log(f"held-out sections, before the first step: IoU {before['all']['iou']:.3f} ({settings.start})")
         with _progress_bar() as bar:
             task = bar.add_task("train", total=settings.steps, completed=state.step, scores="", left="")
             show = _log_rows(settings, log) if bar.disable else lambda row: _show_row(bar, task, row)
             _lead(state, sources, config, show, log)
-    return finish(state, sources, config, log)
+    return finish(state, sources, config, log, before)
 
 
 def _follow(config: Config) -> None:
@@ -137,8 +141,10 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def finish(state: State, sources: list[Source], config: Config, log: Log) -> Path:
-    """Write the final model and its report: averaged weights, their own batch-norm statistics, rounded, scored, calibrated.
+def finish(state: State, sources: list[Source], config: Config, log: Log, before: dict | None = None) -> Path:
+    """Write the final model and its report: averaged weights, their batch-norm statistics, rounded, scored, calibrated.
+
+    ``before`` are scores of `validate` of the model that it started from: where they are better, that is said.
 
     Returns
     -------
@@ -147,9 +153,7 @@ def finish(state: State, sources: list[Source], config: Config, log: Log) -> Pat
     """
     settings, out = config.train, Path(config.train.out)
     network = state.averaged.module
-    update_batchnorm(network, sources, settings, state.micro_batches)
-    _round_to_half(network)
-    scores = validate(network, sources, config)
+    scores = _with_better_batchnorm(network, state, sources, config)
     decoding = calibrate(network, sources, config)
     card = model_card(config, sources, state, scores, decoding)
     path = out / MODEL_NAME
@@ -159,9 +163,37 @@ def finish(state: State, sources: list[Source], config: Config, log: Log) -> Pat
     report.write_report(result, network, config, out)
     for line in closing_lines(scores, decoding, state):
         log(line)
+    if before and scores and scores["all"]["iou"] < before["all"]["iou"]:
+        log(
+            f"it started better than it ended, at IoU {before['all']['iou']:.3f}: keep the model that it started from, or take "
+            "more steps, a larger train.patch or another train.lr"
+        )
     log(f"report {out / 'report.html'}")
     log(f"model {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return path
+
+
+def _with_better_batchnorm(network: torch.nn.Module, state: State, sources: list[Source], config: Config) -> dict:
+    """The network has batch-norm statistics of its own or, where held-out sections are better with these, the averages of those
+    that it was trained with; and is rounded. Its scores of `validate`.
+
+    Means over few or small patches may be far from those of whole sections, above all of a model that has hardly changed.
+    """
+    averages = copy.deepcopy(network.state_dict())
+    averaged = validate(network, sources, config)
+    update_batchnorm(network, sources, config.train, state.micro_batches)
+    _round_to_half(network)
+    scores = validate(network, sources, config)
+    if not scores or _rank(scores) >= _rank(averaged):
+        return scores
+    network.load_state_dict(averages)
+    _round_to_half(network)
+    return validate(network, sources, config)
+
+
+def _rank(scores: dict) -> tuple[float, float]:
+    """By which scores of `validate` are better than others."""
+    return scores["all"]["iou"], -scores["all"]["loss"]
 
 
 def _round_to_half(network: torch.nn.Module) -> None:
