@@ -76,8 +76,14 @@ def refuse_existing(out: str, overwrite: bool) -> None:
     for path in {out, partial_path(out)}:
         if files.exists(path) and not (Layout(path).finished or Layout(path).begun or _bare(path, out)):
             raise UserError(f"output {path} exists and is not a volseg run, so it is left alone; give another --out")
-    if Layout(out).finished and not (overwrite or Layout(partial_path(out)).described):
+    if Layout(out).finished and not (overwrite or is_being_replaced(out)):
         raise UserError(f"output {out} exists; give another --out, or --overwrite to replace it")
+
+
+def is_being_replaced(out: str) -> bool:
+    """Whether a run that is to replace the finished one at ``out`` was begun, and is not finished."""
+    partial = partial_path(out)
+    return partial != out and Layout(partial).described
 
 
 def _bare(path: str, out: str) -> bool:

@@ -78,7 +78,7 @@ def refuse_finished(out: str, replaced: bool) -> None:
     """A finished run is neither replaced nor brought up to date unless that was asked for, now or when what is not finished
     beside it was begun.
     """
-    if Layout(out).finished and not (replaced or Layout(folder.partial_path(out)).described):
+    if Layout(out).finished and not (replaced or folder.is_being_replaced(out)):
         raise UserError(
             f"output {out} exists; give another --out, --update to bring it up to date, or --overwrite to replace it"
         )
