@@ -145,8 +145,9 @@ def _begin(
     replace_finished: bool = False,
 ) -> None:
     """The run has begun; its output, now that no other command writes it, was looked at once more."""
-    folder.check_output(sources, out, overwrite or replace_finished)
-    folder.begin(run, overwrite, progress.message)
+    replaces = overwrite or replace_finished
+    folder.check_output(sources, out, replaces)
+    folder.begin(run, overwrite, progress.message, keeps=out if Layout(out).finished and not replaces else "")
 
 
 def segment(

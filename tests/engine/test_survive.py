@@ -583,3 +583,20 @@ def test_a_run_that_is_to_replace_another_goes_on_without_being_told_again(image
     assert not Path(f"{out}.partial").exists()
     with pytest.raises(UserError, match="exists; give another --out"):
         api.infer(image, out, config=config, progress=Quiet())
+
+
+def test_a_damaged_run_that_was_to_replace_another_replaces_nothing_unasked(image, reference, tmp_path):
+    out = str(shutil.copytree(reference, tmp_path / "run.volseg.zarr"))
+    config = settings(stitch={"min_voxels": 4000}, cluster={"workers": 1})
+    with pytest.raises(KeyboardInterrupt):
+        api.infer(image, out, config=config, overwrite=True, progress=Stops("relabel"))
+    model = Path(f"{out}.partial/work/model.bin")
+    model.write_bytes(model.read_bytes()[:1000])
+    before = digest(out)
+    for other in (config, settings(stitch={"min_voxels": 50}, cluster={"workers": 1})):
+        with pytest.raises(
+            UserError, match=r"model\.bin .*, and .* exists; give another --out, or --overwrite to begin anew"
+        ):
+            api.infer(image, out, config=other, progress=Quiet())
+    assert digest(out) == before
+    assert api.infer(image, out, config=config, overwrite=True, progress=Quiet()).config.stitch.min_voxels == 4000

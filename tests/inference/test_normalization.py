@@ -125,3 +125,15 @@ def test_sections_that_were_lost_are_told():
     black = np.zeros_like(image)
     assert not gray_levels(black.shape, lambda box: black[box.slices]).blank
     assert not gray_levels((20, 40, 50), lambda box: image[box.slices]).blank, "each is looked at more than once"
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("int16", -32768), ("float32", -9999), ("uint8", 255)])
+def test_a_second_value_of_padding_is_found_beside_0(dtype, value):
+    image = np.random.default_rng(0).integers(50, 150, (6, 60, 60)).astype(dtype)
+    inside = image[:, 10:-10, 10:-10].copy()
+    image[:] = 0
+    image[:, :, 38:] = value
+    image[:, 10:-10, 10:-10] = inside
+    found = _levels(image)
+    assert set(found.padding) == {0.0, float(value)}
+    assert found.mean == pytest.approx(_levels(inside).mean, rel=1e-6)

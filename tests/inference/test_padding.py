@@ -230,3 +230,22 @@ def test_what_is_lost_is_no_padding():
     assert lost[5][20:, :60].all()
     assert lost[5].sum() == 44 * 60
     assert padding.lost_voxels(sections[:2, :, :50], VALUES) == [None, None]
+
+
+def test_edges_that_move_and_dark_corners_are_not_lost():
+    rng = np.random.default_rng(0)
+    sections = rng.integers(1, 255, (30, 200, 220), np.uint8)
+    sections[rng.random(sections.shape) < 0.02] = 0
+    sections[:, [0, 0, -1, -1], [0, -1, 0, -1]] = rng.choice([0, 9], (30, 4))
+    for z in range(30):
+        sections[z, :, : 40 + rng.integers(-3, 4)] = 0  # a margin that jitters
+        sections[z, 60 + 2 * z : 120 + 2 * z, 100:160] = 255  # a vessel that drifts
+    sections[12, :, 40:] = 0
+    lost = padding.lost_voxels(sections, VALUES)
+    assert [z for z in range(30) if lost[z] is not None] == [12]
+    seen = Padding(VALUES)
+    told = []
+    for z in range(1, 29):
+        seen.shown(list(sections[z - 1 : z + 2]), [(n,) for n in range(z - 1, z + 2)])
+        told += [z] * seen.lost
+    assert told == [12]

@@ -237,5 +237,5 @@ def test_sections_of_one_gray_value_are_not_suggested(tmp_path):
     assert not {one.z for one in made.suggestions} & {*range(6, 18), 20}
     assert any("the run has no object" in note for note in made.notes)
     tifffile.imwrite(tmp_path / "black.tif", np.zeros_like(image))
-    with pytest.raises(UserError, match="or of one gray value"):
+    with pytest.raises(UserError, match="of one gray value, or lost"):
         suggest(run, 6, tmp_path / "none", image=tmp_path / "black.tif")

@@ -20,6 +20,7 @@ from volseg.engine.run import Run
 from volseg.errors import DamagedFileError, UserError
 from volseg.io import arrays, files, pictures
 from volseg.io.filling import filled_line, lost_line
+from volseg.io.resample import Grid
 
 if TYPE_CHECKING:
     import dask.array
@@ -150,11 +151,19 @@ class FinishedRun:
                 filled_line(where, boxes, "filled_boxes in run.json")
                 for where, boxes in facts.get("filled_boxes", {}).items()
             ),
-            *([lost_line(facts["lost_sections"])] if facts.get("lost_sections") else []),
+            *([lost_line(self._lost_sections())] if facts.get("lost_sections") else []),
             *_time_lines(facts, voxels),
             f"peak memory {peak['worker'] / 2**30:.2f} GiB in the largest worker, {peak['client'] / 2**30:.2f} GiB in this "
             "process",
         ]
+
+    def _lost_sections(self) -> list[int]:
+        """Numbers in the volume as it was given of the sections that were lost."""
+        run, lost = self.run, self.summary["lost_sections"]
+        if not run.given:
+            return lost
+        to_given = Grid.between(run.shape, run.voxel_size_nm, run.given.shape, run.given.voxel_size_nm)
+        return sorted({int(z) for z in to_given.nearest(0, 0, run.shape[0])[lost]})
 
     def places(self) -> list[str]:
         """Where its results lie, as lines of text."""

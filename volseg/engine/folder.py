@@ -94,17 +94,22 @@ def _bare(path: str, out: str) -> bool:
 # ---------------------------------------------------------------- a new run
 
 
-def begin(run: Run, overwrite: bool, message: Callable[[str], None] = lambda text: None) -> None:
+def begin(run: Run, overwrite: bool, message: Callable[[str], None] = lambda text: None, *, keeps: str = "") -> None:
     """The run's folder holds its description, the model and empty arrays.
 
     A stopped run of this description is kept unless ``overwrite`` says to begin anew. One whose description or model
-    nobody can read begins anew too, which ``message`` tells.
+    nobody can read begins anew too, which ``message`` tells, but where that would replace the finished run ``keeps``.
     """
     if run.layout.described and not overwrite:
         try:
             difference = changed(run)
             _check_model(run)
         except DamagedFileError as error:
+            if keeps:
+                raise UserError(
+                    f"{error.path}/{error.keys[0]} {error.state}, and {keeps} exists; give another --out, or --overwrite to "
+                    "begin anew and replace it"
+                ) from None
             message(f"{error.path}/{error.keys[0]} {error.state}: beginning anew")
             _create(run, None)
             return

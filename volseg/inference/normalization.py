@@ -209,7 +209,7 @@ class _Patch:
         ]
         border = np.concatenate(edges) if edges else patch[:0].ravel()
         values, counts = np.unique(border, return_counts=True)
-        most = np.argsort(counts)[-COMMON_VALUES:]
+        most = np.argsort(counts, kind="stable")[-COMMON_VALUES:]
         count, total, squares = sums
         return cls(
             patch.size,
@@ -243,9 +243,10 @@ def _border_value(patches: list[_Patch], lowest: float, highest: float) -> float
     border, counts = sum(patch.border for patch in patches), Counter[float]()
     for patch in patches:
         counts.update(patch.common)
-    value, count = max(counts.items(), key=lambda one: one[1], default=(0.0, 0))
-    share = BORDER_SHARE if value in (lowest, highest) else GRAY_BORDER_SHARE
-    return value if lowest < highest and count >= share * border else None
+    counts.pop(0.0, None)  # which is padding in any case
+    shares = {value: BORDER_SHARE if value in (lowest, highest) else GRAY_BORDER_SHARE for value in counts}
+    enough = [value for value, count in counts.items() if count >= shares[value] * border]
+    return max(enough, key=lambda value: counts[value], default=None) if lowest < highest else None
 
 
 def standardized(voxels: np.ndarray, mean: float, std: float) -> np.ndarray:

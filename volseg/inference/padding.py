@@ -60,19 +60,28 @@ def empty_voxels(section: np.ndarray, values: Sequence[float]) -> np.ndarray | N
 
 
 def lost_voxels(sections: Sequence[np.ndarray], values: Sequence[float]) -> list[np.ndarray | None]:
-    """Of sections (y, x) one after the other, the voxels that show nothing in one, and something in most of them.
+    """Of sections (y, x) one after the other, the squares that show nothing in one, but something in one of those beside it.
 
     Returns
     -------
     For each, bool (y, x), or None where there are none.
     """
     empty = [empty_voxels(section, values) for section in sections]
-    some = [one for one in empty if one is not None]
-    if not some:
-        return [None] * len(empty)
-    often = 2 * np.sum(some, axis=0) > len(empty)  # padding
-    lost = [None if one is None else one & ~often for one in empty]
-    return [one if one is not None and one.any() else None for one in lost]
+    beside = [empty[:1] + empty[:-1], empty[1:] + empty[-1:]]
+    return [_lost(*three) for three in zip(empty, *beside, strict=True)]
+
+
+def _lost(own: np.ndarray | None, before: np.ndarray | None, behind: np.ndarray | None) -> np.ndarray | None:
+    """What `lost_voxels` gives of a section, from what shows nothing in it and in those beside it."""
+    if own is None:
+        return None
+    lost = whole_squares(own if before is None or behind is None else own & ~(before & behind))
+    return lost if lost.any() else None
+
+
+def whole_squares(marked: np.ndarray) -> np.ndarray:
+    """What of ``marked`` (bool, y x) lies in whole squares: not lone voxels in corners, nor what an edge that moves leaves."""
+    return _in_squares(np.ascontiguousarray(marked), min(SQUARE, *marked.shape))
 
 
 def _may_hold_square(section: np.ndarray, value: float) -> bool:
@@ -253,8 +262,9 @@ class Padding:
             none = [one for one in (before, behind) if one is not None]
             something = ~np.logical_and(own, np.logical_or.reduce(none)) if none else something
             lost = own & something
-            self.lost = bool(middle and lost.any())
-            seen = np.where(lost, sections[middle - 1], seen) if self.lost else seen
+            if middle and lost.any():
+                seen = np.where(lost, sections[middle - 1], seen)
+                self.lost = bool(whole_squares(lost).any())
             if something.any():
                 seen = mirrored(seen, ~something)
         return [

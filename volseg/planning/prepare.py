@@ -50,7 +50,7 @@ def from_image(source: volume.Volume, config: Config, out: str, like: str = "") 
         raise UserError(
             f"{source.path} holds {source.dtype}; inference wants gray values: convert it to uint8 or float32"
         )
-    _check_padding(config.input.padding, source)
+    padding = _padding(config.input.padding, source)
     if config.output.copy_image and source.dtype in ("int64", "uint64"):
         raise UserError(
             f"{source.path} holds {source.dtype}, of which no coarser levels are made: convert it to uint8 or float32, or "
@@ -62,7 +62,7 @@ def from_image(source: volume.Volume, config: Config, out: str, like: str = "") 
     _refuse_anisotropic(config.predict.planes, voxel_size_nm)
     origin = card.graph.origin if card.graph else ""
     slab, block = choose_blocks(source.shape, config.blocks.shape)
-    gray = gray_levels(source.shape, source.read, config.input.padding)
+    gray = gray_levels(source.shape, source.read, padding)
     mean, std = _standard(source, config.predict, card, gray)
     source = replace(source, notes=(*source.notes, *gray.notes(source.path)))
     begun = _begun_engine(out, config, path) or (_begun_engine(like, config, path) if like else None)
@@ -109,17 +109,20 @@ def _resampled(run: Run, given: volume.Volume) -> Run:
     return replace(run, roi=run.roi.resampled(to_given)) if run.roi else run
 
 
-def _check_padding(value: str | float, source: volume.Volume) -> None:
-    """Refuses a gray value that no voxel can have."""
+def _padding(value: str | float, source: volume.Volume) -> str | float:
+    """``input.padding`` as a voxel of the volume has it; refuses a gray value that none can have."""
     kind = np.dtype(source.dtype)
-    if isinstance(value, str) or kind.kind not in "ui":
-        return
+    if isinstance(value, str):
+        return value
+    if kind.kind not in "ui":
+        return float(np.asarray(value, kind))
     least, most = np.iinfo(kind).min, np.iinfo(kind).max
-    if not (value == int(value) and least <= value <= most):
+    if not (value == int(value) and float(least) <= value <= float(most)):
         raise UserError(
-            f"input.padding = {value:g}: {source.path} holds {kind}, whole numbers from {least} to {most}; give one of these, "
+            f"input.padding = {value}: {source.path} holds {kind}, whole numbers from {least} to {most}; give one of these, "
             "auto or none"
         )
+    return value
 
 
 def _check_tiles(settings: Predict, multiple: int, fixed: bool) -> None:

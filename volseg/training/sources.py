@@ -19,6 +19,7 @@ from volseg.inference.tiles import MULTIPLE, PLANES
 from volseg.inference.voxel_size import matches
 from volseg.io import volume
 from volseg.io.annotation import Annotation, open_annotation
+from volseg.io.filling import MOST_TOLD
 from volseg.io.header import TripleNm
 from volseg.io.resample import Grid, resample, shape_at
 from volseg.training.survey import SAMPLES, refuse_image
@@ -398,7 +399,8 @@ def _read(data: TrainData, image: volume.Volume, annotation: Annotation, first: 
     labels, note = normalize_labels(stored, unlabeled=unlabeled, background=data.background, instances=of_points)
     kind = "scribbles" if data.unlabeled == 0 else "points" if of_points else _format_label_kind(note)
     lost = [first + z for z in _without_lost(voxels, labels, annotated, gray["padding"])]
-    which = f"section{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
+    more = f" and {len(lost) - MOST_TOLD} more" * (len(lost) > MOST_TOLD)
+    which = f"section{'s' * (len(lost) > 1)} {', '.join(map(str, lost[:MOST_TOLD]))}{more}"
     return {
         "name": data.image, "image": voxels, "labels": labels, **gray,
         "lost": (f"{which}: what was lost there counts in no loss and no score",) if lost else (),

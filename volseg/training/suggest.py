@@ -164,7 +164,7 @@ def suggest(
     chosen, scores = choose(found, count, known, source.shape)
     if not chosen:
         raise UserError(
-            f"{stored.path} has no section left to suggest: all are annotated, beside one that is, or of one gray value"
+            f"{stored.path} has no section left to suggest: all are annotated, beside one that is, of one gray value, or lost"
         )
     if len(chosen) < count:
         notes.append(f"{len(chosen)} sections are all that are neither annotated nor neighbors")
